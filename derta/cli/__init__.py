@@ -1,0 +1,70 @@
+"""The command line: `derta train | eval | demo | doctor`.
+
+Nothing heavy is imported before a command has its arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from derta._version import __version__
+from derta.cli.usage import SUMMARY, USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="derta",
+        description="Decoupled refusal training (arXiv 2407.09121).",
+        epilog="commands:\n"
+        + "".join(f"  {name:8}{summary}\n" for name, summary in SUMMARY.items())
+        + "\nderta COMMAND --help tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"derta {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("command", choices=list(SUMMARY), metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    return parser
+
+
+def _run(command: str, arguments: Sequence[str]) -> None:
+    from derta.cli.arguments import build, read_options, read_yaml
+
+    origin, values = f"derta {command}", {}
+    if arguments and not arguments[0].startswith("--"):
+        origin, *arguments = arguments
+        values = read_yaml(Path(origin))
+    values.update(read_options(arguments))
+    module = importlib.import_module(f"derta.cli.{command}")
+    module.run(build(module.Config, values, origin))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        the exit status: 0, 1 after an error that was the user's to mend, 130 when interrupted.
+    """
+    options = _parser().parse_args(argv)
+    if {"-h", "--help"} & set(options.arguments):
+        print(USAGE[options.command], end="")
+        return 0
+    # Nothing is reported to anybody, unless the user has decided otherwise.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _run(options.command, options.arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
+        if options.traceback:
+            raise
+        print(f"derta {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,7 @@
+"""`python -m derta` is `derta`."""
+
+import sys
+
+from derta.cli import main
+
+sys.exit(main())

@@ -1,0 +1,116 @@
+"""`derta train`: from a configuration, a model and record files to a tuned model."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
+
+from derta.config import DertaConfig
+from derta.data import Record, read_records, render_pack
+from derta.progress import Progress
+from derta.trainer import DertaTrainer
+
+
+@dataclass(kw_only=True)
+class Config(DertaConfig):
+    """A training run: `DertaConfig`, and where the model and the records are.
+
+    Args:
+        model: model folder, or a name on the model hub; weights are read from safetensors only.
+        train_files: record files to train on.
+        eval_files: record files whose loss is reported.
+        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
+        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
+        method: "full", or "lora" for adapters on a frozen model.
+        lora_r, lora_alpha, lora_dropout, lora_target_modules: as in PEFT.
+        dry_run: shows one pack and what its rows are trained to say, and trains nothing.
+    """
+
+    model: str
+    train_files: list[str]
+    output_dir: str
+    eval_files: list[str] = field(default_factory=list)
+    chat_template: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    method: Literal["full", "lora"] = "full"
+    lora_r: int = 16
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_target_modules: str | list[str] = "all-linear"
+    dry_run: bool = False
+
+    disable_tqdm: bool | None = True
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    if config.chat_template is not None:
+        path = Path(config.chat_template)
+        is_text = "{" in config.chat_template
+        tokenizer.chat_template = config.chat_template if is_text else path.read_text("utf-8")
+    return tokenizer
+
+
+def load_model(config: Config) -> PreTrainedModel:
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
+    if dtype is None:
+        in_bfloat16 = config.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
+    )
+    if config.method == "lora":
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_dropout=config.lora_dropout,
+                target_modules=config.lora_target_modules,
+            ),
+        )
+    return model
+
+
+def read_files(paths: list[str]) -> list[Record]:
+    return list(itertools.chain.from_iterable(read_records(Path(path)) for path in paths))
+
+
+def run(config: Config) -> None:
+    """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
+    records = read_files(config.train_files)
+    eval_records = read_files(config.eval_files)
+    tokenizer = load_tokenizer(config)
+    trainer = DertaTrainer(
+        model=load_model(config),
+        args=config,
+        train_dataset=records,
+        eval_dataset=eval_records or None,
+        processing_class=tokenizer,
+        callbacks=[Progress("train")],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if config.dry_run:
+        batch = trainer.train_dataset[0][0]
+        print(
+            render_pack(batch, tokenizer, trainer.refusal_token.id, color=sys.stdout.isatty()),
+        )
+        return
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"tuned model: {config.output_dir}")

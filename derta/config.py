@@ -1,0 +1,96 @@
+"""Settings of a training run: everything `TrainingArguments` has, plus what the objective needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from derta.data.cuts import CUT_POLICIES
+
+LossNorm = Literal["tokens", "official", "terms"]
+CutPolicy = Literal["zero", "uniform", "official", "deep"]
+
+
+@dataclass
+class DertaConfig(TrainingArguments):
+    """Arguments of `DertaTrainer`.
+
+    Batches are formed by tokens: a step is `examples_per_step` examples over all ranks, laid out in
+    packs of at most `max_tokens` tokens, one forward pass each. `per_device_train_batch_size` and
+    `gradient_accumulation_steps` therefore stay at 1.
+
+    Defaults follow the paper (arXiv 2407.09121, appendix A) where it states a value.
+
+    Args:
+        refusal: the refusal token: a word ("Sorry"), a token id, or "auto", the commonest first
+            token of the safe responses.
+        branches: safe responses per triple and epoch, each after its own prefix of the harmful
+            response. 0 trains on RTO alone.
+        cuts: how the length of that prefix is drawn: "zero", "uniform" (the paper), "official"
+            (the authors' data generator), "deep" (half at zero, the rest within 100 tokens).
+        rto_keep: share of the harmful response's positions that are RTO targets, in [0, 1], drawn
+            anew every epoch. 0 turns RTO off; the official full-parameter recipe is 0.05.
+        rto_weight: weight of every RTO target in the loss's numerator.
+        loss_norm: "tokens", the mean over all targets of a step; "official", the mean over each
+            pack, averaged; "terms", each kind of target by its own mean.
+        max_length: longest logical sequence, in tokens; harmful responses are cut at their end.
+        max_tokens: longest pack, in tokens: what bounds the memory of a forward pass.
+        examples_per_step: examples per optimizer step, over all ranks.
+        head_impl: implementation of the head loss, see `derta_kernels.head_loss`.
+        attention_impl: implementation of the attention, see `derta_kernels.interval_attention`.
+
+    Raises:
+        ValueError: a value is out of its range, or asks for batches that this trainer forms itself.
+    """
+
+    refusal: str | int = "auto"
+    branches: int = 1
+    cuts: CutPolicy = "uniform"
+    rto_keep: float = 1.0
+    rto_weight: float = 1.0
+    loss_norm: LossNorm = "tokens"
+    max_length: int = 1024
+    max_tokens: int = 4096
+    examples_per_step: int = 128
+    head_impl: str = "auto"
+    attention_impl: str = "auto"
+
+    per_device_train_batch_size: int = field(default=1)
+    num_train_epochs: float = field(default=2.0)
+    learning_rate: float = field(default=2e-5)
+    logging_nan_inf_filter: bool = field(default=False)
+    remove_unused_columns: bool = field(default=False)
+    report_to: None | str | list[str] = field(default="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) != 1:
+                raise ValueError(
+                    f"{name} must stay 1, got {getattr(self, name)}: examples_per_step sets the "
+                    "size of a step and max_tokens the size of a forward pass"
+                )
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: the head "
+                "loss has hard targets only"
+            )
+        for name in ("max_length", "max_tokens", "examples_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.branches < 0:
+            raise ValueError(f"branches must be at least 0, got {self.branches}")
+        if not 0.0 <= self.rto_keep <= 1.0:
+            raise ValueError(f"rto_keep must lie in [0, 1], got {self.rto_keep}")
+        if self.branches == 0 and self.rto_keep == 0.0:
+            raise ValueError("branches and rto_keep are both 0: a triple would train nothing")
+        if self.rto_weight < 0.0:
+            raise ValueError(f"rto_weight must be at least 0, got {self.rto_weight}")
+        if self.cuts not in CUT_POLICIES:
+            raise ValueError(f"cuts must be one of {', '.join(CUT_POLICIES)}, got {self.cuts!r}")
+        if self.loss_norm not in ("tokens", "official", "terms"):
+            raise ValueError(
+                f"loss_norm must be one of tokens, official, terms, got {self.loss_norm!r}"
+            )

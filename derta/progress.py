@@ -1,0 +1,78 @@
+"""What a person watching a training run sees: one bar, and one line each time figures are read."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def format_figures(step: int, logs: dict[str, float]) -> str:
+    """One line of a training log, from the figures that `DertaTrainer` logs."""
+    parts = [f"step {step:>5}", f"loss {logs['loss']:.4f}"]
+    if "mle_loss" in logs:
+        parts.append(f"mle {logs['mle_loss']:.4f}")
+    if "rto_loss" in logs:
+        parts.append(f"rto {logs['rto_loss']:.4f}")
+    tenths = [logs[key] for key in (f"refusal_p_{i}" for i in range(1, 11)) if key in logs]
+    if tenths:
+        parts.append(f"p(refusal) {tenths[0]:.2f} first tenth, {tenths[-1]:.2f} last")
+    parts.append(f"lr {logs['learning_rate']:.2e}")
+    parts.append(f"{logs['tokens_per_s']:,.0f} tok/s")
+    return "  ".join(parts)
+
+
+class Progress(TrainerCallback):
+    """A bar over the steps of a run; with `lines`, also a line per log.
+
+    Args:
+        title: what the bar is called.
+        lines: whether every log becomes a line of its own.
+    """
+
+    def __init__(self, title: str, *, lines: bool = True) -> None:
+        self.title = title
+        self.lines = lines
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.title,
+                unit="step",
+                file=sys.stderr,
+                dynamic_ncols=True,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.bar is None or not logs or "loss" not in logs:
+            return
+        self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+        if self.lines:
+            tqdm.write(format_figures(state.global_step, logs))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,352 @@
+"""The trainer: transformers' own, fed with packs and with the counts that make their mean exact.
+
+One item of the data loader is one optimizer step: the list of packs that this rank runs in it. A
+step may need any number of packs, so gradients are accumulated here, inside `training_step`, and
+transformers sees one batch a step. Everything else (schedules, checkpoints, logging, FSDP,
+DeepSpeed) stays as transformers has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import logging
+
+from derta.config import DertaConfig
+from derta.data import (
+    DertaCollator,
+    Encoded,
+    Encoder,
+    PackedBatch,
+    Plan,
+    Record,
+    Triple,
+    packed_length,
+    plan_packs,
+    resolve_refusal_token,
+)
+from derta.metrics import StepMetrics
+from derta.modeling import apply_derta
+
+logger = logging.get_logger(__name__)
+
+
+class PackedSteps(Dataset):
+    """Item `s` is the list of packs that one rank runs in optimizer step `s`."""
+
+    def __init__(
+        self,
+        examples: Sequence[Encoded],
+        plan: Plan,
+        collator: DertaCollator,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.examples = examples
+        self.plan = plan
+        self.collator = collator
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return len(self.plan.steps)
+
+    def __getitem__(self, step: int) -> list[PackedBatch]:
+        epoch = step // self.plan.steps_per_epoch
+        packs = self.plan.rank_packs(step, self.rank, self.world_size)
+        return [self.collator([self.examples[i] for i in pack], epoch) for pack in packs]
+
+
+class EpochSteps:
+    """Batch sampler over the steps of the epoch that `set_epoch` names."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.epoch * self.steps_per_epoch
+        return ([step] for step in range(first, first + self.steps_per_epoch))
+
+
+class StepLoader(DataLoader):
+    """Data loader of `PackedSteps`.
+
+    transformers calls `set_epoch` on it; when it skips batches to resume, it wraps the sampler and
+    calls `set_epoch` on that.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def _only(items: list[list[PackedBatch]]) -> list[PackedBatch]:
+    (item,) = items
+    return item
+
+
+class DertaTrainer(Trainer):
+    """Trains a causal language model on triples and dialogues, one forward pass for all terms.
+
+    Encodes the records, finds the refusal token, plans the packs of all epochs and patches the
+    model (`apply_derta`); then it is transformers' `Trainer`.
+
+    Logged: `loss`, `mle_loss`, `rto_loss` (means over their own targets), `refusal_p_1` ..
+    `refusal_p_10` (mean probability of the refusal token in each tenth of the harmful responses),
+    `live_rows` (share of rows with a target), `rto_targets` (share of RTO among targets),
+    `tokens_per_s` (packed tokens over all ranks).
+
+    Args:
+        model: decoder-only transformers model, plain or under PEFT.
+        args: see `DertaConfig`.
+        train_dataset: records to train on.
+        eval_dataset: records whose loss `evaluate` reports.
+        processing_class: the model's tokenizer, with a chat template.
+        callbacks: as in `Trainer`.
+        optimizers: as in `Trainer`.
+
+    Raises:
+        ValueError: no record fits `max_length`, the refusal token cannot be resolved, or the model
+            is one that `apply_derta` refuses.
+        FloatingPointError: while training, a loss was NaN or infinite; names step and examples.
+    """
+
+    args: DertaConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DertaConfig,
+        train_dataset: Sequence[Record],
+        eval_dataset: Sequence[Record] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if processing_class is None:
+            raise ValueError("processing_class must be the model's tokenizer, got None")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process drives one GPU, got {args.n_gpu} visible: launch with torchrun, or "
+                "set CUDA_VISIBLE_DEVICES"
+            )
+        triples = [record for record in train_dataset if isinstance(record, Triple)]
+        self.refusal_token = resolve_refusal_token(processing_class, args.refusal, triples)
+        logger.info("refusal token: %s", self.refusal_token)
+
+        self.collator = DertaCollator(
+            branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep, seed=args.seed
+        )
+        apply_derta(
+            model, self.refusal_token.id, impl=args.head_impl, attention=args.attention_impl
+        )
+        self.metrics = StepMetrics(args.device)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._packed_steps(args, train_dataset, processing_class),
+            eval_dataset=None
+            if eval_dataset is None
+            else self._packed_steps(args, eval_dataset, processing_class),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+    def _packed_steps(
+        self, args: DertaConfig, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
+    ) -> PackedSteps:
+        encoder = Encoder(
+            tokenizer,
+            max_length=args.max_length,
+            max_tokens=args.max_tokens,
+            branches=args.branches,
+            cuts=args.cuts,
+        )
+        examples = [example for example in map(encoder.encode, records) if example is not None]
+        if encoder.skipped:
+            logger.warning(
+                "%d of %d examples skipped: prompt and safe response exceed max_length (%d) or "
+                "max_tokens (%d)",
+                encoder.skipped,
+                len(records),
+                args.max_length,
+                args.max_tokens,
+            )
+        if not examples:
+            raise ValueError(
+                f"no example is left to train on: {len(records)} given, {encoder.skipped} longer "
+                f"than max_length ({args.max_length}) or max_tokens ({args.max_tokens})"
+            )
+        steps_per_epoch = math.ceil(len(examples) / args.examples_per_step)
+        epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs
+        plan = plan_packs(
+            [
+                packed_length(
+                    example, branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep
+                )
+                for example in examples
+            ],
+            max_tokens=args.max_tokens,
+            examples_per_step=args.examples_per_step,
+            epochs=math.ceil(epochs),
+            seed=args.seed,
+        )
+        return PackedSteps(examples, plan, self.collator, args.process_index, args.world_size)
+
+    def get_train_dataloader(self) -> StepLoader:
+        return StepLoader(
+            self.train_dataset,
+            batch_sampler=EpochSteps(self.train_dataset.plan.steps_per_epoch),
+            collate_fn=_only,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        return len(dataloader.dataset.examples)
+
+    def get_total_train_batch_size(self, args: DertaConfig) -> int:
+        return args.examples_per_step
+
+    def floating_point_ops(self, inputs: list[PackedBatch]) -> int:
+        tokens = sum(batch.input_ids.shape[1] for batch in inputs)
+        return 6 * tokens * self._body_parameters
+
+    @functools.cached_property
+    def _body_parameters(self) -> int:
+        return self.model.num_parameters(exclude_embeddings=True)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: list[PackedBatch],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward over the packs of one optimizer step.
+
+        Returns:
+            0-d tensor: this rank's loss, scaled so that the mean over ranks is the step's loss.
+        """
+        model.train()
+        if hasattr(self.optimizer, "train"):  # schedule-free optimizers
+            self.optimizer.train()
+        counts = self._target_counts(inputs)
+        filled = sum(bool(batch.example_ids) for batch in inputs)
+        total = torch.zeros((), device=self.args.device)
+        for index, batch in enumerate(inputs):
+            last = index == len(inputs) - 1
+            # DeepSpeed steps its optimizer when this flag says that the gradients are complete.
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self._pack_loss(model, batch, counts, max(filled, 1))
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _target_counts(self, batches: list[PackedBatch]) -> Tensor:
+        """Next-token and RTO targets of the whole step over all ranks, (2,) float32."""
+        counts = torch.tensor(
+            [[batch.next_count, batch.rto_count] for batch in batches], dtype=torch.float32
+        ).sum(0)
+        if self.args.world_size == 1:
+            return counts
+        return self._sum_over_ranks(counts.to(self.args.device))
+
+    def _pack_loss(
+        self, model: nn.Module, batch: PackedBatch, counts: Tensor, packs: int
+    ) -> Tensor:
+        """Loss of one pack; gradients are averaged over ranks and summed over a rank's packs."""
+        num_items, rto_weight = self._normalizer(batch, counts, packs)
+        batch = batch.to(self.args.device, non_blocking=True)
+        output = model(
+            **batch.model_inputs(),
+            num_items=num_items,
+            rto_weight=rto_weight,
+            router_weight=1.0 / packs,
+        )
+        self.metrics.add(batch, output, self.state.global_step + 1)
+        return output.loss
+
+    def _normalizer(
+        self, batch: PackedBatch, counts: Tensor, packs: int
+    ) -> tuple[Tensor | int, Tensor | float]:
+        """What `loss_norm` divides a pack's sum by, and the weight of its RTO targets."""
+        weight = self.args.rto_weight
+        if self.args.loss_norm == "official":
+            return max(batch.next_count + batch.rto_count, 1) * packs, weight
+        if self.args.loss_norm == "tokens":
+            return counts.sum().clamp(min=1) / self.args.world_size, weight
+        next_count, rto_count = counts.clamp(min=1)
+        return next_count / self.args.world_size, weight * next_count / rto_count
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: Sequence[Record] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss of held-out records, with the cuts of epoch 0 every time.
+
+        Returns:
+            the figures that training logs, their names prefixed.
+
+        Raises:
+            ValueError: there are no records to evaluate on.
+        """
+        if eval_dataset is not None:
+            steps = self._packed_steps(self.args, eval_dataset, self.processing_class)
+        elif self.eval_dataset is not None:
+            steps = self.eval_dataset
+        else:
+            raise ValueError("evaluate needs records: eval_dataset is None here and in the trainer")
+        model = self.model_wrapped
+        model.eval()
+        metrics = StepMetrics(self.args.device)
+        for step in range(steps.plan.steps_per_epoch):
+            for batch in steps[step]:
+                batch = batch.to(self.args.device, non_blocking=True)
+                metrics.add(batch, model(**batch.model_inputs()), self.state.global_step)
+        figures = metrics.read(self._sum_over_ranks)
+        share = figures["rto_targets"]
+        figures["loss"] = (1 - share) * figures.get("mle_loss", 0.0) + (
+            self.args.rto_weight * share * figures.get("rto_loss", 0.0)
+        )
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self.metrics.check_finite(self._sum_over_ranks)
+            logs.update(self.metrics.read(self._sum_over_ranks))
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self.metrics.check_finite(self._sum_over_ranks)
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing here reads.
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
