@@ -1,0 +1,114 @@
+"""The house stands as designed: who may import whom, and nothing shadows anybody."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Later layers may import earlier ones; see "Who imports whom" in kernels/README.md.
+LAYERS = [
+    {"derta_kernels"},
+    {"derta._version", "derta.loss", "derta.labels", "derta.attention"},
+    {"derta.data", "derta.modeling"},
+    {"derta.config", "derta.metrics", "derta.progress", "derta.trainer", "derta.evaluation"},
+    {"derta.demo"},
+    {"derta.cli"},
+]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for root, package in ((ROOT / "kernels", "derta_kernels"), (ROOT, "derta")):
+        for path in (root / package).rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def layer(module: str) -> int | None:
+    for index, names in enumerate(LAYERS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return index
+    return None
+
+
+def test_nothing_imports_upward() -> None:
+    for module, path in modules().items():
+        own = layer(module)
+        if own is None:  # derta itself and derta.__main__ only point the way
+            continue
+        for name in imports(path):
+            theirs = layer(name)
+            assert theirs is None or theirs <= own, f"{module} imports {name}"
+
+
+def test_every_module_has_its_layer() -> None:
+    unplaced = {name for name in modules() if layer(name) is None}
+    assert unplaced == {"derta", "derta.__main__"}
+
+
+@pytest.mark.parametrize("module", ["derta_kernels", "derta.loss", "derta.labels", "derta"])
+def test_the_drop_in_loss_needs_torch_alone(module: str) -> None:
+    heavy = ("transformers", "datasets", "peft", "accelerate", "tokenizers", "matplotlib")
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""},
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_kernels_shadows_no_package_of_that_name() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or "site-packages" in spec.origin
+    for name in ("triton", "torch", "cuda"):
+        assert not (ROOT / "kernels" / "derta_kernels" / name).exists()
+
+
+def test_public_names_resolve() -> None:
+    import derta
+
+    for name in derta.__all__:
+        assert getattr(derta, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = derta.nothing
+
+
+def test_paths_named_in_documents_exist() -> None:
+    documents = [ROOT / "README.md", ROOT / "kernels" / "README.md", *ROOT.glob("examples/*.yaml")]
+    for document in documents:
+        for path in re.findall(
+            r"(?<![\w/.])((?:kernels|derta|benchmarks|tests|examples|docs)/[\w/.-]+\.\w+)",
+            document.read_text(encoding="utf-8"),
+        ):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_versions_agree() -> None:
+    from derta import __version__
+
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
