@@ -1,0 +1,264 @@
+"""The trainer's promises: one gradient however it is computed, exact counts, no silent NaN."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from derta import DertaConfig, DertaTrainer, Dialogue, Triple
+from tiny import tiny_model, tiny_tokenizer
+
+RECORDS = [
+    Triple(
+        prompt=f"How do I paint the {colour} fence?",
+        harmful="Sure, here is how: " + "step one, take the ladder. " * (1 + index % 4),
+        safe="Sorry, I cannot help with that.",
+        id=f"triple-{index}",
+    )
+    for index, colour in enumerate(["green", "brown", "quiet", "seven", "lazy", "quick"])
+] + [
+    Dialogue(
+        messages=[
+            {"role": "user", "content": "What does the fox do?"},
+            {"role": "assistant", "content": "The quick brown fox jumps. " * (index + 1)},
+        ],
+        id=f"dialogue-{index}",
+    )
+    for index in range(3)
+]
+
+
+def settings(directory: Path, **changes: object) -> DertaConfig:
+    return DertaConfig(
+        **{
+            "output_dir": str(directory),
+            "refusal": "Sorry",
+            "branches": 2,
+            "max_length": 256,
+            "max_tokens": 4096,
+            "examples_per_step": len(RECORDS),
+            "max_steps": 1,
+            "optim": "sgd",
+            "learning_rate": 1.0,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "weight_decay": 0.0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **changes,
+        }
+    )
+
+
+def trainer(directory: Path, model: PreTrainedModel | None = None, **changes: object):
+    return DertaTrainer(
+        model=model or tiny_model("llama", dtype=torch.float64),
+        args=settings(directory, **changes),
+        train_dataset=RECORDS,
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def one_step(
+    directory: Path, **changes: object
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """The gradient of one step, as what plain SGD at rate 1 subtracts, and the step's log."""
+    tuned = trainer(directory, **changes)
+    before = {name: value.detach().clone() for name, value in tuned.model.named_parameters()}
+    tuned.train()
+    after = dict(tuned.model.named_parameters())
+    return {name: before[name] - after[name].detach() for name in before}, tuned.state.log_history[
+        0
+    ]
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
+        assert value.norm() > 0, name
+        assert (actual[name] - value).norm() <= 1e-6 * value.norm(), name
+
+
+@pytest.mark.parametrize("loss_norm", ["tokens", "terms"])
+def test_gradients_do_not_depend_on_how_many_packs_a_step_takes(
+    tmp_path: Path, loss_norm: str
+) -> None:
+    expected, log = one_step(tmp_path, loss_norm=loss_norm)
+    packs = {1}
+    for max_tokens in (500, 260):
+        changes = {"loss_norm": loss_norm, "max_tokens": max_tokens}
+        steps = trainer(tmp_path, **changes).train_dataset
+        packs.add(len(steps[0]))
+        actual, other = one_step(tmp_path, **changes)
+        assert_same(actual, expected)
+        for figure in ("loss", "mle_loss", "rto_loss", "refusal_p_1", "refusal_p_10"):
+            assert other[figure] == pytest.approx(log[figure], rel=1e-5), figure
+    assert len(packs) == 3
+
+
+RANK_SCRIPT = """
+import sys
+import torch
+from pathlib import Path
+from test_trainer import one_step
+changes = dict(max_tokens=int(sys.argv[2]), loss_norm=sys.argv[3], ddp_backend="gloo")
+gradient, log = one_step(Path(sys.argv[1]), **changes)
+rank = torch.distributed.get_rank()
+torch.save({"gradient": gradient, "log": log}, Path(sys.argv[1]) / f"rank{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("loss_norm", ["tokens", "terms"])
+def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path: Path, loss_norm: str) -> None:
+    expected, log = one_step(tmp_path, loss_norm=loss_norm)
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    tests = Path(__file__).parent
+    root = tests.parents[1]
+    # 500 tokens make an uneven number of packs, so that one rank runs an empty one.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path), "500", loss_norm],
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{tests}:{tests.parent}:{root}:{root / 'kernels'}",
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        result = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert_same(result["gradient"], expected)
+        for figure in ("loss", "mle_loss", "rto_loss", "live_rows"):
+            assert result["log"][figure] == pytest.approx(log[figure], rel=2e-2), figure
+
+
+def test_official_norm_is_the_mean_of_pack_means(tmp_path: Path) -> None:
+    tuned = trainer(tmp_path, loss_norm="official", max_tokens=500)
+    packs = tuned.train_dataset[0]
+    assert len(packs) > 1
+    losses = [tuned.model(**pack.model_inputs()).loss.item() for pack in packs]
+    tuned.train()
+    assert tuned.state.log_history[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_terms_are_weighed_by_their_own_means(tmp_path: Path) -> None:
+    log = one_step(tmp_path, loss_norm="terms", rto_weight=0.5)[1]
+    assert log["loss"] == pytest.approx(log["mle_loss"] + 0.5 * log["rto_loss"], rel=1e-5)
+
+
+def test_logged_figures_are_those_of_the_batch(tmp_path: Path) -> None:
+    tuned = trainer(tmp_path)
+    (pack,) = tuned.train_dataset[0]
+    output = tuned.model(**pack.model_inputs())
+    tuned.train()
+    log = tuned.state.log_history[0]
+    rto, live = pack.rto_mask, pack.rto_mask | (pack.shift_labels != -100)
+    assert log["mle_loss"] == pytest.approx(output.next_nll.sum().item() / pack.next_count)
+    assert log["rto_loss"] == pytest.approx(output.refusal_nll[rto].mean().item())
+    assert log["live_rows"] == pytest.approx(live.float().mean().item())
+    share = pack.rto_count / (pack.rto_count + pack.next_count)
+    assert log["rto_targets"] == pytest.approx(share)
+    assert log["loss"] == pytest.approx(
+        (1 - share) * log["mle_loss"] + share * log["rto_loss"], rel=1e-5
+    )
+    for tenth in range(10):
+        rows = rto & (pack.depth_tenth == tenth)
+        expected = torch.exp(-output.refusal_nll[rows]).mean().item()
+        assert log[f"refusal_p_{tenth + 1}"] == pytest.approx(expected, rel=1e-5)
+    assert log["tokens_per_s"] > 0
+
+
+def test_steps_and_schedule_are_known_before_training(tmp_path: Path) -> None:
+    tuned = trainer(tmp_path, examples_per_step=4, max_steps=-1, num_train_epochs=2, max_tokens=260)
+    tuned.train()
+    assert tuned.state.global_step == 2 * math.ceil(len(RECORDS) / 4)
+    assert tuned.state.epoch == 2.0
+
+
+class _Poison(nn.Module):
+    def __init__(self, norm: nn.Module, calls: int) -> None:
+        super().__init__()
+        self.norm, self.calls = norm, calls
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.calls -= self.training
+        return self.norm(hidden) * (float("nan") if self.calls < 0 else 1.0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path: Path) -> None:
+    tuned = trainer(
+        tmp_path,
+        examples_per_step=1,
+        max_steps=6,
+        logging_steps=5,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    tuned.model.model.norm = _Poison(tuned.model.model.norm, calls=2)
+    expected = tuned.train_dataset[2][0].example_ids[0]
+    with pytest.raises(FloatingPointError, match=f"at step 3 in the pack of examples {expected};"):
+        tuned.train()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path: Path) -> None:
+    changes = {
+        "examples_per_step": 3,
+        "max_steps": 5,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = trainer(tmp_path / "whole", **changes)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    assert not list(tmp_path.rglob("training_args.bin"))
+
+
+def test_evaluation_reports_the_loss_of_held_out_records(tmp_path: Path) -> None:
+    tuned = trainer(tmp_path)
+    (pack,) = tuned.train_dataset[0]
+    expected = tuned.model(**pack.model_inputs()).loss.item()
+    figures = tuned.evaluate(RECORDS)
+    assert figures["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert not tuned.model.training
+    with pytest.raises(ValueError, match="evaluate needs records"):
+        tuned.evaluate()
+
+
+def test_router_loss_is_averaged_over_the_packs_of_a_step(tmp_path: Path) -> None:
+    tuned = trainer(
+        tmp_path, tiny_model("mixtral", dtype=torch.float64), max_tokens=500, rto_weight=0.0
+    )
+    packs = tuned.train_dataset[0]
+    router = [0.1 * tuned.model(**pack.model_inputs()).aux_loss.item() for pack in packs]
+    tuned.train()
+    log = tuned.state.log_history[0]
+    main = log["mle_loss"] * (1 - log["rto_targets"])
+    assert log["loss"] == pytest.approx(main + sum(router) / len(router), rel=1e-5)
+
+
+def test_examples_that_do_not_fit_are_counted_and_none_left_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no example is left to train on: 9 given, 9 longer than"):
+        trainer(tmp_path, max_length=8)
+
+
+def test_a_tokenizer_is_required(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="processing_class must be the model's tokenizer"):
+        DertaTrainer(model=tiny_model("llama"), args=settings(tmp_path), train_dataset=RECORDS)
