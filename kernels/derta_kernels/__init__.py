@@ -1,0 +1,6 @@
+"""Compute ops of decoupled refusal training: plain tensors in, plain tensors out.
+
+Each op is a package of its own (`derta_kernels.head_loss`, `derta_kernels.attention`) that holds
+its implementations and the one place that chooses between them. Nothing here knows of tokenizers,
+models or trainers; `kernels/README.md` has the mathematics.
+"""

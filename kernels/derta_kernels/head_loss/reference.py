@@ -1,0 +1,47 @@
+"""The head loss as its definition: all logits at once, differentiated by autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def head_loss_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    token_weight: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, logsumexp and nll of rows that all have a target.
+
+    What every other implementation must equal up to rounding: the oracle in float64, "eager" in any
+    other dtype.
+
+    Memory: about five float32 copies of the n x V logits at the height of the backward pass.
+
+    Args:
+        hidden: (n, d) floating point.
+        weight: (V, d) in hidden's dtype.
+        bias: (V,) in hidden's dtype, or None.
+        tokens: (n, 2) int64, the tokens that each row is trained to say, within [0, V).
+        token_weight: (n, 2) in the dtype to compute in, the weight of each of them; a token of
+            weight 0 is no target, its nll reported but kept out of the loss.
+        softcap: bound of the logits, > 0, or None.
+        logit_scale: factor of the logits.
+
+    Returns:
+        loss (), differentiable; logsumexp (n,) and nll (n, 2), detached; all in token_weight's
+        dtype.
+    """
+    z = logit_scale * F.linear(hidden, weight, bias).to(token_weight.dtype)  # (n, V)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    highest = z.detach().amax(1, keepdim=True)  # a constant to autograd: it cancels
+    log_sum = (z - highest).exp().sum(1, keepdim=True).log()
+    nll = (highest - z.gather(1, tokens)) + log_sum
+    loss = (token_weight * nll.where(token_weight != 0, 0.0)).sum()
+    return loss, (highest + log_sum).squeeze(1).detach(), nll.detach()

@@ -1,0 +1,165 @@
+"""What tests and benchmarks of the ops share: inputs with a signal, and what error is allowed.
+
+Random logits make poor inputs: every target has a probability of about 1/V, its gradient is -1 and
+no cancellation shows. `head_case` makes rows that are as sure of their target as trained ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROBABILITIES = (0.5, 0.9, 0.99, 0.9999, 0.99999)
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """Arguments of `head_loss`, by its names."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    rto_mask: Tensor
+    refusal_token_id: int
+    next_weight: Tensor
+    rto_weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    def to(self, dtype: torch.dtype) -> HeadCase:
+        """The same case with hidden, weight and bias in another dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
+
+    def requiring_gradients(self) -> HeadCase:
+        """The same case on fresh leaves: hidden, weight and bias require a gradient."""
+        bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()
+        return replace(
+            self,
+            hidden=self.hidden.detach().clone().requires_grad_(),
+            weight=self.weight.detach().clone().requires_grad_(),
+            bias=bias,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `head_loss`."""
+        return dict(vars(self))
+
+
+def head_case(
+    rows: int = 60,
+    width: int = 128,
+    vocabulary: int = 97,
+    *,
+    dtype: torch.dtype = torch.float64,
+    probabilities: Sequence[float] = PROBABILITIES,
+    bias: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    seed: int = 0,
+) -> HeadCase:
+    """Rows of every kind that are as sure of a target as `probabilities` says.
+
+    Five kinds take turns: a next token, the refusal token, both, both and the same, none. The
+    probability is that of the next token, or of the refusal token where that is the only target;
+    it is exact in float64 and moves by what rounding the inputs moves it in other dtypes.
+
+    Args:
+        rows, width, vocabulary: N, d and V; V must be at least 2.
+        dtype: of hidden, weight and bias, which are rounded to it; row weights are float32.
+        probabilities: in (0, 1), taken in turn, each for five rows.
+        bias, softcap, logit_scale: the head's, see `head_loss`.
+        seed: everything is drawn from it.
+
+    Raises:
+        ValueError: the rows are too narrow, or the cap too low, for a probability.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    refusal_token_id = vocabulary // 3
+    kind = torch.arange(rows) % 5
+    target = torch.randint(vocabulary - 1, (rows,), generator=generator)
+    target += target >= refusal_token_id  # any token but the refusal token
+    target[kind == 3] = refusal_token_id
+    sure_of = torch.where(kind == 1, refusal_token_id, target)
+    target[(kind == 1) | (kind == 4)] = -100
+
+    weight = normal(vocabulary, width) / math.sqrt(width)
+    bias_vector = normal(vocabulary) if bias else None
+    towards = weight[sure_of] / weight[sure_of].square().sum(1, keepdim=True)
+    hidden = normal(rows, width)
+    odds = torch.tensor(probabilities, dtype=torch.float64).logit()
+    odds = odds[torch.arange(rows) // 5 % len(probabilities), None]
+    for _ in range(40):
+        z = hidden @ weight.T if bias_vector is None else hidden @ weight.T + bias_vector
+        z = logit_scale * z
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        own = z.gather(1, sure_of[:, None])
+        others = z.scatter(1, sure_of[:, None], -torch.inf).logsumexp(1, keepdim=True)
+        missing = odds - (own - others)
+        hidden += missing / logit_scale * towards
+    if (missing.abs() > 1e-3).any():
+        raise ValueError(
+            f"probabilities must be within reach of width {width} and softcap {softcap}, "
+            f"got {tuple(probabilities)}"
+        )
+
+    return HeadCase(
+        hidden=hidden,
+        weight=weight,
+        target=target,
+        rto_mask=(kind == 1) | (kind == 2) | (kind == 3),
+        refusal_token_id=refusal_token_id,
+        next_weight=0.5 + torch.rand(rows, generator=generator),
+        rto_weight=0.5 + torch.rand(rows, generator=generator),
+        bias=bias_vector,
+        softcap=softcap,
+        logit_scale=logit_scale,
+    ).to(dtype)
+
+
+def relative_error(actual: Tensor, oracle: Tensor) -> float:
+    """Root mean square, over rows, of each row's error relative to the row's own size.
+
+    A row is a vector along the last dimension of a matrix, or one number of anything smaller. Rows
+    are weighed by their own size because a converged row's gradient is a millionth of another's,
+    and would vanish in a norm over all of them. Rows that are zero in the oracle must be zero.
+    """
+    as_rows = oracle if oracle.dim() == 2 else oracle.reshape(-1, 1)
+    error = (actual.to(oracle.dtype).reshape(as_rows.shape) - as_rows).norm(dim=1)
+    size = as_rows.norm(dim=1)
+    if (error[size == 0] != 0).any() or not error.isfinite().all():
+        return math.inf
+    return (error / size)[size != 0].square().mean().sqrt().item() if size.any() else 0.0
+
+
+def error_budget(eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
+    """2 x (eager's error + one rounding band): the `relative_error` an implementation may have.
+
+    Args:
+        eager: the reference implementation's result in `dtype`.
+        oracle: the same in float64, on inputs already rounded to `dtype`.
+        dtype: of the inputs; its band is the distance between neighbours, relative to their size.
+    """
+    return 2 * (relative_error(eager, oracle) + torch.finfo(dtype).eps)
+
+
+def equals_snippet(function: Callable[..., Any]) -> str:
+    """The lines of eager PyTorch under the line "Equals, ...:" of a docstring."""
+    _, found, after = (inspect.getdoc(function) or "").partition("\nEquals, ")
+    _, _, block = after.partition(":\n\n")
+    if not found or not block.startswith("    "):
+        raise ValueError(f"{function.__name__} must document what it equals in indented lines")
+    return textwrap.dedent(block.partition("\n\n")[0])

@@ -1,0 +1,547 @@
+"""The head loss: exact where it must be, silent about nothing, and no larger than it says."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+
+from derta_kernels.head_loss import HeadLoss, chunked, head_loss
+from derta_kernels.testing import (
+    PROBABILITIES,
+    HeadCase,
+    equals_snippet,
+    error_budget,
+    head_case,
+    relative_error,
+)
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": dict(),
+    "bias": dict(bias=True),
+    "softcap": dict(softcap=50.0),
+    "scale": dict(logit_scale=0.25),
+    "bias, softcap and scale": dict(bias=True, softcap=60.0, logit_scale=2.0),
+}
+LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, *LOW_PRECISION]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows a chunk, so that sixty make several and the last is ragged."""
+    monkeypatch.setattr(chunked, "SCRATCH_LOGITS", 7 * 97)
+    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 1)
+
+
+def results(case: HeadCase, impl: str, upstream: float = 1.0) -> dict[str, Tensor]:
+    """Everything the op gives: the rows' numbers, the loss and all gradients."""
+    case = case.requiring_gradients()
+    out = head_loss(**case.arguments(), impl=impl)
+    leaves = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    gradients = torch.autograd.grad(upstream * out.loss, list(leaves.values()))
+    named = {f"d_{name}": g for name, g in zip(leaves, gradients, strict=True)}
+    return {**out._asdict(), "loss": out.loss.detach(), **named}
+
+
+def assert_within_budget(case: HeadCase, dtype: torch.dtype, upstream: float = 1.0) -> None:
+    rounded = case.to(dtype)
+    oracle = results(rounded.to(torch.float64), "reference", upstream)
+    eager = results(rounded, "reference", upstream)
+    actual = results(rounded, "torch", upstream)
+    for name in oracle:
+        budget = error_budget(eager[name], oracle[name], dtype)
+        assert budget < 0.5, f"{name}: eager itself is off by {budget / 2:.2g}, a budget of nothing"
+        assert relative_error(actual[name], oracle[name]) <= budget, name
+
+
+# Values
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_it_equals_its_documented_equation(head: str, impl: str) -> None:
+    case = head_case(probabilities=(0.5,), **HEADS[head]).requiring_gradients()
+    names = case.arguments() | dict(torch=torch, F=F, ignore_index=-100)
+    # The snippet computes in float32, which in float64 means: not rounding at all.
+    exec(equals_snippet(head_loss).replace(".float()", ""), names)
+    leaves = [leaf for leaf in (case.hidden, case.weight, case.bias) if leaf is not None]
+    expected = [names["loss"], *torch.autograd.grad(names["loss"], leaves)]
+    loss = head_loss(**case.arguments(), impl=impl).loss
+    actual = [loss, *torch.autograd.grad(loss, leaves)]
+    sum_of_terms = case.weight.shape[0] * torch.finfo(torch.float64).eps
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a.detach(), e.detach()) <= sum_of_terms
+
+
+@pytest.mark.parametrize("upstream", [1.0, -0.37, 1024.0])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_loss_rows_and_gradients_are_as_exact_as_eager(
+    dtype: torch.dtype, head: str, upstream: float
+) -> None:
+    assert_within_budget(head_case(**HEADS[head]), dtype, upstream)
+
+
+@pytest.mark.parametrize("probability", PROBABILITIES)
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_converged_rows_keep_their_loss_and_gradient(
+    dtype: torch.dtype, probability: float
+) -> None:
+    assert_within_budget(head_case(probabilities=(probability,)), dtype)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_gradients_are_the_derivatives_of_the_loss(head: str) -> None:
+    case = head_case(10, 24, 11, probabilities=(0.5,), **HEADS[head]).requiring_gradients()
+    leaves = [leaf for leaf in (case.hidden, case.weight, case.bias) if leaf is not None]
+
+    def loss(*_: Tensor) -> Tensor:
+        return head_loss(**case.arguments(), impl="torch").loss
+
+    assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_row_has_a_negative_loss(dtype: torch.dtype, impl: str) -> None:
+    case = head_case(400, probabilities=(0.9999, 1 - 1e-7, 1 - 1e-12), dtype=dtype)
+    out = head_loss(**case.arguments(), impl=impl)
+    assert (out.next_nll >= 0).all() and (out.refusal_nll >= 0).all() and out.loss >= 0
+
+
+@pytest.mark.parametrize("level", [-1e4, 0.0, 1e4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_logits_of_any_level_give_log_v(dtype: torch.dtype, level: float) -> None:
+    hidden = torch.full((3, 4), level / 4).to(dtype).requires_grad_()
+    weight, target = torch.ones(8, 4, dtype=dtype), torch.tensor([0, 5, 7])
+    out = head_loss(hidden, weight, target)
+    torch.testing.assert_close(out.next_nll.double(), torch.full((3,), math.log(8)).double())
+    out.loss.backward()
+    assert hidden.grad is not None and torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_tokens_that_a_bias_forbids_are_no_concern_of_rows_that_do_not_want_them() -> None:
+    case = head_case(bias=True)
+    assert case.bias is not None
+    case.bias[case.refusal_token_id] = -torch.inf
+    no_rto = replace(case, rto_mask=torch.zeros_like(case.rto_mask)).requiring_gradients()
+    wanted = no_rto.target != no_rto.refusal_token_id
+    no_rto = replace(no_rto, target=no_rto.target.where(wanted, -100))
+    out = head_loss(**no_rto.arguments())
+    out.loss.backward()
+    assert out.loss.isfinite() and (out.refusal_nll[no_rto.target != -100] == torch.inf).all()
+    assert no_rto.hidden.grad is not None and no_rto.hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_each_row_reports_its_logsumexp_and_both_losses(impl: str) -> None:
+    case = head_case()
+    out = head_loss(**case.arguments(), impl=impl)
+    log_p = torch.log_softmax(case.hidden @ case.weight.T, 1)
+    has_next = case.target != -100
+    live = has_next | case.rto_mask
+    assert has_next.sum() < live.sum() < len(live)  # every kind of row is there
+    next_log_p = log_p.gather(1, case.target.clamp(min=0)[:, None])[:, 0]
+    rows = torch.linalg.vecdot(case.hidden, case.hidden) * 0  # zeros of the right kind
+    for actual, expected in (
+        (out.logsumexp, (case.hidden @ case.weight.T).logsumexp(1).where(live, rows)),
+        (out.next_nll, -next_log_p.where(has_next, rows)),
+        (out.refusal_nll, -log_p[:, case.refusal_token_id].where(live, rows)),
+    ):
+        assert not actual.requires_grad
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_without_a_refusal_token_it_is_the_next_token_loss_alone() -> None:
+    case = head_case()
+    out = head_loss(case.hidden, case.weight, case.target)
+    expected = F.cross_entropy(case.hidden @ case.weight.T, case.target, reduction="sum")
+    torch.testing.assert_close(out.loss, expected)
+    assert torch.equal(out.refusal_nll, torch.zeros_like(out.refusal_nll))
+
+
+# Rows
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_dead_rows_are_never_read(impl: str) -> None:
+    case = head_case().requiring_gradients()
+    dead = (case.target == -100) & ~case.rto_mask
+    poisoned = replace(
+        case,
+        hidden=case.hidden.detach().masked_fill(dead[:, None], torch.nan).requires_grad_(),
+        next_weight=case.next_weight.masked_fill(case.target == -100, torch.nan),
+        rto_weight=case.rto_weight.masked_fill(~case.rto_mask, torch.nan),
+    )
+    clean, out = (head_loss(**c.arguments(), impl=impl) for c in (case, poisoned))
+    clean.loss.backward()
+    out.loss.backward()
+    assert torch.equal(out.loss, clean.loss)
+    for actual, expected in ((poisoned.hidden, case.hidden), (case.weight, case.weight)):
+        assert actual.grad is not None and expected.grad is not None
+        assert torch.equal(actual.grad, expected.grad)
+    assert poisoned.hidden.grad is not None and not poisoned.hidden.grad[dead].any()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_live_row_is_a_finite_zero_with_a_gradient(
+    dtype: torch.dtype, impl: str, rows: int
+) -> None:
+    case = head_case(rows, bias=True, dtype=dtype).requiring_gradients()
+    case = replace(
+        case,
+        target=torch.full_like(case.target, -100),
+        rto_mask=torch.zeros_like(case.rto_mask),
+    )
+    out = head_loss(**case.arguments(), impl=impl)
+    out.loss.backward()
+    assert out.loss == 0
+    for leaf in (case.hidden, case.weight, case.bias):
+        assert leaf is not None and leaf.grad is not None
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+def test_one_row_is_enough() -> None:
+    case = head_case()
+    rows = dict(vars(case)) | {
+        name: getattr(case, name)[2:3]
+        for name in ("hidden", "target", "rto_mask", "next_weight", "rto_weight")
+    }
+    single, whole = head_loss(**rows), head_loss(**case.arguments())
+    torch.testing.assert_close(single.next_nll, whole.next_nll[2:3])
+    torch.testing.assert_close(single.refusal_nll, whole.refusal_nll[2:3])
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_strides_do_not_matter(impl: str) -> None:
+    case = head_case(bias=True)
+    strided = replace(
+        case,
+        hidden=case.hidden.T.contiguous().T,
+        weight=case.weight.repeat_interleave(2, dim=1)[:, ::2],
+        target=case.target.repeat_interleave(3)[::3],
+        rto_mask=case.rto_mask.repeat_interleave(2)[::2],
+    )
+    assert not strided.hidden.is_contiguous() and not strided.weight.is_contiguous()
+    expected = results(case, impl)
+    for name, actual in results(strided, impl).items():
+        torch.testing.assert_close(actual, expected[name], msg=name)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("required", list(itertools.product([False, True], repeat=3)))
+def test_only_required_gradients_are_formed(required: tuple[bool, bool, bool]) -> None:
+    everything = results(head_case(bias=True), "torch")
+    case = head_case(bias=True)
+    leaves = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+    for leaf, needed in zip(leaves.values(), required, strict=True):
+        assert leaf is not None
+        leaf.requires_grad_(needed)
+    loss = head_loss(**case.arguments()).loss
+    assert loss.requires_grad == any(required) and torch.equal(loss.detach(), everything["loss"])
+    if any(required):
+        loss.backward()
+    for (name, leaf), needed in zip(leaves.items(), required, strict=True):
+        assert leaf is not None
+        if needed:
+            assert leaf.grad is not None and torch.equal(leaf.grad, everything[f"d_{name}"])
+        else:
+            assert leaf.grad is None
+
+
+def test_without_grad_mode_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = head_case().requiring_gradients()
+    row_pass, asked = chunked._row_pass, []
+    monkeypatch.setattr(
+        chunked, "_row_pass", lambda *args: (asked.append(args[-1]), row_pass(*args))[1]
+    )
+    with torch.no_grad():
+        assert not head_loss(**case.arguments()).loss.requires_grad
+    assert asked and not any(asked)
+
+
+def test_two_backward_passes_give_twice_the_gradient_and_a_third_raises() -> None:
+    case = head_case().requiring_gradients()
+    loss = head_loss(**case.arguments()).loss
+    loss.backward(retain_graph=True)
+    assert case.hidden.grad is not None and case.weight.grad is not None
+    once = case.hidden.grad.clone(), case.weight.grad.clone()
+    loss.backward()
+    assert torch.equal(case.hidden.grad, 2 * once[0])
+    assert torch.equal(case.weight.grad, 2 * once[1])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("leaf", ["hidden", "weight"])
+@pytest.mark.parametrize("upstream", ["one", "differentiable"])
+def test_a_second_derivative_is_an_error_that_says_so(leaf: str, upstream: str) -> None:
+    case = head_case().requiring_gradients()
+    loss = head_loss(**case.arguments()).loss
+    loss = loss if upstream == "one" else loss.square()
+    (gradient,) = torch.autograd.grad(loss, getattr(case, leaf), create_graph=True)
+    with pytest.raises(NotImplementedError, match="head_loss has no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), [case.hidden, case.weight])
+
+
+def test_the_reference_differentiates_twice() -> None:
+    case = head_case().requiring_gradients()
+    loss = head_loss(**case.arguments(), impl="reference").loss
+    (gradient,) = torch.autograd.grad(loss, case.hidden, create_graph=True)
+    gradient.square().sum().backward()
+    assert case.hidden.grad is not None and case.hidden.grad.any()
+
+
+def test_repeated_calls_agree_in_every_bit() -> None:
+    case = head_case(dtype=torch.bfloat16, bias=True)
+    first, second = results(case, "torch"), results(case, "torch")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:
+    ids = torch.arange(60) * 7 % 97
+
+    def gradient(impl: str) -> Tensor:
+        case = head_case()
+        table = case.weight.requires_grad_()
+        head_loss(**case.arguments() | dict(hidden=table[ids]), impl=impl).loss.backward()
+        assert table.grad is not None
+        return table.grad
+
+    torch.testing.assert_close(gradient("torch"), gradient("reference"))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters_own(
+    impl: str, hidden_dtype: torch.dtype
+) -> None:
+    case = head_case(bias=True, dtype=torch.float32)
+    case = replace(case, hidden=case.hidden.to(hidden_dtype))
+    cast = results(case.to(torch.bfloat16), impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = results(case, impl)
+    for name, value in actual.items():
+        assert torch.equal(value, cast[name].to(value.dtype)), name
+    assert actual["d_weight"].dtype == actual["d_bias"].dtype == torch.float32
+    assert actual["d_hidden"].dtype == hidden_dtype
+
+
+# float16
+
+
+def test_float16_sums_beyond_its_range_come_back_into_it_with_the_mean() -> None:
+    rows = 6000
+    hidden = torch.full((rows, 4), 50.0, dtype=torch.float16)
+    weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
+    out = head_loss(hidden, weight, torch.zeros(rows, dtype=torch.int64))
+    (out.loss / rows).backward()  # the sum in row 0 is -262,500, beyond float16's 65,504
+    expected = torch.full((8, 1), 50 / 8)
+    expected[0] -= 50
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad.float(), expected.expand(8, 4), rtol=1e-3, atol=0)
+
+
+def test_float16_gradients_do_not_depend_on_where_a_factor_enters() -> None:
+    case = head_case(dtype=torch.float16, probabilities=(0.99999,))
+    tiny = replace(case, next_weight=case.next_weight * 2**-14, rto_weight=case.rto_weight * 2**-14)
+    plain, restored = results(case, "torch"), results(tiny, "torch", upstream=2.0**14)
+    for name in ("d_hidden", "d_weight"):
+        assert torch.equal(plain[name], restored[name]), name
+
+
+def test_float16_converged_rows_are_as_exact_as_eagers_under_a_loss_scale() -> None:
+    """Eager gains from it: its gradients of 1e-5 are scaled before they are rounded."""
+    assert_within_budget(head_case(probabilities=(0.99999,)), torch.float16, upstream=64.0)
+
+
+# Memory and host transfers
+
+
+def peak_bytes(function: Any) -> int:
+    """Most bytes alive at once of those that `function` allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = [e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(events, initial=0))
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_a_frozen_head_never_allocates_its_gradient(dtype: torch.dtype) -> None:
+    case = head_case(20, 512, 997).to(dtype).requiring_gradients()
+    frozen = replace(case, weight=case.weight.detach())
+    weight_gradient = 4 * case.weight.numel()
+
+    def step(case: HeadCase) -> int:
+        return peak_bytes(lambda: head_loss(**case.arguments()).loss.backward())
+
+    assert step(frozen) < 0.6 * weight_gradient  # the product's own scratch, no float32 V x d
+    assert step(case) > weight_gradient
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_memory_is_what_the_formula_says(
+    trainable: bool, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "SCRATCH_LOGITS", 64 * 3001)
+    n, d, vocabulary, rows = 256, 48, 3001, 64
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, d, generator=generator, requires_grad=True)
+    weight = torch.randn(vocabulary, d, generator=generator, requires_grad=trainable)
+    target = torch.randint(vocabulary, (n,), generator=generator)
+    formula = 4 * rows * vocabulary * (2 if softcap else 1) + 4 * n * d
+    formula += 4 * vocabulary * d if trainable else 0
+    held: list[HeadLoss] = []
+    peak = peak_bytes(lambda: held.append(head_loss(hidden, weight, target, softcap=softcap)))
+    assert formula <= peak <= 1.05 * formula
+
+
+class HostTransfers(TorchFunctionMode):
+    """Counts the calls that would make a CUDA device and its host wait for one another."""
+
+    WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "__bool__", "__int__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        boolean_index = function is Tensor.__getitem__ and (
+            isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+        )
+        self.count += boolean_index or function.__name__ in self.WAITING
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_live_count_and_range_check_share_the_one_host_transfer(impl: str) -> None:
+    case = head_case(bias=True, softcap=50.0).requiring_gradients()
+    with HostTransfers() as transfers:
+        head_loss(**case.arguments(), impl=impl).loss.backward()
+    assert transfers.count == 1
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(hidden=[1.0]), TypeError, "hidden must be a tensor, got list"),
+        (dict(hidden=torch.zeros(2, 3, 8)), ValueError, r"hidden must have shape \(N, d\), got"),
+        (dict(hidden=torch.zeros(5, 8).long()), ValueError, "hidden must be float16 or bfloat16"),
+        (
+            dict(weight=torch.zeros(11, 9)),
+            ValueError,
+            r"weight must have shape \(V, d\) = \(11, 8\), got \(11, 9\)",
+        ),
+        (dict(weight=torch.zeros(8)), ValueError, r"weight must have shape \(V, d\), got \(8,\)"),
+        (dict(weight=torch.zeros(0, 8)), ValueError, "weight must have at least one row"),
+        (
+            dict(weight=torch.zeros(11, 8).half()),
+            ValueError,
+            "weight must have hidden's dtype torch.float32, got torch.float16: cast",
+        ),
+        (dict(weight=torch.zeros(11, 8, device="meta")), ValueError, "weight must be on cpu"),
+        (
+            dict(target=torch.zeros(4).long()),
+            ValueError,
+            r"target must have shape \(N,\) = \(5,\), got \(4,\)",
+        ),
+        (dict(target=torch.zeros(5)), ValueError, "target must be int64, got torch.float32"),
+        (
+            dict(target=torch.tensor([0, 1, 11, 2, 3])),
+            ValueError,
+            r"target must lie in \[0, V\) = \[0, 11\) or be ignore_index, got 11 \(1 such rows\)",
+        ),
+        (dict(target=torch.tensor([0, -1, 1, 2, 3])), ValueError, "target must lie in .* got -1"),
+        (dict(target=torch.full((5,), -100), ignore_index=-1), ValueError, "target must lie in"),
+        (dict(rto_mask=torch.zeros(5)), ValueError, "rto_mask must be bool, got torch.float32"),
+        (dict(rto_mask=torch.zeros(6).bool()), ValueError, r"rto_mask must have shape \(N,\)"),
+        (dict(refusal_token_id=None), ValueError, "refusal_token_id is required with rto_mask"),
+        (dict(refusal_token_id=11), ValueError, r"refusal_token_id must lie in \[0, V\) = \[0, 11"),
+        (dict(refusal_token_id=-1), ValueError, "refusal_token_id must lie in"),
+        (dict(refusal_token_id="Sorry"), TypeError, "refusal_token_id must be int or NoneType"),
+        (dict(next_weight=torch.ones(4)), ValueError, r"next_weight must have shape \(N,\)"),
+        (dict(rto_weight=torch.ones(5).long()), ValueError, "rto_weight must be float16 or"),
+        (
+            dict(next_weight=torch.ones(5, requires_grad=True)),
+            ValueError,
+            "next_weight must not require a gradient",
+        ),
+        (dict(bias=torch.zeros(8)), ValueError, r"bias must have shape \(V,\) = \(11,\)"),
+        (dict(bias=torch.zeros(11).double()), ValueError, "bias must have hidden's dtype"),
+        (dict(softcap=0.0), ValueError, "softcap must be finite and > 0, or None, got 0.0"),
+        (dict(softcap="30"), TypeError, "softcap must be int or float or NoneType, got str"),
+        (dict(logit_scale=math.nan), ValueError, "logit_scale must be finite and not 0, got nan"),
+        (dict(logit_scale=None), TypeError, "logit_scale must be int or float, got NoneType"),
+        (dict(ignore_index=None), TypeError, "ignore_index must be int, got NoneType"),
+        (dict(impl="cuda"), ValueError, "impl must be one of auto, reference, torch, got 'cuda'"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_was_expected(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments: dict[str, Any] = dict(
+        hidden=torch.zeros(5, 8),
+        weight=torch.zeros(11, 8),
+        target=torch.arange(5),
+        rto_mask=torch.ones(5, dtype=torch.bool),
+        refusal_token_id=3,
+    )
+    with pytest.raises(error, match=message):
+        head_loss(**arguments | change)
+
+
+# The tools of these tests
+
+
+def test_head_case_is_as_sure_of_its_targets_as_it_says() -> None:
+    case = head_case(50, bias=True, softcap=60.0)
+    assert case.bias is not None
+    z = 60 * torch.tanh((case.hidden @ case.weight.T + case.bias) / 60)
+    sure_of = torch.where(case.target == -100, case.refusal_token_id, case.target)
+    p = z.softmax(1).gather(1, sure_of[:, None])[:, 0]
+    live = (case.target != -100) | case.rto_mask
+    expected = torch.tensor(PROBABILITIES).repeat_interleave(5).repeat(2).double()
+    torch.testing.assert_close(1 - p[live], 1 - expected[live], rtol=2e-2, atol=1e-7)
+    both = (case.target != -100) & case.rto_mask
+    assert (case.target[both] == case.refusal_token_id).any()
+    assert (case.target[both] != case.refusal_token_id).any()
+    with pytest.raises(
+        ValueError, match="probabilities must be within reach of width 128 and softcap 1.0"
+    ):
+        head_case(softcap=1.0)
+
+
+def test_relative_error_sees_small_rows_and_zeros_that_are_none() -> None:
+    oracle = torch.tensor([[1.0, 1.0], [1e-6, 0.0], [0.0, 0.0]])
+    assert relative_error(oracle, oracle) == 0
+    off = oracle.clone()
+    off[1] *= 1.5
+    assert math.isclose(relative_error(off, oracle), 0.5 / math.sqrt(2), rel_tol=1e-6)
+    off[2, 0] = 1e-9
+    assert relative_error(off, oracle) == math.inf
+    assert relative_error(torch.full_like(oracle, torch.nan), oracle) == math.inf
+
+
+def test_equals_snippet_refuses_a_docstring_without_an_equation() -> None:
+    with pytest.raises(ValueError, match="results must document what it equals"):
+        equals_snippet(results)
