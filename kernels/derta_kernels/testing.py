@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 PROBABILITIES = (0.5, 0.9, 0.99, 0.9999, 0.99999)
 
@@ -154,6 +155,30 @@ def error_budget(eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
         dtype: of the inputs; its band is the distance between neighbours, relative to their size.
     """
     return 2 * (relative_error(eager, oracle) + torch.finfo(dtype).eps)
+
+
+class HostTransfers(TorchFunctionMode):
+    """Counts, while active, the calls that would make a CUDA device and its host wait.
+
+    They are counted on the CPU too, so a machine without a GPU can hold an op to its promise.
+    """
+
+    WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "__bool__", "__int__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        by_mask = func is Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool
+        self.count += by_mask or func.__name__ in self.WAITING
+        return func(*args, **(kwargs or {}))
 
 
 def equals_snippet(function: Callable[..., Any]) -> str:

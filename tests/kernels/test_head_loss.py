@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
-from derta_kernels.head_loss import HeadLoss, chunked, head_loss
+from derta_kernels.head_loss import HeadLoss, choose, chunked, head_loss
 from derta_kernels.testing import (
     PROBABILITIES,
     HeadCase,
+    HostTransfers,
     equals_snippet,
     error_budget,
     head_case,
@@ -274,6 +274,15 @@ def test_without_grad_mode_no_gradient_is_formed(monkeypatch: pytest.MonkeyPatch
     assert asked and not any(asked)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_upstream_gradient_keeps_its_precision(dtype: torch.dtype) -> None:
+    """1/3 rounded to bfloat16 would be off by 0.2% everywhere."""
+    case = head_case(dtype=dtype)
+    stored = results(case, "torch")["d_hidden"]
+    expected = (stored.float() * torch.tensor(1 / 3)).to(dtype)
+    assert torch.equal(results(case, "torch", upstream=1 / 3)["d_hidden"], expected)
+
+
 def test_two_backward_passes_give_twice_the_gradient_and_a_third_raises() -> None:
     case = head_case().requiring_gradients()
     loss = head_loss(**case.arguments()).loss
@@ -389,8 +398,8 @@ def test_a_frozen_head_never_allocates_its_gradient(dtype: torch.dtype) -> None:
     def step(case: HeadCase) -> int:
         return peak_bytes(lambda: head_loss(**case.arguments()).loss.backward())
 
-    assert step(frozen) < 0.6 * weight_gradient  # the product's own scratch, no float32 V x d
-    assert step(case) > weight_gradient
+    # The products' own scratch differs between machines, and is the same for both.
+    assert step(case) - step(frozen) >= weight_gradient
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
@@ -411,23 +420,14 @@ def test_memory_is_what_the_formula_says(
     assert formula <= peak <= 1.05 * formula
 
 
-class HostTransfers(TorchFunctionMode):
-    """Counts the calls that would make a CUDA device and its host wait for one another."""
-
-    WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "__bool__", "__int__")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        boolean_index = function is Tensor.__getitem__ and (
-            isinstance(args[1], Tensor) and args[1].dtype == torch.bool
-        )
-        self.count += boolean_index or function.__name__ in self.WAITING
-        return function(*args, **(kwargs or {}))
+@pytest.mark.parametrize(("softcap", "copies"), [(None, 3), (50.0, 4)])
+def test_the_reference_holds_all_logits_a_few_times(softcap: float | None, copies: int) -> None:
+    case = replace(head_case(512, 64, 3001, dtype=torch.float32), softcap=softcap)
+    case = case.requiring_gradients()
+    peak = peak_bytes(lambda: head_loss(**case.arguments(), impl="reference").loss.backward())
+    live = (case.target != -100) | case.rto_mask
+    formula = 4 * copies * int(live.sum()) * 3001
+    assert formula <= peak <= 1.1 * formula
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -508,6 +508,12 @@ def test_a_wrong_argument_is_named_with_what_was_expected(
     )
     with pytest.raises(error, match=message):
         head_loss(**arguments | change)
+
+
+def test_a_choice_says_why() -> None:
+    device = torch.device("cpu")
+    assert choose("auto", device) == ("torch", "the one that never holds all logits")
+    assert choose("reference", device) == ("reference", "asked for by name")
 
 
 # The tools of these tests

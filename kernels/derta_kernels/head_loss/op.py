@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from derta_kernels import Choice
 from derta_kernels.head_loss.chunked import head_loss_chunked
 from derta_kernels.head_loss.reference import head_loss_reference
 
@@ -45,6 +46,19 @@ class HeadLoss(NamedTuple):
     logsumexp: Tensor
     next_nll: Tensor
     refusal_nll: Tensor
+
+
+def choose(impl: str, device: torch.device) -> Choice:
+    """The implementation that `head_loss` takes for tensors on `device`.
+
+    Raises:
+        ValueError: there is no implementation of that name.
+    """
+    if impl == "auto":
+        return Choice("torch", "the one that never holds all logits")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    return Choice(impl, "asked for by name")
 
 
 def head_loss(
@@ -108,7 +122,6 @@ def head_loss(
 
     Source: arXiv 2407.09121, equation 2.
     """
-    implementation = _chosen(impl)
     optional = dict(rto_mask=rto_mask, next_weight=next_weight, rto_weight=rto_weight, bias=bias)
     tensors = dict(hidden=hidden, weight=weight, target=target) | {
         name: tensor for name, tensor in optional.items() if tensor is not None
@@ -117,6 +130,7 @@ def head_loss(
     _check_numbers(refusal_token_id, softcap, logit_scale, ignore_index, len(weight))
     if rto_mask is not None and refusal_token_id is None:
         raise ValueError("refusal_token_id is required with rto_mask, got None")
+    implementation = IMPLEMENTATIONS[choose(impl, hidden.device).name]
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
     has_next = target != ignore_index
@@ -131,26 +145,21 @@ def head_loss(
         return values if all_live else values.new_zeros(target.shape).index_copy(0, rows, values)
 
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    next_token = target.where(has_next, 0)
-    refusal_token = torch.full_like(target, refusal_token_id or 0)
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, logsumexp, nll = implementation(
-            gathered(hidden),
-            weight,
-            bias,
-            gathered(torch.stack((next_token, refusal_token), 1)),
-            gathered(
-                torch.stack(
-                    (
-                        _target_weight(next_weight, has_next, wide),
-                        _target_weight(rto_weight, is_rto, wide),
-                    ),
-                    1,
-                )
-            ),
-            softcap,
-            logit_scale,
-        )
+    tokens = torch.stack(
+        (target.where(has_next, 0), torch.full_like(target, refusal_token_id or 0)), 1
+    )
+    token_weight = torch.stack(
+        (_target_weight(next_weight, has_next, wide), _target_weight(rto_weight, is_rto, wide)), 1
+    )
+    loss, logsumexp, nll = implementation(
+        gathered(hidden),
+        weight,
+        bias,
+        gathered(tokens),
+        gathered(token_weight),
+        softcap,
+        logit_scale,
+    )
     next_nll, refusal_nll = (scattered(column) for column in nll.unbind(1))
     return HeadLoss(
         loss=loss,
@@ -158,15 +167,6 @@ def head_loss(
         next_nll=next_nll.where(has_next, 0.0),
         refusal_nll=torch.zeros_like(refusal_nll) if refusal_token_id is None else refusal_nll,
     )
-
-
-def _chosen(impl: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The implementation that `impl` names."""
-    if impl == "auto":
-        return IMPLEMENTATIONS["torch"]
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    return IMPLEMENTATIONS[impl]
 
 
 def _target_weight(row_weight: Tensor | None, has_target: Tensor, dtype: torch.dtype) -> Tensor:

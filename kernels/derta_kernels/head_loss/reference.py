@@ -21,7 +21,7 @@ def head_loss_reference(
     What every other implementation must equal up to rounding: the oracle in float64, "eager" in any
     other dtype.
 
-    Memory: about five float32 copies of the n x V logits at the height of the backward pass.
+    Memory: three float32 copies of the n x V logits, four with a softcap.
 
     Args:
         hidden: (n, d) floating point.
