@@ -33,8 +33,8 @@ def head_loss_chunked(
         C V (b + w)     scratch; C V w where b = w. With a softcap and gradients, C V w more
         n d b           gradient of hidden, if required (n d w for float16)
         w V (d + 1)     gradients of weight and bias, only for those that are required
-        C = min(n, max(256, 2^24 / V)): 64 MiB of float32 logits. Fewer than 256 rows leave a CPU
-        waiting for `weight`, which every chunk reads twice, more gain next to nothing.
+        C = min(n, max(256, 2^24 / V)): 64 MiB of float32 logits, or 256 rows if that is more. Every
+        chunk reads weight twice and adds to all of its gradient; fewer rows would wait for that.
 
     Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
         float32 (float64 for float64 inputs), the gradient of weight and bias included. That of
