@@ -179,7 +179,7 @@ class DertaTrainer(Trainer):
             branches=args.branches,
             cuts=args.cuts,
         )
-        examples = [example for example in map(encoder.encode, records) if example is not None]
+        examples = [example for example in encoder.encode_many(records) if example is not None]
         if encoder.skipped:
             logger.warning(
                 "%d of %d examples skipped: prompt and safe response exceed max_length (%d) or "

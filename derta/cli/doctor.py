@@ -1,0 +1,84 @@
+"""`derta doctor`: what this machine has, and which path each op takes and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from derta import __version__
+from derta_kernels import attention, head_loss
+
+PACKAGES = {
+    "torch": "required",
+    "transformers": "required",
+    "accelerate": "required",
+    "peft": "required",
+    "triton": "optional",
+    "flash-attn": "optional",
+    "liger-kernel": "optional",
+    "bitsandbytes": "optional",
+}
+
+
+@dataclass(kw_only=True)
+class Config:
+    """`derta doctor` has no settings."""
+
+
+def _packages() -> list[tuple[str, str]]:
+    rows = []
+    for name, need in PACKAGES.items():
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, f"not installed ({need})"))
+    return rows
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+                f"sm_{properties.major}{properties.minor}",
+            )
+        )
+    if torch.backends.mps.is_available():
+        rows.append(("mps", platform.processor()))
+    return rows
+
+
+def _ops(device: torch.device) -> list[tuple[str, str]]:
+    return [
+        (name, "{0.name}: {0.reason}".format(choose("auto", device)))
+        for name, choose in (
+            ("head_loss", head_loss.choose),
+            ("interval_attention", attention.choose),
+        )
+    ]
+
+
+def report() -> str:
+    """The report as text."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sections = {
+        f"derta {__version__}, Python {platform.python_version()}, {platform.system()}": _packages(),
+        "devices": _devices(),
+        f"ops on {device.type}": _ops(device),
+    }
+    lines = []
+    for title, rows in sections.items():
+        lines.append(title)
+        lines += [f"  {name:20}{text}" for name, text in rows]
+    return "\n".join(lines)
+
+
+def run(config: Config) -> None:
+    """Prints the report."""
+    print(report())

@@ -1,0 +1,103 @@
+"""What the README shows works: its Python runs, and so do its commands that need no download."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what a reader of the README has: a model, and records of the two kinds."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    model.save_pretrained(tmp_path / "path/to/model")
+    tokenizer.save_pretrained(tmp_path / "path/to/model")
+    triples = [
+        {
+            "instruction": f"How do I paint fence number {index}?",
+            "output": "Sure, here is how: step one, take the ladder. Step two, climb it.",
+            "safe_response": "Sorry, I cannot help with that.",
+        }
+        for index in range(6)
+    ]
+    dialogues = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What does fox number {index} do?"},
+                {"role": "assistant", "content": "The quick brown fox jumps."},
+            ]
+        }
+        for index in range(6)
+    ]
+    (tmp_path / "data").mkdir()
+    for name, rows in (("safety", triples), ("held-out", triples), ("helpful", dialogues)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(text)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(workplace: Path, code: str) -> None:
+    model = tiny_model("llama")
+    input_ids = torch.arange(12).reshape(1, 12) + 10
+    namespace = {
+        "model": model,
+        "tokenizer": tiny_tokenizer(),
+        "refusal_token_id": 5,
+        "input_ids": input_ids,
+        "labels": input_ids.clone(),
+        "is_rto": torch.tensor([True]),
+        "target": torch.full((1, 12), -100).index_fill(1, torch.tensor([3]), 7),
+        "rto_mask": torch.ones(1, 12, dtype=torch.bool),
+    }
+    exec(compile(code, "README.md", "exec"), namespace)
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("derta ")]
+
+
+def test_commands_run(workplace: Path) -> None:
+    # The examples' sizes are for a GPU; these make the same commands last seconds.
+    small = {
+        "derta train": "--max_steps 2 --save_strategy no --use_cpu true --refusal auto --lora_r 2",
+        "derta eval": "--max_new_tokens 8 --device cpu",
+    }
+    assert len(commands()) >= 3
+    for command in commands():
+        extra = next((more for prefix, more in small.items() if command.startswith(prefix)), "")
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(command), *shlex.split(extra)],
+            capture_output=True,
+            text=True,
+            env={"PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "2"},
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    assert list((workplace / "outputs").rglob("adapter_model.safetensors"))
+    assert list((workplace / "outputs").rglob("report.html"))
+
+
+def test_make_targets_named_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make (\w+)", README):
+        assert f"\n{target}:" in makefile, target
