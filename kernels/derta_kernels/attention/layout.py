@@ -1,0 +1,195 @@
+"""What all layers need to know about a batch, worked out once and kept as long as the batch lives.
+
+A layout is found again by the memory that `visible_until` lies in, not by the tensor object: each
+layer may look at it through a view of its own, and reentrant checkpointing recomputes from a
+detached alias.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, UntypedStorage
+
+Bounds = Sequence[Sequence[tuple[int, int]]]
+
+
+class Example(NamedTuple):
+    """Tokens start <= i < end of the flattened batch, which see nothing outside of them.
+
+    Attributes:
+        start, end: indices into the B N tokens of the batch.
+        plain: every token is visible to the end; False where the host does not know.
+        span: the largest difference of two positions; None where the host does not know.
+    """
+
+    start: int
+    end: int
+    plain: bool
+    span: int | None
+
+
+class Layout:
+    """The examples of one batch and their masks, each built when a layer first asks for it.
+
+    Memory: one byte for each pair of tokens of the same example, for each distinct window, for
+        examples that need a mask.
+
+    Args: those of `layout_of`.
+
+    Attributes:
+        examples: all examples of the batch in order, tiling its B N tokens.
+    """
+
+    def __init__(
+        self, visible_until: Tensor, position_ids: Tensor | None, example_bounds: Bounds | None
+    ) -> None:
+        rows, count = visible_until.shape
+        first = torch.arange(rows, device=visible_until.device)[:, None] * count
+        # Copies: an alias would keep alive the memory that this layout is to be forgotten with.
+        self._until = (visible_until + first).flatten()
+        self._positions = None if position_ids is None else position_ids.flatten().clone()
+        self._sources = (_source(visible_until), _source(position_ids))
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+        bounds = None if example_bounds is None else _flat_bounds(example_bounds, rows, count)
+        if bounds is not None and visible_until.device.type != "cpu":
+            self.examples = tuple(Example(start, end, False, None) for start, end in bounds)
+        else:
+            self.examples = self._read_examples(bounds)
+
+    def is_of(self, visible_until: Tensor, position_ids: Tensor | None) -> bool:
+        """Whether these are the tensors it was made from, not written to since."""
+        return self._sources == (_source(visible_until), _source(position_ids))
+
+    def is_causal(self, example: Example, window: int | None) -> bool:
+        """Whether plain causal attention is all that the example needs."""
+        return example.plain and not self._cuts(window, example)
+
+    def mask(self, example: Example, window: int | None) -> Tensor:
+        """(L, L) bool over the example's L tokens: does the query (row) see the key (column)?"""
+        effective = window if self._cuts(window, example) else None
+        key = (example.start, effective)
+        if key not in self._masks:
+            # Evaluation under inference_mode must not leave masks that training cannot save.
+            with torch.inference_mode(False):
+                self._masks[key] = self._build_mask(example, effective)
+        return self._masks[key]
+
+    def _cuts(self, window: int | None, example: Example) -> bool:
+        return window is not None and (example.span is None or example.span >= window)
+
+    def _build_mask(self, example: Example, window: int | None) -> Tensor:
+        tokens = slice(example.start, example.end)
+        index = torch.arange(example.start, example.end, device=self._until.device)
+        seen = (index <= index[:, None]) & (index[:, None] < self._until[tokens])
+        if window is not None:
+            assert self._positions is not None
+            positions = self._positions[tokens]
+            seen &= positions[:, None] - positions < window
+        return seen
+
+    def _read_examples(self, bounds: list[tuple[int, int]] | None) -> tuple[Example, ...]:
+        """Examples from the values of `visible_until`: from a device, the batch's one transfer."""
+        positions = self._until if self._positions is None else self._positions
+        until, positions = torch.stack((self._until, positions.to(self._until.dtype))).cpu()
+        if bounds is None:
+            bounds = _bounds(until.tolist())
+        lengths = [end - start for start, end in bounds]
+        index = torch.arange(len(until))
+        ends = torch.tensor([end for _, end in bounds]).repeat_interleave(torch.tensor(lengths))
+        wrong = (until <= index) | (until > ends)
+        if wrong.any():
+            at = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"visible_until must lie above its own index and within its example, got "
+                f"{int(until[at])} for token {at} of an example that ends at {int(ends[at])}"
+            )
+        return tuple(
+            Example(
+                start,
+                end,
+                plain=bool((own_until == end).all()),
+                span=None if self._positions is None else int(own.max() - own.min()),
+            )
+            for (start, end), own_until, own in zip(
+                bounds, until.split(lengths), positions.split(lengths), strict=True
+            )
+        )
+
+
+_LAYOUTS: weakref.WeakKeyDictionary[UntypedStorage, Layout] = weakref.WeakKeyDictionary()
+
+
+def layout_of(
+    visible_until: Tensor, position_ids: Tensor | None, example_bounds: Bounds | None
+) -> Layout:
+    """The layout of a batch: made on the first call, found again by every later one.
+
+    Writing to a tensor in place makes a new layout; freeing `visible_until` frees it.
+
+    Args:
+        visible_until: (B, N) int32, see `interval_attention`.
+        position_ids: (B, N) integer or None.
+        example_bounds: see `interval_attention`; used when the layout is made.
+
+    Raises:
+        ValueError: example_bounds do not tile the tokens, or visible_until reaches out of its
+            example (checked where its values are on the host).
+    """
+    storage = visible_until.untyped_storage()
+    layout = _LAYOUTS.get(storage)
+    if layout is None or not layout.is_of(visible_until, position_ids):
+        with torch.inference_mode(False):
+            layout = _LAYOUTS[storage] = Layout(visible_until, position_ids, example_bounds)
+    return layout
+
+
+def _source(tensor: Tensor | None) -> tuple[object, ...] | None:
+    """Where a tensor lies and how often it was written to: equal for aliases of one value."""
+    if tensor is None:
+        return None
+    version = None if tensor.is_inference() else tensor._version
+    storage = weakref.ref(tensor.untyped_storage())
+    return storage, version, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _flat_bounds(example_bounds: Bounds, rows: int, count: int) -> list[tuple[int, int]]:
+    """Bounds per batch row as indices into the flattened batch."""
+    if len(example_bounds) != rows:
+        raise ValueError(
+            f"example_bounds must hold one sequence of (start, end) for each of the {rows} batch "
+            f"rows, got {len(example_bounds)}"
+        )
+    for bounds in example_bounds:
+        edges = [0, *(end for _, end in bounds)]
+        tiles = [start for start, _ in bounds] == edges[:-1] and edges[-1] == count
+        if not tiles or any(start >= end for start, end in bounds):
+            raise ValueError(
+                f"example_bounds must cut [0, N) = [0, {count}) into consecutive (start, end), "
+                f"got {tuple(bounds)}"
+            )
+    return [
+        (row * count + start, row * count + end)
+        for row, bounds in enumerate(example_bounds)
+        for start, end in bounds
+    ]
+
+
+def _bounds(until: list[int]) -> list[tuple[int, int]]:
+    """Examples as visible_until gives them: one that starts at s ends at visible_until[s]."""
+    bounds = []
+    start = 0
+    while start < len(until):
+        end = until[start]
+        if not start < end <= len(until):
+            raise ValueError(
+                f"visible_until must lie above its own index and within the batch, got {end} for "
+                f"token {start} of {len(until)}"
+            )
+        bounds.append((start, end))
+        start = end
+    return bounds
