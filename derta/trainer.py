@@ -148,7 +148,8 @@ class DertaTrainer(Trainer):
             )
         triples = [record for record in train_dataset if isinstance(record, Triple)]
         self.refusal_token = resolve_refusal_token(processing_class, args.refusal, triples)
-        logger.info("refusal token: %s", self.refusal_token)
+        if self.refusal_token.warning is not None:
+            logger.warning(self.refusal_token.warning)
 
         self.collator = DertaCollator(
             branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep, seed=args.seed

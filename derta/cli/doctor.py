@@ -67,8 +67,9 @@ def _ops(device: torch.device) -> list[tuple[str, str]]:
 def report() -> str:
     """The report as text."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    python = f"Python {platform.python_version()}, {platform.system()}"
     sections = {
-        f"derta {__version__}, Python {platform.python_version()}, {platform.system()}": _packages(),
+        f"derta {__version__}, {python}": _packages(),
         "devices": _devices(),
         f"ops on {device.type}": _ops(device),
     }

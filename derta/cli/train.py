@@ -41,7 +41,7 @@ class Config(DertaConfig):
 
     model: str
     train_files: list[str]
-    output_dir: str
+    output_dir: str = field()
     eval_files: list[str] = field(default_factory=list)
     chat_template: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -87,7 +87,21 @@ def load_model(config: Config) -> PreTrainedModel:
 
 
 def read_files(paths: list[str]) -> list[Record]:
-    return list(itertools.chain.from_iterable(read_records(Path(path)) for path in paths))
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such record file")
+    return list(itertools.chain.from_iterable(read_records(path) for path in paths))
+
+
+def describe(trainer: DertaTrainer) -> str:
+    """One line: what is about to be trained on, and how long it takes."""
+    steps = trainer.train_dataset
+    packs = [pack for step in steps.plan.steps for pack in step]
+    return (
+        f"refusal token {trainer.refusal_token.text!r} (id {trainer.refusal_token.id}); "
+        f"{len(steps.examples)} examples, {len(steps)} steps, {len(packs)} packs of at most "
+        f"{trainer.args.max_tokens} tokens"
+    )
 
 
 def run(config: Config) -> None:
@@ -104,11 +118,10 @@ def run(config: Config) -> None:
         callbacks=[Progress("train")],
     )
     trainer.remove_callback(PrinterCallback)
+    print(describe(trainer))
     if config.dry_run:
         batch = trainer.train_dataset[0][0]
-        print(
-            render_pack(batch, tokenizer, trainer.refusal_token.id, color=sys.stdout.isatty()),
-        )
+        print(render_pack(batch, tokenizer, trainer.refusal_token.id, color=sys.stdout.isatty()))
         return
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()

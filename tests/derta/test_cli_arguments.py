@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from derta.cli import main
 from derta.cli.arguments import build, read_options, read_yaml
 from derta.cli.train import Config
 from derta.cli.usage import SUMMARY, USAGE
@@ -96,7 +97,7 @@ def test_wrong_settings_are_refused_by_name(values: dict, message: str) -> None:
 
 
 def test_missing_settings_are_listed() -> None:
-    with pytest.raises(ValueError, match="run.yaml: missing output_dir, model"):
+    with pytest.raises(ValueError, match="run.yaml: missing output_dir, model$"):
         build(Config, {"train_files": ["t"]}, "run.yaml")
 
 
@@ -122,11 +123,30 @@ def test_help_needs_no_torch_and_less_than_a_second() -> None:
         assert time.perf_counter() - started < 1.0
 
 
-def test_a_wrong_call_is_one_sentence_and_a_status(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "derta", "train", str(tmp_path / "none.yaml")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr == f"derta train: {tmp_path}/none.yaml: no such configuration file\n"
+def test_a_wrong_call_is_one_sentence_and_a_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "safe": "b", "harmful": "c"}\n{"prompt": "a", "safe": "b"}\n')
+    missing = tmp_path / "none"
+    train = ["--model", "m", "--output_dir", str(tmp_path), "--use_cpu", "--train_files"]
+    for arguments, message in (
+        ([f"{missing}.yaml"], f"{missing}.yaml: no such configuration file\n"),
+        ([*train, f"[{missing}]"], f"{missing}: no such record file\n"),
+        ([*train, f"[{rows}]"], f"{rows}:2: fields: found prompt, safe, which is no known format"),
+    ):
+        assert main(["train", *arguments]) == 1
+        assert capsys.readouterr().err.startswith(f"derta train: {message}")
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "train", f"{missing}.yaml"])
+
+
+def test_an_interrupted_run_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("derta.cli.doctor.run", interrupt)
+    assert main(["doctor"]) == 130
+    assert "interrupted" in capsys.readouterr().err
