@@ -47,11 +47,13 @@ class StepMetrics:
             output: what the patched model returned for it.
             step: optimizer step, named if the loss is not finite.
         """
+        loss, next_nll, refusal_nll = output.loss, output.next_nll, output.refusal_nll
+        assert loss is not None and next_nll is not None and refusal_nll is not None
         rto = batch.rto_mask.float()
-        self._next_nll += output.next_nll.sum()
-        self._rto_nll += (output.refusal_nll * rto).sum()
+        self._next_nll += next_nll.sum()
+        self._rto_nll += (refusal_nll * rto).sum()
         slot = (batch.depth_tenth + 1).flatten()
-        probability = torch.exp(-output.refusal_nll) * rto
+        probability = torch.exp(-refusal_nll) * rto
         self._probability.scatter_add_(0, slot, probability.flatten().float())
         self._rows.scatter_add_(0, slot, rto.flatten())
         self._live_rows += ((batch.shift_labels != -100) | batch.rto_mask).sum()
@@ -59,7 +61,7 @@ class StepMetrics:
         self._rto_count += batch.rto_count
         self._tokens += batch.input_ids.shape[1]
 
-        bad = ~torch.isfinite(output.loss.detach())
+        bad = ~torch.isfinite(loss.detach())
         index = len(self._origins)
         self._first_bad = torch.where((self._first_bad < 0) & bad, index, self._first_bad)
         self._origins.append((step, batch.example_ids))

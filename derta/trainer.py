@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
@@ -128,10 +135,13 @@ class DertaTrainer(Trainer):
     """
 
     args: DertaConfig
+    train_dataset: PackedSteps
+    eval_dataset: PackedSteps | None
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         args: DertaConfig,
         train_dataset: Sequence[Record],
         eval_dataset: Sequence[Record] | None = None,
@@ -220,23 +230,24 @@ class DertaTrainer(Trainer):
         )
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        return len(dataloader.dataset.examples)
+        return len(self.train_dataset.examples)
 
-    def get_total_train_batch_size(self, args: DertaConfig) -> int:
-        return args.examples_per_step
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return self.args.examples_per_step
 
-    def floating_point_ops(self, inputs: list[PackedBatch]) -> int:
+    def floating_point_ops(self, inputs: list[PackedBatch]) -> int:  # type: ignore[override]
         tokens = sum(batch.input_ids.shape[1] for batch in inputs)
         return 6 * tokens * self._body_parameters
 
     @functools.cached_property
     def _body_parameters(self) -> int:
-        return self.model.num_parameters(exclude_embeddings=True)
+        assert self.model is not None
+        return self.model.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
-    def training_step(
+    def training_step(  # type: ignore[override]
         self,
         model: nn.Module,
         inputs: list[PackedBatch],
@@ -248,7 +259,7 @@ class DertaTrainer(Trainer):
             0-d tensor: this rank's loss, scaled so that the mean over ranks is the step's loss.
         """
         model.train()
-        if hasattr(self.optimizer, "train"):  # schedule-free optimizers
+        if self.optimizer is not None and hasattr(self.optimizer, "train"):  # schedule-free ones
             self.optimizer.train()
         counts = self._target_counts(inputs)
         filled = sum(bool(batch.example_ids) for batch in inputs)
@@ -300,7 +311,7 @@ class DertaTrainer(Trainer):
         return next_count / self.args.world_size, weight * next_count / rto_count
 
     @torch.no_grad()
-    def evaluate(
+    def evaluate(  # type: ignore[override]
         self,
         eval_dataset: Sequence[Record] | None = None,
         ignore_keys: list[str] | None = None,
@@ -350,4 +361,4 @@ class DertaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle that nothing here reads.
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink()
+        Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink()

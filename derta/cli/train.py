@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -64,7 +64,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: Config) -> PreTrainedModel:
+def load_model(config: Config) -> PreTrainedModel | PeftModel:
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
     if dtype is None:
         in_bfloat16 = config.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -72,18 +72,16 @@ def load_model(config: Config) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         config.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
-    if config.method == "lora":
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_dropout=config.lora_dropout,
-                target_modules=config.lora_target_modules,
-            ),
-        )
-    return model
+    if config.method == "full":
+        return model
+    adapters = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+    )
+    return get_peft_model(model, adapters)
 
 
 def read_files(paths: list[str]) -> list[Record]:
