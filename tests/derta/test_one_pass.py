@@ -1,0 +1,202 @@
+"""One pass over a pack is what separate passes over its sequences are: loss and every gradient."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from derta.data.encoding import EncodedDialogue, EncodedTriple
+from derta.data.packing import Drawn, PackedBatch, pack
+from derta.modeling import apply_derta
+from tiny import ARCHITECTURES, tiny_model
+
+REFUSAL = 77
+VOCABULARY = 400
+
+
+def triple(name: str, prompt: int, harmful: int, safe: int, cuts: list[int], keep: float) -> Drawn:
+    rng = np.random.default_rng(len(name) + prompt + harmful)
+    ids = rng.integers(VOCABULARY, size=prompt + harmful + safe).astype(np.int32)
+    rto_rows = rng.random(harmful + 1) < keep
+    parts = np.split(ids, [prompt, prompt + harmful])
+    return Drawn(EncodedTriple(name, *parts, cut_limit=harmful), np.array(cuts, np.int64), rto_rows)
+
+
+def dialogue(name: str, prompt: int, answer: int) -> Drawn:
+    rng = np.random.default_rng(prompt)
+    ids = rng.integers(VOCABULARY, size=prompt + answer + 2).astype(np.int32)
+    is_target = np.arange(len(ids)) >= prompt
+    is_target[-2:] = False
+    none = np.zeros(0, dtype=np.int64)
+    return Drawn(EncodedDialogue(name, ids, is_target), none, none.astype(bool))
+
+
+# Several branches, one of them at each end, one example without RTO, dialogues in between.
+DRAWN = (
+    triple("several", prompt=6, harmful=12, safe=5, cuts=[12, 7, 0], keep=1.0),
+    dialogue("plain", prompt=4, answer=9),
+    triple("one branch", prompt=3, harmful=9, safe=4, cuts=[4], keep=0.4),
+    triple("no rto", prompt=5, harmful=8, safe=3, cuts=[6, 2], keep=0.0),
+    dialogue("short", prompt=2, answer=1),
+    triple("no branch", prompt=4, harmful=6, safe=3, cuts=[], keep=1.0),
+)
+
+
+def log_probabilities(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
+    """(n, V) of one sequence alone, all logits formed."""
+    logits = model(input_ids=torch.tensor(ids, dtype=torch.int64)[None]).logits[0]
+    return F.log_softmax(logits, dim=-1)
+
+
+def separate_passes(model: PreTrainedModel, drawn: tuple[Drawn, ...] = DRAWN) -> Tensor:
+    """The objective, written out: the mean over all targets of all sequences."""
+    losses = []
+    for example, cuts, rto_rows in ((one.example, one.cuts, one.rto_rows) for one in drawn):
+        if isinstance(example, EncodedDialogue):
+            table = log_probabilities(model, example.input_ids)
+            for place in np.flatnonzero(example.is_target):
+                losses.append(-table[place - 1, int(example.input_ids[place])])
+            continue
+        start = len(example.prompt)
+        table = log_probabilities(model, np.concatenate([example.prompt, example.harmful]))
+        for read in np.flatnonzero(rto_rows):
+            losses.append(-table[start + read - 1, REFUSAL])
+        for cut in cuts:
+            prefix = np.concatenate([example.prompt, example.harmful[:cut]])
+            table = log_probabilities(model, np.concatenate([prefix, example.safe]))
+            for place, token in enumerate(example.safe):
+                losses.append(-table[len(prefix) + place - 1, int(token)])
+    return torch.stack(losses).mean()
+
+
+def gradients(loss: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trainable, torch.autograd.grad(loss, list(trainable.values())), strict=True))
+
+
+def assert_same_gradients(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
+) -> None:
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert wanted.norm() > 0, name
+        error = float((actual[name] - wanted).norm() / wanted.norm())
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+# Where norms or rotary embeddings compute in float32 even in a double model, rounding is theirs.
+TOLERANCE = dict.fromkeys(ARCHITECTURES, 1e-6) | {"gpt_neox": 1e-12}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_pass_is_separate_passes(architecture: str, attention: str) -> None:
+    # The router loss is a property of a batch, not of its sequences: it has its own test.
+    router = {"output_router_logits": False} if architecture == "mixtral" else {}
+    model = tiny_model(architecture, dtype=torch.float64, **router).train()
+    expected = separate_passes(model)
+    expected_gradients = gradients(expected, model)
+
+    apply_derta(model, REFUSAL, attention=attention)
+    output = model(**pack(DRAWN).model_inputs())
+    tolerance = TOLERANCE[architecture]
+    assert output.loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert_same_gradients(gradients(output.loss, model), expected_gradients, tolerance)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_the_logits_of_a_pack_are_those_of_its_sequences(architecture: str) -> None:
+    model = tiny_model(architecture, dtype=torch.float64)
+    (example, cuts, _), batch = vars(DRAWN[0]).values(), pack(DRAWN[:1])
+    alone = log_probabilities(model, np.concatenate([example.prompt, example.harmful]))
+    branch = np.concatenate([example.prompt, example.harmful[: cuts[1]], example.safe[:-1]])
+    branch_alone = log_probabilities(model, branch)
+
+    apply_derta(model, REFUSAL)
+    inputs = {**batch.model_inputs(), "shift_labels": None, "rto_mask": None}
+    table = F.log_softmax(model(**inputs).logits[0], dim=-1)
+    trunk = len(alone)
+    start, end = batch.branch_bounds[0][1]
+    assert torch.allclose(table[:trunk], alone, rtol=0, atol=1e-6)
+    assert torch.allclose(table[start:end], branch_alone[start - end :], rtol=0, atol=1e-6)
+
+
+def test_the_rows_of_one_pass_are_probabilities_of_separate_passes() -> None:
+    model = tiny_model("gpt_neox", dtype=torch.float64)
+    batch = pack(DRAWN)
+    apply_derta(model, REFUSAL)
+    output = model(**batch.model_inputs())
+    inputs = {**batch.model_inputs(), "shift_labels": None, "rto_mask": None}
+    nll = -F.log_softmax(model(**inputs).logits, dim=-1)
+    has_next = batch.shift_labels != -100
+    targets = batch.shift_labels.where(has_next, 0)[..., None]
+    next_nll = nll.gather(-1, targets)[..., 0].where(has_next, 0)
+    assert torch.allclose(output.next_nll, next_nll, rtol=0, atol=1e-12)
+    live = has_next | batch.rto_mask
+    assert torch.allclose(output.refusal_nll, nll[..., REFUSAL].where(live, 0), rtol=0, atol=1e-12)
+    assert not output.next_nll.requires_grad and not output.refusal_nll.requires_grad
+    assert output.logits is None and output.aux_loss is None
+
+
+def test_the_router_loss_is_the_models_own() -> None:
+    model = tiny_model("mixtral", dtype=torch.float64).train()
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=23)
+    none = np.zeros(0, dtype=np.int64)
+    batch = pack([Drawn(EncodedDialogue("all", ids, np.arange(23) > 0), none, none.astype(bool))])
+    inputs = torch.tensor(ids)[None]
+    # The last token of a pack is a label only, so its router never sees it.
+    aux_loss = model(input_ids=inputs[:, :-1]).aux_loss
+    whole = model(input_ids=inputs, labels=inputs)
+    expected = whole.loss + model.router_aux_loss_coef * (aux_loss - whole.aux_loss)
+    expected_gradients = gradients(expected, model)
+
+    apply_derta(model, REFUSAL)
+    output = model(**batch.model_inputs())
+    assert output.aux_loss.item() == pytest.approx(aux_loss.item(), rel=1e-6)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert_same_gradients(gradients(output.loss, model), expected_gradients, 1e-6)
+
+    # A step of two packs has two router losses, and weighs them by half.
+    half = model(**batch.model_inputs(), router_weight=0.5)
+    difference = (output.loss - half.loss).item()
+    assert difference == pytest.approx(model.router_aux_loss_coef * aux_loss.item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_neox"])
+def test_examples_of_a_pack_do_not_touch_each_other_by_a_bit(architecture: str) -> None:
+    model = tiny_model(architecture)
+    apply_derta(model, REFUSAL)
+    changed = copy.deepcopy(DRAWN[2])
+    changed.example.prompt[:] = 5
+    changed.example.harmful[:] = 6
+    changed.example.safe[:] = 7
+    batch, other = pack(DRAWN), pack((*DRAWN[:2], changed, *DRAWN[3:]))
+    start, end = batch.example_bounds[2]
+    assert other.example_bounds == batch.example_bounds
+
+    def rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = batch.model_inputs()
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+        embeddings.requires_grad_()
+        output = model(inputs_embeds=embeddings, **inputs, reduction="sum")
+        (gradient,) = torch.autograd.grad(output.loss, embeddings)
+        return output.next_nll[0], output.refusal_nll[0], gradient[0]
+
+    for ours, theirs in zip(rows(batch), rows(other), strict=True):
+        assert torch.equal(ours[:start], theirs[:start])
+        assert torch.equal(ours[end:], theirs[end:])
+        assert not torch.equal(ours[start:end], theirs[start:end])
+
+
+def test_a_rank_with_nothing_to_do_adds_nothing() -> None:
+    model = tiny_model("llama")
+    apply_derta(model, REFUSAL)
+    output = model(**pack(()).model_inputs(), num_items=10)
+    assert output.loss == 0
+    assert all((gradient == 0).all() for gradient in gradients(output.loss, model).values())
