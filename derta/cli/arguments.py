@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,13 @@ from pydantic import TypeAdapter, ValidationError
 Config = TypeVar("Config")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """A loader that refuses a key given twice, where YAML would keep the last in silence."""
+class _Loader(yaml.SafeLoader):
+    """YAML without two of its traps: `no` is a word (save_strategy: no), and no key comes twice."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -29,6 +35,11 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a configuration file.
 
@@ -39,7 +50,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path}:{line}: {error.problem}") from None
@@ -65,7 +76,7 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
             follows = bool(remaining) and not remaining[0].startswith("--")
             text = remaining.pop(0) if follows else "true"
         try:
-            values[key.replace("-", "_")] = yaml.safe_load(text)
+            values[key.replace("-", "_")] = yaml.load(text, _Loader)
         except yaml.YAMLError:
             raise ValueError(f"--{key}: {text!r} is not a value that YAML can read") from None
     return values

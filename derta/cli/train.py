@@ -102,6 +102,17 @@ def describe(trainer: DertaTrainer) -> str:
     )
 
 
+def save(trainer: DertaTrainer, directory: Path) -> None:
+    """Writes the tuned model beside its place first: an interrupted save leaves no half of one."""
+    unfinished = directory / "unfinished"
+    trainer.save_model(str(unfinished))
+    if trainer.is_world_process_zero():
+        for path in unfinished.iterdir():
+            path.replace(directory / path.name)
+        unfinished.rmdir()
+        print(f"tuned model: {directory}")
+
+
 def run(config: Config) -> None:
     """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
     records = read_files(config.train_files)
@@ -122,6 +133,4 @@ def run(config: Config) -> None:
         print(render_pack(batch, tokenizer, trainer.refusal_token.id, color=sys.stdout.isatty()))
         return
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        print(f"tuned model: {config.output_dir}")
+    save(trainer, Path(config.output_dir))

@@ -20,10 +20,13 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
 def test_options_are_yaml_values_and_a_bare_key_is_true() -> None:
-    assert read_options(["--a", "1", "--b=[x, y]", "--max_steps", "-1", "--dry-run"]) == {
+    arguments = "--a 1 --b=[x,y] --max_steps -1 --save_strategy no --use_cpu false --dry-run"
+    assert read_options(arguments.split()) == {
         "a": 1,
         "b": ["x", "y"],
         "max_steps": -1,
+        "save_strategy": "no",
+        "use_cpu": False,
         "dry_run": True,
     }
 
