@@ -1,0 +1,48 @@
+"""Data: from record files to packs, see the modules in the order of their names below."""
+
+from __future__ import annotations
+
+from derta.data.chat import Chat
+from derta.data.cuts import (
+    CUT_POLICIES,
+    cut_probabilities,
+    draw_cuts,
+    draw_rto_rows,
+    example_rng,
+)
+from derta.data.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
+from derta.data.packing import DertaCollator, Drawn, PackedBatch, pack, packed_length
+from derta.data.planning import Plan, plan_packs
+from derta.data.readers import FORMATS, read_records
+from derta.data.records import Dialogue, Message, Record, Triple
+from derta.data.refusal import RefusalToken, resolve_refusal_token
+from derta.data.show import render_pack
+
+__all__ = [
+    "CUT_POLICIES",
+    "FORMATS",
+    "Chat",
+    "DertaCollator",
+    "Dialogue",
+    "Drawn",
+    "Encoded",
+    "EncodedDialogue",
+    "EncodedTriple",
+    "Encoder",
+    "Message",
+    "PackedBatch",
+    "Plan",
+    "Record",
+    "RefusalToken",
+    "Triple",
+    "cut_probabilities",
+    "draw_cuts",
+    "draw_rto_rows",
+    "example_rng",
+    "pack",
+    "packed_length",
+    "plan_packs",
+    "read_records",
+    "render_pack",
+    "resolve_refusal_token",
+]

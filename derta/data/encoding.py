@@ -1,0 +1,217 @@
+"""From records to token ids, within the lengths that a run allows."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from derta.data.chat import BATCH, Answer, Chat, batched
+from derta.data.records import Record, Triple, naming
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTriple:
+    """A triple as token ids.
+
+    Attributes:
+        id: the triple's.
+        prompt: (|q|,) int32, up to where the model writes.
+        harmful: (|h|,) int32, without the token that closes it; cut at its end if it was too long.
+        safe: (|r|,) int32, with the token that closes it.
+        cut_limit: the largest cut after which the safe response still fits, at most |h|.
+        word_ends: (words - 2,) int64 or None: after how many harmful tokens each word ends, the
+            last two words and all beyond `cut_limit` left out. Only for cuts "official".
+    """
+
+    id: str
+    prompt: np.ndarray
+    harmful: np.ndarray
+    safe: np.ndarray
+    cut_limit: int
+    word_ends: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedDialogue:
+    """A dialogue as token ids.
+
+    Attributes:
+        id: the dialogue's.
+        input_ids: (n,) int32.
+        is_target: (n,) bool, the tokens to be predicted: what the assistant says and closes with.
+    """
+
+    id: str
+    input_ids: np.ndarray
+    is_target: np.ndarray
+
+
+Encoded = EncodedTriple | EncodedDialogue
+
+
+class _Turn(NamedTuple):
+    answer: Answer
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+class Encoder(Chat):
+    """Encodes records through the model's chat template.
+
+    A triple that is too long is cut at the end of its harmful response. What does not fit even so
+    (prompt and safe response, or a dialogue) is skipped and counted.
+
+    Args:
+        tokenizer: with a chat template.
+        max_length: tokens of the longest logical sequence: |q| + |h|, |q| + cut + |r|, a dialogue.
+        max_tokens: tokens of the longest pack, which a triple with its branches must fit.
+        branches: safe responses per triple.
+        cuts: a policy of `derta.data.cuts`.
+
+    Attributes:
+        skipped: records that did not fit, so far.
+
+    Raises:
+        ValueError: the tokenizer has no usable chat template, or cannot tell where words end and
+            cuts is "official".
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        max_tokens: int,
+        branches: int,
+        cuts: str,
+    ) -> None:
+        super().__init__(tokenizer)
+        self.max_length = max_length
+        self.max_tokens = max_tokens
+        self.branches = branches
+        self.at_words = cuts == "official"
+        if self.at_words and not tokenizer.is_fast:
+            raise ValueError(
+                "cuts='official' falls between words and needs the token offsets of a fast "
+                f"tokenizer, got {type(tokenizer).__name__}: choose cuts='uniform'"
+            )
+        self.skipped = 0
+
+    def encode(self, record: Record) -> Encoded | None:
+        """The record as token ids, or None if it does not fit.
+
+        Raises:
+            ValueError: the chat template does not take the record; names its id.
+        """
+        (encoded,) = self.encode_many([record])
+        return encoded
+
+    def encode_many(self, records: Iterable[Record]) -> Iterator[Encoded | None]:
+        """`encode` of each record, tokenized in batches: faster, the more cores there are.
+
+        Raises:
+            ValueError: the chat template does not take a record; names its id.
+        """
+        for batch in batched(records, BATCH):
+            answers = [self._answers(record) for record in batch]
+            ids = iter(self.answer_ids(list(itertools.chain.from_iterable(answers))))
+            for record, group in zip(batch, answers, strict=True):
+                turns = [_Turn(answer, *next(ids)) for answer in group]
+                encode = self._triple if isinstance(record, Triple) else self._dialogue
+                encoded = encode(record.id, turns)
+                self.skipped += encoded is None
+                yield encoded
+
+    def _answers(self, record: Record) -> list[Answer]:
+        """All that is said in answer: harmful and safe response, or a dialogue's turns."""
+        with naming(record):
+            if isinstance(record, Triple):
+                return [
+                    self.render(record.messages, text) for text in (record.harmful, record.safe)
+                ]
+            answers: list[Answer] = []
+            for index, message in enumerate(record.messages):
+                if message["role"] == "assistant":
+                    answer = self.render(record.messages[:index], message["content"])
+                    if answers and not answer.prompt.startswith(self._closed(answers[-1])):
+                        raise ValueError(
+                            "chat_template rewrites earlier messages as the conversation goes on, "
+                            f"seen at messages[{index}]: set chat_template to one that does not, "
+                            "or split the dialogue"
+                        )
+                    answers.append(answer)
+            return answers
+
+    def _closed(self, answer: Answer) -> str:
+        return answer.prompt + answer.response + self.closing_text
+
+    def _triple(self, id: str, turns: list[_Turn]) -> EncodedTriple | None:
+        harmful, safe = turns
+        prompt = harmful.prompt_ids
+        safe_ids = safe.response_ids + self.closing_ids
+        room = min(
+            self.max_length - len(prompt),
+            self.max_tokens - len(prompt) - self.branches * (len(safe_ids) - 1),
+        )
+        cut_limit = self.max_length - len(prompt) - len(safe_ids)
+        if room < 0 or cut_limit < 0:
+            return None
+        harmful_ids = harmful.response_ids[:room]
+        cut_limit = min(cut_limit, len(harmful_ids))
+        word_ends = None
+        if self.at_words:
+            word_ends = self._word_ends(harmful)
+            word_ends = word_ends[word_ends <= cut_limit]
+        return EncodedTriple(
+            id=id,
+            prompt=np.array(prompt, np.int32),
+            harmful=np.array(harmful_ids, np.int32),
+            safe=np.array(safe_ids, np.int32),
+            cut_limit=cut_limit,
+            word_ends=word_ends,
+        )
+
+    def _word_ends(self, turn: _Turn) -> np.ndarray:
+        """After how many tokens of a response each of its words ends, but for the last two.
+
+        Words are what single spaces part, as in the authors' data generator.
+        """
+        prompt, response = turn.answer
+        ids, ends = self._token_ends(prompt + response)
+        first, start = len(turn.prompt_ids), len(prompt)
+        if ids[:first] != turn.prompt_ids:  # tokenized alone, see `continuation`
+            _, ends = self._token_ends(response)
+            first = start = 0
+        lead = len(response) - len(response.lstrip(" "))
+        spaces = [match.start() for match in re.finditer(" ", response) if match.start() >= lead]
+        return np.searchsorted(ends[first:] - start, spaces[:-1], side="right")
+
+    def _token_ends(self, text: str) -> tuple[list[int], np.ndarray]:
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return encoding["input_ids"], np.array(encoding["offset_mapping"])[:, 1]
+
+    def _dialogue(self, id: str, turns: list[_Turn]) -> EncodedDialogue | None:
+        ids: list[int] = []
+        is_target: list[bool] = []
+        written = 0
+        for turn in turns:
+            asked = self.continuation(ids, turn.prompt_ids, turn.answer.prompt[written:])
+            said = turn.response_ids + self.closing_ids
+            ids = ids + asked + said
+            is_target += [False] * len(asked) + [True] * len(said)
+            written = len(self._closed(turn.answer))
+        if len(ids) > self.max_length or len(ids) - 1 > self.max_tokens:
+            return None
+        return EncodedDialogue(
+            id=id, input_ids=np.array(ids, np.int32), is_target=np.array(is_target)
+        )

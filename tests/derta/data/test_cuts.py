@@ -1,0 +1,116 @@
+"""Cuts and RTO rows follow their policies, and depend on seed, epoch and example alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from derta.data import (
+    CUT_POLICIES,
+    EncodedTriple,
+    cut_probabilities,
+    draw_cuts,
+    draw_rto_rows,
+    example_rng,
+)
+
+DRAWS = 20_000
+
+
+def triple(harmful: int, limit: int | None = None, word_ends: object = ()) -> EncodedTriple:
+    return EncodedTriple(
+        id="t",
+        prompt=np.arange(3, dtype=np.int32),
+        harmful=np.arange(harmful, dtype=np.int32),
+        safe=np.arange(4, dtype=np.int32),
+        cut_limit=harmful if limit is None else limit,
+        word_ends=np.array(word_ends, dtype=np.int64),
+    )
+
+
+def official(harmful: int, ends: tuple[int, ...]) -> tuple[EncodedTriple, dict[int, float]]:
+    expected = {0: 1 / 3}
+    for end in ends:
+        expected[end] = expected.get(end, 0) + 2 / 3 / len(ends)
+    return triple(harmful, word_ends=ends), expected
+
+
+# A triple and the probability of each of its cuts, from the definition of the policy.
+CASES = {
+    "zero": ("zero", triple(9), {0: 1.0}),
+    "uniform": ("uniform", triple(9), {k: 1 / 10 for k in range(10)}),
+    "uniform, limited": ("uniform", triple(9, limit=4), {k: 1 / 5 for k in range(5)}),
+    "uniform, nothing to cut": ("uniform", triple(0), {0: 1.0}),
+    "official": ("official", *official(20, (2, 3, 7, 11))),
+    "official, two words on one token": ("official", *official(20, (2, 3, 3))),
+    "official, two words": ("official", triple(5), {0: 1.0}),
+    "deep": ("deep", triple(12), {0: 1 / 2} | {k: 1 / 24 for k in range(1, 13)}),
+    "deep, long": ("deep", triple(300), {0: 1 / 2} | {k: 1 / 200 for k in range(1, 101)}),
+    "deep, limited": ("deep", triple(300, limit=2), {0: 1 / 2, 1: 1 / 4, 2: 1 / 4}),
+    "deep, nothing to cut": ("deep", triple(0), {0: 1.0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cuts_fall_as_often_as_the_policy_says(case: str) -> None:
+    policy, example, expected = CASES[case]
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate(
+        [draw_cuts(example, policy=policy, branches=1, rng=rng) for _ in range(DRAWS)]
+    )
+    counts = np.bincount(drawn, minlength=example.cut_limit + 1)
+    p = np.array([expected.get(k, 0.0) for k in range(len(counts))])
+    assert np.allclose(cut_probabilities(example, policy), p, rtol=0, atol=1e-15)
+    # Five standard deviations of a binomial count.
+    assert np.all(np.abs(counts - DRAWS * p) <= 5 * np.sqrt(DRAWS * p * (1 - p)))
+
+
+@pytest.mark.parametrize("policy", CUT_POLICIES)
+@pytest.mark.parametrize("branches", [0, 1, 2, 5, 50])
+def test_cuts_of_one_triple_are_distinct_and_descend(policy: str, branches: int) -> None:
+    example = triple(10, limit=8, word_ends=(1, 4, 5))
+    possible = {"zero": 1, "uniform": 9, "official": 4, "deep": 9}[policy]
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        cuts = draw_cuts(example, policy=policy, branches=branches, rng=rng)
+        assert len(cuts) == min(branches, possible)
+        assert np.all(np.diff(cuts) < 0)
+        assert np.all((cuts >= 0) & (cuts <= example.cut_limit))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("harmful", [0, 1, 9, 99])
+def test_the_share_of_rto_rows_is_exact_and_never_nothing(harmful: int, keep: float) -> None:
+    rows = harmful + 1
+    expected = max(1, round(keep * rows)) if keep else 0
+    rng = np.random.default_rng(0)
+    total = np.zeros(rows)
+    draws = 2_000
+    for _ in range(draws):
+        drawn = draw_rto_rows(harmful, keep=keep, rng=rng)
+        assert drawn.dtype == bool and drawn.shape == (rows,) and drawn.sum() == expected
+        total += drawn
+    p = expected / rows
+    assert np.all(np.abs(total - draws * p) <= 5 * np.sqrt(draws * p * (1 - p)))
+
+
+def test_draws_depend_on_seed_epoch_and_example_alone() -> None:
+    def first(*key) -> int:
+        return int(example_rng(*key).bit_generator.random_raw())
+
+    assert first(1, 2, "a") == first(1, 2, "a")
+    # The same in every process, on every machine and in every later version.
+    assert first(0, 0, "a") == 6284943652077191481
+    keys = [(1, 2, "a"), (2, 1, "a"), (1, 2, "b"), (12, 0, "a"), (1, 20, "a"), (1, 2, ":a")]
+    assert len({first(*key) for key in keys}) == len(keys)
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="^cuts must be one of zero, uniform, official, deep, got"):
+        draw_cuts(triple(3), policy="random", branches=1, rng=np.random.default_rng(0))
+
+
+def test_official_cuts_need_words() -> None:
+    example = EncodedTriple("t", np.ones(1), np.ones(1), np.ones(1), cut_limit=1)
+    with pytest.raises(ValueError, match="^t: cuts='official' needs word_ends, got None: encode"):
+        draw_cuts(example, policy="official", branches=1, rng=np.random.default_rng(0))
