@@ -88,7 +88,7 @@ def packed_mask(
 def scope_of(module: nn.Module) -> dict[str, Any]:
     """The names that the module's own `forward` sees: those of its modeling file.
 
-    FSDP2 and PEFT change a module's class, so the class does not say where it was written.
+    FSDP2 gives a module a class of its own, which does not say where the module was written.
     """
     return inspect.unwrap(type(module).forward).__globals__
 
@@ -121,7 +121,7 @@ def _twin(name: str, impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         scope = scope_of(module)
         interface = scope.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
         # "eager" is in no registry: it is whatever the modeling file falls back on.
-        own = interface.get_interface(name, scope.get("eager_attention_forward"))
+        own = interface.get(name, scope.get("eager_attention_forward"))
         with _named(module, name) if "flash" in name else contextlib.nullcontext():
             return own(module, query, key, value, attention_mask, **kwargs)
 

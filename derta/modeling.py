@@ -28,7 +28,7 @@ from derta_kernels.attention import Bounds
 
 IGNORE_INDEX = -100
 TF32_EPS = 2**-10
-MASKED_BY_LAYER = {"full_attention", "sliding_attention"}
+MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass
@@ -182,8 +182,8 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         )
     if not model._can_set_attn_implementation():
         raise ValueError(f"{name} computes its attention itself, packs need to replace it")
-    if model._is_stateful or not layer_types <= MASKED_BY_LAYER:
-        kinds = ", ".join(sorted(layer_types - MASKED_BY_LAYER)) or "recurrent state"
+    if model._is_stateful or not layer_types <= MASKED_LAYER_TYPES:
+        kinds = ", ".join(sorted(layer_types - MASKED_LAYER_TYPES)) or "recurrent state"
         raise ValueError(f"{name} has layers that no mask governs ({kinds}), a branch needs one")
     _head(model)
     if _has_router_loss(model):

@@ -6,7 +6,7 @@ import copy
 import gc
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,6 +16,8 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed import HashStore
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -349,6 +351,29 @@ def test_bounds_that_are_given_spare_the_device() -> None:
     assert mask.shape == (1, 1, 2, TRUNK + BRANCH + OTHER)
     examples = layout_of(*mask[:, 0].unbind(1), None).examples
     assert tuple((example.start, example.end) for example in examples) == bounds[0]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral"])
+def test_fsdp_gathers_the_head_for_the_loss(architecture: str, one_rank: None) -> None:
+    """Whose class, and so whose modeling file, FSDP2 hides."""
+    model, whole = tiny_model(architecture), tiny_model(architecture)
+    apply_derta(whole, REFUSAL)
+    expected = gradients(whole(**pack()).loss, whole)
+    apply_derta(model, REFUSAL)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    actual = gradients(model(**pack()).loss, model)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name].full_tensor(), gradient), name
 
 
 # --- PEFT ----------------------------------------------------------------------------------------
