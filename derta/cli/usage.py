@@ -41,6 +41,24 @@ Every field of transformers' TrainingArguments is a key too: --learning_rate, --
 """,
     "eval": """\
 usage: derta eval [CONFIG.yaml] [--key value ...]
+
+  --model            folder of a model or of adapters; several: '{before: a, after: b}'
+  --output_dir       where report.html, summary.json and the pictures go
+records, each a JSON or JSONL file; scenarios without records are left out
+  --harmful          triples: requests to refuse, and responses that attacks prefill
+  --benign           dialogues whose requests are harmless: over-refusal
+  --helpful          dialogues whose last answers are the right ones
+  --helpful_metric   exact_match | perplexity
+attacks
+  --prefill_depths   tokens of a harmful response that an attacker writes: [0, 4, 16]
+  --max_new_tokens   longest answer
+  --keywords         what the judge takes for a refusal: [sorry, I cannot]
+  --samples          answers shown in the report for each scenario; none by default
+refusal curve
+  --curve            true | false
+  --refusal          refusal token, as in training
+machine
+  --batch_size --max_tokens --device --dtype --chat_template
 """,
     "demo": """\
 usage: derta demo [--key value ...]

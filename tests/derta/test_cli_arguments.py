@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from derta.cli import main
 from derta.cli.arguments import build, read_options, read_yaml
@@ -112,11 +114,14 @@ def test_examples_are_valid(path: Path) -> None:
     assert config.examples_per_step == 128
 
 
-def test_help_names_only_keys_that_exist() -> None:
-    known = {field.name for field in fields(Config)}
-    named = set(re.findall(r"--(\w+)", USAGE["train"])) - {"key"}
-    assert named
+@pytest.mark.parametrize("command", SUMMARY)
+def test_help_names_keys_that_exist_and_all_of_ours(command: str) -> None:
+    config = importlib.import_module(f"derta.cli.{command}").Config
+    inherited = {field.name for field in fields(TrainingArguments)} if command == "train" else set()
+    known = {field.name for field in fields(config)}
+    named = set(re.findall(r"--(\w+)", USAGE[command])) - {"key"}
     assert named <= known
+    assert known - inherited <= named
 
 
 def test_help_needs_no_torch_and_less_than_a_second() -> None:
