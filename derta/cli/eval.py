@@ -1,0 +1,225 @@
+"""`derta eval`: attack success, over-refusal and refusal curves of models in local folders."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from derta.data import Dialogue, Triple, read_records
+from derta.evaluation import (
+    EvaluationData,
+    EvaluationSettings,
+    KeywordJudge,
+    VariantResult,
+    evaluate_model,
+    format_table,
+    summarize,
+    write_report,
+)
+from derta.evaluation.judge import REFUSAL_KEYWORDS
+
+Kind = TypeVar("Kind", Triple, Dialogue)
+
+
+@dataclass(kw_only=True)
+class Config:
+    """An evaluation.
+
+    Args:
+        model: folder of a model or of PEFT adapters, with weights in safetensors; or several, as a
+            list of folders or as a mapping of names to folders.
+        output_dir: where report.html, summary.json and the pictures go.
+        harmful: file of triples: requests to refuse, and the responses that attacks prefill.
+        benign: file of dialogues whose requests are harmless, for over-refusal.
+        helpful: file of dialogues whose last answers are the right ones.
+        refusal: the refusal token, as in training: a word, a token id, or "auto".
+        prefill_depths: how many tokens of the harmful response an attacker writes.
+        max_new_tokens: longest answer.
+        batch_size: prompts a batch.
+        max_tokens: tokens a pack of the refusal curve.
+        curve: whether to read refusal curves, which need a model that `apply_derta` takes.
+        helpful_metric: "exact_match" of generated answers, or "perplexity" of the given ones.
+        keywords: what the judge takes for a refusal.
+        samples: answers shown in the report for each scenario.
+        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
+        device: "auto", or as in torch: "cpu", "cuda:1".
+        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
+
+    Raises:
+        ValueError: there is nothing to evaluate on.
+    """
+
+    model: str | list[str] | dict[str, str]
+    output_dir: str
+    harmful: str | None = None
+    benign: str | None = None
+    helpful: str | None = None
+    refusal: str | int = "auto"
+    prefill_depths: list[int] = field(default_factory=lambda: [0, 4, 8, 16, 32, 64])
+    max_new_tokens: int = 256
+    batch_size: int = 16
+    max_tokens: int = 4096
+    curve: bool = True
+    helpful_metric: Literal["exact_match", "perplexity"] = "exact_match"
+    keywords: list[str] = field(default_factory=lambda: list(REFUSAL_KEYWORDS))
+    samples: int = 0
+    chat_template: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.harmful is None and self.benign is None and self.helpful is None:
+            raise ValueError("name at least one file of records: harmful, benign or helpful")
+
+
+def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
+    """Folders by the names they have in the report.
+
+    Raises:
+        ValueError: two folders have one name, or none is given.
+        FileNotFoundError: a folder is not there.
+    """
+    if isinstance(model, dict):
+        folders = {name: Path(path) for name, path in model.items()}
+    else:
+        paths = [Path(path) for path in ([model] if isinstance(model, str) else model)]
+        folders = {path.resolve().name: path for path in paths}
+        if len(folders) < len(paths):
+            raise ValueError(
+                "model: two folders have one name; name them: --model '{before: a/model, after: "
+                "b/model}'"
+            )
+    if not folders:
+        raise ValueError("model: expected at least one folder, got none")
+    for path in folders.values():
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such model folder")
+    return folders
+
+
+def read_kind(key: str, path: str | None, kind: type[Kind]) -> list[Kind]:
+    """Records of one kind.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: a record is of another kind.
+    """
+    if path is None:
+        return []
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such record file")
+    records = []
+    for record in read_records(path):
+        if not isinstance(record, kind):
+            raise ValueError(
+                f"{path}: {key} takes a file of {kind.__name__.lower()}s, {record.id} is a "
+                f"{type(record).__name__.lower()}"
+            )
+        records.append(record)
+    return records
+
+
+def load(
+    folder: Path, config: Config, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder; of adapters, on the base model that they name.
+
+    Raises:
+        FileNotFoundError: adapters without adapter_model.safetensors.
+        ValueError: adapters that are prompts instead of weights.
+        OSError: as `from_pretrained`, where a folder lacks a model in safetensors or a tokenizer.
+    """
+    adapters = None
+    weights = tokens = str(folder)
+    if (folder / "adapter_config.json").is_file():
+        adapters = PeftConfig.from_pretrained(str(folder))
+        if adapters.is_prompt_learning:
+            raise ValueError(f"{folder}: {adapters.peft_type.value} adapters cannot be evaluated")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError(f"{folder}: adapters without adapter_model.safetensors")
+        weights = adapters.base_model_name_or_path
+        if not (folder / "tokenizer_config.json").is_file():
+            tokens = weights
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        weights, dtype=_dtype(config, device), use_safetensors=True, trust_remote_code=False
+    )
+    if adapters is not None:
+        model = PeftModel.from_pretrained(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokens, trust_remote_code=False)
+    if config.chat_template is not None:
+        is_text = "{" in config.chat_template
+        tokenizer.chat_template = (
+            config.chat_template if is_text else Path(config.chat_template).read_text("utf-8")
+        )
+    return model.to(device), tokenizer
+
+
+def _device(config: Config) -> torch.device:
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    in_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if in_bfloat16 else torch.float32
+
+
+def loss_history(folder: Path) -> Sequence[Mapping[str, Any]]:
+    """What a training logged, by the state that it left in the folder or its last checkpoint."""
+    for place in (folder, get_last_checkpoint(folder)):
+        if place is not None and (state := Path(place, "trainer_state.json")).is_file():
+            return json.loads(state.read_text("utf-8"))["log_history"]
+    return []
+
+
+def run(config: Config) -> None:
+    """Evaluates every model, prints the table, and leaves the report in `output_dir`."""
+    started = time.perf_counter()
+    folders = model_folders(config.model)
+    data = EvaluationData(
+        harmful=read_kind("harmful", config.harmful, Triple),
+        benign=read_kind("benign", config.benign, Dialogue),
+        helpful=read_kind("helpful", config.helpful, Dialogue),
+    )
+    settings = EvaluationSettings(
+        refusal=config.refusal,
+        prefill_depths=config.prefill_depths,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+        curve=config.curve,
+        helpful=config.helpful_metric,
+        judge=KeywordJudge(config.keywords),
+        samples=config.samples,
+    )
+    results: dict[str, list[VariantResult]] = {}
+    for name, folder in folders.items():
+        model, tokenizer = load(folder, config, _device(config))
+        results[name] = [evaluate_model(model, tokenizer, data, settings)]
+        del model
+    summary = summarize(
+        results,
+        seconds=time.perf_counter() - started,
+        loss={
+            name: [history] for name, folder in folders.items() if (history := loss_history(folder))
+        },
+    )
+    report = write_report(summary, config.output_dir)
+    print(f"{format_table(summary)}\n\nreport: {report}")

@@ -1,0 +1,133 @@
+"""Greedy answers to many prompts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from derta.data import Chat
+
+SHOWN_AFTER_S = 2.0
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no gradients; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
+    """Tokens that end an answer: what closes a chat's turn, and every end of sequence."""
+    configured = model.generation_config.eos_token_id
+    ends = {chat.closing_ids[-1], chat.tokenizer.eos_token_id}
+    ends.update(configured if isinstance(configured, list) else [configured])
+    return frozenset(ends - {None})
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ids: Sequence[str],
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    batch_size: int,
+    title: str = "generate",
+) -> list[list[int]]:
+    """What the model writes after each prompt if it always takes the likeliest token.
+
+    Whatever `generation_config` says of sampling, penalties or beams plays no part. Prompts are run
+    in batches of similar length, padded on the left and masked; equal prompts are run once.
+
+    Args:
+        model: a causal language model, plain or under PEFT, with or without `apply_derta`.
+        prompts: token ids, none empty.
+        ids: what each prompt is called in errors.
+        stop_ids: tokens at which an answer ends, see `stop_ids`.
+        max_new_tokens: longest answer.
+        batch_size: prompts a batch.
+        title: what the progress bar is called, which appears after two seconds.
+
+    Returns:
+        for each prompt the token ids of the answer, without the one that ended it.
+
+    Raises:
+        ValueError: a number is below 1, a prompt is empty, or it does not fit the model's context
+            together with its answer; names its id.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    context = getattr(model.config, "max_position_embeddings", None)
+    for id, prompt in zip(ids, prompts, strict=True):
+        if not len(prompt):
+            raise ValueError(f"{id}: the prompt is empty, expected at least one token")
+        if context is not None and len(prompt) + max_new_tokens > context:
+            raise ValueError(
+                f"{id}: the prompt's {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) "
+                f"exceed the model's context of {context}"
+            )
+    # The longest first: what does not fit the memory fails at once.
+    distinct = sorted({tuple(prompt) for prompt in prompts}, key=len, reverse=True)
+    answers: dict[tuple[int, ...], list[int]] = {}
+    with (
+        evaluating(model),
+        _greedy(model, stop_ids, max_new_tokens),
+        tqdm(
+            total=len(distinct), desc=title, unit="answer", delay=SHOWN_AFTER_S, leave=False
+        ) as bar,
+    ):
+        for first in range(0, len(distinct), batch_size):
+            batch = distinct[first : first + batch_size]
+            answers.update(zip(batch, _run(model, batch, stop_ids), strict=True))
+            bar.update(len(batch))
+    return [answers[tuple(prompt)] for prompt in prompts]
+
+
+def _run(
+    model: PreTrainedModel, batch: Sequence[Sequence[int]], stop_ids: Collection[int]
+) -> list[list[int]]:
+    longest = max(map(len, batch))
+    device = model.device
+    pad = min(stop_ids)  # any token of the vocabulary: it is masked
+    input_ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch], device=device)
+    lengths = torch.tensor([[len(prompt)] for prompt in batch], device=device)
+    attention_mask = torch.arange(longest, device=device) >= longest - lengths
+    output = model.generate(  # type: ignore[operator]
+        input_ids=input_ids, attention_mask=attention_mask.long()
+    )
+    return [_until_stop(row, stop_ids) for row in output[:, longest:].tolist()]
+
+
+def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    return ids[: next((place for place, id in enumerate(ids) if id in stop_ids), len(ids))]
+
+
+@contextlib.contextmanager
+def _greedy(
+    model: PreTrainedModel, stop_ids: Collection[int], max_new_tokens: int
+) -> Iterator[None]:
+    """generate() fills what its caller leaves open from the model's configuration: replace that."""
+    inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=min(stop_ids),
+    )
+    try:
+        yield
+    finally:
+        inner.generation_config = own

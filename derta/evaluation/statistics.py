@@ -1,0 +1,77 @@
+"""What a count out of few says, and how well a score tells two classes apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval for a rate of which `successes` of `n` trials were seen.
+
+    Unlike the textbook interval around the mean it neither leaves [0, 1] nor shrinks to a point at
+    0 or n successes, which is where safety evaluations live.
+
+    Args:
+        successes: in 0..n.
+        n: trials, at least 1.
+        z: half-width in standard deviations; 1.96 covers 95%.
+
+    Returns:
+        lower and upper end, in [0, 1].
+
+    Raises:
+        ValueError: there is no trial, or successes are not a part of them.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
+        1927.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes must lie in 0..{n}, got {successes}")
+    rate = successes / n
+    scale = 1 + z * z / n
+    center = (rate + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    # At either end the exact bound is 0 or 1, which rounding would miss by an ulp.
+    lower = 0.0 if successes == 0 else center - half
+    upper = 1.0 if successes == n else center + half
+    return lower, upper
+
+
+def roc_auc(scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarray) -> float:
+    """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
+
+    Args:
+        scores: (n,) finite.
+        labels: (n,) true for positives.
+
+    Returns:
+        exact up to one rounding, in [0, 1].
+
+    Raises:
+        ValueError: shapes differ, a score is not finite, or a class is missing.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    labels = np.asarray(labels, dtype=bool)
+    if scores.ndim != 1 or scores.shape != labels.shape:
+        raise ValueError(
+            f"scores and labels must have one shape (n,), got {scores.shape} and {labels.shape}"
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError("scores must be finite, got NaN or infinity")
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if not positives or not negatives:
+        raise ValueError(
+            f"labels must hold both classes, got {positives} positives and {negatives} negatives"
+        )
+    _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    positives_in_group = np.bincount(group, weights=labels, minlength=len(sizes))
+    negatives_in_group = sizes - positives_in_group
+    negatives_below = np.cumsum(negatives_in_group) - negatives_in_group
+    # In halves, so that the sum is an integer and exact.
+    won = (positives_in_group * (2 * negatives_below + negatives_in_group)).sum()
+    return float(won / (2 * positives * negatives))

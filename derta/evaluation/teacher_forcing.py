@@ -1,0 +1,167 @@
+"""What a model makes of given responses: packed forward passes, no generation.
+
+The fused head loss hands out the negative log-likelihood of every row as a by-product, so that
+these figures cost one forward pass over the packs and never hold logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from derta.data import (
+    Chat,
+    Drawn,
+    Encoded,
+    EncodedDialogue,
+    EncodedTriple,
+    Message,
+    PackedBatch,
+    pack,
+    packed_length,
+    plan_packs,
+)
+from derta.evaluation.generate import SHOWN_AFTER_S, evaluating
+from derta.modeling import apply_derta, remove_derta
+
+
+def response(chat: Chat, id: str, messages: Sequence[Message], text: str) -> EncodedTriple:
+    """`text` as the response to `messages`, in the form that `refusal_curve` reads.
+
+    Any response will do, a harmless one too: it takes the place of the harmful response.
+    """
+    return EncodedTriple(
+        id=id,
+        prompt=np.array(chat.prompt_ids(messages), np.int32),
+        harmful=np.array(chat.response_ids(messages, text), np.int32),
+        safe=np.array(chat.closing_ids, np.int32),
+        cut_limit=0,
+    )
+
+
+def refusal_curve(
+    model: PreTrainedModel,
+    examples: Sequence[EncodedTriple],
+    refusal_token_id: int,
+    max_tokens: int = 4096,
+) -> list[np.ndarray]:
+    """Probability of the refusal token after every token of each harmful response.
+
+    Equals, up to rounding:
+        logits = model(torch.cat([prompt, harmful])[None]).logits[0].float()
+        curve = logits.softmax(-1)[len(prompt) - 1 :, refusal_token_id]
+
+    The model need not be patched; one that is stays so, and one that is not is left as it was.
+
+    Args:
+        model: a model that `apply_derta` takes.
+        examples: responses to read; safe responses play no part.
+        refusal_token_id: see `derta.resolve_refusal_token`.
+        max_tokens: tokens a pack; a longer example has a pack of its own.
+
+    Returns:
+        for each example (|h| + 1,) float32: entry t is read after t tokens of the response.
+
+    Raises:
+        ValueError: `apply_derta` refuses the model, it is patched with another refusal token, or an
+            example does not fit its context.
+    """
+    drawn = [
+        Drawn(example, cuts=np.zeros(0, np.int64), rto_rows=np.ones(len(example.harmful) + 1, bool))
+        for example in examples
+    ]
+    curves = [np.empty(0, np.float32)] * len(drawn)
+    with _reading(model, refusal_token_id):
+        for read in _read(model, drawn, max_tokens):
+            probability = np.exp(-read.refusal_nll[0].float().cpu().numpy())
+            depth, index = read.batch.depth[0].numpy(), read.batch.example_index[0].numpy()
+            for nth, place in enumerate(read.places):
+                curves[place] = probability[(index == nth) & (depth >= 0)]
+    return curves
+
+
+def perplexity(
+    model: PreTrainedModel,
+    dialogues: Sequence[EncodedDialogue],
+    max_tokens: int = 4096,
+) -> tuple[float, int]:
+    """Negative log-likelihood of the assistant's tokens; perplexity is exp(sum / count).
+
+    Args:
+        model, max_tokens: as for `refusal_curve`.
+        dialogues: to read.
+
+    Returns:
+        the sum in nats and the count of tokens, which can be added up over sets.
+
+    Raises:
+        ValueError: `apply_derta` refuses the model, or a dialogue does not fit its context.
+    """
+    nothing = np.zeros(0, np.int64)
+    drawn = [Drawn(dialogue, nothing, nothing.astype(bool)) for dialogue in dialogues]
+    sums, count = [], 0
+    with _reading(model):
+        for read in _read(model, drawn, max_tokens):
+            sums.append(float(read.next_nll.double().sum()))
+            count += read.batch.next_count
+    return math.fsum(sums), count
+
+
+class _Read(NamedTuple):
+    """A pack (on the CPU) that a model has read: where its examples are from, and the losses."""
+
+    places: tuple[int, ...]
+    batch: PackedBatch
+    next_nll: Tensor
+    refusal_nll: Tensor
+
+
+def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> Iterator[_Read]:
+    if not drawn:
+        return
+    examples: list[Encoded] = [one.example for one in drawn]
+    context = getattr(model.config, "max_position_embeddings", None)
+    lengths = [packed_length(one, branches=0, cuts="zero", rto_keep=1.0) for one in examples]
+    for example, length in zip(examples, lengths, strict=True):
+        if context is not None and length > context:
+            raise ValueError(
+                f"{example.id}: its {length} tokens exceed the model's context of {context}"
+            )
+    plan = plan_packs(
+        lengths,
+        max_tokens=max(max_tokens, *lengths),
+        examples_per_step=len(drawn),
+        epochs=1,
+        seed=0,
+    )
+    (packs,) = plan.steps
+    for places in tqdm(packs, desc="read", unit="pack", delay=SHOWN_AFTER_S, leave=False):
+        batch = pack([drawn[place] for place in places])
+        output = model(**batch.to(model.device).model_inputs())
+        yield _Read(places, batch, output.next_nll, output.refusal_nll)
+
+
+@contextlib.contextmanager
+def _reading(model: PreTrainedModel, refusal_token_id: int | None = None) -> Iterator[None]:
+    """Patched and evaluating, and afterwards as it was; without an id, any refusal token does."""
+    patch = getattr(model, "_derta_patch", None)
+    if patch is not None and refusal_token_id not in (None, patch.refusal_token_id):
+        raise ValueError(
+            f"refusal_token_id must be the one given to apply_derta, {patch.refusal_token_id}, got "
+            f"{refusal_token_id}: apply it again, or remove_derta first"
+        )
+    if patch is None:
+        apply_derta(model, refusal_token_id or 0)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if patch is None:
+            remove_derta(model)
