@@ -77,6 +77,16 @@ class DertaConfig(TrainingArguments):
                 f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: the head "
                 "loss has hard targets only"
             )
+        if self.use_liger_kernel:
+            # Liger's fused loss replaces the model's forward, and with it the one that packs need.
+            ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            asked = self.liger_kernel_config or {}
+            if any(asked.get(name) for name in ours):
+                raise ValueError(
+                    f"liger_kernel_config must leave {' and '.join(ours)} off, got {asked}: the "
+                    "loss is computed by derta's own head loss"
+                )
+            self.liger_kernel_config = {**asked, **ours}
         for name in ("max_length", "max_tokens", "examples_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -193,8 +193,8 @@ class DertaTrainer(Trainer):
         examples = [example for example in encoder.encode_many(records) if example is not None]
         if encoder.skipped:
             logger.warning(
-                "%d of %d examples skipped: prompt and safe response exceed max_length (%d) or "
-                "max_tokens (%d)",
+                "%d of %d examples skipped: a prompt with its safe response, or a dialogue, exceeds "
+                "max_length (%d) or max_tokens (%d)",
                 encoder.skipped,
                 len(records),
                 args.max_length,

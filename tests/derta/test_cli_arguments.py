@@ -93,6 +93,10 @@ def test_numbers_that_yaml_reads_as_text_become_numbers() -> None:
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps must stay 1, got 4"),
+        (
+            {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
+            "liger_kernel_config must leave fused_linear_cross_entropy and cross_entropy off",
+        ),
         ({"per_device_train_batch_size": 8}, "per_device_train_batch_size must stay 1, got 8"),
     ],
 )
@@ -111,7 +115,7 @@ def test_examples_are_valid(path: Path) -> None:
     values = read_yaml(path)
     # bf16 is refused by transformers where there is no GPU and use_cpu is not set.
     config = build(Config, {**values, "use_cpu": True}, str(path))
-    assert config.examples_per_step == 128
+    assert config.refusal == "Sorry"
 
 
 @pytest.mark.parametrize("command", SUMMARY)
