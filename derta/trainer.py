@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,32 +75,22 @@ class PackedSteps(Dataset):
 
 
 class EpochSteps:
-    """Batch sampler over the steps of the epoch that `set_epoch` names."""
+    """Batch sampler over the steps of one epoch, the one in which `steps_done` lies.
 
-    def __init__(self, steps_per_epoch: int) -> None:
+    The trainer's own count of steps says which epoch that is, also after a run was resumed.
+    """
+
+    def __init__(self, steps_per_epoch: int, steps_done: Callable[[], int]) -> None:
         self.steps_per_epoch = steps_per_epoch
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self.steps_done = steps_done
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.epoch * self.steps_per_epoch
+        epoch = self.steps_done() // self.steps_per_epoch
+        first = epoch * self.steps_per_epoch
         return ([step] for step in range(first, first + self.steps_per_epoch))
-
-
-class StepLoader(DataLoader):
-    """Data loader of `PackedSteps`.
-
-    transformers calls `set_epoch` on it; when it skips batches to resume, it wraps the sampler and
-    calls `set_epoch` on that.
-    """
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def _only(items: list[list[PackedBatch]]) -> list[PackedBatch]:
@@ -193,8 +183,8 @@ class DertaTrainer(Trainer):
         examples = [example for example in encoder.encode_many(records) if example is not None]
         if encoder.skipped:
             logger.warning(
-                "%d of %d examples skipped: a prompt with its safe response, or a dialogue, exceeds "
-                "max_length (%d) or max_tokens (%d)",
+                "%d of %d examples skipped: a prompt with its safe response, or a dialogue, is "
+                "longer than max_length (%d) or max_tokens (%d)",
                 encoder.skipped,
                 len(records),
                 args.max_length,
@@ -221,10 +211,12 @@ class DertaTrainer(Trainer):
         )
         return PackedSteps(examples, plan, self.collator, args.process_index, args.world_size)
 
-    def get_train_dataloader(self) -> StepLoader:
-        return StepLoader(
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
             self.train_dataset,
-            batch_sampler=EpochSteps(self.train_dataset.plan.steps_per_epoch),
+            batch_sampler=EpochSteps(
+                self.train_dataset.plan.steps_per_epoch, lambda: self.state.global_step
+            ),
             collate_fn=_only,
             num_workers=self.args.dataloader_num_workers,
         )

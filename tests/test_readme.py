@@ -25,9 +25,9 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what a reader of the README has: a model, and records of the two kinds."""
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    model.save_pretrained(tmp_path / "path/to/model")
-    tokenizer.save_pretrained(tmp_path / "path/to/model")
+    for folder in ("path/to/model", "outputs/demo/base"):
+        tiny_model("llama").save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
     triples = [
         {
             "instruction": f"How do I paint fence number {index}?",
@@ -45,11 +45,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         }
         for index in range(6)
     ]
-    (tmp_path / "data").mkdir()
-    for name, rows in (("safety", triples), ("held-out", triples), ("helpful", dialogues)):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(text)
-        (tmp_path / "data" / f"{name}.jsonl").write_text(text)
+    for path, rows in {
+        "safety.jsonl": triples,
+        "data/safety.jsonl": triples,
+        "held-out.jsonl": triples,
+        "helpful.jsonl": dialogues,
+        "outputs/demo/data/tuning.jsonl": triples + dialogues,
+        "outputs/demo/data/held-out-harmful.jsonl": triples,
+        "outputs/demo/data/held-out-helpful.jsonl": dialogues,
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -80,10 +86,10 @@ def commands() -> list[str]:
 def test_commands_run(workplace: Path) -> None:
     # The examples' sizes are for a GPU; these make the same commands last seconds.
     small = {
-        "derta train": "--max_steps 2 --save_strategy no --use_cpu true --refusal auto --lora_r 2",
+        "derta train": "--max_steps 2 --save_strategy no --use_cpu true --lora_r 2",
         "derta eval": "--max_new_tokens 8 --device cpu",
     }
-    assert len(commands()) >= 3
+    assert len(commands()) >= 6
     for command in commands():
         extra = next((more for prefix, more in small.items() if command.startswith(prefix)), "")
         done = subprocess.run(

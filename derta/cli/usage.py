@@ -37,7 +37,7 @@ model
   --head_impl --attention_impl
 
 Every field of transformers' TrainingArguments is a key too: --learning_rate, --num_train_epochs,
---lr_scheduler_type, --warmup_steps, --activation_checkpointing, --resume_from_checkpoint, ...
+--lr_scheduler_type, --warmup_steps, --gradient_checkpointing, --resume_from_checkpoint, ...
 """,
     "eval": """\
 usage: derta eval [CONFIG.yaml] [--key value ...]
