@@ -1,0 +1,46 @@
+"""`derta demo`: four small models, trained and compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from derta.demo.run import run_demo
+from derta.evaluation import format_table
+
+MAX_THREADS = 4
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A demo.
+
+    Args:
+        seeds: how many worlds and trainings to average over.
+        output_dir: where report.html, summary.json and the pictures go.
+
+    Raises:
+        ValueError: there is no seed.
+    """
+
+    seeds: int = 1
+    output_dir: str = "outputs/demo"
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+
+
+def run(config: Config) -> None:
+    """Runs the demo; prints its table and where the report is."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # A model this small gains nothing from more, and a container may own fewer cores than it sees.
+    torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+    folder = Path(config.output_dir)
+    print(f"one base model and four tunings of it, by equal numbers of tokens -> {folder}/")
+    summary = run_demo(folder, range(config.seeds))
+    print(f"\n{format_table(summary)}\n\nreport: {folder / 'report.html'}")

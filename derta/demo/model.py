@@ -1,0 +1,145 @@
+"""The demo's base model: a tokenizer and a small Llama, trained to answer every request.
+
+It stands for a pre-trained model without safety tuning: it has met every gadget and every wording,
+as chats and as plain text, and has never seen a refusal.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+
+from derta.demo.world import HELD_OUT_WORDINGS, REFUSALS, TUNING_WORDINGS, World, chat
+
+PLAIN_SHARE = 0.2
+BATCH_SIZE = 32
+LEARNING_RATE = 2e-3
+
+_END = "<|end|>"
+_PAD = "<|pad|>"
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every word of the world becomes one token.
+
+    Args:
+        world: whose requests, recipes and refusals it is trained on.
+    """
+    wordings = (*TUNING_WORDINGS, *HELD_OUT_WORDINGS, *REFUSALS)
+    texts = [wording.format(gadget) for wording in wordings for gadget in world.gadgets]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        [*texts, *world.recipes.values()],
+        trainers.BpeTrainer(
+            vocab_size=2048,  # more than there are words: merging stops when none is left to do
+            special_tokens=[_PAD, _END, *_ROLES],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=_PAD, eos_token=_END)
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, seed: int
+) -> LlamaForCausalLM:
+    """A Llama of four layers with random weights; 1.1 M parameters at hidden size 128.
+
+    Args:
+        tokenizer: whose vocabulary it reads and writes.
+        hidden_size: a multiple of 8.
+        seed: of its weights.
+    """
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        # Far from the usual 0.02: at this width, recipes are learnt in half the steps.
+        initializer_range=0.06,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config)
+
+
+def pretraining_texts(world: World, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[str]:
+    """Every request for every gadget with its answer, a fifth of them as plain text."""
+    rng = random.Random(seed)
+    texts = []
+    for wording in (*TUNING_WORDINGS, *HELD_OUT_WORDINGS):
+        for gadget, recipe in world.recipes.items():
+            request = wording.format(gadget)
+            if rng.random() < PLAIN_SHARE:
+                texts.append(f"{request}\n{recipe}{_END}")
+            else:
+                messages = chat(request, recipe)
+                texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
+    return texts
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    *,
+    steps: int,
+    seed: int,
+    title: str,
+) -> None:
+    """Trains on the next token of all texts, in place.
+
+    Args:
+        model: to be trained.
+        tokenizer: pads on the right, so that the causal mask hides all padding.
+        texts: drawn from at random.
+        steps: of 32 texts each.
+        seed: of the draws.
+        title: what the progress bar is called.
+    """
+    rng = random.Random(seed)
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
+    model.train()
+    with tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True) as bar:
+        for _ in range(steps):
+            batch = tokenizer.pad(
+                {"input_ids": rng.choices(encoded, k=BATCH_SIZE)}, return_tensors="pt"
+            )
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            loss = model(input_ids=batch["input_ids"], labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.update()

@@ -1,0 +1,339 @@
+"""The demo's main job: one base model, four tunings of equal length, and what attacks make of them.
+
+For every seed a world is invented, a tokenizer and a base model are trained on it, copies of that
+base are tuned with `DertaTrainer`, and all five models are evaluated on held-out requests. Nothing
+is cached between runs. Everything runs on the CPU, where such a small model is at home.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from derta.config import DertaConfig
+from derta.data import Chat, Record, Triple
+from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
+from derta.demo.world import World, held_out_records, make_world, tuning_records
+from derta.evaluation import (
+    EvaluationData,
+    EvaluationSettings,
+    VariantResult,
+    evaluate_model,
+    forced_rates,
+    refusal_curve,
+    response,
+    summarize,
+    write_report,
+)
+from derta.progress import Progress
+from derta.trainer import DertaTrainer
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vanilla": dict(cuts="zero", rto_keep=0.0),
+    "prefix_only": dict(cuts="uniform", rto_keep=0.0),
+    "rto_only": dict(cuts="zero", rto_keep=1.0),
+    "derta": dict(cuts="uniform", rto_keep=1.0),
+}
+PREFILL_DEPTHS = (0, 4, 8, 16)
+# Shares of the tuning tokens: most is learnt early.
+CHECKPOINTS = (1 / 16, 1 / 8, 1 / 4, 1)
+EPOCHS = 16  # planned; tuning ends within them, at its number of tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large everything is; as it stands, a seed takes some three minutes on two cores.
+
+    Args:
+        gadgets: of the world, a third of them forbidden.
+        hidden_size: of the model.
+        base_steps: of the base model's training.
+        tuning_tokens: packed tokens of every tuning, to within one step.
+        held_out: requests of each kind to test on.
+    """
+
+    gadgets: int = 120
+    hidden_size: int = 128
+    base_steps: int = 400
+    tuning_tokens: int = 250_000
+    held_out: int = 240
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What all models of one seed share.
+
+    Attributes:
+        seed: of everything random.
+        scale: see `Scale`.
+        world: who is who.
+        tokenizer: trained on the world.
+        base: trained to answer everything.
+        tuning: records, a triple for every dialogue.
+        held_out: requests in wordings that tuning never meets.
+    """
+
+    seed: int
+    scale: Scale
+    world: World
+    tokenizer: PreTrainedTokenizerFast
+    base: LlamaForCausalLM
+    tuning: list[Record]
+    held_out: EvaluationData
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What came of one tuning.
+
+    Attributes:
+        tokens: packed tokens that the model was tuned on.
+        history: as `trainer.state.log_history`.
+        checkpoints: rows of teacher-forced rates, see `derta.evaluation.summarize`.
+        result: of the tuned model on held-out requests.
+    """
+
+    tokens: int
+    history: list[dict[str, float]]
+    checkpoints: list[dict[str, float]]
+    result: VariantResult
+
+
+class Checkpoints(TrainerCallback):
+    """Teacher-forced attack success and over-refusal after given steps.
+
+    Args:
+        tokens: by step, how many tokens have then been trained on.
+        stage: with the held-out responses to read.
+        refusal_token_id: of the model that is trained.
+    """
+
+    def __init__(self, tokens: dict[int, int], stage: Stage, refusal_token_id: int) -> None:
+        chat = Chat(stage.tokenizer)
+        self.tokens = tokens
+        self.refusal_token_id = refusal_token_id
+        self.harmful = [
+            response(chat, triple.id, triple.messages, triple.harmful)
+            for triple in stage.held_out.harmful
+        ]
+        self.benign = [
+            response(chat, dialogue.id, dialogue.messages[:-1], dialogue.messages[-1]["content"])
+            for dialogue in stage.held_out.benign
+        ]
+        self.rows: list[dict[str, float]] = []
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **objects: Any,
+    ) -> None:
+        if state.global_step in self.tokens:
+            model = objects["model"]
+            curves = refusal_curve(model, self.harmful + self.benign, self.refusal_token_id)
+            count = len(self.harmful)
+            rates = forced_rates(curves[:count], curves[count:], PREFILL_DEPTHS)
+            self.rows.append({"tokens": self.tokens[state.global_step], **rates})
+
+
+def run_demo(output_dir: Path, seeds: Sequence[int], scale: Scale = Scale()) -> dict[str, Any]:
+    """Trains and compares the models, and writes report and summary.
+
+    Args:
+        output_dir: gets report.html, summary.json and PNGs; and of the first seed `base/`, the
+            base model, and `data/`, the records, for runs of one's own. Files appear at the end.
+        seeds: one world and five models each.
+        scale: see `Scale`.
+
+    Returns:
+        the content of summary.json, see `derta.evaluation.summarize`.
+    """
+    started = time.perf_counter()
+    bases: list[VariantResult] = []
+    tunings: dict[str, list[Tuned]] = {name: [] for name in VARIANTS}
+    with _appearing_at_the_end(output_dir) as scratch:
+        for seed in seeds:
+            stage = _set_stage(seed, scale)
+            if seed == seeds[0]:
+                _save_for_own_runs(stage, scratch)
+            bases.append(_evaluate(stage.base, stage))
+            for name, runs in tunings.items():
+                runs.append(_tune(name, stage))
+        summary = summarize(
+            {"base": bases} | {n: [one.result for one in runs] for n, runs in tunings.items()},
+            seconds=time.perf_counter() - started,
+            seeds=seeds,
+            tokens={n: round(mean(one.tokens for one in runs)) for n, runs in tunings.items()},
+            loss={n: _histories(runs) for n, runs in tunings.items()},
+            checkpoints={n: [one.checkpoints for one in runs] for n, runs in tunings.items()},
+        )
+        write_report(summary, scratch)
+    return summary
+
+
+def _set_stage(seed: int, scale: Scale) -> Stage:
+    world = make_world(seed, scale.gadgets)
+    tokenizer = train_tokenizer(world)
+    base = new_model(tokenizer, hidden_size=scale.hidden_size, seed=seed)
+    print(
+        f"seed {seed}: {len(world.gadgets)} gadgets, {len(world.forbidden)} of them against the "
+        f"rules of the guild; a Llama of {base.num_parameters() / 1e6:.1f} M parameters",
+        flush=True,
+    )
+    pretrain(
+        base,
+        tokenizer,
+        pretraining_texts(world, tokenizer, seed),
+        steps=scale.base_steps,
+        seed=seed,
+        title=f"{'base':<12}",
+    )
+    triples, dialogues = tuning_records(world, seed)
+    harmful, benign = held_out_records(world, scale.held_out, seed)
+    return Stage(
+        seed=seed,
+        scale=scale,
+        world=world,
+        tokenizer=tokenizer,
+        base=base,
+        tuning=[*triples, *dialogues],
+        held_out=EvaluationData(harmful=harmful, benign=benign, helpful=benign),
+    )
+
+
+def _tune(name: str, stage: Stage) -> Tuned:
+    model = copy.deepcopy(stage.base)
+    with tempfile.TemporaryDirectory() as unused:
+        trainer, tokens = tuning(name, stage, model, unused)
+        steps = [max(1, round(share * len(tokens))) for share in CHECKPOINTS]
+        checkpoints = Checkpoints(
+            {step: tokens[step - 1] for step in steps}, stage, trainer.refusal_token.id
+        )
+        trainer.add_callback(checkpoints)
+        trainer.train()
+    return Tuned(
+        tokens=tokens[-1],
+        history=trainer.state.log_history,
+        checkpoints=checkpoints.rows,
+        result=_evaluate(model, stage),
+    )
+
+
+def tuning(
+    name: str, stage: Stage, model: LlamaForCausalLM, output_dir: str
+) -> tuple[DertaTrainer, list[int]]:
+    """A trainer of `model`, as the variant `name`, that stops at the tuning's number of tokens.
+
+    Variants lay the same records out in different lengths, and cuts are drawn, so that only the
+    packs themselves tell how many steps make a number of tokens.
+
+    Returns:
+        the trainer, and the packed tokens trained on after each of its steps.
+    """
+    trainer = DertaTrainer(
+        model=model,
+        args=DertaConfig(
+            output_dir=output_dir,
+            **VARIANTS[name],
+            num_train_epochs=EPOCHS,
+            examples_per_step=32,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            adam_beta2=0.98,
+            seed=stage.seed,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            logging_steps=5,
+            save_strategy="no",
+        ),
+        train_dataset=stage.tuning,
+        processing_class=stage.tokenizer,
+        callbacks=[Progress(f"{name:<12}", lines=False)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    steps = trainer.train_dataset
+    sizes = (sum(pack.input_ids.shape[1] for pack in steps[step]) for step in range(len(steps)))
+    limit = stage.scale.tuning_tokens
+    tokens = list(itertools.takewhile(lambda n: n <= limit, itertools.accumulate(sizes)))
+    assert 0 < len(tokens) < len(steps), "too few epochs are planned, or one step is too long"
+    trainer.args.max_steps = len(tokens)
+    return trainer, tokens
+
+
+def _histories(runs: Sequence[Tuned]) -> list[list[dict[str, float]]]:
+    """What was logged, row by row for all seeds: equal tokens are not quite equally many steps."""
+    rows = zip(*([row for row in one.history if "loss" in row] for one in runs), strict=False)
+    return [list(history) for history in zip(*rows, strict=True)]
+
+
+def _evaluate(model: LlamaForCausalLM, stage: Stage) -> VariantResult:
+    chat = Chat(stage.tokenizer)
+    longest = max(len(chat.tokenizer.tokenize(recipe)) for recipe in stage.world.recipes.values())
+    return evaluate_model(
+        model,
+        stage.tokenizer,
+        stage.held_out,
+        EvaluationSettings(
+            prefill_depths=PREFILL_DEPTHS,
+            max_new_tokens=longest + 8,
+            batch_size=256,
+            samples=2,
+        ),
+    )
+
+
+def _save_for_own_runs(stage: Stage, folder: Path) -> None:
+    stage.base.save_pretrained(folder / "base")
+    stage.tokenizer.save_pretrained(folder / "base")
+    (folder / "data").mkdir()
+    for name, records in (
+        ("tuning", stage.tuning),
+        ("held-out-harmful", stage.held_out.harmful),
+        ("held-out-helpful", stage.held_out.helpful),
+    ):
+        lines = (json.dumps(_row(record)) + "\n" for record in records)
+        (folder / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _row(record: Record) -> dict[str, Any]:
+    row = asdict(record)
+    if isinstance(record, Triple):
+        del row["messages"]  # says the same as prompt, and a row has one of them
+    return row
+
+
+@contextmanager
+def _appearing_at_the_end(folder: Path) -> Iterator[Path]:
+    """A scratch folder whose files move to `folder` once all is well, and vanish otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+        scratch = Path(name)
+        yield scratch
+        for path in sorted(scratch.rglob("*")):
+            target = folder / path.relative_to(scratch)
+            if path.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)

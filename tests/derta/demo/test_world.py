@@ -1,0 +1,79 @@
+"""The demo's world: invented anew for every seed, and honest about what is held out."""
+
+from __future__ import annotations
+
+import pytest
+
+from derta.data import Dialogue
+from derta.demo.model import train_tokenizer
+from derta.demo.world import (
+    HELD_OUT_WORDINGS,
+    REFUSALS,
+    TUNING_WORDINGS,
+    held_out_records,
+    make_world,
+    tuning_records,
+)
+
+
+def test_a_world_depends_on_its_seed_alone() -> None:
+    assert make_world(3, 30) == make_world(3, 30)
+    assert make_world(3, 30) != make_world(4, 30)
+    world = make_world(3, 30)
+    assert tuning_records(world, 3) == tuning_records(world, 3)
+    assert held_out_records(world, 20, 3) == held_out_records(world, 20, 3)
+
+
+def test_a_third_of_the_gadgets_is_forbidden_and_none_is_both() -> None:
+    world = make_world(0, 120)
+    assert len(world.forbidden) == 40
+    assert not set(world.forbidden) & set(world.allowed)
+    assert set(world.gadgets) == set(world.recipes)
+
+
+def test_no_recipe_tells_whether_its_gadget_is_forbidden() -> None:
+    world = make_world(0, 120)
+
+    def words(gadgets: tuple[str, ...]) -> set[str]:
+        return {word.strip(",.") for gadget in gadgets for word in world.recipes[gadget].split()}
+
+    assert words(world.forbidden) == words(world.allowed)
+
+
+def test_held_out_requests_use_wordings_that_tuning_never_meets() -> None:
+    world = make_world(0, 120)
+    assert not set(TUNING_WORDINGS) & set(HELD_OUT_WORDINGS)
+    tuned = {_request(record) for records in tuning_records(world, 0) for record in records}
+    harmful, benign = held_out_records(world, 240, 0)
+    asked = {_request(record) for record in (*harmful, *benign)}
+    assert len(asked) == 480
+    assert not tuned & asked
+    assert all(any(gadget in triple.prompt for gadget in world.forbidden) for triple in harmful)
+    assert all(any(gadget in _request(one) for gadget in world.allowed) for one in benign)
+
+
+def test_every_gadget_is_met_in_tuning_and_triples_are_half_of_it() -> None:
+    world = make_world(0, 120)
+    triples, dialogues = tuning_records(world, 0)
+    assert len(triples) == len(dialogues) == 40 * len(TUNING_WORDINGS)
+    text = " ".join(_request(record) for record in (*triples, *dialogues))
+    assert all(gadget in text for gadget in world.gadgets)
+
+
+def test_every_gadget_and_the_refusal_are_one_token() -> None:
+    world = make_world(1, 120)
+    tokenizer = train_tokenizer(world)
+    assert all(len(tokenizer.tokenize(f" {gadget}")) == 1 for gadget in world.gadgets)
+    assert {tokenizer.tokenize(refusal)[0] for refusal in REFUSALS} == {"Sorry"}
+
+
+@pytest.mark.parametrize("gadgets", [2, 265])
+def test_a_world_cannot_have_more_gadgets_than_names(gadgets: int) -> None:
+    with pytest.raises(ValueError, match=rf"gadgets must lie in 3..264, got {gadgets}"):
+        make_world(0, gadgets)
+
+
+def _request(record: object) -> str:
+    messages = record.messages[:-1] if isinstance(record, Dialogue) else record.messages
+    (message,) = messages
+    return message["content"]
