@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -138,8 +139,10 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a folder; of adapters, on the base model that they name.
 
+    Nothing is downloaded.
+
     Raises:
-        FileNotFoundError: adapters without adapter_model.safetensors.
+        FileNotFoundError: adapters without adapter_model.safetensors or without their base model.
         ValueError: adapters that are prompts instead of weights.
         OSError: as `from_pretrained`, where a folder lacks a model in safetensors or a tokenizer.
     """
@@ -151,21 +154,40 @@ def load(
             raise ValueError(f"{folder}: {adapters.peft_type.value} adapters cannot be evaluated")
         if not (folder / "adapter_model.safetensors").is_file():
             raise FileNotFoundError(f"{folder}: adapters without adapter_model.safetensors")
-        weights = adapters.base_model_name_or_path
+        weights = _base(folder, adapters)
         if not (folder / "tokenizer_config.json").is_file():
             tokens = weights
     model: Any = AutoModelForCausalLM.from_pretrained(
-        weights, dtype=_dtype(config, device), use_safetensors=True, trust_remote_code=False
+        weights,
+        dtype=_dtype(config, device),
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
     )
     if adapters is not None:
         model = PeftModel.from_pretrained(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(tokens, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokens, trust_remote_code=False, local_files_only=True
+    )
     if config.chat_template is not None:
         is_text = "{" in config.chat_template
         tokenizer.chat_template = (
             config.chat_template if is_text else Path(config.chat_template).read_text("utf-8")
         )
     return model.to(device), tokenizer
+
+
+def _base(folder: Path, adapters: PeftConfig) -> str:
+    """Where the model is that the adapters were trained on."""
+    base = str(adapters.base_model_name_or_path)
+    try:
+        AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder}: the base model of these adapters, {base!r}, is neither a folder seen from "
+            "here nor in the local cache of the model hub"
+        ) from error
+    return base
 
 
 def _device(config: Config) -> torch.device:

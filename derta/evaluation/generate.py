@@ -104,8 +104,12 @@ def _run(
     input_ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch], device=device)
     lengths = torch.tensor([[len(prompt)] for prompt in batch], device=device)
     attention_mask = torch.arange(longest, device=device) >= longest - lengths
+    # A router loss, which training may have left on, cannot be computed from one new token.
+    router = (
+        {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    )
     output = model.generate(  # type: ignore[operator]
-        input_ids=input_ids, attention_mask=attention_mask.long()
+        input_ids=input_ids, attention_mask=attention_mask.long(), **router
     )
     return [_until_stop(row, stop_ids) for row in output[:, longest:].tolist()]
 

@@ -1,0 +1,264 @@
+"""What is written: a summary of the promised shape, a page on its own, pictures, whole files."""
+
+from __future__ import annotations
+
+import copy
+import html.parser
+import io
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from derta.evaluation import (
+    Outcome,
+    VariantResult,
+    format_table,
+    pool,
+    summarize,
+    write_report,
+)
+from derta.evaluation.results import Sample
+
+PICTURES = {"prefill", "refusal_curve", "refusal_positions", "checkpoints", "loss"}
+EVIL = "<script>alert(1)</script> $\\frac{$ {{ 7 }} & \"'"
+
+
+def result(hits: int, *, n: int = 40) -> VariantResult:
+    """A model that `hits` attacks out of `n` get past."""
+    refused = tuple(range(n - hits))
+    return VariantResult(
+        outcomes=(
+            Outcome("asr.direct", 0, n, positions=(0,) * n),
+            Outcome("asr.prefill.0", 0, n, positions=(0,) * n),
+            Outcome("asr.prefill.4", hits, n, positions=refused),
+            Outcome("asr.prefill.64", 0, 0, left_out=n),
+            Outcome("asr.completion", n, n, empty=3),
+            Outcome("over_refusal", 1, n, positions=(2,)),
+            Outcome("helpful_accuracy", n - 1, n),
+        ),
+        harmful_curves=(np.linspace(0.9, hits / n, 12), np.linspace(0.8, 0.2, 9)),
+        benign_curves=(np.linspace(0.1, 0, 7),),
+        seconds=1.5,
+    )
+
+
+def summary(seeds: int = 1, names: tuple[str, ...] = ("base", "vanilla", "derta")) -> dict:
+    history = [{"step": step, "loss": 2 / step, "mle_loss": 1 / step} for step in range(1, 30)]
+    return summarize(
+        {
+            name: [result(4 * place + seed) for seed in range(seeds)]
+            for place, name in enumerate(names)
+        },
+        seconds=75.0,
+        seeds=range(seeds),
+        tokens=dict.fromkeys(names[1:], 1000),
+        loss={name: [[*history, {"train_runtime": 1.0}]] * seeds for name in names[1:]},
+        checkpoints={
+            name: [
+                [{"tokens": 500 * k, "asr": 1 / (k + seed), "over_refusal": 0.1} for k in (1, 2)]
+                for seed in range(seeds)
+            ]
+            for name in names[1:]
+        },
+    )
+
+
+def test_the_summary_has_the_promised_shape() -> None:
+    made = summary()
+    assert list(made) == ["variants", "seeds", "tokens", "seconds"]
+    entry = made["variants"]["derta"]
+    assert entry["asr"] == {"direct": 0.0, "prefill": {"0": 0.0, "4": 0.2}, "completion": 1.0}
+    assert entry["over_refusal"] == 0.025
+    assert entry["helpful_accuracy"] == 0.975
+    assert entry["refusal_curve"].keys() == {"harmful", "benign"}
+    assert entry["refusal_curve_counts"]["harmful"] == [2] * 9 + [1] * 3
+    assert entry["detector_auc"] == 1.0
+    assert (made["seeds"], made["tokens"]) == ([0], {"vanilla": 1000, "derta": 1000})
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+
+
+def test_seeds_are_pooled_trial_by_trial_and_kept_apart_too() -> None:
+    results = [result(2), result(6), result(1, n=10)]
+    pooled = pool(results).to_dict()
+    assert pooled["asr"]["prefill"]["4"] == 0.1  # 9 of 90
+    assert pooled["counts"]["asr"]["prefill"]["4"]["trials"] == 90
+    assert pooled["seconds"] == 4.5
+    assert pooled["refusal_curve_counts"]["benign"] == [3] * 7
+    entry = summarize({"derta": results}, seconds=1)["variants"]["derta"]
+    assert [seed["asr"]["prefill"]["4"] for seed in entry["by_seed"]] == [0.05, 0.15, 0.1]
+
+
+def test_histories_are_means_over_seeds_row_by_row() -> None:
+    entry = summary(seeds=2)["variants"]["derta"]
+    assert entry["loss"][1] == {"step": 2.0, "loss": 1.0, "mle_loss": 0.5}
+    assert len(entry["loss"]) == 29
+    assert entry["checkpoints"] == [
+        {"tokens": 500.0, "asr": 0.75, "over_refusal": 0.1},
+        {"tokens": 1000.0, "asr": pytest.approx(5 / 12, abs=1e-6), "over_refusal": 0.1},
+    ]
+    with pytest.raises(ValueError, match=r"loss of a must have equally many rows .*, got \[1, 2\]"):
+        rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}]
+        summarize({"a": [result(1)] * 2}, seconds=1, loss={"a": [rows, rows[:1]]})
+
+
+def test_the_table_names_every_figure() -> None:
+    assert format_table(summary()).splitlines() == [
+        "         attack success      after prefilled tokens",
+        "%        direct  completion    0     4  over-refusal  helpful accuracy  detector AUC",
+        "base        0.0       100.0  0.0   0.0           2.5              97.5         1.000",
+        "vanilla     0.0       100.0  0.0  10.0           2.5              97.5         1.000",
+        "derta       0.0       100.0  0.0  20.0           2.5              97.5         1.000",
+    ]
+
+
+def test_a_figure_that_only_some_models_have_is_a_dash_for_the_others() -> None:
+    made = summarize({"a": [VariantResult(perplexity=(2.0, 4))], "b": [result(1)]}, seconds=1)
+    lines = format_table(made).splitlines()
+    assert "perplexity" in lines[1]
+    assert re.split(r"\s{2,}", lines[2]) == ["a", *"–––––", "–", "1.649", "–"]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_picture_is_there_and_shows_something(tmp_path: Path, seeds: int) -> None:
+    page = write_report(summary(seeds), tmp_path / "new" / "folder")
+    assert page.name == "report.html"
+    assert {path.name for path in page.parent.iterdir()} == {
+        "report.html",
+        "summary.json",
+        *(f"{name}.png" for name in PICTURES),
+    }
+    for name in PICTURES:
+        with Image.open(page.parent / f"{name}.png") as image:
+            colors = image.convert("RGB").getcolors(maxcolors=1 << 24)
+            assert image.width > 600 and image.height > 300
+            drawn = [color for _, color in colors if max(color) - min(color) > 60]
+            assert drawn, f"{name} has only greys"
+    assert page.read_text("utf-8").count("<svg") == len(PICTURES)
+    assert json.loads((page.parent / "summary.json").read_text()) == summary(seeds)
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would load, run, or show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.shown = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attributes:
+            assert not name.startswith("on")
+            if name in ("src", "srcset", "href", "xlink:href", "data", "action", "poster"):
+                self.references.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.shown += data
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    text = write_report(summary(), tmp_path).read_text("utf-8")
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
+    assert all(reference.startswith("#") for reference in page.references)
+    assert all(target.startswith("#") for target in re.findall(r"url\(\s*[\"']?(.)", text))
+    assert "@import" not in text
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"\w+://[^\s\"'<>]+", text)) <= namespaces
+
+
+def test_ids_are_told_apart_across_pictures(tmp_path: Path) -> None:
+    text = write_report(summary(), tmp_path).read_text("utf-8")
+    pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    for picture in pictures:
+        wanted = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", picture))
+        assert wanted <= set(re.findall(r"id=\"([\w-]+)\"", picture))
+        for other in pictures:
+            if other is not picture:
+                assert not wanted & set(re.findall(r"id=\"([\w-]+)\"", other))
+
+
+def test_text_of_models_and_data_is_text(tmp_path: Path) -> None:
+    made = summary(names=("base", EVIL))
+    made["variants"][EVIL]["samples"] = [
+        vars(Sample("asr.direct", EVIL, EVIL, EVIL, EVIL, counted=True))
+    ]
+    page = Page(write_report(made, tmp_path, title=EVIL).read_text("utf-8"))
+    assert "script" not in page.tags
+    assert page.shown.count(EVIL) >= 6
+
+
+def test_no_sample_is_shown_that_was_not_asked_for(tmp_path: Path) -> None:
+    assert "blockquote>" not in write_report(summary(), tmp_path).read_text("utf-8")
+
+
+def test_what_readers_should_know_of_the_trials_is_said(tmp_path: Path) -> None:
+    page = Page(write_report(summary(), tmp_path).read_text("utf-8"))
+    assert "derta, asr prefill 64: 40 of 40 records left out" in page.shown
+    assert "derta, asr completion: 3 of 40 answers empty" in page.shown
+    assert "1 min 15 s" in page.shown
+
+
+def test_the_report_of_one_figure_is_a_report_too(tmp_path: Path) -> None:
+    bare = VariantResult(outcomes=(Outcome("over_refusal", 0, 5),))
+    page = write_report(summarize({"only": [bare]}, seconds=1), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "summary.json"}
+    assert "over-refusal" in Page(page.read_text("utf-8")).shown
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda made: made["variants"].clear(), "at least one variant, got none"),
+        (lambda made: made.update(seconds=float("nan")), "Out of range float values"),
+    ],
+)
+def test_what_cannot_be_reported_writes_nothing(tmp_path: Path, change: Any, message: str) -> None:
+    made = copy.deepcopy(summary())
+    change(made)
+    with pytest.raises(ValueError, match=message):
+        write_report(made, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("interrupted_at", range(7))
+def test_an_interrupted_report_leaves_only_whole_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
+) -> None:
+    write_report(summary(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_bytes, calls = Path.write_bytes, []
+
+    def write_half(path: Path, data: bytes) -> int:
+        calls.append(path)
+        if len(calls) > interrupted_at:
+            write_bytes(path, data[: len(data) // 2])
+            raise KeyboardInterrupt
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    changed = summary(names=("base", "other"))
+    with pytest.raises(KeyboardInterrupt):
+        write_report(changed, tmp_path)
+    monkeypatch.undo()
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.keys() == before.keys()
+    assert after["summary.json"] == before["summary.json"]
+    for name in PICTURES:
+        Image.open(io.BytesIO(after[f"{name}.png"])).load()
+    assert after["report.html"].endswith(b"</html>\n")
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    page = write_report(summary(), tmp_path)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert page.stat().st_mode & 0o777 == 0o666 & ~umask

@@ -1,0 +1,75 @@
+"""Intervals and areas, against values worked out by hand and by counting pairs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from derta.evaluation import roc_auc, wilson_interval
+
+
+def test_wilson_interval_is_the_textbook_one() -> None:
+    # Agresti and Coull 1998: 0 of 10 at z = 1.96 gives (0, 0.2775); 5 of 10 (0.2366, 0.7634).
+    assert wilson_interval(0, 10) == (0.0, pytest.approx(1.96**2 / (10 + 1.96**2), rel=1e-15))
+    assert wilson_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=5e-6)
+
+
+@given(st.integers(1, 500), st.data(), st.floats(0.1, 5))
+def test_wilson_interval_holds_the_rates_that_would_not_reject_the_count(
+    n: int, data: st.DataObject, z: float
+) -> None:
+    successes = data.draw(st.integers(0, n))
+    lower, upper = wilson_interval(successes, n, z)
+    assert 0 <= lower <= successes / n <= upper <= 1
+    for end in (lower, upper):
+        if 0 < end < 1:  # Wilson's ends are where the count is z standard deviations off
+            deviations = abs(successes / n - end) / math.sqrt(end * (1 - end) / n)
+            assert deviations == pytest.approx(z, rel=1e-6)
+    mirrored = wilson_interval(n - successes, n, z)
+    assert mirrored == pytest.approx((1 - upper, 1 - lower), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "message"),
+    [
+        (0, 0, "n must be at least 1, got 0"),
+        (3, 2, "successes must lie in 0..2, got 3"),
+        (-1, 2, "successes must lie in 0..2, got -1"),
+    ],
+)
+def test_wilson_interval_refuses_impossible_counts(successes: int, n: int, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        wilson_interval(successes, n)
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    st.lists(st.integers(0, 4), min_size=1, max_size=12),
+)
+def test_auc_is_the_share_of_pairs_in_order_ties_counting_half(
+    positives: list[int], negatives: list[int]
+) -> None:
+    pairs = list(itertools.product(positives, negatives))
+    won = sum(2 * (p > n) + (p == n) for p, n in pairs)
+    labels = [True] * len(positives) + [False] * len(negatives)
+    assert roc_auc(positives + negatives, labels) == won / (2 * len(pairs))
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        ([1.0, 2.0], [True], "must have one shape (n,), got (2,) and (1,)"),
+        ([[1.0]], [[True]], "must have one shape (n,), got (1, 1) and (1, 1)"),
+        ([np.nan, 1.0], [True, False], "scores must be finite"),
+        ([1.0, 2.0], [True, True], "both classes, got 2 positives and 0 negatives"),
+    ],
+)
+def test_auc_refuses_what_has_none(scores: list, labels: list, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        roc_auc(scores, labels)

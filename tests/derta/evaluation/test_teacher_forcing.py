@@ -1,0 +1,165 @@
+"""Refusal curves and perplexity from packs are those of separate passes with full logits."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from derta.data import Chat, Dialogue, EncodedTriple, Encoder
+from derta.evaluation import (
+    detector_auc,
+    forced_rates,
+    mean_curve,
+    perplexity,
+    refusal_curve,
+    response,
+)
+from derta.modeling import apply_derta, remove_derta
+from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+
+WORDS = "First buy a brush then open the paint and stir it well".split()
+REFUSAL = 70
+
+
+@pytest.fixture
+def examples(chat: Chat) -> list[EncodedTriple]:
+    return [
+        response(
+            chat,
+            f"example {place}",
+            [{"role": "user", "content": f"How do I paint {'the fence ' * place}green?"}],
+            " ".join(WORDS[: 1 + 5 * place % 11]),
+        )
+        for place in range(6)
+    ]
+
+
+def separate_curve(model: PreTrainedModel, example: EncodedTriple) -> torch.Tensor:
+    ids = torch.tensor([[*example.prompt, *example.harmful]])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.softmax(-1)[len(example.prompt) - 1 :, REFUSAL]
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_curves_are_those_of_separate_passes(
+    architecture: str, examples: list[EncodedTriple]
+) -> None:
+    model = tiny_model(architecture, dtype=torch.float64).eval()
+    curves = refusal_curve(model, examples, REFUSAL, max_tokens=90)
+    for curve, example in zip(curves, examples, strict=True):
+        assert curve.shape == (len(example.harmful) + 1,)
+        expected = separate_curve(model, example).numpy()
+        np.testing.assert_allclose(curve, expected, rtol=1e-5)
+
+
+def test_curves_depend_on_neither_packs_nor_their_size(examples: list[EncodedTriple]) -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    together = refusal_curve(model, examples, REFUSAL)
+    alone = refusal_curve(model, examples, REFUSAL, max_tokens=1)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert refusal_curve(model, [], REFUSAL) == []
+
+
+def test_adapters_take_part(examples: list[EncodedTriple]) -> None:
+    model = get_peft_model(
+        tiny_model("llama", dtype=torch.float64),
+        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    )
+    curves = refusal_curve(model, examples, REFUSAL)
+    model.eval()
+    for curve, example in zip(curves, examples, strict=True):
+        np.testing.assert_allclose(curve, separate_curve(model, example).numpy(), rtol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(examples: list[EncodedTriple]) -> None:
+    model = tiny_model("llama").train()
+    ids = torch.tensor([[5, 6, 7]])
+    before, attributes = model(input_ids=ids).logits, set(vars(model))
+    refusal_curve(model, examples, REFUSAL)
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert set(vars(model)) == attributes
+
+    apply_derta(model, REFUSAL)
+    refusal_curve(model, examples, REFUSAL)
+    assert model(
+        input_ids=ids,
+        position_ids=torch.tensor([[0, 1, 2]]),
+        visible_until=torch.tensor([[3, 3, 3]], dtype=torch.int32),
+        rto_mask=torch.ones(1, 3, dtype=torch.bool),
+    ).loss.requires_grad
+    remove_derta(model)
+
+
+def test_what_cannot_be_read_is_named(examples: list[EncodedTriple]) -> None:
+    model = apply_derta(tiny_model("llama"), 7)
+    with pytest.raises(ValueError, match="the one given to apply_derta, 7, got 70"):
+        refusal_curve(model, examples, REFUSAL)
+    short = tiny_model("llama", max_position_embeddings=40)
+    length = len(examples[5].prompt) + len(examples[5].harmful)
+    message = f"example 5: its {length} tokens exceed the model's context of 40"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        refusal_curve(short, examples[5:], REFUSAL)
+
+
+def test_perplexity_is_that_of_the_assistants_tokens(chat: Chat) -> None:
+    model = tiny_model("llama", dtype=torch.float64).eval()
+    encoder = Encoder(tiny_tokenizer(), max_length=512, max_tokens=512, branches=0, cuts="zero")
+    turns = ["How do I paint?", "Open the paint.", "And then?", "Stir it well."]
+    dialogues = [
+        encoder.encode(
+            Dialogue(
+                id=str(count),
+                messages=[
+                    {"role": role, "content": text}
+                    for role, text in zip(["user", "assistant"] * 2, turns[:count], strict=False)
+                ],
+            )
+        )
+        for count in (2, 4)
+    ]
+    nll, tokens = perplexity(model, dialogues)
+    expected = []
+    for dialogue in dialogues:
+        ids = torch.from_numpy(dialogue.input_ids).long()
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+        expected += losses[torch.from_numpy(dialogue.is_target[1:])].tolist()
+    assert tokens == len(expected)
+    assert nll == pytest.approx(math.fsum(expected), rel=1e-6)
+
+
+CURVES = [np.array(curve) for curve in ([0.9, 0.1, 0.2], [0.2, 0.6], [0.1, 0.3, 0.4, 0.8, 0.0])]
+
+
+def test_the_mean_curve_counts_only_responses_that_are_that_long() -> None:
+    mean, count = mean_curve(CURVES)
+    np.testing.assert_allclose(mean, [0.4, 1.0 / 3, 0.3, 0.8, 0.0])
+    assert count.tolist() == [3, 3, 2, 1, 1]
+    assert [part.size for part in mean_curve([])] == [0, 0]
+
+
+def test_the_detector_reads_the_highest_probability() -> None:
+    benign = [np.array([0.1, 0.7]), np.array([0.9])]
+    # Peaks 0.9, 0.6, 0.8 against 0.7, 0.9: of six pairs two are won and one is a tie.
+    assert detector_auc(CURVES, benign) == 2.5 / 6
+
+
+def test_forced_rates_follow_the_rest_of_each_response() -> None:
+    # From 0 on all three are stopped, from 1 on the last two; the second has one token only, so
+    # that from 1 on it is left out, and from 4 on no response has anything left.
+    assert forced_rates(CURVES, [], [0]) == {"asr": 0.0}
+    assert forced_rates(CURVES, [], [1]) == {"asr": 1 / 2}
+    assert forced_rates(CURVES, [], [0, 1]) == {"asr": 1 / 5}
+    assert forced_rates(CURVES, [], [4]) == {}
+    assert forced_rates([], CURVES[1:2] + [np.array([0.5])], [0]) == {"over_refusal": 1 / 2}
