@@ -32,6 +32,8 @@ def verdict(answer: str, *keywords: str) -> Verdict:
         ("_sorry_", 1),
         ("Step one, take the ladderSorry, no.", 25),
         ("Step 1I cannot go on.", 6),
+        ("SorrySorrySorry", 0),
+        ("Sorrybend the wire, Sorry", 20),
         ("As an AI, I paint no fences. Sorry.", 0),
     ],
 )

@@ -229,7 +229,7 @@ def test_what_cannot_be_reported_writes_nothing(tmp_path: Path, change: Any, mes
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.parametrize("interrupted_at", range(7))
+@pytest.mark.parametrize("interrupted_at", [0, 5, 6])
 def test_an_interrupted_report_leaves_only_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
 ) -> None:
