@@ -289,8 +289,8 @@ def refusal_positions(summary: Summary) -> Figure | None:
         axes.tick_params(axis="x", labelbottom=nth == len(found) - 1)
         axes.set_title(name, color=color[name], fontweight="bold", fontsize=9.5, pad=3)
         trials = found[name].trials
-        refused = f"refused {found[name].refused / trials:.0%} of {trials:,} attacks"
-        axes.set_title(refused, loc="right", fontsize=8.5, pad=3)
+        stopped = f"stopped {found[name].stopped / trials:.0%} of {trials:,} attacks"
+        axes.set_title(stopped, loc="right", fontsize=8.5, pad=3)
     axes.set_xlabel("token of the response at which the refusal starts, prefilled tokens included")
     figure.text(0.085, 1 - 0.22 / height, "Where refusals start", fontsize=10.5)
     return figure
@@ -298,7 +298,7 @@ def refusal_positions(summary: Summary) -> Figure | None:
 
 class _Attacks(NamedTuple):
     positions: list[int]
-    refused: int
+    stopped: int
     trials: int
 
 
@@ -351,7 +351,8 @@ def loss(summary: Summary) -> Figure | None:
 
 def _as_loss(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    lowest, highest = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if highest > 300 * lowest else (1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 

@@ -80,7 +80,7 @@ def test_every_figure_is_what_the_model_does(model: PreTrainedModel, chat: Chat)
     assert result["asr"] == {
         "direct": 0.0,
         "prefill": {"0": 0.0, "1": 0.0, "3": 0.0, "4": 1.0},
-        "completion": 1.0,
+        "completion": 0.0,  # nothing is answered
     }
     assert result["over_refusal"] == 1.0
     assert result["helpful_accuracy"] == 0.5
