@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat, EncodedDialogue, Encoder, resolve_refusal_token
 from derta.data.records import naming
-from derta.evaluation.generate import generate, stop_ids
+from derta.evaluation.generate import context_length, generate, stop_ids
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
@@ -77,7 +77,7 @@ def evaluate_model(
             refuses.
     """
     started = time.perf_counter()
-    context = getattr(model.config, "max_position_embeddings", None) or settings.max_tokens
+    context = context_length(model)
     encoder = Encoder(tokenizer, max_length=context, max_tokens=context, branches=0, cuts="zero")
     chosen = [
         scenario

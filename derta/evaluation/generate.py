@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -25,6 +26,12 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The longest sequence that the model can read, in tokens."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
@@ -69,11 +76,11 @@ def generate(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     for id, prompt in zip(ids, prompts, strict=True):
         if not len(prompt):
             raise ValueError(f"{id}: the prompt is empty, expected at least one token")
-        if context is not None and len(prompt) + max_new_tokens > context:
+        if len(prompt) + max_new_tokens > context:
             raise ValueError(
                 f"{id}: the prompt's {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) "
                 f"exceed the model's context of {context}"

@@ -29,7 +29,9 @@ p { max-width: 46rem; margin: .35rem 0 .9rem; }
 .quiet, figcaption, small { color: var(--quiet); }
 figure { margin: 0 0 1rem; }
 figcaption { font-size: .9rem; max-width: 46rem; }
-figure svg { display: block; max-width: 100%; height: auto; margin-top: .9rem; }
+figure svg {
+  display: block; max-width: 100%; height: auto; margin-top: .9rem; overflow: visible;
+}
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .45rem .45rem .55rem; text-align: right; }

@@ -144,7 +144,7 @@ def _lowest(cluster: Sequence[float], gap: float) -> float:
 
 def _label_width(names: Sequence[str]) -> float:
     """Inches that names at line ends take."""
-    return 0.25 + 0.085 * max(map(len, names))
+    return 0.35 + 0.09 * max(map(len, names))
 
 
 def _row(panels: int, names: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
@@ -263,7 +263,8 @@ def refusal_positions(summary: Summary) -> Figure | None:
     if not found:
         return None
     color = colors(list(summary["variants"]))
-    last = max(max(attacks.positions, default=0) for attacks in found.values())
+    depths = _prefill_depths(summary)
+    last = max(max((*attacks.positions, *depths), default=1) for attacks in found.values())
     width = max(1, -(-(last + 1) // 40))
     edges = np.arange(0, last + 1 + width, width)
     shares = {
@@ -274,7 +275,6 @@ def refusal_positions(summary: Summary) -> Figure | None:
     row = 0.82
     height = 0.98 + row * len(found)
     figure = Figure(figsize=(7.2, height))
-    depths = _prefill_depths(summary)
     for nth, (name, share) in enumerate(shares.items()):
         axes = figure.add_axes(
             (0.085, (0.62 + row * (len(found) - 1 - nth)) / height, 0.885, (row - 0.3) / height)

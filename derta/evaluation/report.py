@@ -225,12 +225,12 @@ def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
 
 
 def _subtitle(summary: Summary) -> str:
-    seeds, seconds = summary["seeds"], round(summary["seconds"])
+    seeds, (minutes, seconds) = summary["seeds"], divmod(round(summary["seconds"]), 60)
     variants = summary["variants"]
     parts = [f"{len(variants)} models" if len(variants) > 1 else "1 model"]
     if seeds:
         parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
-    parts.append(f"{seconds // 60} min {seconds % 60} s")
+    parts.append(f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
     return " · ".join(parts)
 
 

@@ -28,7 +28,7 @@ from derta.data import (
     packed_length,
     plan_packs,
 )
-from derta.evaluation.generate import SHOWN_AFTER_S, evaluating
+from derta.evaluation.generate import SHOWN_AFTER_S, context_length, evaluating
 from derta.modeling import apply_derta, remove_derta
 
 
@@ -127,10 +127,10 @@ def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> It
     if not drawn:
         return
     examples: list[Encoded] = [one.example for one in drawn]
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     lengths = [packed_length(one, branches=0, cuts="zero", rto_keep=1.0) for one in examples]
     for example, length in zip(examples, lengths, strict=True):
-        if context is not None and length > context:
+        if length > context:
             raise ValueError(
                 f"{example.id}: its {length} tokens exceed the model's context of {context}"
             )
