@@ -162,4 +162,5 @@ def test_forced_rates_follow_the_rest_of_each_response() -> None:
     assert forced_rates(CURVES, [], [1]) == {"asr": 1 / 2}
     assert forced_rates(CURVES, [], [0, 1]) == {"asr": 1 / 5}
     assert forced_rates(CURVES, [], [4]) == {}
+    assert forced_rates([np.array([0.5, 0.5])], [], [0]) == {"asr": 1.0}  # half is not more
     assert forced_rates([], CURVES[1:2] + [np.array([0.5])], [0]) == {"over_refusal": 1 / 2}
