@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(command: str, arguments: Sequence[str]) -> None:
     from derta.cli.arguments import build, read_options, read_yaml
 
-    origin, values = f"derta {command}", {}
+    origin, values = "command line", {}
     if arguments and not arguments[0].startswith("--"):
         origin, *arguments = arguments
         values = read_yaml(Path(origin))
