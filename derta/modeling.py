@@ -155,6 +155,11 @@ def remove_derta(model: nn.Module) -> nn.Module:
     return model
 
 
+def patch_of(model: nn.Module) -> Patch | None:
+    """What `apply_derta` was asked for, or None of a model that is not patched."""
+    return vars(_transformers_model(model)).get("_derta_patch")
+
+
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     unwrap = getattr(model, "get_base_model", None)
     inner = model if unwrap is None else unwrap()
@@ -329,7 +334,7 @@ def _forward_packed(
 
 
 def _active_patch(model: PreTrainedModel) -> Patch:
-    patch: Patch | None = vars(model).get("_derta_patch")
+    patch = patch_of(model)
     if patch is None:
         raise ValueError("visible_until needs apply_derta, which has been removed from this model")
     for config, _, twin in patch.twins:
@@ -400,7 +405,7 @@ class _Probe:
             ValueError: the model's router loss is not the one that its modeling file names.
         """
         hidden, logits = [], []
-        with _evaluating(model):
+        with evaluating(model):
             for sequence, rows in zip(self.sequences, self.lengths, strict=True):
                 body = _run_body(model, input_ids=sequence[None], use_cache=False)
                 whole = model(input_ids=sequence[None], use_cache=False)
@@ -418,7 +423,7 @@ class _Probe:
             ValueError: it comes out otherwise, or not at all.
         """
         mask = packed_mask(self.pack["visible_until"], self.pack["position_ids"])
-        with _evaluating(model):
+        with evaluating(model):
             try:
                 body = _run_body(
                     model,
@@ -469,7 +474,7 @@ def _size(size: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradients; every module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

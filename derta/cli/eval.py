@@ -14,13 +14,13 @@ from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from derta.data import Dialogue, Triple, read_records
+from derta.cli.loading import load_tokenizer, read_file, weights_dtype
+from derta.data import Dialogue, Triple
 from derta.evaluation import (
     EvaluationData,
     EvaluationSettings,
@@ -121,10 +121,8 @@ def read_kind(key: str, path: str | None, kind: type[Kind]) -> list[Kind]:
     """
     if path is None:
         return []
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such record file")
     records = []
-    for record in read_records(path):
+    for record in read_file(path):
         if not isinstance(record, kind):
             raise ValueError(
                 f"{path}: {key} takes a file of {kind.__name__.lower()}s, {record.id} is a "
@@ -159,21 +157,14 @@ def load(
             tokens = weights
     model: Any = AutoModelForCausalLM.from_pretrained(
         weights,
-        dtype=_dtype(config, device),
+        dtype=weights_dtype(config.dtype, device),
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
     )
     if adapters is not None:
         model = PeftModel.from_pretrained(model, folder)
-    tokenizer = AutoTokenizer.from_pretrained(
-        tokens, trust_remote_code=False, local_files_only=True
-    )
-    if config.chat_template is not None:
-        is_text = "{" in config.chat_template
-        tokenizer.chat_template = (
-            config.chat_template if is_text else Path(config.chat_template).read_text("utf-8")
-        )
+    tokenizer = load_tokenizer(tokens, config.chat_template, local_files_only=True)
     return model.to(device), tokenizer
 
 
@@ -194,13 +185,6 @@ def _device(config: Config) -> torch.device:
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _dtype(config: Config, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    in_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if in_bfloat16 else torch.float32
 
 
 def loss_history(folder: Path) -> Sequence[Mapping[str, Any]]:

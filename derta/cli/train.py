@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
 )
 
+from derta.cli.loading import load_tokenizer, read_file, weights_dtype
 from derta.config import DertaConfig
-from derta.data import Record, read_records, render_pack
+from derta.data import render_pack
 from derta.progress import Progress
 from derta.trainer import DertaTrainer
 
@@ -55,20 +52,8 @@ class Config(DertaConfig):
     disable_tqdm: bool | None = True
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
-    if config.chat_template is not None:
-        path = Path(config.chat_template)
-        is_text = "{" in config.chat_template
-        tokenizer.chat_template = config.chat_template if is_text else path.read_text("utf-8")
-    return tokenizer
-
-
 def load_model(config: Config) -> PreTrainedModel | PeftModel:
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype)
-    if dtype is None:
-        in_bfloat16 = config.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = torch.bfloat16 if in_bfloat16 else torch.float32
+    dtype = weights_dtype(config.dtype, config.device)
     model = AutoModelForCausalLM.from_pretrained(
         config.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
     )
@@ -82,13 +67,6 @@ def load_model(config: Config) -> PreTrainedModel | PeftModel:
         target_modules=config.lora_target_modules,
     )
     return get_peft_model(model, adapters)
-
-
-def read_files(paths: list[str]) -> list[Record]:
-    for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such record file")
-    return list(itertools.chain.from_iterable(read_records(path) for path in paths))
 
 
 def describe(trainer: DertaTrainer) -> str:
@@ -115,9 +93,9 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
 
 def run(config: Config) -> None:
     """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
-    records = read_files(config.train_files)
-    eval_records = read_files(config.eval_files)
-    tokenizer = load_tokenizer(config)
+    records = [record for path in config.train_files for record in read_file(path)]
+    eval_records = [record for path in config.eval_files for record in read_file(path)]
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     trainer = DertaTrainer(
         model=load_model(config),
         args=config,

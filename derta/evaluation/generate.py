@@ -11,21 +11,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from derta.data import Chat
+from derta.modeling import evaluating
 
 SHOWN_AFTER_S = 2.0
-
-
-@contextlib.contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no gradients; afterwards every module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -28,8 +28,8 @@ from derta.data import (
     packed_length,
     plan_packs,
 )
-from derta.evaluation.generate import SHOWN_AFTER_S, context_length, evaluating
-from derta.modeling import apply_derta, remove_derta
+from derta.evaluation.generate import SHOWN_AFTER_S, context_length
+from derta.modeling import apply_derta, evaluating, patch_of, remove_derta
 
 
 def response(chat: Chat, id: str, messages: Sequence[Message], text: str) -> EncodedTriple:
@@ -151,7 +151,7 @@ def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> It
 @contextlib.contextmanager
 def _reading(model: PreTrainedModel, refusal_token_id: int | None = None) -> Iterator[None]:
     """Patched and evaluating, and afterwards as it was; without an id, any refusal token does."""
-    patch = getattr(model, "_derta_patch", None)
+    patch = patch_of(model)
     if patch is not None and refusal_token_id not in (None, patch.refusal_token_id):
         raise ValueError(
             f"refusal_token_id must be the one given to apply_derta, {patch.refusal_token_id}, got "

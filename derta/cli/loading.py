@@ -1,0 +1,57 @@
+"""What `train` and `eval` load alike: tokenizers, the dtype of weights, record files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from derta.data import Record, read_records
+
+
+def load_tokenizer(
+    folder: str, chat_template: str | None, *, local_files_only: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Args:
+        folder: of the model, or its name on the model hub.
+        chat_template: Jinja text, or a file that holds it, in place of the tokenizer's own.
+        local_files_only: whether nothing may be downloaded.
+
+    Raises:
+        FileNotFoundError: chat_template is neither Jinja text nor a file.
+        OSError: there is no tokenizer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=local_files_only
+    )
+    if chat_template is not None:
+        if "{" not in chat_template:
+            path = Path(chat_template)
+            if not path.is_file():
+                raise FileNotFoundError(f"chat_template: {path}: neither Jinja text nor a file")
+            chat_template = path.read_text(encoding="utf-8")
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def weights_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    in_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if in_bfloat16 else torch.float32
+
+
+def read_file(path: str) -> list[Record]:
+    """All records of a file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: as `read_records`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such record file")
+    return list(read_records(path))
