@@ -107,3 +107,24 @@ def test_make_targets_named_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make (\w+)", README):
         assert f"\n{target}:" in makefile, target
+
+
+def demo_table() -> list[str]:
+    """The README's table, made from the record of the run that it shows."""
+    summary = json.loads((ROOT / "docs/demo/summary.json").read_text(encoding="utf-8"))
+    rows = []
+    for name, entry in summary["variants"].items():
+        attacks = entry["asr"]
+        shares = [
+            attacks["direct"],
+            *(attacks["prefill"][depth] for depth in ("4", "8", "16")),
+            attacks["completion"],
+            entry["over_refusal"],
+            entry["helpful_accuracy"],
+        ]
+        rows.append(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
+    return rows
+
+
+def test_the_table_is_that_of_the_recorded_run() -> None:
+    assert demo_table() == re.findall(r"^\| \w+ \| [\d.| ]+\|$", README, re.MULTILINE)
