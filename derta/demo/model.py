@@ -40,13 +40,13 @@ def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
     Args:
         world: whose requests, recipes and refusals it is trained on.
     """
-    wordings = (*TUNING_WORDINGS, *HELD_OUT_WORDINGS, *REFUSALS)
-    texts = [wording.format(gadget) for wording in wordings for gadget in world.gadgets]
+    wordings = (*TUNING_WORDINGS, *HELD_OUT_WORDINGS)
+    requests = [wording.format(gadget) for wording in wordings for gadget in world.gadgets]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
-        [*texts, *world.recipes.values()],
+        [*requests, *world.recipes.values(), *REFUSALS],
         trainers.BpeTrainer(
             vocab_size=2048,  # more than there are words: merging stops when none is left to do
             special_tokens=[_PAD, _END, *_ROLES],
