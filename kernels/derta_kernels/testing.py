@@ -40,6 +40,13 @@ class HeadCase:
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
+    def on(self, device: torch.device) -> HeadCase:
+        """The same case with all its tensors on a device."""
+        moved: dict[str, Any] = {
+            n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)
+        }
+        return replace(self, **moved)
+
     def requiring_gradients(self) -> HeadCase:
         """The same case on fresh leaves: hidden, weight and bias require a gradient."""
         bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()

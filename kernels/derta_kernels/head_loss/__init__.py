@@ -1,5 +1,6 @@
 """The two-target loss of a vocabulary projection; see `head_loss`."""
 
-from derta_kernels.head_loss.op import HeadLoss, choose, head_loss
+from derta_kernels.head_loss.choice import choose
+from derta_kernels.head_loss.op import HeadLoss, head_loss
 
 __all__ = ["HeadLoss", "choose", "head_loss"]

@@ -1,19 +1,49 @@
-"""The head loss in chunks of rows, gradients formed in the forward pass, in plain PyTorch.
+"""The head loss in chunks of live rows, gradients formed in the forward pass.
 
-The mathematics is in kernels/README.md. Gradients are stored for an upstream gradient of 1 and
-scaled in the backward pass, so the loss may be divided, scaled or summed with others afterwards
-without a second pass over the vocabulary.
+product -> row pass, in place -> products: what a chunk does. The row pass is an argument, so every
+implementation but the reference is this file and one of the `row_pass_*`. The mathematics is in
+kernels/README.md.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SCRATCH_LOGITS = 2**24
-MIN_CHUNK_ROWS = 256
+RowPass = Callable[
+    [Tensor, Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor]
+]  # see `row_pass_torch`
+
+MIB = 2**20
+SCRATCH_MB = {"cpu": 64, "cuda": 256}
+# A chunk reads all of weight twice and all of its gradient once: from this many rows on, both hide
+# under the products.
+WIDE_CHUNK_ROWS = 1024
+ROW_MULTIPLE = 128
+# cuBLAS takes its fast kernels only where rows start on 16 bytes; 128 keeps them on cache lines.
+ROW_ALIGNMENT_BYTES = 128
+WEIGHT_SLICE = 2048
+
+
+class Gradients(NamedTuple):
+    """What the forward pass stores: gradients for an upstream gradient of 1, over `unit`.
+
+    The gradient is stored times unit. Those that are not required are empty.
+
+    Attributes:
+        hidden: (N, d) in hidden's dtype; 0 on dead rows.
+        weight: (V, d) in the dtype computed in.
+        bias: (V,) in the dtype computed in.
+        unit: () in the dtype computed in; 1 unless hidden is float16, see `_unit`.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    unit: Tensor
 
 
 def head_loss_chunked(
@@ -22,199 +52,141 @@ def head_loss_chunked(
     bias: Tensor | None,
     tokens: Tensor,
     token_weight: Tensor,
+    rows: Tensor | None,
     softcap: float | None,
     logit_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, logsumexp and nll of rows that all have a target, never holding n x V logits.
+    row_pass: RowPass,
+    scratch_mb: float | None,
+    forms: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Logsumexp, nll and gradients of the live rows, never holding n x V logits.
 
-    Equals, up to rounding: `head_loss_reference`, of which it takes the arguments.
+    Memory, in bytes, with b = bytes of hidden's dtype, C = `chunk_rows` and w = 4, or 8 for
+    float64:
+        C V b          scratch, rows padded to 128 bytes, and what the row pass takes
+        N d b          gradient of hidden, if required; 2 C d b more if any row is dead
+        w V (d + 1)    gradients of weight and bias, only for those that are required
 
-    Memory, in bytes, with b = bytes of hidden's dtype, C = chunk rows, w = 4 (8 for float64):
-        C V (b + w)     scratch; C V w where b = w. With a softcap and gradients, C V w more
-        n d b           gradient of hidden, if required (n d w for float16)
-        w V (d + 1)     gradients of weight and bias, only for those that are required
-        C = min(n, max(256, 2^24 / V)): 64 MiB of float32 logits, or 256 rows if that is more. Every
-        chunk reads weight twice and adds to all of its gradient; fewer rows would wait for that.
+    Numerics: logits and their gradient are rounded to hidden's dtype once each. The gradients of
+        weight and bias are summed over chunks in float32 (float64 for float64 inputs), in order:
+        deterministic. On a CPU, a bfloat16 chunk's product is rounded first, as no product
+        there gives a wider result.
 
-    Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
-        float32 (float64 for float64 inputs), the gradient of weight and bias included. That of
-        weight sums over chunks in order: deterministic.
+    Args:
+        hidden, weight, bias, softcap, logit_scale: see `head_loss`.
+        tokens: (n, 2) int64, the tokens that each live row is trained to say, within [0, V).
+        token_weight: (n, 2) in the dtype to compute in, the weight of each of them.
+        rows: (n,) int64, the live rows of hidden; None: all are.
+        row_pass: one of the `row_pass_*`.
+        scratch_mb: MiB of the scratch; None: see `chunk_rows`.
+        forms: whether to form the gradients of hidden, weight and bias.
+
+    Returns:
+        logsumexp (n,) and nll (n, 2) in token_weight's dtype, and the gradients.
     """
-    needs_gradient = tuple(
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias)
+    count, (vocabulary, width) = len(tokens), weight.shape
+    wide = token_weight.dtype
+    form_hidden, form_weight, form_bias = forms
+    unit = _unit(token_weight, logit_scale, hidden.dtype)
+    gradients = Gradients(
+        hidden=hidden.new_zeros(hidden.shape if form_hidden else 0),
+        weight=token_weight.new_zeros((vocabulary, width) if form_weight else 0),
+        bias=token_weight.new_zeros(vocabulary if form_bias else 0),
+        unit=unit,
     )
-    loss, logsumexp, nll, *_ = _HeadLoss.apply(
-        hidden, weight, bias, tokens, token_weight, softcap, logit_scale, needs_gradient
-    )
-    return loss, logsumexp, nll
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Forms loss and gradients together; hands the gradients out so that they have a history.
-
-    That history is what makes a second derivative an error: without it `_ScaledGradients` would
-    return constants whenever the upstream gradient is one, and a gradient penalty would silently
-    have no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tokens: Tensor,
-        token_weight: Tensor,
-        softcap: float | None,
-        logit_scale: float,
-        needs_gradient: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        loss, logsumexp, nll, *gradients = _loss_and_gradients(
-            hidden, weight, bias, tokens, token_weight, softcap, logit_scale, needs_gradient
-        )
-        ctx.mark_non_differentiable(logsumexp, nll)
-        ctx.set_materialize_grads(False)  # or a second float32 V x d would be made, of zeros
-        ctx.save_for_backward(*gradients)
-        ctx.dtype = hidden.dtype
-        return loss, logsumexp, nll, *gradients
-
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if d_loss is None:  # autograd's word for zero
-            return (None,) * 8
-        gradients = _ScaledGradients.apply(d_loss, ctx.dtype, *ctx.saved_tensors)
-        return *gradients, None, None, None, None, None
-
-
-class _ScaledGradients(torch.autograd.Function):
-    """The stored gradients times the upstream gradient, rounded to `dtype`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, d_loss: Tensor, dtype: torch.dtype, *gradients: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else _scaled(g, d_loss, dtype) for g in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise NotImplementedError(
-            "head_loss has no second derivative: its gradients are formed in the forward pass; "
-            'use impl="reference" to differentiate twice'
-        )
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """factor * gradient in factor's dtype, rounded once; no second copy of it in that dtype."""
-    scaled = torch.empty_like(gradient, dtype=dtype)
-    rows = max(1, SCRATCH_LOGITS // 16 // max(1, gradient[:1].numel()))
-    for source, destination in zip(gradient.split(rows), scaled.split(rows), strict=True):
-        destination.copy_(source.to(factor.dtype) * factor)
-    return scaled
-
-
-def _loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    token_weight: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    needs_gradient: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """`head_loss_reference`'s results and the gradients of hidden, weight and bias."""
-    count, vocabulary = hidden.shape[0], weight.shape[0]
-    dtype, wide = hidden.dtype, token_weight.dtype
-    for_hidden, for_weight, for_bias = needs_gradient
-    is_float16 = dtype == torch.float16
-
     logsumexp = token_weight.new_empty(count)
     nll = torch.empty_like(token_weight)
-    d_hidden = torch.empty_like(hidden, dtype=wide if is_float16 else dtype) if for_hidden else None
-    d_weight = torch.zeros_like(weight, dtype=wide) if for_weight else None
-    d_bias = token_weight.new_zeros(vocabulary) if for_bias else None
+    if count == 0:
+        return logsumexp, nll, gradients
 
-    chunk_rows = min(count, max(MIN_CHUNK_ROWS, SCRATCH_LOGITS // vocabulary))
-    rounded_scratch = hidden.new_empty(chunk_rows, vocabulary)
-    wide_scratch = (
-        rounded_scratch if dtype == wide else torch.empty_like(rounded_scratch, dtype=wide)
-    )
-    magnification = _magnification(token_weight, logit_scale) if is_float16 else None
-
-    for start in range(0, count, max(1, chunk_rows)):
-        chunk = slice(start, start + chunk_rows)
-        rows = hidden[chunk]
-        logits, z = rounded_scratch[: len(rows)], wide_scratch[: len(rows)]
+    step = chunk_rows(count, vocabulary, hidden.dtype, hidden.device, scratch_mb)
+    scratch = _scratch(step, vocabulary, hidden)
+    for start in range(0, count, step):
+        chunk = slice(start, min(start + step, count))
+        h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
+        logits = scratch[: len(h)]
         if bias is None:
-            torch.mm(rows, weight.T, out=logits)
+            torch.mm(h, weight.T, out=logits)
         else:
-            torch.addmm(bias, rows, weight.T, out=logits)
-        if dtype != wide:
-            z.copy_(logits)
+            torch.addmm(bias, h, weight.T, out=logits)
 
-        logsumexp[chunk], nll[chunk] = _row_pass(
-            z, tokens[chunk], token_weight[chunk], softcap, logit_scale, any(needs_gradient)
+        logsumexp[chunk], nll[chunk] = row_pass(
+            logits, tokens[chunk], token_weight[chunk] / unit, softcap, logit_scale, any(forms)
         )
+        gradient = logits
 
-        if d_weight is not None:
-            d_weight.addmm_(z.T, rows.to(wide))
-        if d_bias is not None:
-            d_bias += z.sum(0)
-        if d_hidden is not None:
-            if magnification is not None:
-                z.mul_(magnification)
-            if dtype != wide:
-                logits.copy_(z)
-            d_hidden[chunk] = torch.mm(logits, weight)
-
-    if d_hidden is not None and magnification is not None:
-        d_hidden /= magnification
-    loss = (token_weight * nll.where(token_weight != 0, 0.0)).sum()
-    return loss, logsumexp, nll, d_hidden, d_weight, d_bias
+        if form_weight:
+            _add_product(gradients.weight, gradient, h)
+        if form_bias:
+            gradients.bias.add_(gradient.sum(0, dtype=wide))
+        if form_hidden:
+            if rows is None:
+                torch.mm(gradient, weight, out=gradients.hidden[chunk])
+            else:
+                gradients.hidden.index_copy_(0, rows[chunk], gradient @ weight)
+    return logsumexp, nll, gradients
 
 
-def _row_pass(
-    z: Tensor,
-    tokens: Tensor,
-    token_weight: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    needs_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """logsumexp (C,) and nll (C, 2) of raw logits z (C, V), which become their own gradient."""
-    if logit_scale != 1.0:
-        z.mul_(logit_scale)
-    slope = None
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        if needs_gradient:
-            slope = z.square().neg_().add_(1)
-        z.mul_(softcap)
-    highest = z.amax(1, keepdim=True)
-    token_logits = z.gather(1, tokens)
-    z.sub_(highest).exp_()
-    total = z.sum(1, keepdim=True)
-    log_total = total.log()
+def chunk_rows(
+    count: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch_mb: float | None,
+) -> int:
+    """Rows of a chunk: what `scratch_mb` holds, in multiples of 128, and at most `count`.
 
-    if needs_gradient:
-        z.mul_(token_weight.sum(1, keepdim=True) / total)
-        row = torch.arange(len(z), device=z.device)
-        for token, token_share in zip(tokens.unbind(1), token_weight.unbind(1), strict=True):
-            z[row, token] -= token_share  # one token at a time: they may be the same
-        if slope is not None:
-            z.mul_(slope)
-        if logit_scale != 1.0:
-            z.mul_(logit_scale)
-    return (highest + log_total).squeeze(1), (highest - token_logits) + log_total
+    The default is 64 MiB on a CPU and 256 MiB on a device, or 1024 rows where those are more and
+    leave three quarters of the device's memory free. At least 128 rows, whatever the budget.
+    """
+    row_bytes = vocabulary * dtype.itemsize
+    if scratch_mb is not None:
+        budget = int(scratch_mb * MIB)
+    elif device.type == "cuda":
+        budget = max(SCRATCH_MB["cuda"] * MIB, WIDE_CHUNK_ROWS * row_bytes)
+        budget = min(budget, _free_bytes(device) // 4)
+    else:
+        budget = SCRATCH_MB["cpu"] * MIB
+    return min(count, max(1, budget // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE)
 
 
-def _magnification(token_weight: Tensor, logit_scale: float) -> Tensor:
-    """() factor that puts gradients of logits well inside float16, whose range is 6e-8 to 65504.
+def _free_bytes(device: torch.device) -> int:
+    """What an allocation may still take: the device's free memory and the allocator's own."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _scratch(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+    """(rows, V) uninitialised, each row starting on `ROW_ALIGNMENT_BYTES`."""
+    multiple = ROW_ALIGNMENT_BYTES // like.dtype.itemsize
+    padded = -(-vocabulary // multiple) * multiple
+    return like.new_empty(rows, padded)[:, :vocabulary]
+
+
+def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
+    """total (V, d) += gradient (C, V)^T @ h (C, d), the sum in total's dtype."""
+    if total.dtype == h.dtype:
+        total.addmm_(gradient.T, h)
+        return
+    if total.is_cuda:
+        torch.addmm(total, gradient.T, h, out_dtype=total.dtype, out=total)
+        return
+    product_dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else total.dtype  # or it overflows
+    h = h.to(product_dtype)
+    for part, columns in zip(
+        total.split(WEIGHT_SLICE), gradient.split(WEIGHT_SLICE, 1), strict=True
+    ):
+        part += columns.T.to(product_dtype) @ h
+
+
+def _unit(token_weight: Tensor, logit_scale: float, dtype: torch.dtype) -> Tensor:
+    """() what gradients are stored in units of: it puts float16's well inside 6e-8 to 65504.
 
     A row's gradient sums to at most twice its weight in absolute value. At 1024 times the heaviest
     row, one of p = 0.99999 still has a full significand, and the product with a head whose weights
     are below 32 does not overflow.
     """
-    heaviest = token_weight.abs().sum(1).amax() if len(token_weight) else token_weight.new_ones(())
-    return 1024 / (heaviest * abs(logit_scale)).clamp_min(1e-30)
+    if dtype != torch.float16 or len(token_weight) == 0:
+        return token_weight.new_ones(())
+    heaviest = token_weight.abs().sum(1).amax()
+    return (heaviest * abs(logit_scale)).clamp_min(1e-30) / 1024

@@ -1,23 +1,16 @@
-"""The public head loss: checks its arguments, drops dead rows, chooses the implementation."""
+"""The public head loss: checks its arguments and lays them out for an implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import isfinite
+from math import inf
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from derta_kernels import Choice
-from derta_kernels.head_loss.chunked import head_loss_chunked
+from derta_kernels.head_loss.custom_op import head_loss_op
+from derta_kernels.head_loss.live_rows import gathered, live_rows, scattered
 from derta_kernels.head_loss.reference import head_loss_reference
-
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {
-    "reference": head_loss_reference,
-    "torch": head_loss_chunked,
-}
-
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYOUT: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
@@ -48,19 +41,6 @@ class HeadLoss(NamedTuple):
     refusal_nll: Tensor
 
 
-def choose(impl: str, device: torch.device) -> Choice:
-    """The implementation that `head_loss` takes for tensors on `device`.
-
-    Raises:
-        ValueError: there is no implementation of that name.
-    """
-    if impl == "auto":
-        return Choice("torch", "the one that never holds all logits")
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    return Choice(impl, "asked for by name")
-
-
 def head_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -75,6 +55,7 @@ def head_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     impl: str = "auto",
+    scratch_mb: float | None = None,
 ) -> HeadLoss:
     """Sum of the weighted next-token and refusal losses of a vocabulary projection.
 
@@ -90,8 +71,7 @@ def head_loss(
         loss = (next_weight * nll.gather(1, target.clamp(min=0)[:, None])[:, 0])[has_next].sum()
         loss = loss + (rto_weight * nll[:, refusal_token_id])[rto_mask].sum()
 
-    Memory: that of the implementation, see `head_loss_chunked`, and n d numbers in hidden's dtype
-        for a copy of the n live rows, if any row is dead. Under autocast also the cast weight.
+    Memory: see `head_loss_chunked`. Under autocast also the cast weight.
     Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
         float32, or float64 for float64 inputs. No row's loss is negative. Deterministic.
     Synchronisation: on CUDA one transfer to the host, of the live count and the targets' range.
@@ -108,8 +88,11 @@ def head_loss(
         softcap: > 0, logits become softcap * tanh(logits / softcap) (Gemma 2); None: no cap.
         logit_scale: factor of the logits, before the cap (Cohere, Granite).
         ignore_index: the value in target that means "none".
-        impl: "auto", "reference" (all logits at once, plain autograd, differentiable twice) or
-            "torch" (chunks of rows, gradients formed in the forward pass). "auto" is "torch".
+        impl: "auto", or one that is taken or refused and never replaced: "reference" (all logits
+            at once, plain autograd, differentiable twice); in chunks of rows, gradients formed in
+            the forward pass, with a row pass in "torch" (everywhere) or "triton" (CUDA from 8.0
+            on, and CPU tensors in Triton's interpreter). `choose` tells what "auto" takes.
+        scratch_mb: MiB that a chunk of logits may take; None: see `chunked.chunk_rows`.
 
     Returns:
         `HeadLoss`. Gradients reach hidden, weight and bias, and are formed only for those that
@@ -118,7 +101,8 @@ def head_loss(
     Raises:
         TypeError: an argument is of the wrong Python type.
         ValueError: a wrong shape, dtype, device or range; a target outside [0, V); rto_mask
-            without refusal_token_id; weights that require a gradient; an unknown impl.
+            without refusal_token_id; weights that require a gradient; an unknown impl, or one
+            that cannot run there.
 
     Source: arXiv 2407.09121, equation 2.
     """
@@ -127,43 +111,55 @@ def head_loss(
         name: tensor for name, tensor in optional.items() if tensor is not None
     }
     _check_tensors(tensors)
-    _check_numbers(refusal_token_id, softcap, logit_scale, ignore_index, len(weight))
+    _check_numbers(refusal_token_id, softcap, logit_scale, ignore_index, scratch_mb, len(weight))
     if rto_mask is not None and refusal_token_id is None:
         raise ValueError("refusal_token_id is required with rto_mask, got None")
-    implementation = IMPLEMENTATIONS[choose(impl, hidden.device).name]
     hidden, weight, bias = _autocast(hidden, weight, bias)
 
     has_next = target != ignore_index
     is_rto = torch.zeros_like(has_next) if rto_mask is None else rto_mask
-    rows = _live_rows(target, has_next, is_rto, len(weight))
-    all_live = len(rows) == len(target)
-
-    def gathered(values: Tensor) -> Tensor:
-        return values if all_live else values.index_select(0, rows)
-
-    def scattered(values: Tensor) -> Tensor:
-        return values if all_live else values.new_zeros(target.shape).index_copy(0, rows, values)
-
     wide = torch.promote_types(hidden.dtype, torch.float32)
     tokens = torch.stack(
         (target.where(has_next, 0), torch.full_like(target, refusal_token_id or 0)), 1
     )
+    has_target = torch.stack((has_next, is_rto), 1)
     token_weight = torch.stack(
         (_target_weight(next_weight, has_next, wide), _target_weight(rto_weight, is_rto, wide)), 1
     )
-    loss, logsumexp, nll = implementation(
-        gathered(hidden),
-        weight,
-        bias,
-        gathered(tokens),
-        gathered(token_weight),
-        softcap,
-        logit_scale,
-    )
-    next_nll, refusal_nll = (scattered(column) for column in nll.unbind(1))
+    if impl == "reference":
+        rows = live_rows(tokens, has_target, len(weight))
+        loss, logsumexp, nll = head_loss_reference(
+            gathered(hidden, rows),
+            weight,
+            bias,
+            gathered(tokens, rows),
+            gathered(token_weight, rows),
+            softcap,
+            logit_scale,
+        )
+        logsumexp = scattered(logsumexp, rows, len(target))
+        nll = scattered(nll, rows, len(target))
+    else:
+        loss, logsumexp, nll, *_ = head_loss_op(
+            hidden,
+            weight,
+            bias,
+            tokens,
+            has_target,
+            token_weight,
+            softcap,
+            logit_scale,
+            impl,
+            scratch_mb,
+            *(
+                torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+                for tensor in (hidden, weight, bias)
+            ),
+        )
+    next_nll, refusal_nll = nll.unbind(1)
     return HeadLoss(
         loss=loss,
-        logsumexp=scattered(logsumexp),
+        logsumexp=logsumexp,
         next_nll=next_nll.where(has_next, 0.0),
         refusal_nll=torch.zeros_like(refusal_nll) if refusal_token_id is None else refusal_nll,
     )
@@ -173,20 +169,6 @@ def _target_weight(row_weight: Tensor | None, has_target: Tensor, dtype: torch.d
     """(N,) weight of each row's target, 0 where it has none."""
     weight = has_target if row_weight is None else row_weight.where(has_target, 0)
     return weight.to(dtype)
-
-
-def _live_rows(target: Tensor, has_next: Tensor, is_rto: Tensor, vocabulary: int) -> Tensor:
-    """(n,) indices of the rows with a target, ascending; checks the targets on the way."""
-    live = has_next | is_rto
-    out_of_range = has_next & ((target < 0) | (target >= vocabulary))
-    # The op's one host transfer: a check of its own would be a second one.
-    live_count, bad_count = torch.stack((live.sum(), out_of_range.sum())).tolist()
-    if bad_count:
-        raise ValueError(
-            f"target must lie in [0, V) = [0, {vocabulary}) or be ignore_index, "
-            f"got {target[out_of_range][0].item()} ({bad_count} such rows)"
-        )
-    return torch.nonzero_static(live, size=live_count).squeeze(1)
 
 
 def _autocast(
@@ -244,6 +226,7 @@ def _check_numbers(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
+    scratch_mb: float | None,
     vocabulary: int,
 ) -> None:
     """Types and ranges of the arguments that are not tensors."""
@@ -252,6 +235,7 @@ def _check_numbers(
         ("softcap", softcap, (int, float, type(None))),
         ("logit_scale", logit_scale, (int, float)),
         ("ignore_index", ignore_index, (int,)),
+        ("scratch_mb", scratch_mb, (int, float, type(None))),
     ):
         if isinstance(number, bool) or not isinstance(number, kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
@@ -260,10 +244,12 @@ def _check_numbers(
         raise ValueError(
             f"refusal_token_id must lie in [0, V) = [0, {vocabulary}), got {refusal_token_id}"
         )
-    if softcap is not None and not (isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < inf:
         raise ValueError(f"softcap must be finite and > 0, or None, got {softcap}")
-    if not isfinite(logit_scale) or logit_scale == 0:
+    if not 0 < abs(logit_scale) < inf:
         raise ValueError(f"logit_scale must be finite and not 0, got {logit_scale}")
+    if scratch_mb is not None and not scratch_mb > 0:
+        raise ValueError(f"scratch_mb must be > 0, or None, got {scratch_mb}")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

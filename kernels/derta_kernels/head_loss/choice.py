@@ -1,0 +1,77 @@
+"""The one place that chooses between implementations of the head loss."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from derta_kernels import Choice
+from derta_kernels.head_loss.chunked import RowPass
+from derta_kernels.head_loss.row_pass_torch import row_pass_torch
+
+ROW_PASSES = ("torch", "triton")
+PREFERRED = {"cuda": ("triton",)}
+MIN_TRITON_CAPABILITY = (8, 0)
+
+
+def choose(impl: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Choice:
+    """The implementation that `head_loss` takes for hidden states of `dtype` on `device`.
+
+    Raises:
+        ValueError: there is no implementation of that name, or it cannot run there.
+    """
+    if impl == "reference":
+        return Choice(impl, "asked for by name")
+    if impl in ROW_PASSES:
+        why_not = unavailable(impl, device, dtype)
+        if why_not is not None:
+            raise ValueError(f"impl {impl!r} cannot be used: {why_not}")
+        return Choice(impl, "asked for by name")
+    if impl != "auto":
+        names = ", ".join(("auto", "reference", *ROW_PASSES))
+        raise ValueError(f"impl must be one of {names}, got {impl!r}")
+
+    passed_over: list[str] = []
+    for name in PREFERRED.get(device.type, ()):
+        why_not = unavailable(name, device, dtype)
+        if why_not is None:
+            return Choice(name, "; ".join(["the fastest here", *passed_over]))
+        passed_over.append(f"not {name}, as {why_not}")
+    return Choice("torch", "; ".join(["it runs everywhere", *passed_over]))
+
+
+def unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a row pass cannot run there, in a clause; None: it can."""
+    return _no_triton(device, dtype) if impl == "triton" else None
+
+
+def row_pass(impl: str) -> RowPass:
+    """The row pass of that name, which `choose` has found to be available."""
+    if impl == "triton":
+        from derta_kernels.head_loss.row_pass_triton import row_pass_triton
+
+        return row_pass_triton
+    return row_pass_torch
+
+
+@cache
+def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if dtype == torch.float64:
+        return "its row pass computes in float32"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_TRITON_CAPABILITY:
+            return "Triton needs compute capability 8.0, this is {}.{}".format(*capability)
+        return None
+    import triton
+
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return None
+    return (
+        f"Triton runs on {device.type} tensors in its interpreter alone: set TRITON_INTERPRET=1 "
+        "before Python starts"
+    )

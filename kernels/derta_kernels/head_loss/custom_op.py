@@ -1,0 +1,161 @@
+"""The head loss as an operator of PyTorch: what autograd, `torch.compile` and export see of it.
+
+Two operators. `derta::head_loss` forms loss and gradients together, and `derta::scale_gradients`
+is its backward pass. The stored gradients are outputs of the first, so that they have a history:
+without one, a gradient penalty through them would silently have no gradient; with it, the second
+operator is differentiated, which raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from derta_kernels.head_loss.choice import choose, row_pass
+from derta_kernels.head_loss.chunked import WEIGHT_SLICE, head_loss_chunked
+from derta_kernels.head_loss.live_rows import gathered, live_rows, scattered
+
+
+def loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    has_target: Tensor,
+    token_weight: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    impl: str,
+    scratch_mb: float | None,
+    form_hidden: bool,
+    form_weight: bool,
+    form_bias: bool,
+) -> tuple[Tensor, ...]:
+    """Loss (), logsumexp (N,), nll (N, 2) and `chunked.Gradients` of all rows, dead ones 0.
+
+    Takes what `head_loss` made of its arguments: for N rows two tokens each, whether they are
+    targets, and their weights, 0 where they are none.
+    """
+    rows = live_rows(tokens, has_target, len(weight))
+    live_weight = gathered(token_weight, rows)
+    logsumexp, nll, gradients = head_loss_chunked(
+        hidden,
+        weight,
+        bias,
+        gathered(tokens, rows),
+        live_weight,
+        rows,
+        softcap,
+        logit_scale,
+        row_pass(choose(impl, hidden.device, hidden.dtype).name),
+        scratch_mb,
+        (form_hidden, form_weight, form_bias),
+    )
+    loss = (live_weight * nll.where(live_weight != 0, 0.0)).sum()
+    count = len(tokens)
+    return loss, scattered(logsumexp, rows, count), scattered(nll, rows, count), *gradients
+
+
+head_loss_op = torch.library.custom_op(
+    "derta::head_loss",
+    loss_and_gradients,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor has_target, "
+    "Tensor token_weight, float? softcap, float logit_scale, str impl, float? scratch_mb, "
+    "bool form_hidden, bool form_weight, bool form_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@head_loss_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    has_target: Tensor,
+    token_weight: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    impl: str,
+    scratch_mb: float | None,
+    form_hidden: bool,
+    form_weight: bool,
+    form_bias: bool,
+) -> tuple[Tensor, ...]:
+    def wide(*shape: Any) -> Tensor:
+        return token_weight.new_empty(shape)
+
+    return (
+        wide(),
+        wide(len(tokens)),
+        wide(len(tokens), 2),
+        hidden.new_empty(hidden.shape if form_hidden else 0),
+        wide(*weight.shape) if form_weight else wide(0),
+        wide(len(weight)) if form_bias else wide(0),
+        wide(),
+    )
+
+
+def scale_gradients(
+    factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The stored gradients times `factor` () in its dtype, rounded once to `dtype`."""
+    return tuple(_scaled(gradient, factor, dtype) for gradient in (hidden, weight, bias))
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In slices, so that no second copy of the gradient exists in factor's dtype."""
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    for source, destination in zip(
+        gradient.split(WEIGHT_SLICE), scaled.split(WEIGHT_SLICE), strict=True
+    ):
+        destination.copy_(source.to(factor.dtype) * factor)
+    return scaled
+
+
+scale_gradients_op = torch.library.custom_op(
+    "derta::scale_gradients",
+    scale_gradients,
+    mutates_args=(),
+    schema="(Tensor factor, Tensor hidden, Tensor weight, Tensor bias, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
+@scale_gradients_op.register_fake
+def _(
+    factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(gradient, dtype=dtype) for gradient in (hidden, weight, bias))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    loss, logsumexp, nll, *gradients = output
+    ctx.mark_non_differentiable(logsumexp, nll)
+    ctx.set_materialize_grads(False)  # or a second float32 V x d would be made, of zeros
+    ctx.save_for_backward(*gradients)
+    ctx.dtype = inputs[0].dtype
+    ctx.forms = inputs[-3:]
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if d_loss is None:  # autograd's word for zero
+        return (None,) * 13
+    hidden, weight, bias, unit = ctx.saved_tensors
+    scaled = scale_gradients_op(d_loss * unit, hidden, weight, bias, ctx.dtype)
+    formed = (g if form else None for g, form in zip(scaled, ctx.forms, strict=True))
+    return *formed, *(None,) * 10
+
+
+def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
+    raise NotImplementedError(
+        "head_loss has no second derivative: its gradients are formed in the forward pass; "
+        'use impl="reference" to differentiate twice'
+    )
+
+
+head_loss_op.register_autograd(_backward, setup_context=_setup_context)
+scale_gradients_op.register_autograd(_no_second_derivative)
