@@ -1,10 +1,10 @@
-# make setup | test | demo | lint : each works on a clean clone with Python 3.11 to 3.13.
+# make setup | test | aot | demo | lint : each works on a clean clone with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test demo lint clean
+.PHONY: setup test aot demo lint clean
 
 setup: $(INSTALLED)
 
@@ -17,6 +17,9 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py
 
 test: setup
 	$(BIN)/python -m pytest
+
+aot: setup
+	$(BIN)/derta bench resources
 
 demo: setup
 	$(BIN)/derta demo

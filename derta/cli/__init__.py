@@ -1,4 +1,4 @@
-"""The command line: `derta train | eval | demo | doctor`.
+"""The command line: `derta train | eval | demo | bench | doctor`.
 
 Nothing heavy is imported before a command has its arguments.
 """
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from derta._version import __version__
 from derta.cli.usage import SUMMARY, USAGE
@@ -35,10 +36,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(command: str, arguments: Sequence[str]) -> None:
     from derta.cli.arguments import build, read_options, read_yaml
 
-    origin, values = "command line", {}
+    origin: str = "command line"
+    values: dict[str, Any] = {}
     if arguments and not arguments[0].startswith("--"):
-        origin, *arguments = arguments
-        values = read_yaml(Path(origin))
+        first, *arguments = arguments
+        if command == "bench":
+            values = {"what": first}
+        else:
+            origin, values = first, read_yaml(Path(first))
     values.update(read_options(arguments))
     module = importlib.import_module(f"derta.cli.{command}")
     module.run(build(module.Config, values, origin))

@@ -6,6 +6,7 @@ SUMMARY = {
     "train": "tune a model on triples and dialogues",
     "eval": "attack success, over-refusal and refusal curves of a model",
     "demo": "train and compare four small models on a harmless world",
+    "bench": "what the kernels take of every GPU, compiled here",
     "doctor": "what this machine has, and which path each op takes and why",
 }
 
@@ -65,6 +66,14 @@ usage: derta demo [--key value ...]
 
   --seeds            worlds and trainings to average over
   --output_dir       where report.html, summary.json and the pictures go
+""",
+    "bench": """\
+usage: derta bench resources [--key value ...]
+
+  resources: registers, local and shared memory of every Triton launch, compiled ahead of time; an
+  error if one does not fit its GPU. Needs no GPU.
+
+  --capabilities     of the GPUs to compile for, 90 for 9.0: [80, 86, 89, 90, 100, 120]
 """,
     "doctor": """\
 usage: derta doctor

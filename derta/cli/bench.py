@@ -1,0 +1,57 @@
+"""`derta bench resources`: what every Triton launch takes of every GPU it may run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
+
+from tqdm import tqdm
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A benchmark.
+
+    Args:
+        what: "resources": registers, local and shared memory of every launch.
+        capabilities: of the GPUs to compile for, 90 for 9.0; None: all that are known.
+    """
+
+    what: Literal["resources"]
+    capabilities: list[int] | None = None
+
+
+def run(config: Config) -> None:
+    """Compiles every launch and prints what it takes.
+
+    Raises:
+        ValueError: Triton is missing, nothing is known of a capability, or a launch takes more than
+            the chip has.
+    """
+    if find_spec("triton") is None:
+        raise ValueError("Triton is not installed: pip install 'derta[triton]'")
+    from derta_kernels import aot
+
+    capabilities = config.capabilities or list(aot.SHARED_KIB)
+    if not set(capabilities) <= set(aot.SHARED_KIB):
+        raise ValueError(f"capabilities must be of {list(aot.SHARED_KIB)}, got {capabilities}")
+
+    launches = aot.launches()
+    rows: dict[str, list[str]] = {launch.name: [] for launch in launches}
+    excess = []
+    found = aot.compile_all(capabilities)
+    total = len(launches) * len(capabilities)
+    for launch, capability, resources in tqdm(found, "compile", total, leave=False):
+        rows[launch.name].append(f"{resources.registers} {resources.shared_bytes / 1024:.1f}")
+        too_much = aot.excess(resources, capability)
+        if too_much is not None:
+            excess.append(f"{launch.name} on sm_{capability}: {too_much}")
+
+    width = max(map(len, rows))
+    print("registers a thread and KiB of shared memory a program; no local memory but as listed")
+    print(" " * width + "".join(f"{f'sm_{c}':>11}" for c in capabilities))
+    for name, cells in rows.items():
+        print(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells))
+    if excess:
+        raise ValueError("launches that do not fit:\n  " + "\n  ".join(excess))

@@ -1,0 +1,118 @@
+"""Ahead-of-time compilation of every launch that the Triton kernels make; needs no GPU.
+
+A kernel that spills registers or asks for more shared memory than a chip has is found here, on any
+machine, for every architecture it may run on.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Shared memory that a program may have, in KiB, by compute capability (CUDA C++ programming guide,
+# "Technical specifications per compute capability").
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to launch a kernel.
+
+    Attributes:
+        name: of the launch, unique.
+        kernel: the `triton.jit` function.
+        signature: type of every argument, in Triton's words ("*bf16", "i32", "constexpr").
+        constants: value of every constexpr argument.
+        divisible: the arguments that are multiples of 16, which Triton makes use of.
+        num_warps: warps of a program.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    divisible: frozenset[str]
+    num_warps: int
+
+
+class Resources(NamedTuple):
+    """What a compiled launch takes: registers and bytes of local memory a thread, bytes shared."""
+
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+
+
+def launches() -> list[Launch]:
+    """Every launch that a kernel of this package can make."""
+    from derta_kernels.head_loss import row_pass_triton
+
+    return list(row_pass_triton.launches())
+
+
+def compiled(launch: Launch, capability: int) -> Resources:
+    """Compiles a launch to machine code for a compute capability (90 for 9.0) and measures it.
+
+    Raises:
+        ValueError: Triton's interpreter is on, which leaves nothing to compile.
+    """
+    if triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it")
+    # In the order of the arguments: Triton's cache would miss sets, whose order changes.
+    divisible = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(launch.signature)
+        if name in launch.divisible
+    }
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), divisible)
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps}
+    )
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        report = subprocess.run(
+            [cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True
+        ).stdout
+
+    def used(what: str) -> int:
+        return int(re.findall(rf"{what}:(\d+)", report)[-1])
+
+    return Resources(used("REG"), used("STACK") + used("LOCAL"), kernel.metadata.shared)
+
+
+def excess(resources: Resources, capability: int) -> str | None:
+    """What a launch takes too much of on a chip, in a clause; None: it fits."""
+    if resources.local_bytes:
+        return f"{resources.local_bytes} bytes of local memory a thread, 0 allowed"
+    limit_kib = SHARED_KIB[capability]
+    if resources.shared_bytes > limit_kib * 1024:
+        return f"{resources.shared_bytes} bytes of shared memory, the chip has {limit_kib} KiB"
+    return None
+
+
+def compile_all(capabilities: Sequence[int]) -> Iterator[tuple[Launch, int, Resources]]:
+    """Every launch on every given capability, in order, compiled on all cores; Triton caches it."""
+    every = launches()
+    jobs = [(index, capability) for index in range(len(every)) for capability in capabilities]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for (index, capability), found in zip(jobs, pool.map(_job, jobs, chunksize=8), strict=True):
+            yield every[index], capability, found
+
+
+def _job(job: tuple[int, int]) -> Resources:
+    """A kernel cannot travel between processes, its place in the list can."""
+    index, capability = job
+    return compiled(launches()[index], capability)

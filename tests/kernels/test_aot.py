@@ -1,0 +1,78 @@
+"""Kernels are compiled for the GPUs that this machine does not have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from derta_kernels import aot  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code: str, **environment: str) -> str:
+    """What Python prints, without the interpreter that these tests run in."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=kept | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | environment,
+    )
+    return done.stdout
+
+
+def test_the_largest_launch_of_every_dtype_fits_every_gpu() -> None:
+    """`make aot` compiles every launch; this is the sample that `make test` takes of them."""
+    code = """
+from derta_kernels import aot
+largest = [l for l in aot.launches() if "V <= 2147483647, softcap, gradient" in l.name]
+assert len(largest) == 3, largest
+for launch in largest:
+    for capability in aot.SHARED_KIB:
+        resources = aot.compiled(launch, capability)
+        assert 16 <= resources.registers <= 255, resources
+        assert aot.excess(resources, capability) is None, (launch.name, capability, resources)
+print("fit")
+"""
+    assert run(code) == "fit\n"
+
+
+def test_too_much_local_or_shared_memory_is_told_of_the_chip_that_lacks_it() -> None:
+    fits = aot.Resources(registers=40, local_bytes=0, shared_bytes=100 * 1024)
+    assert aot.excess(fits, 90) is None
+    assert aot.excess(fits, 89) == "102400 bytes of shared memory, the chip has 99 KiB"
+    spills = fits._replace(local_bytes=8)
+    assert aot.excess(spills, 90) == "8 bytes of local memory a thread, 0 allowed"
+
+
+def test_a_launch_that_spills_is_measured_as_one() -> None:
+    """2048 logits for 32 threads are 64 each: too many values for 255 registers."""
+    code = """
+from dataclasses import replace
+from derta_kernels import aot
+launch = next(l for l in aot.launches() if l.name.startswith("row pass, fp32") and "cap" in l.name)
+launch = replace(launch, constants={**launch.constants, "BLOCK": 2048, "FORM_GRADIENT": True})
+print(aot.compiled(replace(launch, num_warps=1), 90).local_bytes > 0)
+"""
+    assert run(code) == "True\n"
+
+
+def test_every_launch_has_a_name_of_its_own_and_a_row_in_the_table() -> None:
+    launches = aot.launches()
+    assert len({launch.name for launch in launches}) == len(launches) >= 36
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off")
+def test_the_interpreter_leaves_nothing_to_compile() -> None:
+    launch = replace(aot.launches()[0], num_warps=4)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET is set, which leaves nothing to comp"):
+        aot.compiled(launch, 90)
