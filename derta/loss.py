@@ -31,6 +31,7 @@ def derta_loss(
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
     impl: str = "auto",
+    scratch_mb: float | None = None,
 ) -> Tensor:
     """Next-token and refusal loss of a vocabulary projection, without its logits.
 
@@ -67,7 +68,7 @@ def derta_loss(
             "none", as gradients are formed in the forward pass; `derta_loss_with_rows` gives each
             row's loss as a by-product.
         loss_weight: (...) floating point, factor of both losses of a row; None: ones.
-        impl: see `derta_kernels.head_loss.head_loss`.
+        impl, scratch_mb: see `derta_kernels.head_loss.head_loss`.
 
     Returns:
         (), nats, float32 (float64 for float64 inputs). Without a live row it is 0, with gradients
@@ -95,6 +96,7 @@ def derta_loss(
         reduction=reduction,
         loss_weight=loss_weight,
         impl=impl,
+        scratch_mb=scratch_mb,
     ).loss
 
 
@@ -114,6 +116,7 @@ def derta_loss_with_rows(
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
     impl: str = "auto",
+    scratch_mb: float | None = None,
 ) -> HeadLoss:
     """`derta_loss` together with every row's own, unweighted losses.
 
@@ -143,6 +146,7 @@ def derta_loss_with_rows(
         logit_scale=logit_scale,
         ignore_index=ignore_index,
         impl=impl,
+        scratch_mb=scratch_mb,
     )
     if reduction == "sum":
         loss = rows.loss

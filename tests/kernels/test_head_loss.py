@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -281,6 +283,59 @@ def test_strides_do_not_matter(impl: str) -> None:
     expected = results(case, impl)
     for name, actual in results(strided, impl).items():
         torch.testing.assert_close(actual, expected[name], msg=name)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+@pytest.mark.parametrize("impl", ROW_PASSES)
+def test_shapes_masks_strides_and_dtypes_of_any_kind_agree_with_the_reference(
+    impl: str, data: st.DataObject
+) -> None:
+    usable = [dtype for dtype in DTYPES if unavailable(impl, DEVICE, dtype) is None]
+    if impl == "triton" and DEVICE.type == "cpu":
+        usable.remove(torch.bfloat16)  # the interpreter truncates, see row_passes
+    if not usable:
+        pytest.skip(str(unavailable(impl, DEVICE, torch.float32)))
+    dtype = data.draw(st.sampled_from(usable), label="dtype")
+    n, d, vocabulary = (data.draw(st.integers(low, 40), label="n, d, V") for low in (0, 1, 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
+
+    def drawn(*shape: int) -> Tensor:
+        """A slice of something larger, or laid out column by column."""
+        wide = torch.randn(*(2 * size for size in shape), generator=generator).to(dtype)
+        step = data.draw(st.sampled_from((1, 2)), label="stride")
+        part = wide[tuple(slice(0, size * step, step) for size in shape)]
+        by_column = data.draw(st.booleans(), label="by column")
+        return part.mT.contiguous().mT if by_column and part.dim() == 2 else part
+
+    def mask() -> Tensor:
+        share = data.draw(st.sampled_from((0.0, 0.3, 1.0)), label="share")
+        return torch.rand(n, generator=generator) < share
+
+    bias = drawn(vocabulary) if data.draw(st.booleans(), label="bias") else None
+    case = HeadCase(
+        hidden=drawn(n, d),
+        weight=drawn(vocabulary, d),
+        target=torch.randint(vocabulary, (n,), generator=generator).masked_fill(mask(), -100),
+        rto_mask=mask(),
+        refusal_token_id=data.draw(st.integers(0, vocabulary - 1), label="refusal"),
+        next_weight=torch.randn(n, generator=generator),
+        rto_weight=torch.randn(n, generator=generator),
+        bias=bias,
+        softcap=data.draw(st.sampled_from((None, 5.0, 30.0)), label="softcap"),
+        logit_scale=data.draw(st.sampled_from((1.0, -0.5, 0.125)), label="scale"),
+    )
+    expected, actual = results(case.to(torch.float64), "reference"), results(case, impl)
+    eager = results(case, "reference")
+    for name in expected:
+        # In the norm of the whole: random weights may cancel in a single row.
+        size, band = expected[name].norm(), torch.finfo(dtype).eps
+        error, eager_error = (
+            (other[name].double() - expected[name]).norm() for other in (actual, eager)
+        )
+        assert error <= 2 * eager_error + 8 * band * (size + 1), name
 
 
 # Gradients

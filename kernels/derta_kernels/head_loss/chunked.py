@@ -29,9 +29,9 @@ WEIGHT_SLICE = 2048
 
 
 class Gradients(NamedTuple):
-    """What the forward pass stores: gradients for an upstream gradient of 1, over `unit`.
+    """What the forward pass stores: the gradients for an upstream gradient of 1, divided by `unit`.
 
-    The gradient is stored times unit. Those that are not required are empty.
+    Those that are not required are empty.
 
     Attributes:
         hidden: (N, d) in hidden's dtype; 0 on dead rows.
