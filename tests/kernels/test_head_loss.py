@@ -567,11 +567,13 @@ def test_memory_is_what_the_formula_says(
     weight = torch.randn(vocabulary, d, generator=generator).to(dtype).requires_grad_(trainable)
     target = torch.randint(vocabulary, (n,), generator=generator)
     formula = rows * vocabulary * b + n * d * b + (4 * vocabulary * d if trainable else 0)
-    row_pass = 0 if dtype == torch.float32 else 4 * row_pass_torch.WIDE_LOGITS
+    narrow = dtype == torch.bfloat16
+    row_pass = 4 * row_pass_torch.WIDE_LOGITS if narrow else 0
+    product = 6 * chunked.SLICE_ELEMENTS if narrow and trainable else 0
     held: list[HeadLoss] = []
     arguments = dict(scratch_mb=rows * vocabulary * b / 2**20, impl="torch")
     peak = peak_bytes(lambda: held.append(head_loss(hidden, weight, target, **arguments)))
-    assert formula <= peak <= 1.05 * (formula + row_pass)
+    assert formula <= peak <= 1.05 * (formula + max(row_pass, product))
 
 
 def test_the_scratch_keeps_to_its_budget_and_a_chunk_to_whole_tiles(

@@ -25,7 +25,7 @@ WIDE_CHUNK_ROWS = 1024
 ROW_MULTIPLE = 128
 # cuBLAS takes its fast kernels only where rows start on 16 bytes; 128 keeps them on cache lines.
 ROW_ALIGNMENT_BYTES = 128
-WEIGHT_SLICE = 2048
+SLICE_ELEMENTS = 2**22
 
 
 class Gradients(NamedTuple):
@@ -63,7 +63,8 @@ def head_loss_chunked(
 
     Memory, in bytes, with b = bytes of hidden's dtype, C = `chunk_rows` and w = 4, or 8 for
     float64:
-        C V b          scratch, rows padded to 128 bytes, and what the row pass takes
+        C V b          scratch, rows padded to 128 bytes, and what the row pass takes or, for the
+                       gradient of weight on a CPU, 2^22 (b + w)
         N d b          gradient of hidden, if required; 2 C d b more if any row is dead
         w V (d + 1)    gradients of weight and bias, only for those that are required
 
@@ -173,9 +174,8 @@ def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
         return
     product_dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else total.dtype  # or it overflows
     h = h.to(product_dtype)
-    for part, columns in zip(
-        total.split(WEIGHT_SLICE), gradient.split(WEIGHT_SLICE, 1), strict=True
-    ):
+    step = max(1, SLICE_ELEMENTS // h.shape[1])
+    for part, columns in zip(total.split(step), gradient.split(step, 1), strict=True):
         part += columns.T.to(product_dtype) @ h
 
 

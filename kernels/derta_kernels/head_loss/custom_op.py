@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from derta_kernels.head_loss.choice import choose, row_pass
-from derta_kernels.head_loss.chunked import WEIGHT_SLICE, head_loss_chunked
+from derta_kernels.head_loss.chunked import SLICE_ELEMENTS, head_loss_chunked
 from derta_kernels.head_loss.live_rows import gathered, live_rows, scattered
 
 
@@ -107,12 +107,12 @@ def scale_gradients(
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In slices, so that no second copy of the gradient exists in factor's dtype."""
+    """In slices: on a CPU, torch holds what it multiplies in factor's dtype before it rounds."""
     scaled = torch.empty_like(gradient, dtype=dtype)
-    for source, destination in zip(
-        gradient.split(WEIGHT_SLICE), scaled.split(WEIGHT_SLICE), strict=True
-    ):
-        destination.copy_(source.to(factor.dtype) * factor)
+    one_factor = factor.reshape(1)  # of one dimension, or bfloat16 gradients would round it first
+    step = max(1, SLICE_ELEMENTS // max(1, gradient[:1].numel()))
+    for source, destination in zip(gradient.split(step), scaled.split(step), strict=True):
+        torch.mul(source, one_factor, out=destination)
     return scaled
 
 
