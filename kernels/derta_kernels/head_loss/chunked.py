@@ -25,6 +25,8 @@ WIDE_CHUNK_ROWS = 1024
 ROW_MULTIPLE = 128
 # cuBLAS takes its fast kernels only where rows start on 16 bytes; 128 keeps them on cache lines.
 ROW_ALIGNMENT_BYTES = 128
+# Compute capability from which on torch multiplies bfloat16 into a float32 sum.
+WIDE_PRODUCTS_SINCE = (8, 0)
 SLICE_ELEMENTS = 2**22
 
 
@@ -63,15 +65,15 @@ def head_loss_chunked(
 
     Memory, in bytes, with b = bytes of hidden's dtype, C = `chunk_rows` and w = 4, or 8 for
     float64:
-        C V b          scratch, rows padded to 128 bytes, and what the row pass takes or, for the
-                       gradient of weight on a CPU, 2^22 (b + w)
+        C V b          scratch, rows padded to 128 bytes, and what the row pass takes or, for
+                       weight's gradient on a CPU, 2^22 (b + w)
         N d b          gradient of hidden, if required; 2 C d b more if any row is dead
         w V (d + 1)    gradients of weight and bias, only for those that are required
 
     Numerics: logits and their gradient are rounded to hidden's dtype once each. The gradients of
         weight and bias are summed over chunks in float32 (float64 for float64 inputs), in order:
-        deterministic. On a CPU, a bfloat16 chunk's product is rounded first, as no product
-        there gives a wider result.
+        deterministic. On a CPU, and on a GPU before compute capability 8.0, a bfloat16 chunk's
+        product is rounded first, as no product there gives a wider result.
 
     Args:
         hidden, weight, bias, softcap, logit_scale: see `head_loss`.
@@ -169,7 +171,7 @@ def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
     if total.dtype == h.dtype:
         total.addmm_(gradient.T, h)
         return
-    if total.is_cuda:
+    if total.is_cuda and torch.cuda.get_device_capability(total.device) >= WIDE_PRODUCTS_SINCE:
         torch.addmm(total, gradient.T, h, out_dtype=total.dtype, out=total)
         return
     product_dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else total.dtype  # or it overflows
