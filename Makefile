@@ -1,14 +1,14 @@
-# make setup | test | aot | demo | lint : each works on a clean clone with Python 3.11 to 3.13.
+# make setup | test | native-test | aot | demo | lint : each works on a clean clone with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test aot demo lint clean
+.PHONY: setup test native-test aot demo lint clean
 
 setup: $(INSTALLED)
 
-$(INSTALLED): constraints.txt pyproject.toml setup.py
+$(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) \
 		else f"Python 3.11 to 3.13 is needed, {v[0]}.{v[1]} found: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,16 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Warnings are errors here and not in setup.py: a newer compiler must not keep anybody from installing.
+NATIVE_TEST := build/native-test
+native-test:
+	@if ! command -v cmake >/dev/null; then echo 'native-test: skipped, CMake was not found'; else \
+	set -ex; \
+	cmake -S . -B $(NATIVE_TEST) -DCMAKE_BUILD_TYPE=Debug -DDERTA_SANITIZE=ON \
+		-DCMAKE_COMPILE_WARNING_AS_ERROR=ON -DCMAKE_CUDA_ARCHITECTURES=75; \
+	cmake --build $(NATIVE_TEST) --parallel; \
+	ctest --test-dir $(NATIVE_TEST) --output-on-failure; fi
 
 aot: setup
 	$(BIN)/derta bench resources

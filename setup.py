@@ -1,14 +1,119 @@
-"""Two source roots, one distribution.
+"""Two source roots, one distribution, and a native library where it can be built.
 
 `kernels/` holds the package `derta_kernels` and is itself no package: an importable `kernels`
 would shadow the Hugging Face distribution of that name, which transformers probes for.
+
+The native library is optional: what cannot be built is said, here and in the report that
+row_pass_native.py reads, and the installation goes on without it.
 """
 
-from setuptools import find_packages, setup
+from __future__ import annotations
 
-setup(
-    packages=find_packages(include=["derta", "derta.*"])
-    + find_packages("kernels", include=["derta_kernels", "derta_kernels.*"]),
-    package_dir={"derta_kernels": "kernels/derta_kernels"},
-    package_data={"derta": ["py.typed"], "derta_kernels": ["py.typed"]},
-)
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+NATIVE = ROOT / "kernels" / "derta_kernels" / "head_loss" / "_native"
+TARGETS = {"cpu": "derta_row_pass", "cuda": "derta_row_pass_cuda"}
+
+
+def sources_stamp() -> str:
+    """What the libraries are built from: when this changes they are built again."""
+    stamp = hashlib.sha256(platform.machine().encode())
+    for path in (ROOT / "CMakeLists.txt", *sorted((ROOT / "kernels" / "csrc").iterdir())):
+        stamp.update(path.name.encode() + path.read_bytes())
+    return stamp.hexdigest()
+
+
+def missing_tool(kind: str) -> str | None:
+    """Why the library for "cpu" or "cuda" cannot be built, in a clause; None: the tools are there.
+
+    They are what CMake itself would take; a compiler that does not work is CMake's to report.
+    """
+    if shutil.which("cmake") is None:
+        return "CMake was not found"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        return "a C++ compiler was not found"
+    if kind == "cuda" and not shutil.which(os.environ.get("CUDACXX", "nvcc")):
+        return "nvcc was not found"
+    return None
+
+
+def build_native() -> None:
+    """Builds the libraries into `NATIVE`, with a report, unless they are up to date."""
+    report_path = NATIVE / "report.json"
+    stamp = sources_stamp()
+    if report_path.exists():
+        report = json.loads(report_path.read_text(encoding="utf-8"))
+        as_complete_as_can_be = report["cpu"] is None and report["cuda"] == missing_tool("cuda")
+        if report["stamp"] == stamp and as_complete_as_can_be:
+            return
+    shutil.rmtree(NATIVE, ignore_errors=True)
+    NATIVE.mkdir()
+    report = {"stamp": stamp, "cpu": built("cpu")}
+    report["cuda"] = report["cpu"] or built("cuda")
+    report_path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    for kind in TARGETS:
+        if report[kind] is not None:
+            print(f"derta: no native library for {kind}: {report[kind]}", file=sys.stderr)
+
+
+def built(kind: str) -> str | None:
+    """Builds one library; why it could not, in a clause, or None."""
+    missing = missing_tool(kind)
+    if missing is not None:
+        return missing
+    folder = ROOT / "build" / "native"
+    for command in (
+        ["cmake", "-S", ROOT, "-B", folder],
+        ["cmake", "--build", folder, "--parallel", str(os.cpu_count()), "--target", TARGETS[kind]],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            print(done.stdout + done.stderr, file=sys.stderr)
+            errors = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
+            return f"{' '.join(map(str, command[:2]))} failed: {errors[0] if errors else '?'}"
+    shutil.copy2(folder / f"lib{TARGETS[kind]}.so", NATIVE)
+    return None
+
+
+class BuildWithNative(build_py):
+    """The Python files, after the libraries among them."""
+
+    def run(self) -> None:
+        build_native()
+        super().run()
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for every Python 3 of one platform: the library knows no Python."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":
+    setup(
+        packages=find_packages(include=["derta", "derta.*"])
+        + find_packages("kernels", include=["derta_kernels", "derta_kernels.*"]),
+        package_dir={"derta_kernels": "kernels/derta_kernels"},
+        package_data={
+            "derta": ["py.typed"],
+            "derta_kernels": ["py.typed", "head_loss/_native/*"],
+        },
+        cmdclass={"build_py": BuildWithNative, "bdist_wheel": PlatformWheel},
+    )

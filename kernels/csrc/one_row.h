@@ -1,0 +1,249 @@
+// The row pass, written once for CPUs and GPUs: the mathematics of a logit and the walk over a row.
+//
+// A team walks a row, each of its lanes a tile of neighbouring logits at a time. On a GPU the team
+// is a thread block, a lane is a thread and a tile is one 16-byte load; on a CPU the team is one
+// thread, and its long tiles are what the compiler vectorises.
+//
+// Sums are fused where multiply_add says so and nowhere else (contraction is off): a token's logit,
+// read alone, must equal the same logit in the walk to the last bit, or a loss could be negative.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "row_pass.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define DERTA_INLINE __device__ __forceinline__
+#define DERTA_LANES(clauses) _Pragma("unroll")
+#else
+#define DERTA_INLINE inline
+#define DERTA_PRAGMA(text) _Pragma(#text)
+#define DERTA_LANES(clauses) DERTA_PRAGMA(omp simd clauses)
+#endif
+
+// This header is compiled once an instruction set. With external linkage the linker would keep one
+// copy of each function, and a machine without AVX-512 might meet AVX-512 code.
+namespace {
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+struct Float16 {
+    uint16_t bits;
+};
+
+DERTA_INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+DERTA_INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+DERTA_INLINE float multiply_add(float a, float b, float c) {
+#if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return fmaf(a, b, c);
+#else
+    return a * b + c;  // fmaf would be a call
+#endif
+}
+
+DERTA_INLINE float widened(float value) { return value; }
+
+DERTA_INLINE float widened(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }
+
+DERTA_INLINE float widened(Float16 value) {
+#ifdef __CUDACC__
+    return __half2float(__ushort_as_half(value.bits));
+#else
+    const uint32_t twice = uint32_t{value.bits} << 17;  // the sign is gone
+    const uint32_t sign = (uint32_t{value.bits} & 0x8000) << 16;
+    const float normal = float_of((twice >> 4) + (224u << 23)) * 0x1p-112f;
+    const float subnormal = float_of((twice >> 17) | (126u << 23)) - 0.5f;
+    return float_of(sign | bits_of(twice < (1u << 27) ? subnormal : normal));
+#endif
+}
+
+// To the nearest, ties to even; NaN stays NaN.
+DERTA_INLINE void round_to(float value, float &rounded) { rounded = value; }
+
+DERTA_INLINE void round_to(float value, BFloat16 &rounded) {
+#ifdef __CUDACC__
+    rounded.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
+    const uint32_t bits = bits_of(value);
+    const uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    rounded.bits = static_cast<uint16_t>(value == value ? nearest : 0x7fc0);
+#endif
+}
+
+DERTA_INLINE void round_to(float value, Float16 &rounded) {
+#ifdef __CUDACC__
+    rounded.bits = __half_as_ushort(__float2half_rn(value));
+#else
+    // Adding a power of two that is 2^13 times the value's leaves float16's digits in the sum, the
+    // adder having rounded them; the two factors turn what is beyond float16 into infinity first.
+    const uint32_t twice = bits_of(value) << 1;
+    const uint32_t exponent = twice & 0xff000000;
+    const uint32_t at_least = exponent < 0x71000000 ? 0x71000000 : exponent;
+    const float bounded = (float_of(twice >> 1) * 0x1p112f) * 0x1p-110f;
+    const uint32_t sum = bits_of(float_of((at_least >> 1) + 0x07800000) + bounded);
+    const uint32_t nearest = ((sum >> 13) & 0x7c00) + (sum & 0x0fff);
+    const uint32_t sign = (bits_of(value) >> 16) & 0x8000;
+    rounded.bits = static_cast<uint16_t>(sign | (value == value ? nearest : 0x7e00));
+#endif
+}
+
+// exp(x) for x <= 0, within an ulp; 0 where only a subnormal number could hold it.
+DERTA_INLINE float exponential(float x) {
+#ifdef __CUDACC__
+    return expf(x);  // built on the hardware's power of two
+#else
+    // x = n log 2 + r; adding 1.5 * 2^23 leaves n in the last bits. The first part of log 2 is so
+    // short that its product with n is exact. Polynomial: Cephes, expf.
+    const float n_at_the_end = multiply_add(x, 0x1.715476p0f, 0x1.8p23f);
+    const float n = n_at_the_end - 0x1.8p23f;
+    float r = multiply_add(n, -0.693359375f, x);
+    r = multiply_add(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = multiply_add(p, r, 1.3981999507e-3f);
+    p = multiply_add(p, r, 8.3334519073e-3f);
+    p = multiply_add(p, r, 4.1665795894e-2f);
+    p = multiply_add(p, r, 1.6666665459e-1f);
+    p = multiply_add(p, r, 5.0000001201e-1f);
+    p = multiply_add(p, r * r, r) + 1.0f;
+    // A product and not a sum of exponents: NaN must stay one.
+    const float power = float_of((bits_of(n_at_the_end) << 23) + 0x3f800000);
+    return x < -87.0f ? 0.0f : p * power;
+#endif
+}
+
+// Near 0, where 1 - e cancels, the polynomial of Cephes' tanhf.
+DERTA_INLINE float hyperbolic_tangent(float x) {
+    const float magnitude = fabsf(x);
+    const float e = exponential(-2.0f * magnitude);
+    const float far = (1.0f - e) / (1.0f + e);
+    const float s = x * x;
+    float p = -5.70498872745e-3f;
+    p = multiply_add(p, s, 2.06390887954e-2f);
+    p = multiply_add(p, s, -5.37397155531e-2f);
+    p = multiply_add(p, s, 1.33314422036e-1f);
+    p = multiply_add(p, s, -3.33332819422e-1f);
+    const float near = multiply_add(p * s, x, x);
+    return magnitude < 0.625f ? near : copysignf(far, x);
+}
+
+struct FinalLogit {
+    float z;
+    float slope;  // dz / dlogit
+};
+
+template <bool kSoftcap>
+DERTA_INLINE FinalLogit final_logit(float logit, const DertaRows &rows) {
+    const float z = rows.logit_scale * logit;
+    if (!kSoftcap) return {z, rows.logit_scale};
+    const float bounded = hyperbolic_tangent(z / rows.softcap);
+    return {rows.softcap * bounded,
+            rows.logit_scale * multiply_add(-bounded, bounded, 1.0f)};
+}
+
+// Of the logits seen so far. Where a row is sure of its token, sum is 1 and a small rest, which is
+// all that its loss and gradient consist of and more than a float has room for.
+struct Summary {
+    float highest;
+    double sum;  // of exp(z - highest)
+};
+
+// Finite: rows may hold -inf, and -inf - -inf is no number.
+constexpr Summary kNothingSeen = {-FLT_MAX, 0.0};
+
+DERTA_INLINE Summary merged(Summary a, Summary b) {
+    const float highest = a.highest > b.highest ? a.highest : b.highest;
+    return {highest, a.sum * exponential(a.highest - highest) +
+                         b.sum * exponential(b.highest - highest)};
+}
+
+template <bool kSoftcap, typename Team>
+DERTA_INLINE Summary with_tile(Summary seen, const typename Team::Logit *tile, int count,
+                               const DertaRows &rows) {
+    constexpr int kTile = Team::kTile;
+    float z[kTile];
+    float highest = seen.highest;
+    DERTA_LANES(reduction(max : highest))
+    for (int i = 0; i < kTile; ++i) {
+        const float value = final_logit<kSoftcap>(widened(tile[i]), rows).z;
+        z[i] = i < count ? value : -INFINITY;
+        highest = z[i] > highest ? z[i] : highest;  // passes over NaN, which the sum then becomes
+    }
+    typename Team::TileSum sum = 0;
+    DERTA_LANES(reduction(+ : sum))
+    for (int i = 0; i < kTile; ++i) sum += exponential(z[i] - highest);
+    return {highest, seen.sum * exponential(seen.highest - highest) + sum};
+}
+
+// A team has `Logit`, `kTile`, `TileSum` (what a tile is summed in), lane(), lanes(), load() and
+// store() of a tile's first logits, merged() of all lanes' summaries and wait() for all lanes.
+template <bool kSoftcap, typename Team>
+DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
+    using Logit = typename Team::Logit;
+    constexpr int kTile = Team::kTile;
+    const int64_t first = Team::lane() * kTile;
+    const int64_t step = Team::lanes() * kTile;
+    const int64_t vocabulary = rows.vocabulary;
+    Logit *row = static_cast<Logit *>(rows.logits) + i_row * rows.row_stride;
+    const int64_t *tokens = rows.tokens + 2 * i_row;
+    const float *weight = rows.token_weight + 2 * i_row;
+    // Before merged(), which waits: after it lanes overwrite what others would still read here.
+    const FinalLogit wanted[2] = {final_logit<kSoftcap>(widened(row[tokens[0]]), rows),
+                                  final_logit<kSoftcap>(widened(row[tokens[1]]), rows)};
+    alignas(16) Logit tile[kTile];
+
+    Summary seen = kNothingSeen;
+    for (int64_t start = first; start < vocabulary; start += step) {
+        const int count = vocabulary - start < kTile ? int(vocabulary - start) : kTile;
+        Team::load(tile, row + start, count);
+        seen = with_tile<kSoftcap, Team>(seen, tile, count, rows);
+    }
+    seen = Team::merged(seen);
+    if (Team::lane() == 0) {
+        const float log_sum = log1pf(float(seen.sum - 1.0));
+        rows.logsumexp[i_row] = seen.highest + log_sum;
+        for (int k = 0; k < 2; ++k)
+            rows.nll[2 * i_row + k] = (seen.highest - wanted[k].z) + log_sum;
+    }
+    if (!rows.form_gradient) return;
+
+    const double both = double(weight[0]) + weight[1];
+    const float share = float(both / seen.sum);
+    for (int64_t start = first; start < vocabulary; start += step) {
+        const int count = vocabulary - start < kTile ? int(vocabulary - start) : kTile;
+        Team::load(tile, row + start, count);
+        DERTA_LANES()
+        for (int i = 0; i < kTile; ++i) {
+            const FinalLogit final = final_logit<kSoftcap>(widened(tile[i]), rows);
+            round_to(exponential(final.z - seen.highest) * share * final.slope, tile[i]);
+        }
+        Team::store(row + start, tile, count);
+    }
+    // The tokens' own, over what the walk wrote in their places: no other logit pays for a test.
+    Team::wait();
+    if (Team::lane() == 0) {
+        for (int k = 0; k < 2; ++k) {
+            const double own = tokens[0] == tokens[1] ? both : weight[k];
+            const double p = exponential(wanted[k].z - seen.highest) / seen.sum;
+            round_to(float(both * p - own) * wanted[k].slope, row[tokens[k]]);
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,50 @@
+/* The row pass of the head loss behind a plain C interface: no torch, no C++ in the signatures.
+ * The mathematics is in kernels/README.md.
+ *
+ * Every function that can fail returns NULL, or what is wrong as a string that lives on. */
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define DERTA_API __attribute__((visibility("default")))
+
+enum { DERTA_BFLOAT16 = 0, DERTA_FLOAT16 = 1, DERTA_FLOAT32 = 2 };
+
+/* Rows of logits and what is wanted of them; C rows of V logits. */
+struct DertaRows {
+    void *logits;              /* (C, V) of dtype; form_gradient: overwritten by the gradient */
+    int64_t count;             /* C */
+    int64_t vocabulary;        /* V, at least 1 */
+    int64_t row_stride;        /* in logits, at least V; rows may start at any logit */
+    const int64_t *tokens;     /* (C, 2), within [0, V) */
+    const float *token_weight; /* (C, 2) */
+    float *logsumexp;          /* (C,) */
+    float *nll;                /* (C, 2) */
+    float softcap;             /* 0: none */
+    float logit_scale;
+    int32_t dtype; /* DERTA_* */
+    int32_t form_gradient;
+};
+
+/* On the CPU, by at most `threads` threads. `instruction_set`: one of those below; NULL: the best.
+ * Results do not depend on the number of threads. */
+DERTA_API const char *derta_row_pass(const struct DertaRows *rows, const char *instruction_set,
+                                     int threads);
+
+/* The instruction sets that this machine runs, separated by spaces, the best one last. */
+DERTA_API const char *derta_row_pass_instruction_sets(void);
+
+/* On a CUDA device, queued on `stream`: a cudaStream_t of that device. In a library of its own, so
+ * that the CPU's needs no CUDA. */
+DERTA_API const char *derta_row_pass_cuda(const struct DertaRows *rows, int device, void *stream);
+
+/* Why the above cannot run on a device; NULL: it can. */
+DERTA_API const char *derta_row_pass_cuda_unavailable(int device);
+
+#ifdef __cplusplus
+}
+#endif

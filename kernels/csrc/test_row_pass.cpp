@@ -1,0 +1,207 @@
+// The C interface of the CPU library, for the sanitizers: every instruction set and dtype, rows that
+// end and start anywhere, in memory of exactly their size. Values are held to float64 here within
+// wide bounds and within the derived ones by tests/kernels/test_row_pass_native.py, but for what
+// needs every number there is: roundings to float16 and bfloat16, and the exponential.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "one_row.h"
+
+namespace {
+
+void check(bool holds, const std::string &promise) {
+    if (holds) return;
+    std::fprintf(stderr, "broken: %s\n", promise.c_str());
+    std::exit(1);
+}
+
+template <typename Logit>
+constexpr int32_t kDtype = DERTA_FLOAT32;
+template <>
+constexpr int32_t kDtype<BFloat16> = DERTA_BFLOAT16;
+template <>
+constexpr int32_t kDtype<Float16> = DERTA_FLOAT16;
+
+template <typename Logit>
+Logit rounded(float value) {
+    Logit logit;
+    round_to(value, logit);
+    return logit;
+}
+
+template <typename Logit>
+bool same_bits(const std::vector<Logit> &a, const std::vector<Logit> &b) {
+    if (a.empty() || a.size() != b.size()) return a.size() == b.size();
+    return memcmp(a.data(), b.data(), a.size() * sizeof(Logit)) == 0;
+}
+
+struct Result {
+    std::vector<float> logsumexp, nll;
+};
+
+template <typename Logit>
+Result run(std::vector<Logit> &logits, int64_t count, int64_t vocabulary, int64_t stride,
+           const std::vector<int64_t> &tokens, const std::vector<float> &weight, float softcap,
+           bool form_gradient, const char *instruction_set, int threads) {
+    Result result{std::vector<float>(count, NAN), std::vector<float>(2 * count, NAN)};
+    DertaRows rows{};
+    rows.logits = logits.data();
+    rows.count = count;
+    rows.vocabulary = vocabulary;
+    rows.row_stride = stride;
+    rows.tokens = tokens.data();
+    rows.token_weight = weight.data();
+    rows.logsumexp = result.logsumexp.data();
+    rows.nll = result.nll.data();
+    rows.softcap = softcap;
+    rows.logit_scale = -0.5f;
+    rows.dtype = kDtype<Logit>;
+    rows.form_gradient = form_gradient;
+    const char *error = derta_row_pass(&rows, instruction_set, threads);
+    check(error == nullptr, error ? error : "");
+    return result;
+}
+
+template <typename Logit>
+void rows_are_right(const std::string &set, int64_t count, int64_t vocabulary, int64_t stride,
+                    float softcap, double band) {
+    std::mt19937 random(0);
+    std::normal_distribution<float> normal(0.0f, 8.0f);
+    // No more memory than the rows have: the last one ends without its padding.
+    std::vector<Logit> logits(count == 0 ? 0 : (count - 1) * stride + vocabulary);
+    for (Logit &logit : logits) logit = rounded<Logit>(normal(random));
+    std::vector<int64_t> tokens;
+    std::vector<float> weight;
+    for (int64_t i = 0; i < count; ++i) {
+        tokens.insert(tokens.end(), {i % vocabulary, (i * i + 1) % vocabulary});
+        weight.insert(weight.end(), {1.5f, i % 2 ? 0.75f : 0.0f});
+    }
+    const std::vector<Logit> before = logits;
+    const Result only_read = run(logits, count, vocabulary, stride, tokens, weight, softcap, false,
+                                 set.c_str(), 1);
+    check(same_bits(logits, before), "logits stay as they are without a gradient");
+    const Result result = run(logits, count, vocabulary, stride, tokens, weight, softcap, true,
+                              set.c_str(), 3);
+    check(same_bits(result.nll, only_read.nll), "a gradient and more threads change no loss");
+
+    for (int64_t i = 0; i < count; ++i) {
+        std::vector<double> z, slope;
+        for (int64_t j = 0; j < vocabulary; ++j) {
+            const double x = -0.5 * widened(before[i * stride + j]);
+            const double bounded = softcap ? std::tanh(x / softcap) : 0.0;
+            z.push_back(softcap ? softcap * bounded : x);
+            slope.push_back(-0.5 * (1 - bounded * bounded));
+        }
+        const double highest = *std::max_element(z.begin(), z.end());
+        double sum = 0;
+        for (double value : z) sum += std::exp(value - highest);
+        const float *w = &weight[2 * i];
+        const int64_t *t = &tokens[2 * i];
+        check(std::abs(result.logsumexp[i] - (highest + std::log(sum))) < 1e-4, "logsumexp");
+        for (int k = 0; k < 2; ++k) {
+            const float nll = result.nll[2 * i + k];
+            check(nll >= 0 && std::abs(nll - (highest - z[t[k]] + std::log(sum))) < 1e-4, "nll");
+        }
+        for (int64_t j = 0; j < vocabulary; ++j) {
+            const double p = std::exp(z[j] - highest) / sum;
+            const double g = (w[0] + w[1]) * p - (j == t[0] ? w[0] : 0) - (j == t[1] ? w[1] : 0);
+            const double error = std::abs(widened(logits[i * stride + j]) - slope[j] * g);
+            check(error <= band * std::abs(slope[j] * g) + 1e-6, "gradient");
+        }
+        for (int64_t j = vocabulary; i + 1 < count && j < stride; ++j)
+            check(memcmp(&logits[i * stride + j], &before[i * stride + j], sizeof(Logit)) == 0,
+                  "what lies between rows is not touched");
+    }
+}
+
+template <typename Logit>
+void every_shape_is_right(const std::string &set, double band) {
+    for (int64_t vocabulary : {1, 2, 97, 511, 512, 513, 4097})
+        for (int64_t padding : {0, 1, 7})
+            for (int64_t count : {0, 1, 3})
+                for (float softcap : {0.0f, 20.0f})
+                    rows_are_right<Logit>(set, count, vocabulary, vocabulary + padding, softcap,
+                                          band);
+    rows_are_right<Logit>(set, 64, 4096, 4099, 0.0f, band);  // enough work for several threads
+}
+
+// Rounding to the nearest of the numbers of a 16-bit format, ties to even: tried with each of them,
+// the middle to its neighbour and the floats next to the middle.
+template <typename Logit>
+void rounding_is_to_nearest_even(uint16_t infinity, const std::string &name) {
+    for (uint16_t bits = 0; bits < infinity; ++bits) {
+        const uint16_t next = bits + 1;
+        const double low = widened(Logit{bits});
+        const double beyond = 2 * low - widened(Logit{uint16_t(bits - 1)});
+        const double high = next == infinity ? beyond : widened(Logit{next});
+        const float middle = float((low + high) / 2);
+        check(double(middle) == (low + high) / 2 || middle < FLT_MIN, "the middle is a float");
+        for (int sign : {1, -1}) {
+            const auto to = [&](float value) {
+                return rounded<Logit>(sign * value).bits - (sign < 0 ? 0x8000 : 0);
+            };
+            check(to(float(low)) == bits, name + " numbers are kept");
+            if (double(middle) != (low + high) / 2) continue;
+            check(to(middle) == (bits % 2 ? next : bits), name + " ties go to the even number");
+            check(to(std::nextafter(middle, 0.0f)) == bits, name + " below the middle, down");
+            check(to(std::nextafter(middle, INFINITY)) == next, name + " above the middle, up");
+        }
+    }
+    check(rounded<Logit>(INFINITY).bits == infinity, name + " keeps infinity");
+    for (uint32_t nan : {0x7fc00000u, 0x7f800001u, 0xffffffffu, 0x7fffffffu})
+        check(std::isnan(widened(rounded<Logit>(float_of(nan)))), name + " keeps NaN");
+}
+
+void exponential_is_within_an_ulp() {
+    double worst = 0;
+    for (float x = 0.0f; x > -87.0f; x -= 1e-4f) {
+        const double exact = std::exp(double(x));
+        const double ulp = std::ldexp(1.0, std::ilogb(exact) - 23);
+        worst = std::max(worst, std::abs(exponential(x) - exact) / ulp);
+    }
+    std::printf("exponential: within %.3f ulp\n", worst);
+    check(worst <= 1.0, "the exponential is within an ulp");
+    check(exponential(0.0f) == 1.0f, "exp(0) is 1, or a loss could be negative");
+    check(exponential(-INFINITY) == 0.0f && exponential(-1e30f) == 0.0f, "far below 0 it is 0");
+    for (uint32_t nan : {0x7fc00000u, 0x7f800001u, 0xffffffffu, 0x7fc00001u})
+        check(std::isnan(exponential(float_of(nan))), "the exponential of NaN is NaN");
+}
+
+void hyperbolic_tangent_is_within_two_ulps() {
+    double worst = 0;
+    for (float x = 1e-6f; x < 20.0f; x *= 1.0001f) {
+        const double exact = std::tanh(double(x));
+        const double ulp = std::ldexp(1.0, std::ilogb(exact) - 23);
+        worst = std::max(worst, std::abs(hyperbolic_tangent(x) - exact) / ulp);
+        check(hyperbolic_tangent(-x) == -hyperbolic_tangent(x), "tanh is odd");
+    }
+    std::printf("hyperbolic tangent: within %.3f ulp\n", worst);
+    check(worst <= 2.0, "the hyperbolic tangent is within two ulps");
+}
+
+}  // namespace
+
+int main() {
+    rounding_is_to_nearest_even<BFloat16>(0x7f80, "bfloat16");
+    rounding_is_to_nearest_even<Float16>(0x7c00, "float16");
+    exponential_is_within_an_ulp();
+    hyperbolic_tangent_is_within_two_ulps();
+
+    std::istringstream sets(derta_row_pass_instruction_sets());
+    for (std::string set; sets >> set;) {
+        every_shape_is_right<BFloat16>(set, 0x1p-8);
+        every_shape_is_right<Float16>(set, 0x1p-10);
+        every_shape_is_right<float>(set, 1e-4);
+        std::printf("%s: right\n", set.c_str());
+    }
+    DertaRows rows{};
+    check(derta_row_pass(&rows, "vax", 1) != nullptr, "an unknown instruction set is refused");
+    rows.dtype = 3;
+    check(derta_row_pass(&rows, nullptr, 1) != nullptr, "an unknown dtype is refused");
+    return 0;
+}

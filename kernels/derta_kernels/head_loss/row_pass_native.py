@@ -1,0 +1,148 @@
+"""The row pass of the head loss in C++ and CUDA: one source for both, behind a plain C interface.
+
+setup.py builds the libraries from kernels/csrc into `_native`, next to this file, and leaves a
+report of what it could not build there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "_native"
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # row_pass.h has the same
+
+# One of `instruction_sets()` in place of the best that this machine runs.
+forced_instruction_set: str | None = None
+
+
+class _Rows(ctypes.Structure):
+    """`DertaRows` of kernels/csrc/row_pass.h."""
+
+    _fields_ = [
+        ("logits", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
+        ("token_weight", ctypes.c_void_p),
+        ("logsumexp", ctypes.c_void_p),
+        ("nll", ctypes.c_void_p),
+        ("softcap", ctypes.c_float),
+        ("logit_scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("form_gradient", ctypes.c_int32),
+    ]
+
+
+def row_pass_native(
+    logits: Tensor,
+    tokens: Tensor,
+    token_weight: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    form_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """`row_pass_torch`, for float16, bfloat16 and float32 logits and float32 weights.
+
+    Logits are left as they are without `form_gradient`. On a CPU it takes `torch.get_num_threads()`
+    threads.
+
+    Memory: that of its results. Deterministic: one thread, or one thread block, a row.
+
+    Raises:
+        RuntimeError: CUDA refused the launch.
+    """
+    assert logits.stride(1) == 1 and token_weight.dtype == torch.float32
+    assert tokens.is_contiguous() and token_weight.is_contiguous()
+    logsumexp = token_weight.new_empty(len(logits))
+    nll = torch.empty_like(token_weight)
+    rows = _Rows(
+        logits=logits.data_ptr(),
+        count=logits.shape[0],
+        vocabulary=logits.shape[1],
+        row_stride=logits.stride(0),
+        tokens=tokens.data_ptr(),
+        token_weight=token_weight.data_ptr(),
+        logsumexp=logsumexp.data_ptr(),
+        nll=nll.data_ptr(),
+        softcap=softcap or 0.0,
+        logit_scale=logit_scale,
+        dtype=DTYPES[logits.dtype],
+        form_gradient=form_gradient,
+    )
+    if logits.is_cuda:
+        with torch.cuda.device_of(logits):  # the library sets the device, this sets it back
+            stream = torch.cuda.current_stream().cuda_stream
+            error = _library("cuda").derta_row_pass_cuda(
+                ctypes.byref(rows), logits.device.index, ctypes.c_void_p(stream)
+            )
+    else:
+        isa = forced_instruction_set
+        error = _library("cpu").derta_row_pass(
+            ctypes.byref(rows), None if isa is None else isa.encode(), torch.get_num_threads()
+        )
+    if error is not None:
+        raise RuntimeError(f"the native row pass failed: {error.decode()}")
+    return logsumexp, nll
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the row pass cannot run there, in a clause; None: it can."""
+    if dtype not in DTYPES:
+        return f"it takes bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if device.type not in ("cpu", "cuda"):
+        return f"it runs on CPUs and CUDA devices, not on {device.type}"
+    why_not = _not_built(device.type)
+    if why_not is None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with torch.cuda.device(index):
+            error = _library("cuda").derta_row_pass_cuda_unavailable(index)
+        why_not = error and error.decode()
+    return why_not
+
+
+def instruction_sets() -> list[str]:
+    """Those of this CPU that the library has code for, the best one last."""
+    return _library("cpu").derta_row_pass_instruction_sets().decode().split()
+
+
+def _not_built(kind: str) -> str | None:
+    """Why there is no library for "cpu" or "cuda", in a clause; None: there is one."""
+    if _path(kind).exists():
+        return None
+    report = FOLDER / "report.json"
+    if not report.exists():
+        return "the native library was not built: run `pip install -e .` in the sources"
+    reasons = json.loads(report.read_text(encoding="utf-8"))
+    if reasons["cpu"] is not None:
+        return f"the native library was not built: {reasons['cpu']}"
+    return f"the native library was built without CUDA: {reasons['cuda']}"
+
+
+def _path(kind: str) -> Path:
+    return FOLDER / {"cpu": "libderta_row_pass.so", "cuda": "libderta_row_pass_cuda.so"}[kind]
+
+
+@cache
+def _library(kind: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(_path(kind)))
+    if kind == "cpu":
+        library.derta_row_pass.argtypes = (ctypes.POINTER(_Rows), ctypes.c_char_p, ctypes.c_int)
+        library.derta_row_pass.restype = ctypes.c_char_p
+        library.derta_row_pass_instruction_sets.restype = ctypes.c_char_p
+    else:
+        library.derta_row_pass_cuda.argtypes = (
+            ctypes.POINTER(_Rows),
+            ctypes.c_int,
+            ctypes.c_void_p,
+        )
+        library.derta_row_pass_cuda.restype = ctypes.c_char_p
+        library.derta_row_pass_cuda_unavailable.argtypes = (ctypes.c_int,)
+        library.derta_row_pass_cuda_unavailable.restype = ctypes.c_char_p
+    return library
