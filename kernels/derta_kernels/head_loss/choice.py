@@ -8,11 +8,12 @@ from importlib.util import find_spec
 import torch
 
 from derta_kernels import Choice
+from derta_kernels.head_loss import row_pass_native
 from derta_kernels.head_loss.chunked import RowPass
 from derta_kernels.head_loss.row_pass_torch import row_pass_torch
 
-ROW_PASSES = ("torch", "triton")
-PREFERRED = {"cuda": ("triton",)}
+ROW_PASSES = ("torch", "native", "triton")
+PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}
 MIN_TRITON_CAPABILITY = (8, 0)
 
 
@@ -44,11 +45,15 @@ def choose(impl: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
 
 def unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a row pass cannot run there, in a clause; None: it can."""
+    if impl == "native":
+        return row_pass_native.unavailable(device, dtype)
     return _no_triton(device, dtype) if impl == "triton" else None
 
 
 def row_pass(impl: str) -> RowPass:
     """The row pass of that name, which `choose` has found to be available."""
+    if impl == "native":
+        return row_pass_native.row_pass_native
     if impl == "triton":
         from derta_kernels.head_loss.row_pass_triton import row_pass_triton
 

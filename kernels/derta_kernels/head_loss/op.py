@@ -90,8 +90,9 @@ def head_loss(
         ignore_index: the value in target that means "none".
         impl: "auto", or one that is taken or refused and never replaced: "reference" (all logits
             at once, plain autograd, differentiable twice); in chunks of rows, gradients formed in
-            the forward pass, with a row pass in "torch" (everywhere) or "triton" (CUDA from 8.0
-            on, and CPU tensors in Triton's interpreter). `choose` tells what "auto" takes.
+            the forward pass, with a row pass in "torch" (everywhere), "native" (C++ and CUDA, where
+            it was built) or "triton" (CUDA from 8.0 on, and CPU tensors in Triton's interpreter).
+            `choose` tells what "auto" takes.
         scratch_mb: MiB that a chunk of logits may take; None: see `chunked.chunk_rows`.
 
     Returns:

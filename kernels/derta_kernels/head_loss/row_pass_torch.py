@@ -64,17 +64,21 @@ def _in_place(
         if form_gradient:
             slope = z.square().neg_().add_(1)
         z.mul_(softcap)
-    highest = z.amax(1, keepdim=True)
+    # Where a row is sure of its token, the sum is 1 and a small rest: the rest is all that its loss
+    # and gradient consist of, and added to 1 it would lose the digits that 1 has.
+    highest, place = z.max(1, keepdim=True)
     token_logits = z.gather(1, tokens)
-    z.sub_(highest).exp_()
-    total = z.sum(1, keepdim=True)
-    log_total = total.log()
+    z.sub_(highest).exp_().scatter_(1, place, 0.0)
+    rest = z.sum(1, keepdim=True)
+    log_total = rest.log1p()
 
     if form_gradient:
-        z.mul_(token_weight.sum(1, keepdim=True) / total)
-        row = torch.arange(len(z), device=z.device)
-        for token, token_share in zip(tokens.unbind(1), token_weight.unbind(1), strict=True):
-            z[row, token] -= token_share  # one token at a time: they may be the same
+        share = token_weight.sum(1, keepdim=True)
+        z.scatter_(1, place, 1.0).mul_(share / (1 + rest))
+        same = (tokens[:, :1] == tokens[:, 1:]).expand_as(token_weight)
+        own = torch.where(same, share, token_weight)
+        token_gradient = (share * (token_logits - highest).exp() - own) - own * rest
+        z.scatter_(1, tokens, token_gradient / (1 + rest))
         if slope is not None:
             z.mul_(slope)
         if logit_scale != 1.0:

@@ -123,21 +123,26 @@ def _row_pass(
     # Whole blocks first, without a mask: a mask that may end anywhere forbids 16-byte loads.
     whole = vocabulary - vocabulary % BLOCK
 
-    # A finite start: rows may hold -inf, and -inf - -inf is no number.
+    # Where a row is sure of its token, the sum of exp(z - highest) is 1 and a small rest: the rest
+    # is all that its loss and gradient consist of, and added to 1 it would lose its digits. So ones
+    # are counted and the rest is summed. The start is finite: -inf - -inf is no number.
     b_highest = tl.full([LANES], -3.4e38, tl.float32)
-    b_sum = tl.zeros([LANES], tl.float32)
+    b_ones = tl.zeros([LANES], tl.float32)
+    b_rest = tl.zeros([LANES], tl.float32)
     for start in range(0, whole, BLOCK):
         b_logit = tl.load(p_row + start + o_block)
         b_z, _ = _final_logit(b_logit, softcap, logit_scale, HAS_SOFTCAP)
-        b_highest, b_sum = _with_block(b_highest, b_sum, b_z)
+        b_highest, b_ones, b_rest = _with_block(b_highest, b_ones, b_rest, b_z)
     if whole < vocabulary:
         m_tail = whole + o_block < vocabulary
         b_logit = tl.load(p_row + whole + o_block, mask=m_tail, other=0.0)
         b_z, _ = _final_logit(b_logit, softcap, logit_scale, HAS_SOFTCAP)
-        b_highest, b_sum = _with_block(b_highest, b_sum, tl.where(m_tail, b_z, float("-inf")))
+        b_z = tl.where(m_tail, b_z, float("-inf"))
+        b_highest, b_ones, b_rest = _with_block(b_highest, b_ones, b_rest, b_z)
     highest = tl.max(b_highest, 0)
-    total = tl.sum(b_sum * tl.exp(b_highest - highest), 0)
-    log_total = tl.log(total)
+    b_ones, b_rest = _rescaled(b_ones, b_rest, tl.exp(b_highest - highest))
+    rest = (tl.sum(b_ones, 0) - 1) + tl.sum(b_rest, 0)
+    log_total = _log1p(rest)
 
     next_token = tl.load(tokens + 2 * i_row)
     refusal_token = tl.load(tokens + 2 * i_row + 1)
@@ -151,42 +156,60 @@ def _row_pass(
         tl.debug_barrier()  # no thread writes a token's logit before all have read it
         next_weight = tl.load(token_weight + 2 * i_row)
         refusal_weight = tl.load(token_weight + 2 * i_row + 1)
-        share = (next_weight + refusal_weight) / total
+        share = next_weight + refusal_weight
         # int32 within a row: comparing every logit's place in int64 would cost twice as much
         next_token = next_token.to(tl.int32)
         refusal_token = refusal_token.to(tl.int32)
         for start in range(0, whole, BLOCK):
             o_logit = start + o_block
             b_z, b_slope = _final_logit(tl.load(p_row + o_logit), softcap, logit_scale, HAS_SOFTCAP)
-            b_gradient = tl.exp(b_z - highest) * share
-            b_gradient = _less(b_gradient, o_logit, next_token, next_weight)
-            b_gradient = _less(b_gradient, o_logit, refusal_token, refusal_weight)
-            tl.store(p_row + o_logit, (b_gradient * b_slope).to(logits.dtype.element_ty))
+            b_own = tl.where(o_logit == next_token, next_weight, 0.0)
+            b_own += tl.where(o_logit == refusal_token, refusal_weight, 0.0)
+            b_gradient = _gradient(tl.exp(b_z - highest), rest, share, b_own) * b_slope
+            tl.store(p_row + o_logit, b_gradient.to(logits.dtype.element_ty))
         if whole < vocabulary:
             o_logit = whole + o_block
             m_tail = o_logit < vocabulary
             b_z, b_slope = _final_logit(
                 tl.load(p_row + o_logit, mask=m_tail, other=0.0), softcap, logit_scale, HAS_SOFTCAP
             )
-            b_gradient = tl.exp(b_z - highest) * share
-            b_gradient = _less(b_gradient, o_logit, next_token, next_weight)
-            b_gradient = _less(b_gradient, o_logit, refusal_token, refusal_weight)
-            b_gradient = (b_gradient * b_slope).to(logits.dtype.element_ty)
-            tl.store(p_row + o_logit, b_gradient, mask=m_tail)
+            b_own = tl.where(o_logit == next_token, next_weight, 0.0)
+            b_own += tl.where(o_logit == refusal_token, refusal_weight, 0.0)
+            b_gradient = _gradient(tl.exp(b_z - highest), rest, share, b_own) * b_slope
+            tl.store(p_row + o_logit, b_gradient.to(logits.dtype.element_ty), mask=m_tail)
 
 
 @triton.jit
-def _less(b_gradient, o_logit, token, weight):
-    """The gradient without `weight` at the one logit that is the token's."""
-    return b_gradient - tl.where(o_logit == token, weight, 0.0)
-
-
-@triton.jit
-def _with_block(b_highest, b_sum, b_z):
-    """Every lane's running maximum and sum, with eight more logits each."""
+def _with_block(b_highest, b_ones, b_rest, b_z):
+    """Every lane's running maximum, count of ones and sum of the rest, with eight more logits."""
     b_new = tl.maximum(b_highest, tl.max(b_z, 1))
-    b_sum = b_sum * tl.exp(b_highest - b_new) + tl.sum(tl.exp(b_z - b_new[:, None]), 1)
-    return b_new, b_sum
+    b_ones, b_rest = _rescaled(b_ones, b_rest, tl.exp(b_highest - b_new))
+    b_term = tl.exp(b_z - b_new[:, None])
+    b_ones += tl.sum(tl.where(b_term == 1, 1.0, 0.0), 1)
+    b_rest += tl.sum(tl.where(b_term == 1, 0.0, b_term), 1)
+    return b_new, b_ones, b_rest
+
+
+@triton.jit
+def _rescaled(b_ones, b_rest, b_factor):
+    """Ones that are none any more join the rest."""
+    return (
+        tl.where(b_factor == 1, b_ones, 0.0),
+        tl.where(b_factor == 1, b_rest, (b_ones + b_rest) * b_factor),
+    )
+
+
+@triton.jit
+def _gradient(term, rest, share, own):
+    """share * p - own, for p = term / (1 + rest): exact where p is nearly 1 and share is own."""
+    return ((share * term - own) - own * rest) / (1 + rest)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, exact where 1 + x has lost x's digits; libdevice has it, see _tanh."""
+    total = 1 + x
+    return tl.where(total == 1, x, tl.log(total) * (x / (total - 1)))
 
 
 @triton.jit
