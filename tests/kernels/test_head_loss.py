@@ -356,7 +356,7 @@ def test_shapes_masks_strides_and_dtypes_of_any_kind_agree_with_the_reference(
 @pytest.mark.parametrize("required", list(itertools.product([False, True], repeat=3)))
 def test_only_required_gradients_are_formed(required: tuple[bool, bool, bool]) -> None:
     everything = results(head_case(bias=True), "torch")
-    case = head_case(bias=True)
+    case = head_case(bias=True).on(DEVICE)
     leaves = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
     for leaf, needed in zip(leaves.values(), required, strict=True):
         assert leaf is not None
@@ -521,7 +521,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters_
     case = head_case(bias=True, dtype=torch.float32)
     case = replace(case, hidden=case.hidden.to(hidden_dtype))
     cast = results(case.to(torch.bfloat16), impl)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         actual = results(case, impl)
     for name, value in actual.items():
         assert torch.equal(value, cast[name].to(value.dtype)), name
