@@ -184,6 +184,24 @@ def test_equal_logits_of_any_level_give_log_v(impl: str, dtype: torch.dtype, lev
     assert hidden.grad is not None and torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
+@pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float32, torch.bfloat16))
+def test_logits_of_ten_thousand_neither_overflow_nor_lose_a_row(
+    impl: str, dtype: torch.dtype
+) -> None:
+    case = head_case(probabilities=(0.5,))
+    case = replace(case, hidden=case.hidden * -2e4 / (case.hidden @ case.weight.T).abs().amax())
+    rounded = case.to(dtype)
+    oracle, actual = results(rounded.to(torch.float64), "reference"), results(rounded, impl)
+    assert oracle["next_nll"].amax() > 1e4
+    eager = results(rounded, "reference")
+    for name in oracle:
+        assert actual[name].isfinite().all(), name
+        error, eager_error = (
+            (other[name].double() - oracle[name]).norm() for other in (actual, eager)
+        )
+        assert error <= 2 * (eager_error + torch.finfo(dtype).eps * oracle[name].norm()), name
+
+
 @pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float32))
 def test_tokens_that_a_bias_forbids_are_no_concern_of_rows_that_do_not_want_them(
     impl: str, dtype: torch.dtype
