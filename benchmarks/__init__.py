@@ -1,0 +1,1 @@
+"""Measures this project against others; see benchmarks/README.md."""

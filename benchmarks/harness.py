@@ -1,0 +1,193 @@
+"""How it is measured: one step forward and backward, its time, its peak memory, the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Answer, Case, Inputs, errors, make_inputs
+from benchmarks.peers import IMPLEMENTATIONS, LossFunction
+
+MIB = 2**20
+ROOT = Path(__file__).parents[1]
+# Larger than the second-level cache of any GPU: writing it leaves none of the inputs there.
+FLUSH_BYTES = 256 * MIB
+GPU_STEPS = 5
+PACKAGES = (
+    "torch triton transformers liger-kernel cut-cross-entropy quack-kernels trl "
+    "nvidia-cutlass-dsl".split()
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One implementation of one case, ready to run: what time, memory and error are taken of."""
+
+    inputs: Inputs
+    loss_function: LossFunction
+
+    def step(self) -> Tensor:
+        """Forward and backward; the gradients stay on the inputs until the next step."""
+        self.clear()
+        loss = self.loss_function(*self.inputs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    def clear(self) -> None:
+        """Lets go of the gradients."""
+        self.inputs.hidden.grad = self.inputs.weight.grad = None
+
+    def errors(self, answer: Answer) -> dict[str, float]:
+        """Errors of one step, by name; none for products, which give no loss."""
+        loss = self.step()
+        if self.inputs.hidden.grad is None:
+            return {}
+        return errors(loss, self.inputs, answer)
+
+
+def setup(case: Case, implementation: str, device: torch.device) -> Setup:
+    """Inputs and loss function; raises what the implementation raises where it cannot run."""
+    loss_function = IMPLEMENTATIONS[implementation](case, device)
+    return Setup(make_inputs(case, device), loss_function)
+
+
+def measure(ready: Setup) -> dict[str, Any]:
+    """A turn: `time_ms` of each step, and the `peak_mib` of one over the state before it.
+
+    CPU: one step. CUDA: `GPU_STEPS`, each with its inputs out of the cache, after one that fills
+    the allocator.
+    """
+    if ready.inputs.hidden.is_cuda:
+        return _measure_cuda(ready)
+    ready.clear()
+    peak_mib = watch_resident_memory()
+    begin = time.perf_counter()
+    ready.step()
+    time_ms = 1000 * (time.perf_counter() - begin)
+    return {"time_ms": [time_ms], "peak_mib": peak_mib()}
+
+
+def watch_resident_memory() -> Callable[[], float]:
+    """A function that says by how many MiB this process has grown, at most, since this call.
+
+    Linux: the kernel's own high-water mark, reset here, so nothing is sampled and nothing missed.
+    """
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or the step would reuse what earlier steps have freed
+    before_kib = _status_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return lambda: (_status_kib("VmHWM") - before_kib) / 1024
+
+
+def _status_kib(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def _measure_cuda(ready: Setup) -> dict[str, Any]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=ready.inputs.hidden.device)
+    ready.clear()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ready.step()
+    torch.cuda.synchronize()
+    peak_mib = (torch.cuda.max_memory_allocated() - before) / MIB
+
+    spans = []
+    for _ in range(GPU_STEPS):
+        ready.clear()
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        ready.step()
+        end.record()
+        spans.append((begin, end))
+    torch.cuda.synchronize()
+    ready.clear()
+    return {"time_ms": [begin.elapsed_time(end) for begin, end in spans], "peak_mib": peak_mib}
+
+
+def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
+    """Processor, memory, versions, commit and date; no host name and no path."""
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
+        **load(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 2**30),
+            "multiprocessors": properties.multi_processor_count,
+            **gpu_state(),
+        }
+    return found
+
+
+def load() -> dict[str, float]:
+    """How busy the machine is: processes that ran or waited to, over the last minute."""
+    return {"load_average": round(os.getloadavg()[0], 2)}
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks and power of the GPU as nvidia-smi has them, units included."""
+    fields = ["driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"]
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True)
+    values = done.stdout.partition("\n")[0].split(", ")
+    return dict(zip(fields, values, strict=False)) if done.returncode == 0 else {}
+
+
+def _processor() -> str:
+    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit, with "+" where files that matter to a number differ from it.
+
+    A copy without its history is told by the variable DERTA_COMMIT.
+    """
+    if "DERTA_COMMIT" in os.environ:
+        return os.environ["DERTA_COMMIT"]
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if head.returncode != 0:
+        return None
+    changed = [*git, "status", "--porcelain", "--", "kernels", "derta", "benchmarks/*.py"]
+    dirty = subprocess.run(changed, capture_output=True, text=True).stdout
+    return head.stdout.strip() + ("+" if dirty else "")

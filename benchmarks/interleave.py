@@ -1,0 +1,258 @@
+"""Runs implementations side by side: one process each, that take turns.
+
+A process builds its inputs once, shows that its results are right, and then waits for its turns:
+what one allocates, caches or compiles touches no other, and what slows the machine down for a while
+slows all of them. `python -m benchmarks.interleave` is such a process; it is not for people.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+
+from benchmarks.cases import Answer, Case, make_inputs, right_answer
+from benchmarks.harness import ROOT, describe_machine, measure, setup
+
+WARM_UP_TURNS = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process runs: a case, an implementation, and the Python that runs it."""
+
+    case: Case
+    implementation: str
+    python: str = sys.executable
+    torch_version: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What records call the implementation."""
+        if self.torch_version is None:
+            return self.implementation
+        return f"{self.implementation} (torch {self.torch_version})"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all processes of a run share.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        threads: torch's, on the CPU.
+        peers: a folder to import other libraries from, or None.
+        seconds: a process that takes longer over one answer is ended.
+    """
+
+    device: str
+    threads: int
+    peers: str | None = None
+    seconds: float = 600.0
+
+
+@dataclass
+class Outcome:
+    """What a job gave: errors, times and peaks, or the reason why there are none."""
+
+    job: Job
+    errors: dict[str, float] = field(default_factory=dict)
+    time_ms: list[float] = field(default_factory=list)
+    peak_mib: list[float] = field(default_factory=list)
+    reason: str | None = None
+
+
+class Process:
+    """A job's process; every message is one line of JSON."""
+
+    def __init__(self, job: Job, answer: Path, settings: Settings) -> None:
+        self.outcome = Outcome(job)
+        self.seconds = settings.seconds
+        request = asdict(replace(job, python="")) | asdict(settings) | {"answer": str(answer)}
+        environment = os.environ | {"PYTHONPATH": _search_path(settings.peers)}
+        environment.pop("TRITON_INTERPRET", None)  # an interpreter's time says nothing
+        self.process = subprocess.Popen(
+            [job.python, "-m", "benchmarks.interleave", json.dumps(request)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._listen()
+
+    def check(self) -> None:
+        """Has the errors computed, and whatever a first step compiles compiled."""
+        self.outcome.errors = self._ask("check").get("errors", {})
+
+    def turn(self, counts: bool) -> None:
+        """One turn; warm-up turns do not count."""
+        measured = self._ask("turn")
+        if counts and measured:
+            self.outcome.time_ms += measured["time_ms"]
+            self.outcome.peak_mib.append(measured["peak_mib"])
+
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        self.process.kill()
+        self.process.communicate()
+
+    def _ask(self, request: str) -> dict[str, Any]:
+        """The answer; nothing from a process that has failed."""
+        assert self.process.stdin is not None
+        if self.outcome.reason is not None:
+            return {}
+        try:
+            print(request, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            pass  # it ended: `_listen` finds out why
+        return self._listen()
+
+    def _listen(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        watchdog = threading.Timer(self.seconds, self.process.kill)
+        watchdog.start()
+        line = self.process.stdout.readline()
+        late = not watchdog.is_alive()
+        watchdog.cancel()
+        if line:
+            answer = json.loads(line)
+            self.outcome.reason = answer.get("reason")
+            return answer
+        code = self.process.wait()
+        self.outcome.reason = (
+            f"no answer within {self.seconds:g} s" if late else f"the process ended with {code}"
+        )
+        return {}
+
+
+def run(
+    jobs: Sequence[Job], repetitions: int, settings: Settings, scratch: Path, deadline: float
+) -> list[Outcome]:
+    """Times jobs by turns.
+
+    Args:
+        jobs: whatever is to be compared.
+        repetitions: turns of each.
+        settings: see `Settings`.
+        scratch: a folder for the right answers, which outlive a call: cases share them.
+        deadline: of `time.monotonic`; no turns are added after it, but the first is always made.
+    """
+    answers = {job.case: _answer_file(job.case, settings, scratch) for job in jobs}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        processes = list(pool.map(lambda job: Process(job, answers[job.case], settings), jobs))
+    try:
+        for process in processes:
+            process.check()
+            said = process.outcome.reason or "ready"
+            print(f"  {process.outcome.job.name}: {said}", file=sys.stderr, flush=True)
+        for turn in range(WARM_UP_TURNS + repetitions):
+            if turn > WARM_UP_TURNS and time.monotonic() > deadline:
+                break
+            for process in processes:
+                process.turn(counts=turn >= WARM_UP_TURNS)
+    finally:
+        for process in processes:
+            process.end()
+    return [process.outcome for process in processes]
+
+
+def machine_of(settings: Settings) -> dict[str, Any]:
+    """`describe_machine`, seen with the peers in the search path."""
+    return _in_a_process("describe_machine", settings)
+
+
+def _answer_file(case: Case, settings: Settings, scratch: Path) -> Path:
+    """Where the case's right answer lies; frozen and trainable heads share it."""
+    case = replace(case, trainable=True)
+    path = scratch / (re.sub(r"\W+", "-", case.name) + ".pt")
+    if not path.exists():
+        _in_a_process("save_answer", settings, asdict(case), str(path))
+    return path
+
+
+def _in_a_process(function: str, settings: Settings, *arguments: Any) -> Any:
+    """Result of a function of this module, in a process that takes its memory with it."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.interleave",
+            json.dumps({"call": function, "arguments": arguments} | asdict(settings)),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": _search_path(settings.peers)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)["result"]
+
+
+def save_answer(device: torch.device, case: dict[str, Any], path: str) -> None:
+    problem = Case(**case)
+    answer = right_answer(make_inputs(problem, device), problem.shape.softcap)
+    torch.save(tuple(answer), path)
+
+
+def _search_path(peers: str | None) -> str:
+    inherited = os.environ.get("PYTHONPATH")
+    folders = [str(ROOT), str(ROOT / "kernels"), inherited, peers]
+    return os.pathsep.join(folder for folder in folders if folder)
+
+
+def serve(request: dict[str, Any], talk: IO[str]) -> None:
+    """What a process does: answers one call, or serves a job's turns until it is ended."""
+
+    def say(**message: Any) -> None:
+        print(json.dumps(message), file=talk, flush=True)
+
+    sys.excepthook = partial(_say_why, talk)
+    device = torch.device(request["device"])
+    torch.set_num_threads(request["threads"])
+    if request.get("call") == "describe_machine":
+        return say(result=describe_machine(device, request["threads"]))
+    if request.get("call") == "save_answer":
+        save_answer(device, *request["arguments"])
+        return say(result=None)
+
+    case = Case(**request["case"])
+    ready = setup(case, request["implementation"], device)
+    say()
+    for line in sys.stdin:  # until whoever asks has ended
+        if line.strip() == "check":
+            say(errors=ready.errors(Answer(*torch.load(request["answer"], mmap=True))))
+        else:
+            say(**measure(ready))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes are waiting for it
+
+
+def _say_why(
+    talk: IO[str], kind: type[BaseException], error: BaseException, _: TracebackType | None
+) -> None:
+    """The exception in one line, without the paths of this machine."""
+    said = " ".join(f"{kind.__name__}: {error}".split())
+    said = re.sub(r"/(?:[\w.+-]+/)+", "", said)
+    print(json.dumps({"reason": said[:200]}), file=talk, flush=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    serve(json.loads(sys.argv[1]), channel)

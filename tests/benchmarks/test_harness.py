@@ -1,0 +1,171 @@
+"""The benchmarks measure what they say, and give no credit for a wrong result."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import head_loss, report
+from benchmarks.cases import PROBABILITIES, Case, errors, make_inputs, right_answer
+from benchmarks.harness import ROOT, Setup, setup, watch_resident_memory
+from benchmarks.interleave import Job, Outcome, Settings, run
+from benchmarks.peers import EAGER, IMPLEMENTATIONS
+from benchmarks.records import figures, is_right, load_groups, records_of
+from benchmarks.requirements import OURS, TORCH_CHUNKED, requirements, verdicts
+
+CPU = torch.device("cpu")
+TINY = Case("tiny", 256)
+
+
+def outcome(case: Case, implementation: str, ms: float, mib: float, error: float) -> Outcome:
+    found = dict.fromkeys(("loss_error", "d_hidden_error", "d_weight_error"), error)
+    return Outcome(Job(case, implementation), found, [ms, ms, ms], [mib])
+
+
+@pytest.mark.parametrize("spoil", ["loss", "d_hidden", "d_weight", "nothing"])
+def test_a_wrong_result_is_not_right(spoil: str) -> None:
+    def spoilt(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        loss = eager.loss_function(
+            hidden.detach() + 1.1 * (hidden - hidden.detach()) if spoil == "d_hidden" else hidden,
+            weight.detach() + 1.1 * (weight - weight.detach()) if spoil == "d_weight" else weight,
+            target,
+        )
+        return loss + 0.01 * loss.detach() if spoil == "loss" else loss
+
+    eager = setup(TINY, EAGER, CPU)
+    answer = right_answer(eager.inputs, None)
+    found = Setup(make_inputs(TINY, CPU), spoilt).errors(answer)
+    assert is_right(found, eager.errors(answer), torch.bfloat16) == (spoil == "nothing")
+    assert not is_right(found, {}, torch.bfloat16), "nothing is right where nothing was compared"
+
+
+def test_no_speed_up_is_reported_for_a_wrong_result() -> None:
+    case = Case("1024x64000", 2048)
+    records = records_of([outcome(case, EAGER, 100, 10, 1e-3), outcome(case, OURS, 10, 1, 0.5)])
+    assert figures(records)[case.name, OURS]["right"] == 0
+    line = next(s for s in report.table(group(records)).splitlines() if s.startswith(f"| {OURS}"))
+    assert "wrong result" in line and "0.10" not in line
+    assert {verdict for _, verdict, _ in verdicts(records)} <= {"wrong", "not measured"}
+
+
+def group(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"a group": {"machine": {"versions": {}, "python": "3"}, "records": records}}
+
+
+@pytest.mark.parametrize(
+    ("ms", "mib", "expected"),
+    [(89, 44, {"pass"}), (91, 46, {"fail"}), (89, 46, {"pass", "fail"})],
+)
+def test_requirements_are_judged_from_records(ms: float, mib: float, expected: set[str]) -> None:
+    case = Case("1024x64000", 2048)
+    outcomes = [outcome(case, EAGER, 100, 100, 1e-5), outcome(case, OURS, ms, mib, 1e-5)]
+    judged = {r.what: verdict for r, verdict, _ in verdicts(records_of(outcomes))}
+    assert judged["time over torch's chunked op's"] == "not measured"
+    assert {judged["time over full logits'"], judged["memory over full logits'"]} == expected
+
+
+def test_the_fastest_torch_is_what_ours_is_compared_with() -> None:
+    case = Case("1024x64000", 2048)
+    newer = outcome(case, TORCH_CHUNKED, 300, 1, 0.5)
+    newer.job = replace(newer.job, torch_version="9.0")
+    outcomes = [
+        outcome(case, EAGER, 100, 100, 1e-5),
+        outcome(case, OURS, 100, 10, 1e-5),
+        outcome(case, TORCH_CHUNKED, 500, 1, 0.5),
+        newer,
+    ]
+    judged = {r.what: (v, value) for r, v, value in verdicts(records_of(outcomes))}
+    assert judged["time over torch's chunked op's"] == ("fail", pytest.approx(1 / 3))
+
+
+def test_every_requirement_is_on_a_case_that_is_run() -> None:
+    run_cases = {
+        (case.name, name)
+        for device in ("cpu", "cuda")
+        for pairs in head_loss.groups_for(device).values()
+        for case, name in pairs
+    }
+    for requirement in requirements():
+        assert (requirement.case.name, OURS) in run_cases
+        assert (requirement.case.name, EAGER) in run_cases, "or nothing would be known to be right"
+        if requirement.against is not None:
+            against = requirement.case_against or requirement.case
+            assert (against.name, requirement.against) in run_cases
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_the_right_answer_is_that_of_autograd(softcap: float | None) -> None:
+    inputs = make_inputs(replace(TINY, dtype="float64", live=0.4), CPU)
+    answer = right_answer(inputs, softcap, chunk_rows=7)
+    z = inputs.hidden @ inputs.weight.T
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    loss = torch.nn.functional.cross_entropy(z, inputs.target)
+    loss.backward()
+    assert all(error < 1e-6 for error in errors(loss.detach(), inputs, answer).values())
+
+
+@pytest.mark.parametrize("head", ["small", "1024x64000"])
+def test_peaked_rows_are_as_sure_as_they_should_be(head: str) -> None:
+    hidden, weight, target = make_inputs(Case(head, 64, "float32"), CPU)
+    log_p = (hidden @ weight.T).log_softmax(1).gather(1, target[:, None])[:, 0]
+    odds = torch.tensor(PROBABILITIES).logit().repeat(8)
+    assert (log_p.exp().clamp(max=1 - 1e-7).logit() - odds).abs().max() < 1.0
+
+
+def test_memory_that_is_freed_before_the_end_counts() -> None:
+    peak_mib = watch_resident_memory()
+    torch.ones(64 * 2**18).sum()
+    assert 60 < peak_mib() < 80
+
+
+def test_a_process_that_gives_no_answer_is_ended_and_said_so(tmp_path: Path) -> None:
+    settings = Settings("cpu", 1)
+    run([Job(TINY, OURS)], 1, settings, tmp_path, time.monotonic())
+    hurried = replace(settings, seconds=0.05)
+    (late,) = run([Job(TINY, OURS)], 1, hurried, tmp_path, time.monotonic())
+    assert late.reason == "no answer within 0.05 s"
+
+
+def test_a_run_writes_records_and_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = ("derta torch", EAGER, "liger")
+    monkeypatch.setattr(
+        head_loss, "groups_for", lambda device: {"a question": [(TINY, name) for name in names]}
+    )
+    options = ["--machine", "here", "--out", str(tmp_path), "--repetitions", "2", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["head_loss", *options])
+    head_loss.main()
+
+    known = figures(load_groups(tmp_path / report.RECORDS)["a question"]["records"])
+    for name in ("derta torch", EAGER):
+        values = known[TINY.name, name]
+        assert values["right"] == 1 and values["timings"] == 2 and values["loss_error"] < 0.1
+        assert 0 < values["time_ms_p20"] <= values["time_ms_p50"] <= values["time_ms_p80"]
+    assert known[TINY.name, "liger"] == {}
+    text = (tmp_path / report.TABLE).read_text()
+    assert "| liger | did not run: NotImplementedError: its kernels run on CUDA" in text
+    assert (tmp_path / report.PLOT).stat().st_size > 10_000
+    assert str(ROOT) not in text + (tmp_path / report.RECORDS).read_text()
+
+    monkeypatch.setattr("sys.argv", ["head_loss", *options, "--resume"])
+    capfd.readouterr()
+    head_loss.main()
+    assert "ready" not in capfd.readouterr().err, "what has records is not run again"
+    json.loads((tmp_path / report.RECORDS).read_text(), parse_constant=pytest.fail)
+
+
+def test_results_that_are_kept_are_what_their_records_make() -> None:
+    for records in (ROOT / "benchmarks" / "results").glob(f"*/{report.RECORDS}"):
+        groups = load_groups(records)
+        assert records.with_name(report.TABLE).read_text() == report.table(groups)
+        for group in groups.values():
+            implementations = {record["implementation"] for record in group["records"]}
+            assert implementations >= set(IMPLEMENTATIONS) & {OURS, EAGER}
