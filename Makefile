@@ -1,4 +1,5 @@
-# make setup | test | native-test | aot | demo | lint : each works on a clean clone with Python 3.11 to 3.13.
+# make setup | test | native-test | aot | demo | lint : each works on a clean clone with
+# Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,15 +19,14 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard 
 test: setup
 	$(BIN)/python -m pytest
 
-# Warnings are errors here and not in setup.py: a newer compiler must not keep anybody from installing.
-NATIVE_TEST := build/native-test
+# Warnings are errors here and not in setup.py: no newer compiler is to stop an installation.
 native-test:
 	@if ! command -v cmake >/dev/null; then echo 'native-test: skipped, CMake was not found'; else \
 	set -ex; \
-	cmake -S . -B $(NATIVE_TEST) -DCMAKE_BUILD_TYPE=Debug -DDERTA_SANITIZE=ON \
+	cmake -S . -B build/native-test -DCMAKE_BUILD_TYPE=Debug -DDERTA_SANITIZE=ON \
 		-DCMAKE_COMPILE_WARNING_AS_ERROR=ON -DCMAKE_CUDA_ARCHITECTURES=75; \
-	cmake --build $(NATIVE_TEST) --parallel; \
-	ctest --test-dir $(NATIVE_TEST) --output-on-failure; fi
+	cmake --build build/native-test --parallel; \
+	ctest --test-dir build/native-test --output-on-failure; fi
 
 aot: setup
 	$(BIN)/derta bench resources

@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -50,13 +51,13 @@ def missing_tool(kind: str) -> str | None:
 
 
 def build_native() -> None:
-    """Builds the libraries into `NATIVE`, with a report, unless they are up to date."""
+    """Builds the libraries into `NATIVE`, with a report, unless what is there will do."""
     report_path = NATIVE / "report.json"
     stamp = sources_stamp()
     if report_path.exists():
         report = json.loads(report_path.read_text(encoding="utf-8"))
-        as_complete_as_can_be = report["cpu"] is None and report["cuda"] == missing_tool("cuda")
-        if report["stamp"] == stamp and as_complete_as_can_be:
+        complete = report["cpu"] is None and report["cuda"] in (None, missing_tool("cuda"))
+        if report["stamp"] == stamp and complete:
             return
     shutil.rmtree(NATIVE, ignore_errors=True)
     NATIVE.mkdir()
@@ -73,17 +74,20 @@ def built(kind: str) -> str | None:
     missing = missing_tool(kind)
     if missing is not None:
         return missing
-    folder = ROOT / "build" / "native"
-    for command in (
-        ["cmake", "-S", ROOT, "-B", folder],
-        ["cmake", "--build", folder, "--parallel", str(os.cpu_count()), "--target", TARGETS[kind]],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            print(done.stdout + done.stderr, file=sys.stderr)
-            errors = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
-            return f"{' '.join(map(str, command[:2]))} failed: {errors[0] if errors else '?'}"
-    shutil.copy2(folder / f"lib{TARGETS[kind]}.so", NATIVE)
+    target = TARGETS[kind]
+    # A fresh folder: CMake's cache would remember a compiler that has come or gone since.
+    with tempfile.TemporaryDirectory() as folder:
+        for command in (
+            ["cmake", "-S", str(ROOT), "-B", folder],
+            ["cmake", "--build", folder, "--parallel", str(os.cpu_count()), "--target", target],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                output = done.stdout + done.stderr
+                print(output, file=sys.stderr)
+                errors = [line.strip() for line in output.splitlines() if "error" in line.lower()]
+                return f"its build failed: {errors[0] if errors else output[-200:].strip()}"
+        shutil.copy2(Path(folder) / f"lib{target}.so", NATIVE)
     return None
 
 

@@ -104,26 +104,28 @@ DERTA_INLINE void round_to(float value, Float16 &rounded) {
 #endif
 }
 
-// exp(x) for x <= 0, within an ulp; 0 where only a subnormal number could hold it.
+// exp(x) for x <= 0, within 1.2 ulps; 0 where only a subnormal number could hold it.
 DERTA_INLINE float exponential(float x) {
 #ifdef __CUDACC__
     return expf(x);  // built on the hardware's power of two
 #else
-    // x = n log 2 + r; adding 1.5 * 2^23 leaves n in the last bits. The first part of log 2 is so
-    // short that its product with n is exact. Polynomial: Cephes, expf.
-    const float n_at_the_end = multiply_add(x, 0x1.715476p0f, 0x1.8p23f);
-    const float n = n_at_the_end - 0x1.8p23f;
+    // x = n log 2 + r. A sum of this size has no bits after the point: its last ones are n + 127,
+    // the exponent of 2^n. The first part of log 2 is so short that its product with n is exact.
+    constexpr float kExponent = 0x1.8p23f + 127.0f;
+    const float exponent = multiply_add(x, 0x1.715476p0f, kExponent);
+    const float n = exponent - kExponent;
     float r = multiply_add(n, -0.693359375f, x);
     r = multiply_add(n, 2.12194440e-4f, r);
-    float p = 1.9875691500e-4f;
-    p = multiply_add(p, r, 1.3981999507e-3f);
-    p = multiply_add(p, r, 8.3334519073e-3f);
-    p = multiply_add(p, r, 4.1665795894e-2f);
-    p = multiply_add(p, r, 1.6666665459e-1f);
-    p = multiply_add(p, r, 5.0000001201e-1f);
-    p = multiply_add(p, r * r, r) + 1.0f;
+    // e^r to 3e-9 of it, by least squares weighted towards the largest error.
+    float p = 1.3814321844e-3f;
+    p = multiply_add(p, r, 8.3688511291e-3f);
+    p = multiply_add(p, r, 4.1668401063e-2f);
+    p = multiply_add(p, r, 1.6666519523e-1f);
+    p = multiply_add(p, r, 4.9999993373e-1f);
+    p = multiply_add(p, r, 1.0f);
+    p = multiply_add(p, r, 1.0f);
     // A product and not a sum of exponents: NaN must stay one.
-    const float power = float_of((bits_of(n_at_the_end) << 23) + 0x3f800000);
+    const float power = float_of(bits_of(exponent) << 23);
     return x < -87.0f ? 0.0f : p * power;
 #endif
 }
@@ -152,13 +154,14 @@ template <bool kSoftcap>
 DERTA_INLINE FinalLogit final_logit(float logit, const DertaRows &rows) {
     const float z = rows.logit_scale * logit;
     if (!kSoftcap) return {z, rows.logit_scale};
-    const float bounded = hyperbolic_tangent(z / rows.softcap);
+    const float bounded = hyperbolic_tangent(z * (1.0f / rows.softcap));
     return {rows.softcap * bounded,
             rows.logit_scale * multiply_add(-bounded, bounded, 1.0f)};
 }
 
-// Of the logits seen so far. Where a row is sure of its token, sum is 1 and a small rest, which is
-// all that its loss and gradient consist of and more than a float has room for.
+// Of the logits seen so far. Where a row is sure of its token, the sum is 1 and a small rest, which
+// is all that its loss and gradient consist of: a double has room for both, and within a tile, which
+// is summed in float, the ones are counted apart.
 struct Summary {
     float highest;
     double sum;  // of exp(z - highest)
@@ -178,21 +181,28 @@ DERTA_INLINE Summary with_tile(Summary seen, const typename Team::Logit *tile, i
                                const DertaRows &rows) {
     constexpr int kTile = Team::kTile;
     float z[kTile];
-    float highest = seen.highest;
-    DERTA_LANES(reduction(max : highest))
-    for (int i = 0; i < kTile; ++i) {
-        const float value = final_logit<kSoftcap>(widened(tile[i]), rows).z;
-        z[i] = i < count ? value : -INFINITY;
-        highest = z[i] > highest ? z[i] : highest;  // passes over NaN, which the sum then becomes
+    DERTA_LANES()
+    for (int i = 0; i < kTile; ++i) z[i] = final_logit<kSoftcap>(widened(tile[i]), rows).z;
+    if (count < kTile) {
+        DERTA_LANES()
+        for (int i = 0; i < kTile; ++i) z[i] = i < count ? z[i] : -INFINITY;
     }
-    typename Team::TileSum sum = 0;
-    DERTA_LANES(reduction(+ : sum))
-    for (int i = 0; i < kTile; ++i) sum += exponential(z[i] - highest);
-    return {highest, seen.sum * exponential(seen.highest - highest) + sum};
+    float highest = seen.highest;  // never NaN: the rest becomes that
+    DERTA_LANES(reduction(max : highest))
+    for (int i = 0; i < kTile; ++i) highest = z[i] > highest ? z[i] : highest;
+    float ones = 0.0f;
+    float rest = 0.0f;
+    DERTA_LANES(reduction(+ : ones, rest))
+    for (int i = 0; i < kTile; ++i) {
+        const float term = exponential(z[i] - highest);
+        ones += term == 1.0f ? 1.0f : 0.0f;
+        rest += term == 1.0f ? 0.0f : term;
+    }
+    return {highest, seen.sum * exponential(seen.highest - highest) + (double(ones) + rest)};
 }
 
-// A team has `Logit`, `kTile`, `TileSum` (what a tile is summed in), lane(), lanes(), load() and
-// store() of a tile's first logits, merged() of all lanes' summaries and wait() for all lanes.
+// A team has `Logit`, `kTile`, lane(), lanes(), load() and store() of a tile's first logits,
+// merged() of all lanes' summaries and wait() for all lanes.
 template <bool kSoftcap, typename Team>
 DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
     using Logit = typename Team::Logit;
@@ -215,23 +225,24 @@ DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
         seen = with_tile<kSoftcap, Team>(seen, tile, count, rows);
     }
     seen = Team::merged(seen);
+    const float rest = float(seen.sum - 1.0);
     if (Team::lane() == 0) {
-        const float log_sum = log1pf(float(seen.sum - 1.0));
+        const float log_sum = log1pf(rest);
         rows.logsumexp[i_row] = seen.highest + log_sum;
         for (int k = 0; k < 2; ++k)
             rows.nll[2 * i_row + k] = (seen.highest - wanted[k].z) + log_sum;
     }
     if (!rows.form_gradient) return;
 
-    const double both = double(weight[0]) + weight[1];
-    const float share = float(both / seen.sum);
+    const float both = weight[0] + weight[1];
+    const float share = both / (1.0f + rest);
     for (int64_t start = first; start < vocabulary; start += step) {
         const int count = vocabulary - start < kTile ? int(vocabulary - start) : kTile;
         Team::load(tile, row + start, count);
         DERTA_LANES()
         for (int i = 0; i < kTile; ++i) {
-            const FinalLogit final = final_logit<kSoftcap>(widened(tile[i]), rows);
-            round_to(exponential(final.z - seen.highest) * share * final.slope, tile[i]);
+            const FinalLogit logit = final_logit<kSoftcap>(widened(tile[i]), rows);
+            round_to(exponential(logit.z - seen.highest) * share * logit.slope, tile[i]);
         }
         Team::store(row + start, tile, count);
     }
@@ -239,9 +250,11 @@ DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
     Team::wait();
     if (Team::lane() == 0) {
         for (int k = 0; k < 2; ++k) {
-            const double own = tokens[0] == tokens[1] ? both : weight[k];
-            const double p = exponential(wanted[k].z - seen.highest) / seen.sum;
-            round_to(float(both * p - own) * wanted[k].slope, row[tokens[k]]);
+            const float own = tokens[0] == tokens[1] ? both : weight[k];
+            const float term = exponential(wanted[k].z - seen.highest);
+            // Exact where the row is sure: the first difference is 0.
+            const float gradient = ((both * term - own) - own * rest) / (1.0f + rest);
+            round_to(gradient * wanted[k].slope, row[tokens[k]]);
         }
     }
 }

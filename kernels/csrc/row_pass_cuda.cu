@@ -11,7 +11,6 @@ constexpr int kMaxThreads = 512;
 template <typename T>
 struct Block {
     using Logit = T;
-    using TileSum = float;  // of few numbers; many GPUs have few units for doubles
     static constexpr int kTile = sizeof(uint4) / sizeof(T);
 
     static __device__ int64_t lane() { return threadIdx.x; }

@@ -10,8 +10,7 @@ namespace {
 template <typename T>
 struct Thread {
     using Logit = T;
-    using TileSum = double;
-    static constexpr int kTile = 512;
+    static constexpr int kTile = 1024;
     static int64_t lane() { return 0; }
     static int64_t lanes() { return 1; }
     static Summary merged(Summary seen) { return seen; }

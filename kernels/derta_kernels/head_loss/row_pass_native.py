@@ -77,7 +77,7 @@ def row_pass_native(
         form_gradient=form_gradient,
     )
     if logits.is_cuda:
-        with torch.cuda.device_of(logits):  # the library sets the device, this sets it back
+        with torch.cuda.device_of(logits):
             stream = torch.cuda.current_stream().cuda_stream
             error = _library("cuda").derta_row_pass_cuda(
                 ctypes.byref(rows), logits.device.index, ctypes.c_void_p(stream)
@@ -99,12 +99,13 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"it runs on CPUs and CUDA devices, not on {device.type}"
     why_not = _not_built(device.type)
-    if why_not is None and device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        with torch.cuda.device(index):
-            error = _library("cuda").derta_row_pass_cuda_unavailable(index)
-        why_not = error and error.decode()
-    return why_not
+    if why_not is not None or device.type == "cpu":
+        return why_not
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    with torch.cuda.device(device):  # the library sets the device, this sets it back
+        error = _library("cuda").derta_row_pass_cuda_unavailable(torch.cuda.current_device())
+    return None if error is None else error.decode()
 
 
 def instruction_sets() -> list[str]:
