@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_liger_kernel_available
 
 from derta.data.cuts import CUT_POLICIES
 
@@ -40,9 +44,11 @@ class DertaConfig(TrainingArguments):
         examples_per_step: examples per optimizer step, over all ranks.
         head_impl: implementation of the head loss, see `derta_kernels.head_loss`.
         attention_impl: implementation of the attention, see `derta_kernels.interval_attention`.
+        resume_from_checkpoint: folder of a checkpoint; True becomes the latest of output_dir.
 
     Raises:
-        ValueError: a value is out of its range, or asks for batches that this trainer forms itself.
+        ValueError: a value is out of its range, asks for batches that this trainer forms itself, or
+            for what is not here: a GPU, a package, a checkpoint.
     """
 
     refusal: str | int = "auto"
@@ -63,6 +69,7 @@ class DertaConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False)
     remove_unused_columns: bool = field(default=False)
     report_to: None | str | list[str] = field(default="none")
+    resume_from_checkpoint: bool | str | None = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,6 +94,24 @@ class DertaConfig(TrainingArguments):
                     "loss is computed by derta's own head loss"
                 )
             self.liger_kernel_config = {**asked, **ours}
+            if self.device.type in ("cpu", "mps"):
+                raise ValueError(
+                    f"use_liger_kernel needs a GPU that Triton knows, this run is on "
+                    f"{self.device.type}: leave it out"
+                )
+            if not is_liger_kernel_available():
+                raise ValueError("use_liger_kernel needs Liger: pip install liger-kernel")
+        if self.report_to:
+            # transformers' list never has flyte, nor azure_ml beside mlflow.
+            known = {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+            for name in self.report_to:
+                if name not in known:
+                    raise ValueError(
+                        f"report_to: {name!r} is not installed, or nothing that transformers "
+                        "reports to"
+                    )
+        if self.resume_from_checkpoint is True:
+            self.resume_from_checkpoint = self._latest_checkpoint()
         for name in ("max_length", "max_tokens", "examples_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -104,3 +129,10 @@ class DertaConfig(TrainingArguments):
             raise ValueError(
                 f"loss_norm must be one of tokens, official, terms, got {self.loss_norm!r}"
             )
+
+    def _latest_checkpoint(self) -> str:
+        folder = Path(str(self.output_dir))
+        latest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if latest is None:
+            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {folder} yet")
+        return latest

@@ -1,23 +1,27 @@
 """The command line: `derta train | eval | demo | bench | doctor`.
 
-Nothing heavy is imported before a command has its arguments.
+Nothing heavy is imported before a command has its arguments, and nothing that takes any time before
+`main` is there to answer an interrupt.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from derta._version import __version__
 from derta.cli.usage import SUMMARY, USAGE
 
+if TYPE_CHECKING:
+    import argparse
+
 
 def _parser() -> argparse.ArgumentParser:
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="derta",
         description="Decoupled refusal training (arXiv 2407.09121).",
@@ -34,19 +38,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(command: str, arguments: Sequence[str]) -> None:
+    from pathlib import Path
+
     from derta.cli.arguments import build, read_options, read_yaml
 
-    origin: str = "command line"
-    values: dict[str, Any] = {}
+    sources: dict[str, dict[str, Any]] = {}
     if arguments and not arguments[0].startswith("--"):
         first, *arguments = arguments
         if command == "bench":
-            values = {"what": first}
+            arguments = ["--what", first, *arguments]
         else:
-            origin, values = first, read_yaml(Path(first))
-    values.update(read_options(arguments))
+            sources[first] = read_yaml(Path(first))
+    sources["command line"] = read_options(arguments)
     module = importlib.import_module(f"derta.cli.{command}")
-    module.run(build(module.Config, values, origin))
+    module.run(build(module.Config, sources))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit status: 0, 1 after an error that was the user's to mend, 130 when interrupted.
     """
-    options = _parser().parse_args(argv)
+    try:
+        return _main(_parser().parse_args(argv))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _main(options: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(options.arguments):
         print(USAGE[options.command], end="")
         return 0
@@ -64,9 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         _run(options.command, options.arguments)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
     except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
         if options.traceback:
             raise

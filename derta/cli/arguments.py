@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,17 +16,23 @@ from pydantic import TypeAdapter, ValidationError
 Config = TypeVar("Config")
 
 
+class Text(str):
+    """A value as it was typed on the command line; the type of its field decides how it reads."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML without two of its traps: `no` is a word (save_strategy: no), and no key comes twice."""
+    """YAML without its traps: `no` and dates are text (save_strategy: no), no key comes twice."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        first: [pair for pair in resolvers if not pair[0].endswith((":bool", ":timestamp"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # a list or a mapping, which SafeLoader refuses as a key
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
@@ -45,12 +51,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a YAML mapping, or a key is given twice; names file and line.
+        ValueError: it is not a YAML mapping in UTF-8, or a key is given twice; names file and line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = error.object[error.start]
+        raise ValueError(f"{path}:{line}: byte {byte:#04x} is not UTF-8") from None
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"{path}:{line}: U+{error.character:04X} has no place in YAML") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path}:{line}: {error.problem}") from None
@@ -59,54 +74,62 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """Reads `--key value`, `--key=value` and bare `--key` (true); values are YAML.
+def read_options(arguments: Sequence[str]) -> dict[str, Text | bool]:
+    """Splits `--key value`, `--key=value` and bare `--key`, which is true.
 
     Raises:
-        ValueError: an argument belongs to no key, or a value is not YAML.
+        ValueError: an argument belongs to no key.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Text | bool] = {}
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
         if not argument.startswith("--"):
             raise ValueError(f"expected --key value, got {argument!r}")
         key, separator, text = argument[2:].partition("=")
+        value: Text | bool = Text(text)
         if not separator:
             follows = bool(remaining) and not remaining[0].startswith("--")
-            text = remaining.pop(0) if follows else "true"
-        try:
-            values[key.replace("-", "_")] = yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            raise ValueError(f"--{key}: {text!r} is not a value that YAML can read") from None
+            value = Text(remaining.pop(0)) if follows else True
+        values[key.replace("-", "_")] = value
     return values
 
 
-def build(config_class: type[Config], values: dict[str, Any], origin: str) -> Config:
+def build(config_class: type[Config], sources: Mapping[str, Mapping[str, Any]]) -> Config:
     """Makes a dataclass from loosely typed values ("1e-4" is a float here, though not in YAML).
+
+    What is no list where one is expected becomes a list of one. `Text` is YAML, but for a field
+    that holds nothing else than text: it has it as it is.
 
     Args:
         config_class: a dataclass with annotated fields.
-        values: field name to value.
-        origin: where the values are from, for messages.
+        sources: field name to value for each origin, which is what messages call it; where several
+            have a value the last one's counts.
 
     Raises:
         ValueError: a key is unknown (names the nearest), of the wrong type, or missing.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(config_class)
+    given = {
+        key: (value, origin) for origin, values in sources.items() for key, value in values.items()
+    }
     typed = {}
-    for key, value in values.items():
+    for key, (value, origin) in given.items():
         if key not in fields:
-            nearest = difflib.get_close_matches(key, fields, n=1)
+            nearest = difflib.get_close_matches(str(key), fields, n=1)
             advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"{origin}: unknown key {key!r}{advice}")
+        hint = hints[key]
         try:
-            typed[key] = TypeAdapter(
-                hints[key], config={"arbitrary_types_allowed": True}
-            ).validate_python(value)
+            if isinstance(value, Text):
+                value = _read(value, hint)
+            typed[key] = _typed(value, hint)
+        except yaml.YAMLError:
+            raise ValueError(
+                f"{origin}: {key}: {value!r} is not a value that YAML can read"
+            ) from None
         except ValidationError:
-            hint = hints[key]
             expected = hint.__name__ if isinstance(hint, type) else hint
             raise ValueError(f"{origin}: {key}: expected {expected}, got {value!r}") from None
     missing = [
@@ -117,5 +140,29 @@ def build(config_class: type[Config], values: dict[str, Any], origin: str) -> Co
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{origin}: missing {', '.join(missing)}")
+        raise ValueError(f"missing {', '.join(missing)}")
     return config_class(**typed)
+
+
+def _read(text: Text, hint: Any) -> Any:
+    if hint is str or (hint == str | None and text != "null"):
+        return str(text)
+    return yaml.load(text, _Loader)
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config={"arbitrary_types_allowed": True})
+    # Read loosely, "3" is a number, which is wanted, but true is one too.
+    strict = _holds_bool(value)
+    try:
+        return adapter.validate_python(value, strict=strict)
+    except ValidationError:
+        return adapter.validate_python([value], strict=strict)
+
+
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(map(_holds_bool, value))
+    return isinstance(value, bool)

@@ -15,7 +15,7 @@ USAGE = {
 usage: derta train [CONFIG.yaml] [--key value ...]
 
   --model            model folder, or a name on the model hub
-  --train_files      records to train on: JSON or JSONL, [a.jsonl, b.jsonl]
+  --train_files      records to train on: JSON or JSONL, a.jsonl or [a.jsonl, b.jsonl]
   --eval_files       records whose loss is reported while training
   --output_dir       where checkpoints and the tuned model go
   --dry_run          show one pack and what its rows learn, train nothing
@@ -38,7 +38,8 @@ model
   --head_impl --attention_impl
 
 Every field of transformers' TrainingArguments is a key too: --learning_rate, --num_train_epochs,
---lr_scheduler_type, --warmup_steps, --gradient_checkpointing, --resume_from_checkpoint, ...
+--lr_scheduler_type, --warmup_steps, --gradient_checkpointing, ...; --resume_from_checkpoint alone
+goes on from the latest one in output_dir.
 """,
     "eval": """\
 usage: derta eval [CONFIG.yaml] [--key value ...]

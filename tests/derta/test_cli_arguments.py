@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from derta.cli import main
@@ -21,28 +22,62 @@ from derta.cli.usage import SUMMARY, USAGE
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
+BASE = {"model": "m", "train_files": ["t"], "output_dir": "o", "use_cpu": True}
+
+
+def from_file(**values: object) -> Config:
+    return build(Config, {"run.yaml": {**BASE, **values}})
+
+
+def from_options(*arguments: str) -> Config:
+    return build(Config, {"run.yaml": BASE, "command line": read_options(arguments)})
+
+
 def test_options_are_yaml_values_and_a_bare_key_is_true() -> None:
-    arguments = "--a 1 --b=[x,y] --max_steps -1 --save_strategy no --use_cpu false --dry-run"
-    assert read_options(arguments.split()) == {
-        "a": 1,
-        "b": ["x", "y"],
-        "max_steps": -1,
-        "save_strategy": "no",
-        "use_cpu": False,
-        "dry_run": True,
-    }
+    arguments = "--branches 2 --train_files=[x,y] --max_steps -1 --save_strategy no --dry-run"
+    config = from_options(*arguments.split(), "--rto_keep", "1e-4", "--disable_tqdm", "false")
+    assert config.branches == 2
+    assert config.train_files == ["x", "y"]
+    assert config.max_steps == -1
+    assert config.save_strategy == "no"
+    assert config.dry_run is True
+    assert config.rto_keep == 1e-4
+    assert config.disable_tqdm is False
+
+
+def test_a_key_of_text_has_what_was_typed() -> None:
+    template = "{{ bos_token }}{% for m in messages %}\n{{ m['content'] }} #{% endfor %}"
+    assert from_options("--chat_template", template).chat_template == template
+    assert from_options("--output_dir", "2024").output_dir == "2024"
+    assert from_options("--run_name", "1e3").run_name == "1e3"
+    assert from_options("--chat_template", "null").chat_template is None
+    assert from_options("--refusal", "5").refusal == 5
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["stray"], "expected --key value, got 'stray'"),
-        (["--a", "[1,"], "--a: '[1,' is not a value that YAML can read"),
+        (
+            ["--train_files", "[1,"],
+            "command line: train_files: '[1,' is not a value that YAML can read",
+        ),
+        (["--max_step", "3"], "command line: unknown key 'max_step'; did you mean 'max_steps'?"),
+        (["--max_steps", "few"], "command line: max_steps: expected int, got 'few'"),
+        (["--output_dir"], "command line: output_dir: expected str, got True"),
+        (["--refusal"], "command line: refusal: expected str | int, got True"),
+        (["--refusal", "true"], "command line: refusal: expected str | int, got True"),
+        (["--branches", "true"], "command line: branches: expected int, got True"),
     ],
 )
-def test_malformed_options_are_named(arguments: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read_options(arguments)
+def test_wrong_options_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        from_options(*arguments)
+
+
+def test_a_key_of_the_file_that_is_wrong_is_the_files_whatever_the_command_line_says() -> None:
+    with pytest.raises(ValueError, match=r"^run.yaml: unknown key 'max_step'; did you mean"):
+        build(Config, {"run.yaml": {"max_step": 3}, "command line": {"max_steps": 3}})
 
 
 @pytest.mark.parametrize(
@@ -50,12 +85,17 @@ def test_malformed_options_are_named(arguments: list[str], message: str) -> None
     [
         ("a: 1\nb: [\n", ":3: "),
         ("a: 1\nb: 2\na: 3\n", ":3: the key 'a' is given twice"),
+        ("a: 1\n{a: b}: c\n", ":2: found unhashable key"),
+        ("a: 1\n[a, b]: c\n", ":2: found unhashable key"),
+        ("a: 1\nb: x\x01y\n", ":2: U+0001 has no place in YAML"),
+        ("a: 1\nb: \udcff\n", ":2: byte 0xff is not UTF-8"),
+        ("\udcff\udcfea\0:\0", ":1: byte 0xff is not UTF-8"),  # UTF-16 with its mark
         ("- a\n", "expected `key: value` lines, got list"),
     ],
 )
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(
         ValueError, match=re.escape(f"{path}{message}" if message[0] == ":" else message)
     ):
@@ -67,13 +107,29 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_yaml(tmp_path / "none.yaml")
 
 
-BASE = {"model": "m", "train_files": ["t"], "output_dir": "o", "use_cpu": True}
+def test_words_and_dates_of_a_file_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("save_strategy: no\nrun_name: 2024-13-45\nuse_cpu: true\n")
+    assert read_yaml(path) == {"save_strategy": "no", "run_name": "2024-13-45", "use_cpu": True}
 
 
 def test_numbers_that_yaml_reads_as_text_become_numbers() -> None:
-    config = build(Config, {**BASE, "learning_rate": "1e-4", "refusal": 5}, "run.yaml")
+    config = from_file(learning_rate="1e-4", refusal=5, branches="3", rto_keep=1, max_steps=2.0)
     assert config.learning_rate == 1e-4
     assert config.refusal == 5
+    assert config.branches == 3
+    assert type(config.rto_keep) is float
+    assert type(config.max_steps) is int
+
+
+def test_one_value_where_several_may_stand_is_a_list_of_one() -> None:
+    assert from_options("--train_files", "a.jsonl").train_files == ["a.jsonl"]
+    assert from_file(eval_files="a.jsonl", label_names="a").eval_files == ["a.jsonl"]
+    assert from_file(label_names="a").label_names == ["a"]
+    assert from_file(lora_target_modules="q_proj").lora_target_modules == "q_proj"
+    bench = importlib.import_module("derta.cli.bench").Config
+    assert build(bench, {"": {"what": "resources", "capabilities": 90}}).capabilities == [90]
+    assert build(bench, {"": {"what": "resources"}}).capabilities is None
 
 
 @pytest.mark.parametrize(
@@ -85,7 +141,17 @@ def test_numbers_that_yaml_reads_as_text_become_numbers() -> None:
         ),
         ({"branches": "two"}, "run.yaml: branches: expected int, got 'two'"),
         ({"cuts": "random"}, "run.yaml: cuts: expected"),
-        ({"train_files": "a.jsonl"}, "run.yaml: train_files: expected list[str], got 'a.jsonl'"),
+        ({"train_files": 5}, "run.yaml: train_files: expected list[str], got 5"),
+        ({"train_files": True}, "run.yaml: train_files: expected list[str], got True"),
+        (
+            {"train_files": ["a", None]},
+            "run.yaml: train_files: expected list[str], got ['a', None]",
+        ),
+        ({1: 2}, "run.yaml: unknown key 1"),
+        ({"refusal": True}, "run.yaml: refusal: expected str | int, got True"),
+        ({"branches": True}, "run.yaml: branches: expected int, got True"),
+        ({"rto_keep": False}, "run.yaml: rto_keep: expected float, got False"),
+        ({"report_to": ["none", True]}, "run.yaml: report_to: expected"),
         ({"rto_keep": 1.5}, "rto_keep must lie in [0, 1], got 1.5"),
         ({"branches": -1}, "branches must be at least 0, got -1"),
         ({"branches": 0, "rto_keep": 0}, "a triple would train nothing"),
@@ -97,25 +163,76 @@ def test_numbers_that_yaml_reads_as_text_become_numbers() -> None:
             {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
             "liger_kernel_config must leave fused_linear_cross_entropy and cross_entropy off",
         ),
+        ({"use_liger_kernel": True}, "use_liger_kernel needs a GPU that Triton knows, this run is"),
+        ({"report_to": "nobody"}, "report_to: 'nobody' is not installed, or nothing that"),
+        (
+            {"output_dir": "none", "resume_from_checkpoint": True},
+            "resume_from_checkpoint: there is no checkpoint in none yet",
+        ),
         ({"per_device_train_batch_size": 8}, "per_device_train_batch_size must stay 1, got 8"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        build(Config, {**BASE, **values}, "run.yaml")
+        build(Config, {"run.yaml": {**BASE, **values}})
 
 
 def test_missing_settings_are_listed() -> None:
-    with pytest.raises(ValueError, match="run.yaml: missing output_dir, model$"):
-        build(Config, {"train_files": ["t"]}, "run.yaml")
+    with pytest.raises(ValueError, match="^missing output_dir, model$"):
+        build(Config, {"run.yaml": {"train_files": ["t"]}})
+
+
+def test_what_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("derta.config.get_available_reporting_integrations", lambda: ["wandb"])
+    assert from_file(report_to="wandb").report_to == ["wandb"]
+    with pytest.raises(ValueError, match="^report_to: 'tensorboard' is not installed, or nothing"):
+        from_file(report_to=["wandb", "tensorboard"])
+    monkeypatch.setattr(Config, "device", torch.device("cuda"))
+    monkeypatch.setattr("derta.config.is_liger_kernel_available", lambda: True)
+    config = from_file(use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert config.liger_kernel_config == {
+        "rope": False,
+        "fused_linear_cross_entropy": False,
+        "cross_entropy": False,
+    }
+    monkeypatch.setattr("derta.config.is_liger_kernel_available", lambda: False)
+    with pytest.raises(ValueError, match="^use_liger_kernel needs Liger: pip install liger-kernel"):
+        from_file(use_liger_kernel=True)
+
+
+def test_true_resumes_from_the_latest_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    given = {"output_dir": str(tmp_path), "resume_from_checkpoint": True}
+    assert from_file(**given).resume_from_checkpoint == str(tmp_path / "checkpoint-10")
+    bare = from_options("--output_dir", str(tmp_path), "--resume_from_checkpoint")
+    assert bare.resume_from_checkpoint == str(tmp_path / "checkpoint-10")
+    assert from_options("--resume_from_checkpoint", "a/b").resume_from_checkpoint == "a/b"
+    assert not from_options("--resume_from_checkpoint", "false").resume_from_checkpoint
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_are_valid(path: Path) -> None:
     values = read_yaml(path)
     # bf16 is refused by transformers where there is no GPU and use_cpu is not set.
-    config = build(Config, {**values, "use_cpu": True}, str(path))
+    config = build(Config, {str(path): values, "command line": {"use_cpu": True}})
     assert config.refusal == "Sorry"
+
+
+# What an installed `derta` does, interrupted where it first needs a module.
+INTERRUPTED = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+sys.modules.pop(sys.argv[1], None)
+sys.meta_path.insert(0, Interrupt())
+from derta.cli import main
+sys.exit(main(["doctor"]))
+"""
 
 
 @pytest.mark.parametrize("command", SUMMARY)
@@ -163,3 +280,10 @@ def test_an_interrupted_run_says_so(
     monkeypatch.setattr("derta.cli.doctor.run", interrupt)
     assert main(["doctor"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["argparse", "pathlib", "pydantic", "yaml", "torch"])
+def test_an_interrupt_while_modules_load_is_no_traceback(module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, module]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")
