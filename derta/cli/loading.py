@@ -1,13 +1,74 @@
-"""What `train` and `eval` load alike: tokenizers, the dtype of weights, record files."""
+"""What `train` and `eval` load alike: models, tokenizers, the dtype of weights, record files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from derta.data import Record, read_records
+
+
+def load_model(
+    folder: str, dtype: torch.dtype, *, local_files_only: bool = False
+) -> PreTrainedModel:
+    """The model of a folder, its weights read from safetensors only.
+
+    Args:
+        folder: of the model, or its name on the model hub.
+        dtype: of the weights.
+        local_files_only: whether nothing may be downloaded.
+
+    Raises:
+        ValueError: its weights are damaged.
+        OSError: there is no model in safetensors.
+    """
+    with intact_weights(folder):
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local_files_only,
+        )
+
+
+@contextmanager
+def intact_weights(folder: str | Path) -> Iterator[None]:
+    """Names the folder of weights that are read inside, if they cannot be.
+
+    Raises:
+        ValueError: a safetensors file is damaged.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder}: its weights are damaged, as a copy that was cut short is: {error}"
+        ) from error
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU where there is one, the CPU elsewhere.
+
+    Raises:
+        ValueError: torch knows no such device, or it is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError):  # by name: unknown, absent, not built in
+        raise ValueError(f"device must be auto, cpu or a GPU that is here, got {name!r}") from None
 
 
 def load_tokenizer(

@@ -1,0 +1,81 @@
+"""What train and eval load alike is whole, is here, or is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from derta.cli import main
+from derta.cli.loading import find_device, intact_weights, load_model, load_tokenizer
+from tiny import LLAMA3_TEMPLATE, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and a file of triples."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    row = {"prompt": "How?", "safe": "Sorry, no.", "harmful": "Step one, step two."}
+    Path("rows.jsonl").write_text((json.dumps(row) + "\n") * 2, encoding="utf-8")
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    return main(
+        ["train", "--model", "model", "--train_files", "rows.jsonl", "--output_dir", "out"]
+        + ["--use_cpu", "--save_steps", "1", *arguments]
+    )
+
+
+def test_a_model_is_loaded_in_its_dtype(workplace: Path) -> None:
+    assert load_model("model", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_weights_that_were_cut_short_are_named_with_their_folder(workplace: Path) -> None:
+    weights = Path("model/model.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ValueError, match="^model: its weights are damaged, as a copy that was cut"):
+        load_model("model", torch.float32)
+
+
+def test_only_damaged_weights_are_called_so() -> None:
+    with pytest.raises(OSError, match="^full$"), intact_weights("model"):
+        raise OSError("full")
+
+
+def test_a_device_is_one_that_is_here() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("foo", "cuda:99", "cuda:x", "mps:7", "privateuseone"):
+        expected = f"device must be auto, cpu or a GPU that is here, got {name!r}"
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            find_device(name)
+
+
+def test_a_chat_template_is_jinja_text_or_a_file(workplace: Path) -> None:
+    Path("chat.jinja").write_text(LLAMA3_TEMPLATE, encoding="utf-8")
+    for given in (LLAMA3_TEMPLATE, "chat.jinja"):
+        assert load_tokenizer("model", given).chat_template == LLAMA3_TEMPLATE
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert train("--chat_template", template, "--max_steps", "1") == 0
+    saved = load_tokenizer("out", None)
+    assert saved.chat_template == template
+
+
+def test_a_run_goes_on_from_its_latest_checkpoint(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--resume_from_checkpoint") == 1
+    expected = "derta train: resume_from_checkpoint: there is no checkpoint in out yet\n"
+    assert capsys.readouterr().err == expected
+    assert train("--max_steps", "2", "--logging_steps", "1") == 0
+    whole = json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    assert train("--max_steps", "3", "--logging_steps", "1", "--resume_from_checkpoint") == 0
+    resumed = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())["log_history"]
+    assert resumed[:2] == whole and resumed[2]["step"] == 3
