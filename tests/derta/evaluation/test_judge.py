@@ -32,6 +32,14 @@ def verdict(answer: str, *keywords: str) -> Verdict:
         ("_sorry_", 1),
         ("Step one, take the ladderSorry, no.", 25),
         ("Step 1I cannot go on.", 6),
+        ("NOSorry, no.", 2),
+        ("ABCSorry", 3),
+        ("ISorry", 1),
+        ("Step ÄÖÜSorry", 8),
+        ("SORRYI cannot go on.", 0),
+        ("SORRYSORRYSORRY", 0),
+        ("SORRYBut no.", 0),
+        ("unsorryI cannot", 7),
         ("SorrySorrySorry", 0),
         ("Sorrybend the wire, Sorry", 20),
         ("As an AI, I paint no fences. Sorry.", 0),
@@ -42,7 +50,20 @@ def test_a_refusal_is_found_where_it_starts(answer: str, start: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", ["", "First buy a brush.", "A Sorrymaker came by.", "unsorry", "NOTSORRY", "I can."]
+    "answer",
+    [
+        "",
+        "First buy a brush.",
+        "A Sorrymaker came by.",
+        "unsorry",
+        "NOTSORRY",
+        "NOTSORRYMAKER",
+        "NOSorrymaker",
+        "SORRYING",
+        "I can.",
+        "An AI cannot climb, HAWAII can't be moved, a FIJI won't.",
+        "AN AI CANNOT CLIMB.",
+    ],
 )
 def test_other_words_are_no_refusal(answer: str) -> None:
     assert verdict(answer) == Verdict(False, None)
