@@ -75,10 +75,11 @@ def built(kind: str) -> str | None:
     if missing is not None:
         return missing
     target = TARGETS[kind]
+    cuda = "ON" if kind == "cuda" else "OFF"  # an nvcc that does not work costs its own library
     # A fresh folder: CMake's cache would remember a compiler that has come or gone since.
     with tempfile.TemporaryDirectory() as folder:
         for command in (
-            ["cmake", "-S", str(ROOT), "-B", folder],
+            ["cmake", "-S", str(ROOT), "-B", folder, f"-DDERTA_CUDA={cuda}"],
             ["cmake", "--build", folder, "--parallel", str(os.cpu_count()), "--target", target],
         ):
             done = subprocess.run(command, capture_output=True, text=True)

@@ -130,7 +130,7 @@ DERTA_INLINE float exponential(float x) {
 #endif
 }
 
-// Near 0, where 1 - e cancels, the polynomial of Cephes' tanhf.
+// Near 0, where 1 - e cancels: the polynomial of Cephes' tanhf.
 DERTA_INLINE float hyperbolic_tangent(float x) {
     const float magnitude = fabsf(x);
     const float e = exponential(-2.0f * magnitude);
@@ -155,13 +155,12 @@ DERTA_INLINE FinalLogit final_logit(float logit, const DertaRows &rows) {
     const float z = rows.logit_scale * logit;
     if (!kSoftcap) return {z, rows.logit_scale};
     const float bounded = hyperbolic_tangent(z * (1.0f / rows.softcap));
-    return {rows.softcap * bounded,
-            rows.logit_scale * multiply_add(-bounded, bounded, 1.0f)};
+    return {rows.softcap * bounded, rows.logit_scale * multiply_add(-bounded, bounded, 1.0f)};
 }
 
 // Of the logits seen so far. Where a row is sure of its token, the sum is 1 and a small rest, which
-// is all that its loss and gradient consist of: a double has room for both, and within a tile, which
-// is summed in float, the ones are counted apart.
+// is all that its loss and gradient consist of: a double has room for both, and within a tile,
+// which is summed in float, the ones are counted apart.
 struct Summary {
     float highest;
     double sum;  // of exp(z - highest)

@@ -1,6 +1,6 @@
-// The C interface of the CPU library, for the sanitizers: every instruction set and dtype, rows that
-// end and start anywhere, in memory of exactly their size. The same rows are walked by a team of
-// several lanes with short tiles, as a thread block walks them. Values are held to float64 here
+// The C interface of the CPU library, for the sanitizers: every instruction set and dtype, rows
+// that end and start anywhere, in memory of exactly their size. The same rows are walked by a team
+// of several lanes with short tiles, as a thread block walks them. Values are held to float64 here
 // within wide bounds and within the derived ones by tests/kernels/test_row_pass_native.py, but for
 // what needs every number there is: roundings to float16 and bfloat16, and the exponential.
 #include <algorithm>
