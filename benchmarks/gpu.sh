@@ -23,12 +23,14 @@ export PYTHONPATH="$PWD:$PWD/kernels" PYTHONUNBUFFERED=1
 
 # For this GPU alone, which takes a fraction of the time of all.
 [ -e kernels/derta_kernels/head_loss/_native/report.json ] ||
-    CUDAFLAGS= CUDAARCHS=native python3 -c 'from setup import build_native; build_native()' ||
+    CUDAARCHS=native python3 -c 'from setup import build_native; build_native()' ||
     echo 'gpu.sh: the native library was not built'
 
 case $part in
 tests)
-    timeout 460 python3 -m pytest tests/kernels -q -ra --durations=10 \
+    workers=()
+    if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+    timeout 460 python3 -m pytest tests/kernels -q -ra --durations=10 "${workers[@]}" \
         --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log"
     ;;
 loss)

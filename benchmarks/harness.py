@@ -67,7 +67,7 @@ def setup(case: Case, implementation: str, device: torch.device) -> Setup:
 
 
 def measure(ready: Setup) -> dict[str, Any]:
-    """A turn: `time_ms` of each step, and the `peak_mib` of one over the state before it.
+    """A turn: `time_ms` of its steps, `peak_mib` of one over the state before it, a GPU's clock.
 
     CPU: one step. CUDA: `GPU_STEPS`, each with its inputs out of the cache, after one that fills
     the allocator.
@@ -121,8 +121,10 @@ def _measure_cuda(ready: Setup) -> dict[str, Any]:
         end.record()
         spans.append((begin, end))
     torch.cuda.synchronize()
+    measured = {"time_ms": [begin.elapsed_time(end) for begin, end in spans], "peak_mib": peak_mib}
+    clock = gpu_state().get("clocks.sm", "").partition(" ")[0]
     ready.clear()
-    return {"time_ms": [begin.elapsed_time(end) for begin, end in spans], "peak_mib": peak_mib}
+    return measured | ({"sm_clock_mhz": float(clock)} if clock.isdecimal() else {})
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:

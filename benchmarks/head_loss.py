@@ -88,7 +88,7 @@ def main() -> None:
                 jobs += [
                     replace(job, python=options.other_python, torch_version=other)
                     for job in jobs
-                    if job.implementation.startswith("torch chunked")
+                    if job.implementation == TORCH_CHUNKED
                 ]
             machine = machine_of(settings)
             outcomes = run(

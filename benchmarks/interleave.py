@@ -66,12 +66,11 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What a job gave: errors, times and peaks, or the reason why there are none."""
+    """What a job gave: errors and what `measure` gave each turn, or the reason why it did not."""
 
     job: Job
     errors: dict[str, float] = field(default_factory=dict)
-    time_ms: list[float] = field(default_factory=list)
-    peak_mib: list[float] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
     reason: str | None = None
 
 
@@ -103,8 +102,7 @@ class Process:
         """One turn; warm-up turns do not count."""
         measured = self._ask("turn")
         if counts and measured:
-            self.outcome.time_ms += measured["time_ms"]
-            self.outcome.peak_mib.append(measured["peak_mib"])
+            self.outcome.turns.append(measured)
 
     def end(self) -> None:
         """Ends the process, whatever it does."""

@@ -47,8 +47,7 @@ def records_of(outcomes: Iterable[Outcome]) -> list[Record]:
             continue
         case = outcome.job.case
         right = is_right(outcome.errors, eager.get(case, {}), case.torch_dtype)
-        values = outcome.errors | {"right": right} | _spread(outcome.time_ms)
-        values |= {"peak_mib": max(outcome.peak_mib), "timings": len(outcome.time_ms)}
+        values = outcome.errors | {"right": right} | _of_turns(outcome.turns)
         records += [about | _record(quantity, value) for quantity, value in values.items()]
     return records
 
@@ -59,10 +58,15 @@ def _record(quantity: str, value: float | None, reason: str | None = None) -> Re
     return {"quantity": quantity, "value": float(f"{value:.6g}")}
 
 
-def _spread(time_ms: list[float]) -> dict[str, float]:
-    """p20, p50 and p80, interpolated; of one timing, itself."""
+def _of_turns(turns: list[dict[str, Any]]) -> dict[str, float]:
+    """Spread of the times, interpolated; the most memory; the lowest clock, if it was read."""
+    time_ms = [ms for turn in turns for ms in turn["time_ms"]]
     tenths = quantiles(time_ms, n=10, method="inclusive") if time_ms[1:] else time_ms * 9
-    return {f"time_ms_p{p}": tenths[p // 10 - 1] for p in (20, 50, 80)}
+    values = {f"time_ms_p{p}": tenths[p // 10 - 1] for p in (20, 50, 80)}
+    values |= {"timings": len(time_ms), "peak_mib": max(turn["peak_mib"] for turn in turns)}
+    if "sm_clock_mhz" in turns[0]:
+        values["sm_clock_mhz"] = min(turn["sm_clock_mhz"] for turn in turns)
+    return values
 
 
 def figures(records: Iterable[Record]) -> Figures:

@@ -29,6 +29,7 @@ COLUMNS = (
     "error of loss",
     "of d_hidden",
     "of d_weight",
+    "MHz",
 )
 
 
@@ -86,8 +87,9 @@ def _case(records: list[Record]) -> str:
                 _ratio(time_ms, eager.get("time_ms_p50")) if right else "wrong result",
                 _percent(products.get("time_ms_p50"), time_ms) if right else "",
                 f"{peak_mib:.0f}",
-                _ratio(peak_mib, eager.get("peak_mib")) if right else "",
+                _ratio(peak_mib, eager.get("peak_mib")) if right and name != PRODUCTS else "",
                 *(f"{values[q]:.1e}" if q in values else "-" for q in ERRORS),
+                f"{values['sm_clock_mhz']:.0f}" if "sm_clock_mhz" in values else "-",
             )
         )
     return _markdown(COLUMNS, rows)

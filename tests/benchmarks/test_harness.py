@@ -26,7 +26,7 @@ TINY = Case("tiny", 256)
 
 def outcome(case: Case, implementation: str, ms: float, mib: float, error: float) -> Outcome:
     found = dict.fromkeys(("loss_error", "d_hidden_error", "d_weight_error"), error)
-    return Outcome(Job(case, implementation), found, [ms, ms, ms], [mib])
+    return Outcome(Job(case, implementation), found, [{"time_ms": [ms], "peak_mib": mib}] * 3)
 
 
 @pytest.mark.parametrize("spoil", ["loss", "d_hidden", "d_weight", "nothing"])
