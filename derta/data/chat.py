@@ -23,7 +23,10 @@ _SENTINEL = "sentinel-answer"
 
 
 class Answer(NamedTuple):
-    """A rendered prompt, up to where the model starts to write, and a rendered response to it."""
+    """A rendered prompt, up to where the model starts to write, and a rendered response to it.
+
+    The response goes without what closes it, or with `closing_text`; never with `appended_ids`.
+    """
 
     prompt: str
     response: str
@@ -41,8 +44,11 @@ class Chat:
         tokenizer: with a chat template.
 
     Attributes:
-        closing_text, closing_ids: what ends a response: the template's text after it, up to and
-            including its first special token; if it has none, the end-of-sequence token follows.
+        closing_text: what the template writes after a response, up to and including its first
+            special token.
+        appended_ids: what follows if the template has none, though it renders no such thing: the
+            end-of-sequence token, after which there is nothing to say. Else empty.
+        closing_ids: the two as token ids.
 
     Raises:
         ValueError: there is no chat template, it drops the assistant's text, its generation prompt
@@ -67,9 +73,9 @@ class Chat:
             )
         lead, _, self._tail = answered[len(opening) :].partition(_SENTINEL)
         self._lead = lead.rstrip(" ")
-        self.closing_text, self.closing_ids = self._closing()
+        self.closing_text, self.closing_ids, self.appended_ids = self._closing()
 
-    def _closing(self) -> tuple[str, list[int]]:
+    def _closing(self) -> tuple[str, list[int], list[int]]:
         tokenizer = self.tokenizer
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         special.update(tokenizer.all_special_ids)
@@ -78,13 +84,13 @@ class Chat:
             if id in special:
                 token = str(tokenizer.convert_ids_to_tokens(id))
                 head, _, _ = self._tail.partition(token)
-                return head + token, ids[: index + 1]
+                return head + token, ids[: index + 1], []
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "chat_template closes a response with no special token and the tokenizer has no "
                 "eos_token: set one of them"
             )
-        return self._tail, [*ids, tokenizer.eos_token_id]
+        return self._tail, [*ids, tokenizer.eos_token_id], [tokenizer.eos_token_id]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids from which the model writes its response to `messages`.

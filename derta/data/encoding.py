@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from derta.data.chat import BATCH, Answer, Chat, batched
-from derta.data.records import Record, Triple, naming
+from derta.data.records import Message, Record, Triple, naming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,8 @@ class EncodedDialogue:
     Attributes:
         id: the dialogue's.
         input_ids: (n,) int32.
-        is_target: (n,) bool, the tokens to be predicted: what the assistant says and closes with.
+        is_target: (n,) bool, the tokens to be predicted: what the assistant says and closes with,
+            as far as a later turn has not joined them to other tokens than the model would write.
     """
 
     id: str
@@ -135,13 +136,14 @@ class Encoder(Chat):
         with naming(record):
             if isinstance(record, Triple):
                 return [
-                    self.render(record.messages, text) for text in (record.harmful, record.safe)
+                    self.render(record.messages, record.harmful),
+                    self._closed(record.messages, record.safe),
                 ]
             answers: list[Answer] = []
             for index, message in enumerate(record.messages):
                 if message["role"] == "assistant":
-                    answer = self.render(record.messages[:index], message["content"])
-                    if answers and not answer.prompt.startswith(self._closed(answers[-1])):
+                    answer = self._closed(record.messages[:index], message["content"])
+                    if answers and not answer.prompt.startswith("".join(answers[-1])):
                         raise ValueError(
                             "chat_template rewrites earlier messages as the conversation goes on, "
                             f"seen at messages[{index}]: set chat_template to one that does not, "
@@ -150,13 +152,15 @@ class Encoder(Chat):
                     answers.append(answer)
             return answers
 
-    def _closed(self, answer: Answer) -> str:
-        return answer.prompt + answer.response + self.closing_text
+    def _closed(self, messages: Sequence[Message], text: str) -> Answer:
+        """Tokenized with what closes it, as the template has it: a tokenizer may join the two."""
+        prompt, response = self.render(messages, text)
+        return Answer(prompt, response + self.closing_text)
 
     def _triple(self, id: str, turns: list[_Turn]) -> EncodedTriple | None:
         harmful, safe = turns
         prompt = harmful.prompt_ids
-        safe_ids = safe.response_ids + self.closing_ids
+        safe_ids = safe.response_ids + self.appended_ids
         room = min(
             self.max_length - len(prompt),
             self.max_tokens - len(prompt) - self.branches * (len(safe_ids) - 1),
@@ -201,17 +205,20 @@ class Encoder(Chat):
         return encoding["input_ids"], np.array(encoding["offset_mapping"])[:, 1]
 
     def _dialogue(self, id: str, turns: list[_Turn]) -> EncodedDialogue | None:
-        ids: list[int] = []
-        is_target: list[bool] = []
-        written = 0
-        for turn in turns:
-            asked = self.continuation(ids, turn.prompt_ids, turn.answer.prompt[written:])
-            said = turn.response_ids + self.closing_ids
-            ids = ids + asked + said
-            is_target += [False] * len(asked) + [True] * len(said)
-            written = len(self._closed(turn.answer))
+        *inner, last = turns
+        ids = last.prompt_ids + last.response_ids + self.appended_ids
         if len(ids) > self.max_length or len(ids) - 1 > self.max_tokens:
             return None
-        return EncodedDialogue(
-            id=id, input_ids=np.array(ids, np.int32), is_target=np.array(is_target)
-        )
+        # The prompt of the last turn holds all others, read as the model will be shown them.
+        is_target = np.zeros(len(ids), bool)
+        is_target[len(last.prompt_ids) :] = True
+        for turn in inner:
+            written = turn.prompt_ids + turn.response_ids
+            is_target[len(turn.prompt_ids) : _common(written, ids)] = True
+        return EncodedDialogue(id=id, input_ids=np.array(ids, np.int32), is_target=is_target)
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """How many tokens two lists have in common before they differ."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -6,6 +6,7 @@ import copy
 import functools
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from tiny import LLAMA3_TEMPLATE, tiny_tokenizer
@@ -33,6 +34,11 @@ TEMPLATES = {
     "plain": (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
+    ),
+    # As "chatml", but its marks are ordinary text to this tokenizer.
+    "textual": (
+        "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|stop|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
     ),
     # An empty thinking block opens the last answer, and that one alone.
     "thinking": (
@@ -71,6 +77,37 @@ TEMPLATES = {
 }
 
 
+# What comes between two turns in ordinary text: GPT-2 tears "\n\n" where a word follows, Llama 3
+# joins it to the full stop before it.
+SPLITS = {
+    "gpt2": r"'s|'t| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "llama3": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+",
+}
+
+
+def joining_tokenizer(split: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows "\n\n" and ".\n\n" as tokens, where one of `SPLITS` lets them be."""
+    tokenizer = Tokenizer(models.BPE())
+    pieces = pre_tokenizers.Split(Regex(SPLITS[split]), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|begin|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["stir it.\n\n", "stir it\n\n"] * 8, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        chat_template=TEMPLATES["plain"],
+    )
+
+
 @functools.cache
 def templated_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer = copy.deepcopy(tiny_tokenizer())
@@ -80,6 +117,12 @@ def templated_tokenizer(name: str) -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = TEMPLATES[name]
     return tokenizer
+
+
+@pytest.fixture
+def joining():
+    """Tokenizers that join, by the name of their split, what closes an answer to what it closes."""
+    return joining_tokenizer
 
 
 @pytest.fixture

@@ -28,8 +28,11 @@ STYLES = {
     "mistral": (" {}", "<|eot_id|>"),
     "silent": ("{}", "<|im_end|>"),
     "plain": (" {}", "\n\n<|eot_id|>"),
+    "textual": ("{}", "<|stop|>\n<|eot_id|>"),
     "thinking": ("{}", "<|im_end|>"),
 }
+# Whose template closes a response with no special token: the end of sequence comes on top.
+APPENDED = ("plain", "textual")
 ENDLESS = dict(max_length=10_000, max_tokens=10_000, branches=1, cuts="uniform")
 
 
@@ -71,18 +74,58 @@ def test_a_dialogue_is_learnt_where_the_assistant_speaks(templated, style: str) 
     encoded = encoder.encode(dialogue)
     assert isinstance(encoded, EncodedDialogue) and encoded.id == "d"
     response, closing = STYLES[style]
-    said = [response.format(message["content"]) + closing for message in (SAY, END)]
-    assert tokenizer.decode(encoded.input_ids[encoded.is_target]) == "".join(said)
+    said = response.format(SAY["content"]) + closing
+    if style in APPENDED:
+        said = said.removesuffix(tokenizer.eos_token)
+    said += response.format(END["content"]) + closing
+    assert tokenizer.decode(encoded.input_ids[encoded.is_target]) == said
     assert encoded.is_target[-1] and not encoded.is_target[0]
-    rendered = tokenizer.apply_chat_template(dialogue.messages, tokenize=False)
-    text = tokenizer.decode(encoded.input_ids)
-    if style == "plain":  # whose end of sequence the template does not write
-        text = text.replace("<|eot_id|>", "")
-    assert rendered.rstrip("\n") == text.rstrip("\n")
     one_turn = encoder.encode(Dialogue(messages=[ASK, SAY], id="d"))
     as_triple = encoder.encode(triple(safe=SAY["content"]))
     assert one_turn.input_ids.tolist() == [*as_triple.prompt, *as_triple.safe]
     assert one_turn.is_target.sum() == len(as_triple.safe)
+
+
+@pytest.mark.parametrize("style", sorted(STYLES.keys() - {"thinking"}))
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_a_dialogue_has_the_token_ids_of_its_template(templated, style: str, turns: int) -> None:
+    messages = [ASK, SAY, MORE, END, *[MORE, SAY] * (turns - 2)][: 2 * turns]
+    assert_reads_as_its_template(templated(style), messages, appended=style in APPENDED)
+
+
+@pytest.mark.parametrize("split", ["gpt2", "llama3"])
+def test_what_closes_an_answer_may_be_joined_to_what_is_around_it(joining, split: str) -> None:
+    tokenizer = joining(split)
+    messages = [ASK, SAY, MORE, END, MORE, SAY]
+    said = assert_reads_as_its_template(tokenizer, messages, appended=True)
+    # A model closes an answer with one token. GPT-2 has two of it where the conversation goes on,
+    # which no model would have written: no target.
+    last = {"gpt2": ["\n\n", "<|end|>"], "llama3": [".\n\n", "<|end|>"]}[split]
+    inner = {"gpt2": " paint.", "llama3": " paint.\n\n"}[split]
+    assert tokenizer.batch_decode([[id] for id in said[-1][-2:]]) == last
+    assert tokenizer.decode(said[1]).endswith(inner)
+    encoder = Encoder(tokenizer, **ENDLESS)
+    safe = encoder.encode(triple(messages=messages[:-1], safe=SAY["content"])).safe
+    assert safe.tolist() == said[-1]
+
+
+def assert_reads_as_its_template(tokenizer, messages: list, *, appended: bool) -> list[list[int]]:
+    """Compares a dialogue with what a model is shown of it; returns the targets of each turn."""
+    encoder = Encoder(tokenizer, **ENDLESS)
+    encoded = encoder.encode(Dialogue(messages=messages, id="d"))
+    ids = encoded.input_ids.tolist()
+    rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    if appended:
+        assert ids == [*rendered, tokenizer.eos_token_id]
+    else:  # but for what stands between this turn and the next
+        assert ids == rendered[: len(ids)]
+        assert not tokenizer.decode(rendered[len(ids) :]).strip()
+    starts = np.flatnonzero(np.diff(encoded.is_target.astype(int), prepend=0) == 1)
+    ends = np.flatnonzero(np.diff(encoded.is_target.astype(int), append=0) == -1) + 1
+    asked = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for index, start in zip(asked, starts, strict=True):
+        assert ids[:start] == encoder.prompt_ids(messages[:index])
+    return [ids[start:end] for start, end in zip(starts, ends, strict=True)]
 
 
 def test_a_response_is_trimmed_as_the_template_trims(templated) -> None:
@@ -103,6 +146,16 @@ def test_no_token_straddles_the_border_of_prompt_and_response(templated) -> None
     assert tokenizer.decode(encoded.safe) == "rry.<|im_end|>"
     ends = [tokenizer.decode(encoded.harmful[:end]) for end in encoded.word_ends]
     assert ends == ["rry,", "rry, I"]
+
+
+def test_an_answer_that_no_model_would_have_begun_so_is_no_target(templated) -> None:
+    encoder = Encoder(templated("straddling"), **ENDLESS)
+    answers = [{"role": "assistant", "content": text} for text in ("rry, no.", "rry.")]
+    encoded = encoder.encode(Dialogue(messages=[ASK, answers[0], MORE, answers[1]], id="d"))
+    assert encoder.tokenizer.decode(encoded.input_ids[encoded.is_target]) == "rry.<|im_end|>"
+    start = len(encoded.input_ids) - encoded.is_target.sum()
+    prompt = encoder.prompt_ids([ASK, answers[0], MORE])
+    assert encoded.input_ids[:start].tolist() == prompt
 
 
 def test_batches_encode_as_single_records_do(templated) -> None:
