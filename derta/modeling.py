@@ -284,7 +284,7 @@ def _forward_packed(
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
     example_bounds: Bounds | None = None,
-    router_weight: float = 1.0,
+    router_weight: float | Tensor = 1.0,
     **kwargs: Any,
 ) -> Any:
     """The body over a pack, then the loss on its hidden states; see `apply_derta`."""

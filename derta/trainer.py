@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -91,6 +91,14 @@ class EpochSteps:
         epoch = self.steps_done() // self.steps_per_epoch
         first = epoch * self.steps_per_epoch
         return ([step] for step in range(first, first + self.steps_per_epoch))
+
+
+class StepCounts(NamedTuple):
+    """Targets of either kind and filled packs of one step over all ranks, each () float32."""
+
+    next: Tensor
+    rto: Tensor
+    packs: Tensor
 
 
 def _only(items: list[list[PackedBatch]]) -> list[PackedBatch]:
@@ -253,54 +261,52 @@ class DertaTrainer(Trainer):
         model.train()
         if self.optimizer is not None and hasattr(self.optimizer, "train"):  # schedule-free ones
             self.optimizer.train()
-        counts = self._target_counts(inputs)
-        filled = sum(bool(batch.example_ids) for batch in inputs)
+        counts = self._step_counts(inputs)
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs):
             last = index == len(inputs) - 1
             # DeepSpeed steps its optimizer when this flag says that the gradients are complete.
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._pack_loss(model, batch, counts, max(filled, 1))
+                loss = self._pack_loss(model, batch, counts)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    def _target_counts(self, batches: list[PackedBatch]) -> Tensor:
-        """Next-token and RTO targets of the whole step over all ranks, (2,) float32."""
+    def _step_counts(self, batches: list[PackedBatch]) -> StepCounts:
+        """Of the whole step over all ranks."""
         counts = torch.tensor(
-            [[batch.next_count, batch.rto_count] for batch in batches], dtype=torch.float32
+            [[batch.next_count, batch.rto_count, bool(batch.example_ids)] for batch in batches],
+            dtype=torch.float32,
         ).sum(0)
-        if self.args.world_size == 1:
-            return counts
-        return self._sum_over_ranks(counts.to(self.args.device))
+        if self.args.world_size > 1:
+            counts = self._sum_over_ranks(counts.to(self.args.device))
+        return StepCounts(*counts.unbind())
 
-    def _pack_loss(
-        self, model: nn.Module, batch: PackedBatch, counts: Tensor, packs: int
-    ) -> Tensor:
+    def _pack_loss(self, model: nn.Module, batch: PackedBatch, counts: StepCounts) -> Tensor:
         """Loss of one pack; gradients are averaged over ranks and summed over a rank's packs."""
-        num_items, rto_weight = self._normalizer(batch, counts, packs)
+        num_items, rto_weight = self._normalizer(batch, counts)
+        # The token of an empty pack has no target, but is routed to experts like any other.
+        router_share = bool(batch.example_ids) / counts.packs
         batch = batch.to(self.args.device, non_blocking=True)
         output = model(
             **batch.model_inputs(),
-            num_items=num_items,
+            num_items=num_items / self.args.world_size,
             rto_weight=rto_weight,
-            router_weight=1.0 / packs,
+            router_weight=router_share * self.args.world_size,
         )
         self.metrics.add(batch, output, self.state.global_step + 1)
         return output.loss
 
-    def _normalizer(
-        self, batch: PackedBatch, counts: Tensor, packs: int
-    ) -> tuple[Tensor | int, Tensor | float]:
+    def _normalizer(self, batch: PackedBatch, counts: StepCounts) -> tuple[Tensor, Tensor | float]:
         """What `loss_norm` divides a pack's sum by, and the weight of its RTO targets."""
         weight = self.args.rto_weight
         if self.args.loss_norm == "official":
-            return max(batch.next_count + batch.rto_count, 1) * packs, weight
+            return max(batch.next_count + batch.rto_count, 1) * counts.packs, weight
         if self.args.loss_norm == "tokens":
-            return counts.sum().clamp(min=1) / self.args.world_size, weight
-        next_count, rto_count = counts.clamp(min=1)
-        return next_count / self.args.world_size, weight * next_count / rto_count
+            return (counts.next + counts.rto).clamp(min=1), weight
+        next_count = counts.next.clamp(min=1)
+        return next_count, weight * next_count / counts.rto.clamp(min=1)
 
     @torch.no_grad()
     def evaluate(  # type: ignore[override]
