@@ -42,6 +42,7 @@ from derta.data import (
     plan_packs,
     resolve_refusal_token,
 )
+from derta.data.records import distinct
 from derta.metrics import StepMetrics
 from derta.modeling import apply_derta
 
@@ -127,8 +128,8 @@ class DertaTrainer(Trainer):
         optimizers: as in `Trainer`.
 
     Raises:
-        ValueError: no record fits `max_length`, the refusal token cannot be resolved, or the model
-            is one that `apply_derta` refuses.
+        ValueError: two records have one id, no record fits `max_length`, the refusal token cannot
+            be resolved, or the model is one that `apply_derta` refuses.
         FloatingPointError: while training, a loss was NaN or infinite; names step and examples.
     """
 
@@ -188,7 +189,8 @@ class DertaTrainer(Trainer):
             branches=args.branches,
             cuts=args.cuts,
         )
-        examples = [example for example in encoder.encode_many(records) if example is not None]
+        named = distinct((f"record {place}", record) for place, record in enumerate(records))
+        examples = [example for example in encoder.encode_many(named) if example is not None]
         if encoder.skipped:
             logger.warning(
                 "%d of %d examples skipped: a prompt with its safe response, or a dialogue, is "

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from derta.cli.loading import load_tokenizer, read_file, weights_dtype
+from derta.cli.loading import load_tokenizer, read_files, weights_dtype
 from derta.data import Dialogue, Triple
 from derta.evaluation import (
     EvaluationData,
@@ -122,7 +122,7 @@ def read_kind(key: str, path: str | None, kind: type[Kind]) -> list[Kind]:
     if path is None:
         return []
     records = []
-    for record in read_file(path):
+    for record in read_files([path]):
         if not isinstance(record, kind):
             raise ValueError(
                 f"{path}: {key} takes a file of {kind.__name__.lower()}s, {record.id} is a "

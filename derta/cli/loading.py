@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,13 +106,14 @@ def weights_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_bfloat16 else torch.float32
 
 
-def read_file(path: str) -> list[Record]:
-    """All records of a file.
+def read_files(paths: Sequence[str]) -> list[Record]:
+    """All records of the files.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: one is not there.
         ValueError: as `read_records`.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such record file")
-    return list(read_records(path))
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such record file")
+    return list(read_records(*paths))

@@ -14,7 +14,7 @@ from transformers import (
     PrinterCallback,
 )
 
-from derta.cli.loading import load_tokenizer, read_file, weights_dtype
+from derta.cli.loading import load_tokenizer, read_files, weights_dtype
 from derta.config import DertaConfig
 from derta.data import render_pack
 from derta.progress import Progress
@@ -93,8 +93,8 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
 
 def run(config: Config) -> None:
     """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
-    records = [record for path in config.train_files for record in read_file(path)]
-    eval_records = [record for path in config.eval_files for record in read_file(path)]
+    records = read_files(config.train_files)
+    eval_records = read_files(config.eval_files)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     trainer = DertaTrainer(
         model=load_model(config),

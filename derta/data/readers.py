@@ -6,42 +6,49 @@ fields it reads.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from derta.data.records import Dialogue, Record, Triple, check_text
+from derta.data.records import Dialogue, Record, Triple, check_text, distinct
 
 Row = Mapping[str, Any]
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
-    """Reads triples and dialogues from a UTF-8 file, one after the other.
+def read_records(*paths: str | Path) -> Iterator[Record]:
+    """Reads triples and dialogues from UTF-8 files, one after the other.
 
-    What the file is called plays no part. Rows may be of several formats, see `FORMATS`; fields
-    that no format knows are left alone. A row without an `id` is called after the file's stem and
-    its line, one without a `source` after the stem.
+    What a file is called plays no part. Rows may be of several formats, see `FORMATS`; fields that
+    no format knows are left alone. A row without an `id` is called after its place, which is
+    `file:line`, the file as it is given here, or `file:line[element]` in an array, whose elements
+    may share a line; one without a `source` after the file's stem.
 
     Raises:
-        ValueError: `file:line: field: what is wrong, what was expected`, for the first bad row. It
-            names fields and never quotes their text.
-        OSError: the file cannot be read.
+        ValueError: `place: field: what is wrong, what was expected`, for the first bad row, which
+            names fields and never quotes their text; or two rows of these files have one id.
+        OSError: a file cannot be read.
     """
-    path = Path(path)
+    return distinct(itertools.chain.from_iterable(map(_read, map(Path, paths))))
+
+
+def _read(path: Path) -> Iterator[tuple[str, Record]]:
+    """Records and their places."""
     text = _read_text(path)
     rows = _array_rows if text.startswith("[", _skip_space(text, 0)) else _line_rows
-    line = 0
-    for line, row in rows(path, text):
+    place = ""
+    for within, row in rows(path, text):
+        place = f"{path}:{within}"
         try:
-            record = _record(row, default_id=f"{path.stem}:{line}", default_source=path.stem)
+            record = _record(row, default_id=place, default_source=path.stem)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}:{line}: {error}") from error
-        yield record
-    if not line:
+            raise ValueError(f"{place}: {error}") from error
+        yield place, record
+    if not place:
         raise ValueError(f"{path}:1: no record, expected JSON Lines or a JSON array of records")
 
 
@@ -125,7 +132,8 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
-def _line_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def _line_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Rows, each with its line."""
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
             continue
@@ -136,14 +144,15 @@ def _line_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                 f"{path}:{line}: not JSON at column {error.colno} ({error.msg}), "
                 "expected one object a line"
             ) from error
-        yield line, row
+        yield f"{line}", row
 
 
-def _array_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Elements of a JSON array, each with the line on which it starts."""
+def _array_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Elements of a JSON array, each with the line on which it starts and its index."""
     decode = json.JSONDecoder().raw_decode
     position = _skip_space(text, 0)
     line = text.count("\n", 0, position) + 1
+    index = 0
     while text[position : position + 1] in ("[", ","):
         start = _skip_space(text, position + 1)
         line += text.count("\n", position, start)
@@ -157,7 +166,8 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                 f"{path}:{error.lineno}: not JSON at column {error.colno} ({error.msg}), "
                 "expected an array of objects"
             ) from error
-        yield line, row
+        yield f"{line}[{index}]", row
+        index += 1
         position = _skip_space(text, end)
         line += text.count("\n", start, position)
     if text[position : position + 1] != "]":

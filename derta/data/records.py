@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,8 @@ class Triple:
         messages: {"role", "content"} each, with roles system, user and assistant.
         safe: the response to learn.
         harmful: the response to learn to break off.
-        id: names the example in errors, and seeds what is drawn for it.
+        id: names the example in errors, and seeds what is drawn for it; no other example of a run
+            has it.
         source: where it comes from.
 
     Raises:
@@ -72,7 +73,7 @@ class Dialogue:
     Args:
         messages: {"role", "content"} each, with roles system, user and assistant; the last is the
             assistant's, the first is not. A tuple afterwards.
-        id: names the example in errors.
+        id: names the example in errors; no other example of a run has it.
         source: where it comes from.
 
     Raises:
@@ -143,6 +144,23 @@ def check_messages(field: str, value: Any) -> tuple[Message, ...]:
             )
         check_text(f"{name}.content", message["content"])
     return tuple(dict(message) for message in value)
+
+
+def distinct(placed: Iterable[tuple[str, Record]]) -> Iterator[Record]:
+    """The records as they come, each given with the place that it is from.
+
+    Raises:
+        ValueError: two have one id, and would be cut at the same places; names both.
+    """
+    places: dict[str, str] = {}
+    for place, record in placed:
+        if record.id in places:
+            raise ValueError(
+                f"{place}: id: {record.id!r} is that of {places[record.id]} too, expected one of "
+                "its own"
+            )
+        places[record.id] = place
+        yield record
 
 
 @contextmanager

@@ -267,6 +267,12 @@ def test_examples_that_do_not_fit_are_counted_and_none_left_is_an_error(tmp_path
         trainer(tmp_path, max_length=8)
 
 
+def test_records_that_share_an_id_would_share_their_draws_and_are_refused(tmp_path: Path) -> None:
+    tuned = trainer(tmp_path)
+    with pytest.raises(ValueError, match="^record 9: id: 'triple-0' is that of record 0 too"):
+        tuned.evaluate([*RECORDS, RECORDS[0]])
+
+
 def test_a_tokenizer_is_required(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="processing_class must be the model's tokenizer"):
         DertaTrainer(model=tiny_model("llama"), args=settings(tmp_path), train_dataset=RECORDS)

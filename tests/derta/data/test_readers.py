@@ -1,8 +1,10 @@
-"""Files are read by the fields found in them, and a bad row is named by file, line and field."""
+"""Files are read by the fields found in them, and a bad row is named by its place and field."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,9 @@ ASK = {"role": "user", "content": "How?"}
 SAY = {"role": "assistant", "content": "So."}
 OWN = {"prompt": "How?", "safe": "Sorry.", "harmful": "Sure."}
 
-# Each kind of row, and the record that it is when read from line 1 of rows.txt.
+# Each kind of row, and the record that it is when its id and source are "rows".
 ROWS = {
-    "own": (OWN, Triple(**OWN, id="rows:1", source="rows")),
+    "own": (OWN, Triple(**OWN, id="rows", source="rows")),
     "own with messages": (
         {"messages": [SAY, ASK], "safe": "Sorry.", "harmful": "Sure.", "id": "a", "source": "b"},
         Triple(messages=[SAY, ASK], safe="Sorry.", harmful="Sure.", id="a", source="b"),
@@ -26,15 +28,15 @@ ROWS = {
     ),
     "official dialogue": (
         {"instruction": "How?", "output": "So."},
-        Dialogue(messages=[ASK, SAY], id="rows:1", source="rows"),
+        Dialogue(messages=[ASK, SAY], id="rows", source="rows"),
     ),
     "conversation": (
         {"messages": [ASK, SAY]},
-        Dialogue(messages=[ASK, SAY], id="rows:1", source="rows"),
+        Dialogue(messages=[ASK, SAY], id="rows", source="rows"),
     ),
     "own with remarks": (
         {**OWN, "category": ["x"], "score": 3},
-        Triple(**OWN, id="rows:1", source="rows"),
+        Triple(**OWN, id="rows", source="rows"),
     ),
 }
 
@@ -54,7 +56,12 @@ def test_the_fields_decide_and_not_the_name(tmp_path: Path, kind: str, layout: s
         "array": json.dumps([row]),
         "bom": "\ufeff" + json.dumps(row, ensure_ascii=False),
     }[layout]
-    assert list(read_records(write(tmp_path, text))) == [expected]
+    path = write(tmp_path, text)
+    (record,) = read_records(path)
+    if "id" not in row:
+        assert record.id == f"{path}:1" + ("[0]" if layout == "array" else "")
+        expected = dataclasses.replace(expected, id=record.id)
+    assert record == expected
 
 
 def test_rows_of_one_file_may_be_of_several_formats(tmp_path: Path) -> None:
@@ -70,11 +77,43 @@ def test_separators_other_than_newlines_may_stand_in_a_text(tmp_path: Path) -> N
     assert record.messages[0]["content"] == row["prompt"]
 
 
-def test_rows_without_an_id_are_called_by_file_and_line(tmp_path: Path) -> None:
+def ids(*paths: Path | str) -> list[str]:
+    return [record.id for record in read_records(*paths)]
+
+
+def test_rows_without_an_id_are_called_by_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = write(tmp_path, "\n" + json.dumps(OWN) + "\n\n" + json.dumps(OWN))
-    assert [record.id for record in read_records(lines)] == ["rows:2", "rows:4"]
+    assert ids(lines) == [f"{lines}:2", f"{lines}:4"]
     array = write(tmp_path, "\n[\n" + ",\n\n".join([json.dumps(OWN, indent=1)] * 2) + "\n]\n")
-    assert [record.id for record in read_records(array)] == ["rows:3", "rows:9"]
+    assert ids(array) == [f"{array}:3[0]", f"{array}:9[1]"]
+    monkeypatch.chdir(tmp_path)
+    assert ids("rows.txt") == ["rows.txt:3[0]", "rows.txt:9[1]"]
+
+
+def test_rows_of_one_line_and_files_of_one_name_have_ids_of_their_own(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "rows.json" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps([OWN] * 3))
+    assert ids(*paths) == [f"{path}:1[{index}]" for path in paths for index in range(3)]
+
+
+@pytest.mark.parametrize("other", [7, "7"])
+def test_an_id_given_twice_is_named_with_both_places(tmp_path: Path, other: int | str) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text(json.dumps([OWN, {**OWN, "id": 7}]))
+    second.write_text(json.dumps(OWN) + "\n\n" + json.dumps({**OWN, "id": other}))
+    expected = f"{second}:3: id: '7' is that of {first}:1[1] too, expected one of its own"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        ids(first, second)
+    default = f"{first}:1[0]"
+    second.write_text(json.dumps({**OWN, "id": default}))
+    with pytest.raises(ValueError, match=re.escape(f"{second}:1: id: '{default}' is that of ")):
+        ids(first, second)
+    with pytest.raises(ValueError, match=re.escape(f"is that of {first}:1[0] too")):
+        ids(first, first)
 
 
 BAD = [
@@ -85,7 +124,8 @@ BAD = [
     ("3", "1: row: is int, expected an object"),
     ('[\n{"prompt"}]', "2: not JSON at column 10 .*, expected an array of objects"),
     ("[", "1: not JSON at column 2"),
-    ('[3,\n"x"]', "1: row: is int, expected an object"),
+    ('[3,\n"x"]', r"1\[0\]: row: is int, expected an object"),
+    (f"[{json.dumps(OWN)}, 3]", r"1\[1\]: row: is int, expected an object"),
     (f"[{json.dumps(OWN)}\n", "2: the array breaks off, expected ',' or ']'"),
     (f"[{json.dumps(OWN)}\n{json.dumps(OWN)}]", "2: the array breaks off, expected ',' or ']'"),
     (f"[{json.dumps(OWN)},\n]", "2: not JSON at column 1"),
@@ -132,7 +172,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("text", "message"), BAD)
-def test_a_bad_row_is_named_by_file_line_and_field(
+def test_a_bad_row_is_named_by_its_place_and_field(
     tmp_path: Path, text: str | bytes, message: str
 ) -> None:
     with pytest.raises(ValueError, match=r"rows\.txt:" + message.replace("|", r"\|")):
@@ -140,8 +180,9 @@ def test_a_bad_row_is_named_by_file_line_and_field(
 
 
 def test_good_rows_come_before_the_error_of_a_bad_one(tmp_path: Path) -> None:
-    records = read_records(write(tmp_path, json.dumps(OWN) + "\n{}"))
-    assert next(records).id == "rows:1"
+    path = write(tmp_path, json.dumps(OWN) + "\n{}")
+    records = read_records(path)
+    assert next(records).id == f"{path}:1"
     with pytest.raises(ValueError, match=r"rows\.txt:2: fields: found none"):
         next(records)
 

@@ -92,7 +92,7 @@ def test_settings_reach_the_evaluation(workplace: Path) -> None:
         ("--model model --benign none.jsonl", "none.jsonl: no such record file"),
         (
             "--model model --harmful benign.jsonl",
-            "benign.jsonl: harmful takes a file of triples, benign:1 is a dialogue",
+            "benign.jsonl: harmful takes a file of triples, benign.jsonl:1 is a dialogue",
         ),
         ("--model bare --benign benign.jsonl", "bare: adapters without adapter_model.safetensors"),
         (
