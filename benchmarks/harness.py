@@ -67,19 +67,24 @@ def setup(case: Case, implementation: str, device: torch.device) -> Setup:
 
 
 def measure(ready: Setup) -> dict[str, Any]:
-    """A turn: `time_ms` of its steps, `peak_mib` of one over the state before it, a GPU's clock.
+    """A turn: `time_ms` of its steps, `peak_mib` of one over the state before it, and two more.
 
-    CPU: one step. CUDA: `GPU_STEPS`, each with its inputs out of the cache, after one that fills
+    `others_share` is how much of a CPU other processes took, `sm_clock_mhz` a GPU's clock at the
+    end. CPU: one step. CUDA: `GPU_STEPS`, each with its inputs out of the cache, after one that fills
     the allocator.
     """
     if ready.inputs.hidden.is_cuda:
         return _measure_cuda(ready)
     ready.clear()
-    peak_mib = watch_resident_memory()
+    peak_mib, others = watch_resident_memory(), watch_other_processes()
     begin = time.perf_counter()
     ready.step()
-    time_ms = 1000 * (time.perf_counter() - begin)
-    return {"time_ms": [time_ms], "peak_mib": peak_mib()}
+    seconds = time.perf_counter() - begin
+    return {
+        "time_ms": [1000 * seconds],
+        "peak_mib": peak_mib(),
+        "others_share": others() / (seconds * (os.cpu_count() or 1)),
+    }
 
 
 def watch_resident_memory() -> Callable[[], float]:
@@ -92,6 +97,19 @@ def watch_resident_memory() -> Callable[[], float]:
     before_kib = _status_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return lambda: (_status_kib("VmHWM") - before_kib) / 1024
+
+
+def watch_other_processes() -> Callable[[], float]:
+    """A function that says for how many core-seconds others have run since this call."""
+
+    def seconds() -> float:
+        line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
+        user, nice, system, _, _, irq, softirq, steal = map(int, line.split()[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time()
+
+    before = seconds()
+    return lambda: max(0.0, seconds() - before)
 
 
 def _status_kib(field: str) -> int:

@@ -22,9 +22,10 @@ from benchmarks.harness import ROOT, load
 from benchmarks.interleave import Job, Settings, machine_of, run
 from benchmarks.peers import EAGER, IMPLEMENTATIONS, PRODUCTS
 from benchmarks.records import load_groups, records_of, save_groups
-from benchmarks.requirements import OURS, TORCH_CHUNKED, verdicts
+from benchmarks.requirements import OURS, TORCH_CHUNKED, requirements, verdicts
 
 ALL = tuple(IMPLEMENTATIONS)
+MOST = (OURS, "derta torch", EAGER, "full compiled", "torch chunked, 2048 rows", "trl", PRODUCTS)
 FEW = (OURS, EAGER, TORCH_CHUNKED, PRODUCTS)
 SPARSE = (OURS, "derta torch", EAGER, TORCH_CHUNKED, "liger", "cce default", "quack", "trl")
 
@@ -36,10 +37,10 @@ def groups_for(device: str) -> dict[str, list[tuple[Case, str]]]:
         frozen, random = replace(case, trainable=False), replace(case, inputs="random")
         return {
             "trainable head": _each(case, ALL),
-            "frozen head": _each(frozen, ALL),
-            "trainable head, random rows": _each(random, FEW),
-            "float32": _each(replace(case, dtype="float32"), ALL),
+            "frozen head": _each(frozen, MOST),
+            "float32": _each(replace(case, dtype="float32"), MOST),
             "5% live": _sparse(case),
+            "trainable head, random rows": _each(random, FEW),
         }
     case = Case("llama-3-8b", 8192)
     frozen = replace(case, trainable=False)
@@ -74,6 +75,7 @@ def main() -> None:
     done = load_groups(folder / report.RECORDS)
     settings = Settings(options.device, options.threads, options.peers)
     other = _torch_version(options.other_python) if options.other_python else None
+    judged = {r.case for r in requirements() if r.against == TORCH_CHUNKED}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.groups or groups:
@@ -88,7 +90,7 @@ def main() -> None:
                 jobs += [
                     replace(job, python=options.other_python, torch_version=other)
                     for job in jobs
-                    if job.implementation == TORCH_CHUNKED
+                    if job.case in judged and job.implementation == TORCH_CHUNKED
                 ]
             machine = machine_of(settings)
             outcomes = run(
@@ -119,7 +121,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=7, help="turns of each implementation")
     parser.add_argument("--peers", help="a folder to import other libraries from")
     parser.add_argument(
-        "--other-python", help="measure torch's own op with this Python's torch too"
+        "--other-python",
+        help="where ours is judged by torch's own op, measure that of this Python's torch too",
     )
     parser.add_argument("--resume", action="store_true", help="keep groups that have records")
     parser.add_argument(

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -59,13 +59,14 @@ def _record(quantity: str, value: float | None, reason: str | None = None) -> Re
 
 
 def _of_turns(turns: list[dict[str, Any]]) -> dict[str, float]:
-    """Spread of the times, interpolated; the most memory; the lowest clock, if it was read."""
+    """Spread of the times, interpolated; the most memory; how disturbed a CPU, or slow a GPU, was."""
     time_ms = [ms for turn in turns for ms in turn["time_ms"]]
     tenths = quantiles(time_ms, n=10, method="inclusive") if time_ms[1:] else time_ms * 9
     values = {f"time_ms_p{p}": tenths[p // 10 - 1] for p in (20, 50, 80)}
     values |= {"timings": len(time_ms), "peak_mib": max(turn["peak_mib"] for turn in turns)}
-    if "sm_clock_mhz" in turns[0]:
-        values["sm_clock_mhz"] = min(turn["sm_clock_mhz"] for turn in turns)
+    for quantity, taken in (("others_share", median), ("sm_clock_mhz", min)):
+        if quantity in turns[0]:
+            values[quantity] = taken(turn[quantity] for turn in turns)
     return values
 
 

@@ -29,7 +29,7 @@ COLUMNS = (
     "error of loss",
     "of d_hidden",
     "of d_weight",
-    "MHz",
+    "machine",
 )
 
 
@@ -89,10 +89,17 @@ def _case(records: list[Record]) -> str:
                 f"{peak_mib:.0f}",
                 _ratio(peak_mib, eager.get("peak_mib")) if right and name != PRODUCTS else "",
                 *(f"{values[q]:.1e}" if q in values else "-" for q in ERRORS),
-                f"{values['sm_clock_mhz']:.0f}" if "sm_clock_mhz" in values else "-",
+                _condition(values),
             )
         )
     return _markdown(COLUMNS, rows)
+
+
+def _condition(values: dict[str, float]) -> str:
+    """What state the machine was in."""
+    if "sm_clock_mhz" in values:
+        return f"{values['sm_clock_mhz']:.0f} MHz"
+    return f"{values['others_share']:.0%} taken" if "others_share" in values else "-"
 
 
 def _ratio(value: float, other: float | None) -> str:
