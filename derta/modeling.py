@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
@@ -158,6 +159,12 @@ def remove_derta(model: nn.Module) -> nn.Module:
 def patch_of(model: nn.Module) -> Patch | None:
     """What `apply_derta` was asked for, or None of a model that is not patched."""
     return vars(_transformers_model(model)).get("_derta_patch")
+
+
+def context_length(model: nn.Module) -> int:
+    """The longest sequence that the model can read, in tokens."""
+    config = _transformers_model(model).config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

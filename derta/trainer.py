@@ -41,10 +41,11 @@ from derta.data import (
     packed_length,
     plan_packs,
     resolve_refusal_token,
+    sequence_length,
 )
 from derta.data.records import distinct
 from derta.metrics import StepMetrics
-from derta.modeling import apply_derta
+from derta.modeling import apply_derta, context_length
 
 logger = logging.get_logger(__name__)
 
@@ -128,8 +129,9 @@ class DertaTrainer(Trainer):
         optimizers: as in `Trainer`.
 
     Raises:
-        ValueError: two records have one id, no record fits `max_length`, the refusal token cannot
-            be resolved, or the model is one that `apply_derta` refuses.
+        ValueError: two records have one id, no record fits `max_length`, one exceeds the model's
+            context, the refusal token cannot be resolved, or the model is one that `apply_derta`
+            refuses.
         FloatingPointError: while training, a loss was NaN or infinite; names step and examples.
     """
 
@@ -160,6 +162,7 @@ class DertaTrainer(Trainer):
         if self.refusal_token.warning is not None:
             logger.warning(self.refusal_token.warning)
 
+        self.context = context_length(model)
         self.collator = DertaCollator(
             branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep, seed=args.seed
         )
@@ -205,15 +208,18 @@ class DertaTrainer(Trainer):
                 f"no example is left to train on: {len(records)} given, {encoder.skipped} longer "
                 f"than max_length ({args.max_length}) or max_tokens ({args.max_tokens})"
             )
+        layout: Any = dict(branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep)
+        for example in examples:
+            length = sequence_length(example, **layout)
+            if length > self.context:
+                raise ValueError(
+                    f"{example.id}: its {length} tokens exceed the model's context of "
+                    f"{self.context}: --max_length {self.context} cuts or skips what is longer"
+                )
         steps_per_epoch = math.ceil(len(examples) / args.examples_per_step)
         epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs
         plan = plan_packs(
-            [
-                packed_length(
-                    example, branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep
-                )
-                for example in examples
-            ],
+            [packed_length(example, **layout) for example in examples],
             max_tokens=args.max_tokens,
             examples_per_step=args.examples_per_step,
             epochs=math.ceil(epochs),
@@ -360,5 +366,6 @@ class DertaTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        # A pickle that nothing here reads.
-        Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink()
+        if self.args.should_save:
+            # A pickle that nothing here reads.
+            Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink()

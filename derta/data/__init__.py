@@ -11,7 +11,14 @@ from derta.data.cuts import (
     example_rng,
 )
 from derta.data.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
-from derta.data.packing import DertaCollator, Drawn, PackedBatch, pack, packed_length
+from derta.data.packing import (
+    DertaCollator,
+    Drawn,
+    PackedBatch,
+    pack,
+    packed_length,
+    sequence_length,
+)
 from derta.data.planning import Plan, plan_packs
 from derta.data.readers import FORMATS, read_records
 from derta.data.records import Dialogue, Message, Record, Triple
@@ -45,4 +52,5 @@ __all__ = [
     "read_records",
     "render_pack",
     "resolve_refusal_token",
+    "sequence_length",
 ]

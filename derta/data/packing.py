@@ -264,6 +264,20 @@ def packed_length(example: Encoded, *, branches: int, cuts: str, rto_keep: float
     return int(len(example.prompt) + reach + count * (len(example.safe) - 1))
 
 
+def sequence_length(example: Encoded, *, branches: int, cuts: str, rto_keep: float) -> int:
+    """Tokens of the longest logical sequence of an example, whatever is drawn for it.
+
+    That is its trunk, or what a branch sees: the same as one branch packed without RTO.
+
+    Raises:
+        ValueError: as `cut_probabilities`.
+    """
+    return max(
+        packed_length(example, branches=0, cuts=cuts, rto_keep=rto_keep),
+        packed_length(example, branches=min(branches, 1), cuts=cuts, rto_keep=0.0),
+    )
+
+
 class DertaCollator:
     """Draws cuts and RTO rows for examples and packs them.
 

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat, EncodedDialogue, Encoder, resolve_refusal_token
 from derta.data.records import naming
-from derta.evaluation.generate import context_length, generate, stop_ids
+from derta.evaluation.generate import generate, stop_ids
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
 from derta.evaluation.teacher_forcing import perplexity, refusal_curve, response
+from derta.modeling import context_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,9 @@ class EvaluationSettings:
         helpful: "exact_match" of generated answers, or "perplexity" of the given ones.
         judge: decides which answers refuse.
         samples: answers kept for each scenario; none by default, so that no text is shown.
+
+    Raises:
+        ValueError: a value is out of its range, or two prefill depths are the same.
     """
 
     refusal: str | int = "auto"
@@ -50,8 +54,11 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.helpful not in ("exact_match", "perplexity"):
             raise ValueError(f"helpful must be exact_match or perplexity, got {self.helpful!r}")
-        if self.samples < 0:
-            raise ValueError(f"samples must be at least 0, got {self.samples}")
+        scenarios(self.prefill_depths)
+        least = {"max_new_tokens": 1, "batch_size": 1, "max_tokens": 1, "samples": 0}
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise ValueError(f"{name} must be at least {limit}, got {getattr(self, name)}")
 
 
 def evaluate_model(

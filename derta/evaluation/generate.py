@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -11,15 +10,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from derta.data import Chat
-from derta.modeling import evaluating
+from derta.modeling import context_length, evaluating
 
 SHOWN_AFTER_S = 2.0
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """The longest sequence that the model can read, in tokens."""
-    config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:

@@ -28,8 +28,8 @@ from derta.data import (
     packed_length,
     plan_packs,
 )
-from derta.evaluation.generate import SHOWN_AFTER_S, context_length
-from derta.modeling import apply_derta, evaluating, patch_of, remove_derta
+from derta.evaluation.generate import SHOWN_AFTER_S
+from derta.modeling import apply_derta, context_length, evaluating, patch_of, remove_derta
 
 
 def response(chat: Chat, id: str, messages: Sequence[Message], text: str) -> EncodedTriple:

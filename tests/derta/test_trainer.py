@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from derta import DertaConfig, DertaTrainer, Dialogue, Triple
+from derta.data import sequence_length
 from tiny import tiny_model, tiny_tokenizer
 
 RECORDS = [
@@ -265,6 +266,27 @@ def test_router_loss_is_averaged_over_the_packs_of_a_step(tmp_path: Path) -> Non
 def test_examples_that_do_not_fit_are_counted_and_none_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no example is left to train on: 9 given, 9 longer than"):
         trainer(tmp_path, max_length=8)
+
+
+def test_only_ranks_that_write_a_model_touch_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = trainer(tmp_path)
+    monkeypatch.setattr(DertaConfig, "should_save", False)
+    tuned.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_example_longer_than_the_context_is_named_before_training(tmp_path: Path) -> None:
+    examples = trainer(tmp_path).train_dataset.examples
+    lengths = [sequence_length(one, branches=2, cuts="uniform", rto_keep=1.0) for one in examples]
+    longest = max(lengths)
+    trainer(tmp_path, tiny_model("llama", max_position_embeddings=longest))
+    short = tiny_model("llama", max_position_embeddings=longest - 1)
+    id = examples[lengths.index(longest)].id
+    with pytest.raises(ValueError, match=f"^{id}: its {longest} tokens exceed the model's context"):
+        trainer(tmp_path, short)
+    trainer(tmp_path, short, max_length=longest - 1)
 
 
 def test_records_that_share_an_id_would_share_their_draws_and_are_refused(tmp_path: Path) -> None:

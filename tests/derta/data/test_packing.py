@@ -20,6 +20,7 @@ from derta.data import (
     PackedBatch,
     pack,
     packed_length,
+    sequence_length,
 )
 
 REFUSE = -1
@@ -203,11 +204,31 @@ def test_every_draw_fits_what_was_planned(
         branches = 1
     collator = DertaCollator(branches=branches, cuts=cuts, rto_keep=rto_keep, seed=3)
     batch = collator(examples, epoch)
+    layout = dict(branches=branches, cuts=cuts, rto_keep=rto_keep)
     for example, (start, end) in zip(examples, batch.example_bounds, strict=True):
-        limit = packed_length(example, branches=branches, cuts=cuts, rto_keep=rto_keep)
+        limit = packed_length(example, **layout)
         assert end - start <= limit
         if isinstance(example, EncodedDialogue) or rto_keep == 1.0:
             assert end - start == limit
+        read = int(batch.position_ids[0, start:end].max()) + 1
+        longest = sequence_length(example, **layout)
+        assert read <= longest
+        if isinstance(example, EncodedDialogue) or (cuts == "zero" and rto_keep == 1.0):
+            assert read == longest
+
+
+def test_the_longest_sequence_is_the_trunk_or_what_a_branch_sees() -> None:
+    triple = example_triple(cut_limit=6)  # 3 of prompt, 8 of harmful response, 4 of safe response
+    for branches, cuts, rto_keep, expected in (
+        (0, "uniform", 1.0, 3 + 8),
+        (1, "uniform", 1.0, 3 + 6 + 3),
+        (5, "uniform", 1.0, 3 + 6 + 3),
+        (1, "uniform", 0.0, 3 + 6 + 3),
+        (1, "zero", 0.5, 3 + 8),
+        (1, "zero", 0.0, 3 + 3),
+    ):
+        layout = dict(branches=branches, cuts=cuts, rto_keep=rto_keep)
+        assert sequence_length(triple, **layout) == expected, layout
 
 
 def example_triple(**changes: object) -> EncodedTriple:
