@@ -17,6 +17,17 @@ LossNorm = Literal["tokens", "official", "terms"]
 CutPolicy = Literal["zero", "uniform", "official", "deep"]
 
 
+def check_folder(field: str, path: str) -> None:
+    """Sees to it that `path` is a folder or can become one, before what goes there is made.
+
+    Raises:
+        ValueError: it, or what it is to lie in, is a file.
+    """
+    nearest = next(place for place in (Path(path), *Path(path).parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{field}: {path}: {nearest} is a file, expected a folder")
+
+
 @dataclass
 class DertaConfig(TrainingArguments):
     """Arguments of `DertaTrainer`.
@@ -73,6 +84,7 @@ class DertaConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_folder("output_dir", str(self.output_dir))
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) != 1:
                 raise ValueError(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from derta.config import check_folder
 from derta.demo.run import run_demo
 from derta.evaluation import format_table
 
@@ -23,7 +24,7 @@ class Config:
         output_dir: where report.html, summary.json and the pictures go.
 
     Raises:
-        ValueError: there is no seed.
+        ValueError: there is no seed, or `output_dir` can be no folder.
     """
 
     seeds: int = 1
@@ -32,6 +33,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        check_folder("output_dir", self.output_dir)
 
 
 def run(config: Config) -> None:

@@ -11,15 +11,18 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINER_STATE_NAME
 
-from derta.cli.loading import load_tokenizer, read_files, weights_dtype
+from derta.cli.loading import (
+    find_device,
+    intact_weights,
+    load_model,
+    load_tokenizer,
+    read_files,
+    weights_dtype,
+)
+from derta.config import check_folder
 from derta.data import Dialogue, Triple
 from derta.evaluation import (
     EvaluationData,
@@ -61,7 +64,7 @@ class Config:
         dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
 
     Raises:
-        ValueError: there is nothing to evaluate on.
+        ValueError: there is nothing to evaluate on, or `output_dir` can be no folder.
     """
 
     model: str | list[str] | dict[str, str]
@@ -85,6 +88,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.harmful is None and self.benign is None and self.helpful is None:
             raise ValueError("name at least one file of records: harmful, benign or helpful")
+        check_folder("output_dir", self.output_dir)
 
 
 def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
@@ -141,7 +145,7 @@ def load(
 
     Raises:
         FileNotFoundError: adapters without adapter_model.safetensors or without their base model.
-        ValueError: adapters that are prompts instead of weights.
+        ValueError: adapters that are prompts instead of weights, or damaged weights.
         OSError: as `from_pretrained`, where a folder lacks a model in safetensors or a tokenizer.
     """
     adapters = None
@@ -155,16 +159,11 @@ def load(
         weights = _base(folder, adapters)
         if not (folder / "tokenizer_config.json").is_file():
             tokens = weights
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        weights,
-        dtype=weights_dtype(config.dtype, device),
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    if adapters is not None:
-        model = PeftModel.from_pretrained(model, folder)
     tokenizer = load_tokenizer(tokens, config.chat_template, local_files_only=True)
+    model: Any = load_model(weights, weights_dtype(config.dtype, device), local_files_only=True)
+    if adapters is not None:
+        with intact_weights(folder):
+            model = PeftModel.from_pretrained(model, folder)
     return model.to(device), tokenizer
 
 
@@ -181,24 +180,20 @@ def _base(folder: Path, adapters: PeftConfig) -> str:
     return base
 
 
-def _device(config: Config) -> torch.device:
-    if config.device != "auto":
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def loss_history(folder: Path) -> Sequence[Mapping[str, Any]]:
-    """What a training logged, by the state that it left in the folder or its last checkpoint."""
-    for place in (folder, get_last_checkpoint(folder)):
-        if place is not None and (state := Path(place, "trainer_state.json")).is_file():
-            return json.loads(state.read_text("utf-8"))["log_history"]
-    return []
+    """What was logged while this very model was trained, if `derta train` left it in its folder.
+
+    Checkpoints beside it may be another run's.
+    """
+    state = folder / TRAINER_STATE_NAME
+    return json.loads(state.read_text("utf-8"))["log_history"] if state.is_file() else []
 
 
 def run(config: Config) -> None:
     """Evaluates every model, prints the table, and leaves the report in `output_dir`."""
     started = time.perf_counter()
     folders = model_folders(config.model)
+    device = find_device(config.device)
     data = EvaluationData(
         harmful=read_kind("harmful", config.harmful, Triple),
         benign=read_kind("benign", config.benign, Dialogue),
@@ -217,7 +212,7 @@ def run(config: Config) -> None:
     )
     results: dict[str, list[VariantResult]] = {}
     for name, folder in folders.items():
-        model, tokenizer = load(folder, config, _device(config))
+        model, tokenizer = load(folder, config, device)
         results[name] = [evaluate_model(model, tokenizer, data, settings)]
         del model
     summary = summarize(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PrinterCallback,
-)
+from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from derta.cli.loading import load_tokenizer, read_files, weights_dtype
+from derta.cli import loading
 from derta.config import DertaConfig
 from derta.data import render_pack
 from derta.progress import Progress
@@ -34,6 +33,9 @@ class Config(DertaConfig):
         method: "full", or "lora" for adapters on a frozen model.
         lora_r, lora_alpha, lora_dropout, lora_target_modules: as in PEFT.
         dry_run: shows one pack and what its rows are trained to say, and trains nothing.
+
+    Raises:
+        ValueError: as `DertaConfig`, or adapters would take the place of the model they are for.
     """
 
     model: str
@@ -51,14 +53,24 @@ class Config(DertaConfig):
 
     disable_tqdm: bool | None = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "lora" and Path(self.output_dir).resolve() == Path(self.model).resolve():
+            raise ValueError(
+                f"output_dir: {self.output_dir} holds the model that the adapters are for, choose "
+                "another folder"
+            )
+
 
 def load_model(config: Config) -> PreTrainedModel | PeftModel:
-    dtype = weights_dtype(config.dtype, config.device)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
-    )
+    """The model to tune; with adapters, drawn from the run's seed, if that is the method."""
+    set_seed(config.seed)
+    model = loading.load_model(config.model, loading.weights_dtype(config.dtype, config.device))
     if config.method == "full":
         return model
+    if Path(config.model).is_dir():
+        # Adapters record it, and are to find it from whatever folder they are loaded in.
+        model.name_or_path = str(Path(config.model).resolve())
     adapters = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -80,22 +92,45 @@ def describe(trainer: DertaTrainer) -> str:
     )
 
 
+# What `save_pretrained` calls the weights of models and adapters, and what tells a loader of them.
+MODEL_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
+
+
 def save(trainer: DertaTrainer, directory: Path) -> None:
-    """Writes the tuned model beside its place first: an interrupted save leaves no half of one."""
+    """Puts the tuned model, and the record of its training, in the place of a former one.
+
+    It is written beside its place first, so that an interrupted save costs no model. The former
+    one then goes as a whole: what it had and the new one lacks would be loaded with it, or instead.
+    """
     unfinished = directory / "unfinished"
+    writes = trainer.args.should_save
+    if writes and unfinished.exists():
+        shutil.rmtree(unfinished)
     trainer.save_model(str(unfinished))
-    if trainer.is_world_process_zero():
-        for path in unfinished.iterdir():
-            path.replace(directory / path.name)
-        unfinished.rmdir()
+    if writes:
+        trainer.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+        for former in itertools.chain.from_iterable(map(directory.glob, MODEL_FILES)):
+            former.unlink()
+        for path in sorted(unfinished.rglob("*")):
+            if path.is_file():
+                target = directory / path.relative_to(unfinished)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+        shutil.rmtree(unfinished)
         print(f"tuned model: {directory}")
 
 
 def run(config: Config) -> None:
     """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
-    records = read_files(config.train_files)
-    eval_records = read_files(config.eval_files)
-    tokenizer = load_tokenizer(config.model, config.chat_template)
+    records = loading.read_files(config.train_files)
+    eval_records = loading.read_files(config.eval_files)
+    tokenizer = loading.load_tokenizer(config.model, config.chat_template)
     trainer = DertaTrainer(
         model=load_model(config),
         args=config,

@@ -23,12 +23,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model.save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
     state = {"log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "rto_loss": 0.5}]}
-    checkpoint = tmp_path / "model" / "checkpoint-2"
-    checkpoint.mkdir()
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "model" / "trainer_state.json").write_text(json.dumps(state))
     base = AutoModelForCausalLM.from_pretrained("model")
     lora = LoraConfig(r=2, target_modules="all-linear")
     get_peft_model(base, lora).save_pretrained("adapters")
+    # Another run's, which says nothing of these adapters.
+    checkpoint = tmp_path / "adapters" / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     write(
         "harmful.jsonl", {"prompt": "How?", "safe": "Sorry, no.", "harmful": "Step one, step two."}
     )
@@ -42,7 +44,7 @@ def write(name: str, row: dict) -> None:
 
 
 def call(arguments: str) -> int:
-    return main(["eval", *arguments.split(), "--device", "cpu", "--output_dir", "out"])
+    return main(["eval", "--device", "cpu", "--output_dir", "out", *arguments.split()])
 
 
 def test_models_and_adapters_are_compared(
@@ -108,6 +110,27 @@ def test_settings_reach_the_evaluation(workplace: Path) -> None:
             "none.jinja",
         ),
         ("--model model --benign benign.jsonl --keywords []", "keywords must name at least one"),
+        # Nothing is in `bare` that could be loaded: these are told without trying.
+        (
+            "--model bare --benign benign.jsonl --prefill_depths [0,-1]",
+            "prefill_depths must be distinct and not negative, got [0, -1]",
+        ),
+        (
+            "--model bare --benign benign.jsonl --batch_size 0",
+            "batch_size must be at least 1, got 0",
+        ),
+        (
+            "--model bare --benign benign.jsonl --max_new_tokens 0",
+            "max_new_tokens must be at least 1, got 0",
+        ),
+        (
+            "--model bare --benign benign.jsonl --device cuda:99",
+            "device must be auto, cpu or a GPU",
+        ),
+        (
+            "--model bare --benign benign.jsonl --output_dir benign.jsonl",
+            "output_dir: benign.jsonl: benign.jsonl is a file, expected a folder",
+        ),
     ],
 )
 def test_a_wrong_call_is_one_sentence_and_leaves_nothing(
@@ -129,6 +152,13 @@ def test_a_wrong_call_is_one_sentence_and_leaves_nothing(
     assert re.match(r"derta eval: ", lines[0])
     assert message in lines[0]
     assert not Path("out").exists()
+
+
+def test_damaged_adapters_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = Path("adapters/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert call("--model adapters --benign benign.jsonl") == 1
+    assert "derta eval: adapters: its weights are damaged" in capsys.readouterr().err
 
 
 def test_pickled_weights_are_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
