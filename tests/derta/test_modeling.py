@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed import HashStore
@@ -205,6 +206,7 @@ def test_a_forward_that_was_set_on_the_instance_comes_back() -> None:
 def test_a_forward_that_accelerate_wrapped_stays_in_its_wrapper() -> None:
     model = tiny_model("llama")
     apply_derta(model, REFUSAL)
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of a trainer in another test
     Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     wrapper = model.forward
     loss = model(**pack()).loss
