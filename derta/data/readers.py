@@ -98,7 +98,7 @@ FORMATS: dict[frozenset[str], Callable[..., Record]] = {
 }
 
 # Fields under which public data sets keep text, or a judgement of it, that no format here reads.
-# Known for the same reason: half of a prompt is not a prompt.
+# Known for the same reason: half of a prompt is not a prompt. An empty one is none.
 _UNREAD = frozenset(
     "input system context history conversations response completion chosen rejected is_safe".split()
 )
@@ -108,7 +108,8 @@ _KNOWN = _UNREAD.union(*FORMATS)
 def _record(row: Any, *, default_id: str, default_source: str) -> Record:
     if not isinstance(row, dict):
         raise TypeError(f"row: is {type(row).__name__}, expected an object")
-    read = FORMATS.get(frozenset(row.keys() & _KNOWN))
+    empty = {field for field in row.keys() & _UNREAD if row[field] in ("", None)}
+    read = FORMATS.get(frozenset(row.keys() & _KNOWN - empty))
     if read is None:
         expected = " | ".join(sorted(", ".join(sorted(fields)) for fields in FORMATS))
         found = ", ".join(sorted(row)) or "none"
@@ -144,6 +145,10 @@ def _line_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
                 f"{path}:{line}: not JSON at column {error.colno} ({error.msg}), "
                 "expected one object a line"
             ) from error
+        except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5000 digits
+            raise ValueError(
+                f"{path}:{line}: cannot be read ({error}), expected one object a line"
+            ) from error
         yield f"{line}", row
 
 
@@ -165,6 +170,10 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(
                 f"{path}:{error.lineno}: not JSON at column {error.colno} ({error.msg}), "
                 "expected an array of objects"
+            ) from error
+        except (RecursionError, ValueError) as error:
+            raise ValueError(
+                f"{path}:{line}: cannot be read ({error}), expected an array of objects"
             ) from error
         yield f"{line}[{index}]", row
         index += 1

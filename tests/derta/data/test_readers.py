@@ -71,6 +71,18 @@ def test_rows_of_one_file_may_be_of_several_formats(tmp_path: Path) -> None:
     assert kinds == [type(record) for _, record in ROWS.values()]
 
 
+@pytest.mark.parametrize("nothing", ["", None])
+def test_an_empty_field_that_no_format_reads_is_none(tmp_path: Path, nothing: str | None) -> None:
+    row = {
+        "instruction": "Q?",
+        "input": nothing,
+        "output": "A harmful one.",
+        "safe_response": "No.",
+    }
+    (record,) = read_records(write(tmp_path, json.dumps(row)))
+    assert isinstance(record, Triple) and record.messages[-1]["content"] == "Q?"
+
+
 def test_separators_other_than_newlines_may_stand_in_a_text(tmp_path: Path) -> None:
     row = {**OWN, "prompt": "a\u2028b\u0085c\rd"}
     (record,) = read_records(write(tmp_path, json.dumps(row, ensure_ascii=False)))
@@ -122,6 +134,10 @@ BAD = [
     (" [ ] ", "1: no record"),
     ('\n{"prompt": ', "2: not JSON at column 12 .*, expected one object a line"),
     ("3", "1: row: is int, expected an object"),
+    ("\n" + "[" * 100_000, "2: cannot be read .*recursion"),
+    ('\n{"a":' * 100_000, "2: not JSON"),
+    ('{"a":' * 100_000, "1: cannot be read .*recursion.*, expected one object a line"),
+    ("9" * 5000, "1: cannot be read .*digits.*, expected one object a line"),
     ('[\n{"prompt"}]', "2: not JSON at column 10 .*, expected an array of objects"),
     ("[", "1: not JSON at column 2"),
     ('[3,\n"x"]', r"1\[0\]: row: is int, expected an object"),
