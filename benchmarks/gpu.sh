@@ -44,7 +44,7 @@ loss)
         cp -n "$kept/head_loss.json" "$out"
     fi
     timeout 470 python3 -m benchmarks.head_loss --device cuda --machine "$machine" --out "$out" \
-        --peers "$peers" --repetitions 6 --resume --seconds 200 2>&1 | tee -a "$out/loss.log"
+        --peers "$peers" --repetitions 6 --resume --seconds 260 2>&1 | tee -a "$out/loss.log"
     ;;
 *)
     echo 'usage: benchmarks/gpu.sh tests|loss' >&2

@@ -69,9 +69,9 @@ def setup(case: Case, implementation: str, device: torch.device) -> Setup:
 def measure(ready: Setup) -> dict[str, Any]:
     """A turn: `time_ms` of its steps, `peak_mib` of one over the state before it, and two more.
 
-    `others_share` is how much of a CPU other processes took, `sm_clock_mhz` a GPU's clock at the
-    end. CPU: one step. CUDA: `GPU_STEPS`, each with its inputs out of the cache, after one that fills
-    the allocator.
+    `others_share` is how much of all cores other processes took, `sm_clock_mhz` a GPU's clock at
+    the end. CPU: one step. CUDA: `GPU_STEPS`, each with its inputs out of the cache, after one that
+    fills the allocator.
     """
     if ready.inputs.hidden.is_cuda:
         return _measure_cuda(ready)

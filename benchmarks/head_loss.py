@@ -24,6 +24,8 @@ from benchmarks.peers import EAGER, IMPLEMENTATIONS, PRODUCTS
 from benchmarks.records import load_groups, records_of, save_groups
 from benchmarks.requirements import OURS, TORCH_CHUNKED, requirements, verdicts
 
+# A GPU is lent for minutes, and what cannot compile its kernels in some has to be left out.
+ANSWER_SECONDS = {"cpu": 600.0, "cuda": 150.0}
 ALL = tuple(IMPLEMENTATIONS)
 MOST = (OURS, "derta torch", EAGER, "full compiled", "torch chunked, 2048 rows", "trl", PRODUCTS)
 FEW = (OURS, EAGER, TORCH_CHUNKED, PRODUCTS)
@@ -73,7 +75,9 @@ def main() -> None:
     groups = groups_for(options.device)
     folder = options.out or ROOT / "benchmarks" / "results" / options.machine
     done = load_groups(folder / report.RECORDS)
-    settings = Settings(options.device, options.threads, options.peers)
+    settings = Settings(
+        options.device, options.threads, options.peers, ANSWER_SECONDS[options.device]
+    )
     other = _torch_version(options.other_python) if options.other_python else None
     judged = {r.case for r in requirements() if r.against == TORCH_CHUNKED}
     begin = time.monotonic()

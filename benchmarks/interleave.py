@@ -60,8 +60,8 @@ class Settings:
 
     device: str
     threads: int
-    peers: str | None = None
-    seconds: float = 600.0
+    peers: str | None
+    seconds: float
 
 
 @dataclass

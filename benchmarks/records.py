@@ -59,7 +59,7 @@ def _record(quantity: str, value: float | None, reason: str | None = None) -> Re
 
 
 def _of_turns(turns: list[dict[str, Any]]) -> dict[str, float]:
-    """Spread of the times, interpolated; the most memory; how disturbed a CPU, or slow a GPU, was."""
+    """Spread of the times, interpolated; the most memory; the machine's state meanwhile."""
     time_ms = [ms for turn in turns for ms in turn["time_ms"]]
     tenths = quantiles(time_ms, n=10, method="inclusive") if time_ms[1:] else time_ms * 9
     values = {f"time_ms_p{p}": tenths[p // 10 - 1] for p in (20, 50, 80)}

@@ -79,14 +79,14 @@ def _case(records: list[Record]) -> str:
             continue
         time_ms, peak_mib = values["time_ms_p50"], values["peak_mib"]
         right = bool(values["right"])
-        spread = f"{time_ms:.4g} ({values['time_ms_p20']:.4g}, {values['time_ms_p80']:.4g})"
+        low, high = _number(values["time_ms_p20"]), _number(values["time_ms_p80"])
         rows.append(
             (
                 name,
-                spread,
+                f"{_number(time_ms)} ({low}, {high})",
                 _ratio(time_ms, eager.get("time_ms_p50")) if right else "wrong result",
                 _percent(products.get("time_ms_p50"), time_ms) if right else "",
-                f"{peak_mib:.0f}",
+                _number(peak_mib),
                 _ratio(peak_mib, eager.get("peak_mib")) if right and name != PRODUCTS else "",
                 *(f"{values[q]:.1e}" if q in values else "-" for q in ERRORS),
                 _condition(values),
@@ -100,6 +100,11 @@ def _condition(values: dict[str, float]) -> str:
     if "sm_clock_mhz" in values:
         return f"{values['sm_clock_mhz']:.0f} MHz"
     return f"{values['others_share']:.0%} taken" if "others_share" in values else "-"
+
+
+def _number(value: float) -> str:
+    """Three digits, or all of an integer's."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def _ratio(value: float, other: float | None) -> str:
@@ -149,7 +154,7 @@ def _plot(groups: dict[str, Any], path: Path) -> None:
         colors = ["tab:blue" if name.startswith("derta") else "silver" for name in bars]
         for panel, quantity in ((times, "time_ms_p50"), (memories, "peak_mib")):
             drawn = panel.barh(names, [values[quantity] for values in bars.values()], color=colors)
-            panel.bar_label(drawn, fmt="{:.4g}", padding=2, fontsize=7)
+            panel.bar_label(drawn, fmt=_number, padding=2, fontsize=7)
             panel.invert_yaxis()
             panel.margins(x=0.12)
             panel.tick_params(labelsize=7)

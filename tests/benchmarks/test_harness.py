@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import head_loss, report
 from benchmarks.cases import PROBABILITIES, Case, errors, make_inputs, right_answer
-from benchmarks.harness import ROOT, Setup, setup, watch_resident_memory
+from benchmarks.harness import ROOT, Setup, setup, watch_other_processes, watch_resident_memory
 from benchmarks.interleave import Job, Outcome, Settings, run
 from benchmarks.peers import EAGER, IMPLEMENTATIONS
 from benchmarks.records import figures, is_right, load_groups, records_of
@@ -125,8 +127,14 @@ def test_memory_that_is_freed_before_the_end_counts() -> None:
     assert 60 < peak_mib() < 80
 
 
+def test_a_busy_neighbour_is_noticed() -> None:
+    others = watch_other_processes()
+    subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+    assert others() > 0.1
+
+
 def test_a_process_that_gives_no_answer_is_ended_and_said_so(tmp_path: Path) -> None:
-    settings = Settings("cpu", 1)
+    settings = Settings("cpu", 1, None, 600)
     run([Job(TINY, OURS)], 1, settings, tmp_path, time.monotonic())
     hurried = replace(settings, seconds=0.05)
     (late,) = run([Job(TINY, OURS)], 1, hurried, tmp_path, time.monotonic())
