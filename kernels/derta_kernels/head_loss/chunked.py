@@ -18,7 +18,7 @@ RowPass = Callable[
 ]  # see `row_pass_torch`
 
 MIB = 2**20
-SCRATCH_MB = {"cpu": 64, "cuda": 256}
+SCRATCH_MB = {"cpu": 128, "cuda": 256}
 # A chunk reads all of weight twice and all of its gradient once: from this many rows on, both hide
 # under the products.
 WIDE_CHUNK_ROWS = 1024
@@ -63,17 +63,18 @@ def head_loss_chunked(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Logsumexp, nll and gradients of the live rows, never holding n x V logits.
 
-    Memory, in bytes, with b = bytes of hidden's dtype, C = `chunk_rows` and w = 4, or 8 for
-    float64:
-        C V b          scratch, rows padded to 128 bytes, and what the row pass takes or, for
-                       weight's gradient on a CPU, 2^22 (b + w)
-        N d b          gradient of hidden, if required; 2 C d b more if any row is dead
+    Memory, in bytes, with b = bytes of hidden's dtype, p = bytes of `product_dtype`,
+    C = `chunk_rows` and w = 4, or 8 for float64:
+        C V p          scratch, rows padded to 128 bytes, and what the row pass takes
+        2^22 w         a slice of weight, where it is widened, or of its gradient, where the
+                       product is narrower than the sum
+        N d b          gradient of hidden, if required; 3 C d p more
         w V (d + 1)    gradients of weight and bias, only for those that are required
 
-    Numerics: logits and their gradient are rounded to hidden's dtype once each. The gradients of
+    Numerics: logits and their gradient are rounded to `product_dtype` once each. The gradients of
         weight and bias are summed over chunks in float32 (float64 for float64 inputs), in order:
-        deterministic. On a CPU, and on a GPU before compute capability 8.0, a bfloat16 chunk's
-        product is rounded first, as no product there gives a wider result.
+        deterministic. On a CPU with a matrix unit, and on a GPU before compute capability 8.0, a
+        bfloat16 chunk's product is rounded first, as no product there gives a wider result.
 
     Args:
         hidden, weight, bias, softcap, logit_scale: see `head_loss`.
@@ -102,16 +103,15 @@ def head_loss_chunked(
     if count == 0:
         return logsumexp, nll, gradients
 
-    step = chunk_rows(count, vocabulary, hidden.dtype, hidden.device, scratch_mb)
-    scratch = _scratch(step, vocabulary, hidden)
+    dtype = product_dtype(hidden)
+    step = chunk_rows(count, vocabulary, dtype, hidden.device, scratch_mb)
+    scratch = _scratch(step, vocabulary, dtype, hidden.device)
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
         h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
+        h = h.to(dtype)
         logits = scratch[: len(h)]
-        if bias is None:
-            torch.mm(h, weight.T, out=logits)
-        else:
-            torch.addmm(bias, h, weight.T, out=logits)
+        _put_logits(logits, h, weight, bias)
 
         logsumexp[chunk], nll[chunk] = row_pass(
             logits, tokens[chunk], token_weight[chunk] / unit, softcap, logit_scale, any(forms)
@@ -123,11 +123,24 @@ def head_loss_chunked(
         if form_bias:
             gradients.bias.add_(gradient.sum(0, dtype=wide))
         if form_hidden:
+            d_hidden = _times_weight(gradient, weight).to(hidden.dtype)
             if rows is None:
-                torch.mm(gradient, weight, out=gradients.hidden[chunk])
+                gradients.hidden[chunk] = d_hidden
             else:
-                gradients.hidden.index_copy_(0, rows[chunk], gradient @ weight)
+                gradients.hidden.index_copy_(0, rows[chunk], d_hidden)
     return logsumexp, nll, gradients
+
+
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """What chunks are multiplied in: hidden's dtype, or float32 where that is the faster one.
+
+    A CPU without a matrix unit multiplies float32 at least as fast as the narrow types, which torch
+    widens or emulates there. Logits are then not rounded at all, and take twice the scratch.
+    """
+    narrow = hidden.dtype in (torch.bfloat16, torch.float16)
+    if narrow and hidden.device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return torch.float32
+    return hidden.dtype
 
 
 def chunk_rows(
@@ -139,7 +152,7 @@ def chunk_rows(
 ) -> int:
     """Rows of a chunk: what `scratch_mb` holds, in multiples of 128, and at most `count`.
 
-    The default is 64 MiB on a CPU and 256 MiB on a device, or 1024 rows where those are more and
+    The default is 128 MiB on a CPU and 256 MiB on a device, or 1024 rows where those are more and
     leave three quarters of the device's memory free. At least 128 rows, whatever the budget.
     """
     row_bytes = vocabulary * dtype.itemsize
@@ -159,11 +172,38 @@ def _free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _scratch(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, V) uninitialised, each row starting on `ROW_ALIGNMENT_BYTES`."""
-    multiple = ROW_ALIGNMENT_BYTES // like.dtype.itemsize
+    multiple = ROW_ALIGNMENT_BYTES // dtype.itemsize
     padded = -(-vocabulary // multiple) * multiple
-    return like.new_empty(rows, padded)[:, :vocabulary]
+    return torch.empty(rows, padded, dtype=dtype, device=device)[:, :vocabulary]
+
+
+def _weight_slice(weight: Tensor, dtype: torch.dtype) -> int:
+    """Rows of weight to multiply at a time: all, or as few as a widened copy may have."""
+    return len(weight) if weight.dtype == dtype else max(1, SLICE_ELEMENTS // weight.shape[1])
+
+
+def _put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """logits (C, V) = h (C, d) @ weight (V, d)^T + bias (V,), in the dtype of h and logits."""
+    step = _weight_slice(weight, h.dtype)
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        # No name for the widened slice: it would outlive its product, and two would exist.
+        if bias is None:
+            torch.mm(h, weight[part].to(h.dtype).T, out=logits[:, part])
+        else:
+            torch.addmm(bias[part].to(h.dtype), h, weight[part].to(h.dtype).T, out=logits[:, part])
+
+
+def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """(C, d) gradient (C, V) @ weight (V, d), in gradient's dtype."""
+    step = _weight_slice(weight, gradient.dtype)
+    product = gradient[:, :step] @ weight[:step].to(gradient.dtype)
+    for start in range(step, len(weight), step):
+        part = slice(start, start + step)
+        product.addmm_(gradient[:, part], weight[part].to(gradient.dtype))
+    return product
 
 
 def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
@@ -174,11 +214,10 @@ def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
     if total.is_cuda and torch.cuda.get_device_capability(total.device) >= WIDE_PRODUCTS_SINCE:
         torch.addmm(total, gradient.T, h, out_dtype=total.dtype, out=total)
         return
-    product_dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else total.dtype  # or it overflows
-    h = h.to(product_dtype)
+    dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else total.dtype  # float16 would overflow
     step = max(1, SLICE_ELEMENTS // h.shape[1])
     for part, columns in zip(total.split(step), gradient.split(step, 1), strict=True):
-        part += columns.T.to(product_dtype) @ h
+        part += columns.T.to(dtype) @ h.to(dtype)
 
 
 def _unit(token_weight: Tensor, logit_scale: float, dtype: torch.dtype) -> Tensor:
