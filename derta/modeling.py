@@ -370,10 +370,15 @@ def _router_loss(model: PreTrainedModel, body: Any) -> Tensor:
 
 
 class Passes(NamedTuple):
-    """What is compared: hidden (n, d) and logits (n, V), row by row of the pack."""
+    """What is compared: hidden (n, d) and logits (n, V), row by row of the pack.
+
+    logits_dtype is what the head formed them in: inside an autocast that Accelerate wrapped
+    around the forward, it is coarser than what comes out.
+    """
 
     hidden: Tensor
     logits: Tensor
+    logits_dtype: torch.dtype
 
 
 class _Probe:
@@ -411,8 +416,10 @@ class _Probe:
         Raises:
             ValueError: the model's router loss is not the one that its modeling file names.
         """
-        hidden, logits = [], []
-        with evaluating(model):
+        head: Any = model.get_output_embeddings()
+        hidden, logits, dtypes = [], [], [head.weight.dtype]
+        hook = head.register_forward_hook(lambda head, args, made: dtypes.append(made.dtype))
+        with evaluating(model), hook:
             for sequence, rows in zip(self.sequences, self.lengths, strict=True):
                 body = _run_body(model, input_ids=sequence[None], use_cache=False)
                 whole = model(input_ids=sequence[None], use_cache=False)
@@ -421,7 +428,7 @@ class _Probe:
             if _has_router_loss(model):
                 own, ours = whole.aux_loss, _router_loss(model, body)
                 self._judge(model, "router loss", (own - ours).abs() / own.abs(), ours.dtype)
-        return Passes(torch.cat(hidden), torch.cat(logits))
+        return Passes(torch.cat(hidden), torch.cat(logits), dtypes[-1])
 
     def check(self, model: PreTrainedModel, expected: Passes) -> None:
         """Runs the pack through the patched model.
@@ -457,7 +464,7 @@ class _Probe:
         ):
             own = nll.gather(1, tokens.to(nll.device).T)[:, 0]
             error = (losses[0] - own).abs() / _size(logits.abs().amax(1))
-            self._judge(model, what, error, hidden.dtype)
+            self._judge(model, what, error, expected.logits_dtype)
 
     def _judge(self, model: PreTrainedModel, what: str, error: Tensor, dtype: torch.dtype) -> None:
         """error (n,) of the pack's rows relative to their size, or () of the whole."""
