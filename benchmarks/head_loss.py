@@ -24,7 +24,7 @@ from benchmarks.peers import EAGER, IMPLEMENTATIONS, PRODUCTS
 from benchmarks.records import load_groups, records_of, save_groups
 from benchmarks.requirements import OURS, TORCH_CHUNKED, requirements, verdicts
 
-# A GPU is lent for minutes, and what cannot compile its kernels in some has to be left out.
+# What cannot compile its kernels in the minutes of a GPU's turn is left out, with that reason.
 ANSWER_SECONDS = {"cpu": 600.0, "cuda": 150.0}
 ALL = tuple(IMPLEMENTATIONS)
 MOST = (OURS, "derta torch", EAGER, "full compiled", "torch chunked, 2048 rows", "trl", PRODUCTS)
