@@ -8,13 +8,14 @@ detached alias.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, UntypedStorage
 
 Bounds = Sequence[Sequence[tuple[int, int]]]
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -33,15 +34,17 @@ class Example(NamedTuple):
 
 
 class Layout:
-    """The examples of one batch and their masks, each built when a layer first asks for it.
+    """The examples of one batch, and what implementations work out from them once (`kept`).
 
     Memory: one byte for each pair of tokens of the same example, for each distinct window, for
-        examples that need a mask.
+        examples that are asked for a mask.
 
     Args: those of `layout_of`.
 
     Attributes:
         examples: all examples of the batch in order, tiling its B N tokens.
+        visible_until: (B N,) int32, as indices into the B N tokens of the batch.
+        position_ids: (B N,) integer, or None where there are none.
     """
 
     def __init__(
@@ -50,10 +53,10 @@ class Layout:
         rows, count = visible_until.shape
         first = torch.arange(rows, device=visible_until.device)[:, None] * count
         # Copies: an alias would keep alive the memory that this layout is to be forgotten with.
-        self._until = (visible_until + first).flatten()
-        self._positions = None if position_ids is None else position_ids.flatten().clone()
+        self.visible_until = (visible_until + first).to(torch.int32).flatten()
+        self.position_ids = None if position_ids is None else position_ids.flatten().clone()
         self._sources = (_source(visible_until), _source(position_ids))
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._kept: dict[Hashable, Any] = {}
 
         bounds = None if example_bounds is None else _flat_bounds(example_bounds, rows, count)
         if bounds is not None and visible_until.device.type != "cpu":
@@ -72,30 +75,35 @@ class Layout:
     def mask(self, example: Example, window: int | None) -> Tensor:
         """(L, L) bool over the example's L tokens: does the query (row) see the key (column)?"""
         effective = window if self._cuts(window, example) else None
-        key = (example.start, effective)
-        if key not in self._masks:
-            # Evaluation under inference_mode must not leave masks that training cannot save.
+        key = ("mask", example.start, effective)
+        return self.kept(key, lambda: self._build_mask(example, effective))
+
+    def kept(self, key: Hashable, build: Callable[[], T]) -> T:
+        """What `build` returns, built when a layer first asks for `key` and kept for the others."""
+        if key not in self._kept:
+            # Evaluation under inference_mode must not leave tensors that training cannot save.
             with torch.inference_mode(False):
-                self._masks[key] = self._build_mask(example, effective)
-        return self._masks[key]
+                self._kept[key] = build()
+        value: T = self._kept[key]
+        return value
 
     def _cuts(self, window: int | None, example: Example) -> bool:
         return window is not None and (example.span is None or example.span >= window)
 
     def _build_mask(self, example: Example, window: int | None) -> Tensor:
         tokens = slice(example.start, example.end)
-        index = torch.arange(example.start, example.end, device=self._until.device)
-        seen = (index <= index[:, None]) & (index[:, None] < self._until[tokens])
+        index = torch.arange(example.start, example.end, device=self.visible_until.device)
+        seen = (index <= index[:, None]) & (index[:, None] < self.visible_until[tokens])
         if window is not None:
-            assert self._positions is not None
-            positions = self._positions[tokens]
+            assert self.position_ids is not None
+            positions = self.position_ids[tokens]
             seen &= positions[:, None] - positions < window
         return seen
 
     def _read_examples(self, bounds: list[tuple[int, int]] | None) -> tuple[Example, ...]:
         """Examples from the values of `visible_until`: from a device, the batch's one transfer."""
-        positions = self._until if self._positions is None else self._positions
-        until, positions = torch.stack((self._until, positions.to(self._until.dtype))).cpu()
+        positions = self.visible_until if self.position_ids is None else self.position_ids
+        until, positions = torch.stack((self.visible_until, positions.to(torch.int32))).cpu()
         if bounds is None:
             bounds = _bounds(until.tolist())
         lengths = [end - start for start, end in bounds]
@@ -113,7 +121,7 @@ class Layout:
                 start,
                 end,
                 plain=bool((own_until == end).all()),
-                span=None if self._positions is None else int(own.max() - own.min()),
+                span=None if self.position_ids is None else int(own.max() - own.min()),
             )
             for (start, end), own_until, own in zip(
                 bounds, until.split(lengths), positions.split(lengths), strict=True
