@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,101 +13,15 @@ from torch import Tensor
 
 from derta_kernels.attention import choose, interval_attention, layout_of
 from derta_kernels.testing import equals_snippet, error_budget, relative_error
+from packs import BRANCHED, PLAIN, Packed, distance, packed, rows, tensors, with_gradients
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Packed:
-    """One batch row: visible_until and position_ids, and every sequence that it stands for.
-
-    sequences: indices of the row's tokens, in order; own: how many of the last ones are new.
-    """
-
-    visible_until: list[int]
-    position_ids: list[int]
-    bounds: tuple[tuple[int, int], ...]
-    sequences: list[tuple[list[int], int]]
-
-
-def packed(examples: list[tuple[int, list[tuple[int, int]]]]) -> Packed:
-    """Examples of a trunk's length and branches (cut, length), cuts counted from the start.
-
-    Written token by token, to be read beside the rule: a branch that is cut at c sees the first c
-    tokens of the trunk and itself.
-    """
-    until: list[int] = []
-    positions: list[int] = []
-    bounds = []
-    sequences = []
-    for trunk, branches in examples:
-        start = len(until)
-        branches = sorted(branches, reverse=True)
-        positions += range(trunk)
-        sequences.append((list(range(start, start + trunk)), trunk))
-        ends = []
-        for cut, length in branches:
-            first = len(positions)
-            positions += range(cut, cut + length)
-            ends.append(len(positions))
-            own = list(range(first, first + length))
-            sequences.append((list(range(start, start + cut)) + own, length))
-        for token in range(trunk):
-            readers = [end for end, (cut, _) in zip(ends, branches, strict=True) if cut > token]
-            until.append(max(readers, default=start + trunk))
-        if trunk:
-            until[start] = len(positions)
-        for end, (_, length) in zip(ends, branches, strict=True):
-            until += [end] * length
-        bounds.append((start, len(until)))
-    return Packed(until, positions, tuple(bounds), sequences)
-
-
-BRANCHED = packed([(9, [(3, 4), (6, 1), (6, 5)]), (1, []), (7, []), (5, [(5, 3)])])
-PLAIN = packed([(6, []), (11, [])])
-
-
-@st.composite
-def rows(draw: st.DrawFn) -> Packed:
-    examples = []
-    for _ in range(draw(st.integers(1, 3))):
-        trunk = draw(st.integers(1, 8))
-        branch = st.tuples(st.integers(1, trunk), st.integers(1, 4))
-        examples.append((trunk, draw(st.lists(branch, max_size=3))))
-    return packed(examples)
-
-
-def tensors(
-    row: Packed, *, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor]:
-    """q, k, v that require gradients, visible_until and position_ids, by argument name."""
-    generator = torch.Generator().manual_seed(0)
-    count = len(row.visible_until)
-
-    def normal(heads: int, width: int) -> Tensor:
-        values = torch.randn(1, count, heads, width, generator=generator, dtype=torch.float64)
-        return (2 * values).to(dtype).requires_grad_()
-
-    return dict(
-        q=normal(heads, 6),
-        k=normal(kv_heads, 6),
-        v=normal(kv_heads, 5),
-        visible_until=torch.tensor([row.visible_until], dtype=torch.int32),
-        position_ids=torch.tensor([row.position_ids]),
-    )
-
-
 def results(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
-    """Output and gradients of q, k, v for an upstream gradient that is not constant."""
-    inputs = [arguments[name] for name in "qkv"]
+    """Output and gradients of q, k, v."""
     output = interval_attention(**arguments, **options)
-    upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    actual, expected = actual.detach(), expected.detach()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
+    return with_gradients(output, [arguments[name] for name in "qkv"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,8 +64,7 @@ def test_rounding_stays_within_twice_that_of_eager(row, options, dtype) -> None:
     oracle = results(exact, impl="reference", **options)
     inputs = [arguments[name] for name in "qkv"]
     output = eager_attention(*inputs, arguments, **options)
-    upstream = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
-    eager = [output, *torch.autograd.grad(output, inputs, upstream)]
+    eager = with_gradients(output, inputs)
     actual = results(arguments, **options)
     for ours, theirs, wanted in zip(actual, eager, oracle, strict=True):
         ours, theirs, wanted = (x.flatten(0, 2) for x in (ours, theirs, wanted))
