@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from derta.config import DertaConfig
@@ -37,7 +38,9 @@ from derta.data import (
     PackedBatch,
     Plan,
     Record,
+    TokenCount,
     Triple,
+    count_tokens,
     packed_length,
     plan_packs,
     resolve_refusal_token,
@@ -74,6 +77,11 @@ class PackedSteps(Dataset):
         epoch = step // self.plan.steps_per_epoch
         packs = self.plan.rank_packs(step, self.rank, self.world_size)
         return [self.collator([self.examples[i] for i in pack], epoch) for pack in packs]
+
+    @functools.cached_property
+    def tokens(self) -> TokenCount:
+        """Of the first epoch, over all ranks; about 0.1 ms a triple."""
+        return count_tokens(self.collator.draw(example, epoch=0) for example in self.examples)
 
 
 class EpochSteps:
@@ -251,6 +259,12 @@ class DertaTrainer(Trainer):
     def _body_parameters(self) -> int:
         assert self.model is not None
         return self.model.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`; first logs how many tokens an epoch takes (`TokenCount`)."""
+        if self.is_world_process_zero():
+            logger.info("%s", self.train_dataset.tokens)
+        return super().train(*args, **kwargs)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")

@@ -82,13 +82,13 @@ def load_model(config: Config) -> PreTrainedModel | PeftModel:
 
 
 def describe(trainer: DertaTrainer) -> str:
-    """One line: what is about to be trained on, and how long it takes."""
+    """What is about to be trained on, how long it takes, and what one pass saves."""
     steps = trainer.train_dataset
     packs = [pack for step in steps.plan.steps for pack in step]
     return (
         f"refusal token {trainer.refusal_token.text!r} (id {trainer.refusal_token.id}); "
         f"{len(steps.examples)} examples, {len(steps)} steps, {len(packs)} packs of at most "
-        f"{trainer.args.max_tokens} tokens"
+        f"{trainer.args.max_tokens} tokens\n{steps.tokens}"
     )
 
 

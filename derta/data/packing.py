@@ -9,7 +9,7 @@ branch to the end of that branch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -126,9 +126,7 @@ class _Layout(NamedTuple):
 
 def _lay_triple(triple: EncodedTriple, cuts: np.ndarray, rto_rows: np.ndarray) -> _Layout:
     start, full, branch = len(triple.prompt), len(triple.harmful), len(triple.safe) - 1
-    rto_depths = np.flatnonzero(rto_rows)
-    # The trunk ends at its last target.
-    reach = int(max(cuts.max(initial=0), rto_depths.max(initial=0)))
+    reach = _reach(cuts, rto_rows)
     trunk = start + reach
     first_rows = trunk + branch * np.arange(len(cuts))
     length = trunk + branch * len(cuts)
@@ -146,7 +144,7 @@ def _lay_triple(triple: EncodedTriple, cuts: np.ndarray, rto_rows: np.ndarray) -
     shift_labels[start - 1 + cuts] = triple.safe[0]
     shift_labels[trunk:] = np.tile(triple.safe[1:], len(cuts))
     rto_mask = np.zeros(length, dtype=bool)
-    rto_mask[start - 1 + rto_depths] = True
+    rto_mask[start - 1 + np.flatnonzero(rto_rows)] = True
     depth = np.full(length, -1)
     depth[start - 1 : trunk] = np.arange(reach + 1)
     return _Layout(
@@ -163,6 +161,11 @@ def _lay_triple(triple: EncodedTriple, cuts: np.ndarray, rto_rows: np.ndarray) -
         depth_tenth=np.where(depth < 0, -1, 10 * depth // (full + 1)),
         branches=[(int(row), int(row) + branch) for row in first_rows],
     )
+
+
+def _reach(cuts: np.ndarray, rto_rows: np.ndarray) -> int:
+    """How much of the harmful response is laid out: up to the trunk's last target."""
+    return int(max(cuts.max(initial=0), np.flatnonzero(rto_rows).max(initial=0)))
 
 
 def _lay_dialogue(dialogue: EncodedDialogue) -> _Layout:
@@ -249,6 +252,44 @@ def pack(examples: Sequence[Drawn]) -> PackedBatch:
     )
 
 
+class TokenCount(NamedTuple):
+    """Tokens that a model runs over in an epoch, none of them padding.
+
+    Attributes:
+        one_pass: those of the packs.
+        apart: those of the official recipe for the same targets: of every triple q + h, if it has
+            an RTO target, and q + h[:k] + r for each of its branches; of dialogues the same.
+    """
+
+    one_pass: int
+    apart: int
+
+    def __str__(self) -> str:
+        return (
+            f"one pass: {self.one_pass:,} tokens an epoch, {self.apart / self.one_pass:.2f} x "
+            f"fewer than the {self.apart:,} of the official recipe, which runs the RTO sample and "
+            "every prefix sample apart (padding not counted)"
+        )
+
+
+def count_tokens(examples: Iterable[Drawn]) -> TokenCount:
+    """Tokens of these examples in one pass, and apart."""
+    one_pass = apart = 0
+    for drawn in examples:
+        example, cuts = drawn.example, drawn.cuts
+        if isinstance(example, EncodedDialogue):
+            length = _dialogue_length(example)
+            one_pass += length
+            apart += length
+            continue
+        start, safe = len(example.prompt), len(example.safe)
+        one_pass += start + _reach(cuts, drawn.rto_rows) + (safe - 1) * len(cuts)
+        apart += (start + safe) * len(cuts) + int(cuts.sum())
+        if drawn.rto_rows.any():
+            apart += start + len(example.harmful)
+    return TokenCount(one_pass, apart)
+
+
 def packed_length(example: Encoded, *, branches: int, cuts: str, rto_keep: float) -> int:
     """Tokens that an example takes in a pack at most, whatever is drawn for it.
 
@@ -307,9 +348,10 @@ class DertaCollator:
 
     def __call__(self, examples: Sequence[Encoded], epoch: int = 0) -> PackedBatch:
         """Packs `examples` with the draws of `epoch`."""
-        return pack([self._draw(example, epoch) for example in examples])
+        return pack([self.draw(example, epoch) for example in examples])
 
-    def _draw(self, example: Encoded, epoch: int) -> Drawn:
+    def draw(self, example: Encoded, epoch: int) -> Drawn:
+        """What `epoch` draws for one example."""
         if isinstance(example, EncodedDialogue):
             return Drawn(example, cuts=np.zeros(0, np.int64), rto_rows=np.zeros(0, bool))
         rng = example_rng(self.seed, epoch, example.id)

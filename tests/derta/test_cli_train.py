@@ -122,6 +122,21 @@ def test_an_interrupted_save_costs_no_model_and_never_becomes_part_of_one(
     assert not Path("out/unfinished").exists()
 
 
+def test_a_run_begins_with_the_tokens_that_one_pass_saves(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="derta.trainer")
+    assert train() == 0
+    said = re.search(
+        r"one pass: ([\d,]+) tokens an epoch, ([\d.]+) x fewer than the ([\d,]+) of",
+        capsys.readouterr().out,
+    )
+    assert said is not None
+    one_pass, apart = (int(said[group].replace(",", "")) for group in (1, 3))
+    assert one_pass < apart and said[2] == f"{apart / one_pass:.2f}"
+    assert said[0] in caplog.text
+
+
 def test_the_record_of_the_training_lies_beside_its_model() -> None:
     assert train("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1") == 0
     assert train("--max_steps", "1") == 0

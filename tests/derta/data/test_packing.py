@@ -18,6 +18,7 @@ from derta.data import (
     EncodedDialogue,
     EncodedTriple,
     PackedBatch,
+    count_tokens,
     pack,
     packed_length,
     sequence_length,
@@ -153,6 +154,39 @@ def test_nothing_is_computed_that_no_target_needs(drawn: list[Drawn]) -> None:
     for d, (start, end) in zip(drawn, batch.example_bounds if drawn else (), strict=True):
         contexts = {context[:n] for context, _ in wanted(d) for n in range(1, len(context) + 1)}
         assert end - start == len(contexts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(draws())
+def test_tokens_are_counted_as_they_are_run(drawn: list[Drawn]) -> None:
+    apart = 0
+    for d in drawn:
+        if isinstance(d.example, EncodedDialogue):
+            apart += max(len(context) for context, _ in wanted(d))
+            continue
+        prompt, harmful, safe = d.example.prompt, d.example.harmful, d.example.safe
+        samples = [[*prompt, *harmful]] if d.rto_rows.any() else []
+        samples += [[*prompt, *harmful[:cut], *safe] for cut in d.cuts]
+        apart += sum(map(len, samples))
+    assert count_tokens(drawn) == (pack(drawn).input_ids.shape[1], apart)
+
+
+@pytest.mark.parametrize("cuts", ["uniform", "official"])
+@pytest.mark.parametrize(("branches", "least"), [(1, 1.33), (4, 1.95)])
+def test_one_pass_saves_tokens_at_the_official_lengths(
+    cuts: str, branches: int, least: float
+) -> None:
+    ids = np.zeros(490, np.int32)
+    word_ends = np.arange(4, 372, 4)
+    collator = DertaCollator(branches=branches, cuts=cuts)
+    found = count_tokens(
+        collator.draw(
+            EncodedTriple(f"triple-{i}", *np.split(ids, [40, 420]), 380, word_ends), epoch=0
+        )
+        for i in range(3000)
+    )
+    assert found.apart / found.one_pass >= least
+    assert f"{found.one_pass:,} tokens an epoch, {found.apart / found.one_pass:.2f} x" in str(found)
 
 
 @settings(max_examples=300, deadline=None)
