@@ -76,7 +76,23 @@ class Layout:
         """(L, L) bool over the example's L tokens: does the query (row) see the key (column)?"""
         effective = window if self._cuts(window, example) else None
         key = ("mask", example.start, effective)
-        return self.kept(key, lambda: self._build_mask(example, effective))
+        length = example.end - example.start
+        return self.kept(key, lambda: self.mask_rows(example, effective, 0, length))
+
+    def mask_rows(self, example: Example, window: int | None, first: int, end: int) -> Tensor:
+        """(end - first, end) bool: rows `first` to `end` of `mask`, all of what they see.
+
+        Made anew by every call and not kept.
+        """
+        tokens = slice(example.start, example.start + end)
+        key = torch.arange(tokens.start, tokens.stop, device=self.visible_until.device)
+        query = key[first:, None]
+        seen = (key <= query) & (query < self.visible_until[tokens])
+        if window is not None and self._cuts(window, example):
+            assert self.position_ids is not None
+            positions = self.position_ids[tokens]
+            seen &= positions[first:, None] - positions < window
+        return seen
 
     def kept(self, key: Hashable, build: Callable[[], T]) -> T:
         """What `build` returns, built when a layer first asks for `key` and kept for the others."""
@@ -89,16 +105,6 @@ class Layout:
 
     def _cuts(self, window: int | None, example: Example) -> bool:
         return window is not None and (example.span is None or example.span >= window)
-
-    def _build_mask(self, example: Example, window: int | None) -> Tensor:
-        tokens = slice(example.start, example.end)
-        index = torch.arange(example.start, example.end, device=self.visible_until.device)
-        seen = (index <= index[:, None]) & (index[:, None] < self.visible_until[tokens])
-        if window is not None:
-            assert self.position_ids is not None
-            positions = self.position_ids[tokens]
-            seen &= positions[:, None] - positions < window
-        return seen
 
     def _read_examples(self, bounds: list[tuple[int, int]] | None) -> tuple[Example, ...]:
         """Examples from the values of `visible_until`: from a device, the batch's one transfer."""
