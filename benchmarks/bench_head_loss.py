@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import Answer, Case, make_inputs, right_answer
-from benchmarks.harness import setup
-from benchmarks.peers import EAGER, IMPLEMENTATIONS
-from benchmarks.records import is_right
+from benchmarks.head_loss import QUESTION
+from benchmarks.head_loss_cases import Answer, Case, make_inputs, right_answer
+from benchmarks.head_loss_peers import EAGER, IMPLEMENTATIONS
 
 pytest.importorskip("pytest_benchmark")
 
@@ -34,18 +33,18 @@ def answer(case: Case) -> Answer:
 
 @cache
 def eager_errors(case: Case) -> dict[str, float]:
-    return setup(case, EAGER, DEVICE).errors(answer(case))
+    return QUESTION.setup(case, EAGER, DEVICE).errors(answer(case))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_step(benchmark: Any, case: Case, implementation: str) -> None:
     try:
-        ready = setup(case, implementation, DEVICE)
+        ready = QUESTION.setup(case, implementation, DEVICE)
     except (ImportError, NotImplementedError, ValueError) as reason:
         pytest.skip(str(reason))
     found = ready.errors(answer(case))
-    if not is_right(found, eager_errors(case), case.torch_dtype):
+    if not QUESTION.is_right(case, found, eager_errors(case)):
         assert not implementation.startswith("derta"), found
         pytest.skip(f"not timed, its results are wrong: {found}")
 

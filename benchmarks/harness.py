@@ -10,81 +10,61 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.cases import Answer, Case, Inputs, errors, make_inputs
-from benchmarks.peers import IMPLEMENTATIONS, LossFunction
+from benchmarks.question import Ready
 
 MIB = 2**20
 ROOT = Path(__file__).parents[1]
 # Larger than the second-level cache of any GPU: writing it leaves none of the inputs there.
 FLUSH_BYTES = 256 * MIB
-GPU_STEPS = 5
 PACKAGES = (
     "torch triton transformers liger-kernel cut-cross-entropy quack-kernels trl "
     "nvidia-cutlass-dsl".split()
 )
 
 
-@dataclass(frozen=True)
-class Setup:
-    """One implementation of one case, ready to run: what time, memory and error are taken of."""
+def measure(ready: Ready, gpu_steps: int) -> dict[str, Any]:
+    """A turn: `time_ms` of its steps, `peak_mib` of one over the state before it, and more.
 
-    inputs: Inputs
-    loss_function: LossFunction
-
-    def step(self) -> Tensor:
-        """Forward and backward; the gradients stay on the inputs until the next step."""
-        self.clear()
-        loss = self.loss_function(*self.inputs)
-        if loss.requires_grad:
-            loss.backward()
-        return loss.detach()
-
-    def clear(self) -> None:
-        """Lets go of the gradients."""
-        self.inputs.hidden.grad = self.inputs.weight.grad = None
-
-    def errors(self, answer: Answer) -> dict[str, float]:
-        """Errors of one step, by name; none for products, which give no loss."""
-        loss = self.step()
-        if self.inputs.hidden.grad is None:
-            return {}
-        return errors(loss, self.inputs, answer)
-
-
-def setup(case: Case, implementation: str, device: torch.device) -> Setup:
-    """Inputs and loss function; raises what the implementation raises where it cannot run."""
-    loss_function = IMPLEMENTATIONS[implementation](case, device)
-    return Setup(make_inputs(case, device), loss_function)
-
-
-def measure(ready: Setup) -> dict[str, Any]:
-    """A turn: `time_ms` of its steps, `peak_mib` of one over the state before it, and two more.
-
-    `others_share` is how much of all cores other processes took, `sm_clock_mhz` a GPU's clock at
-    the end. CPU: one step. CUDA: `GPU_STEPS`, each with its inputs out of the cache, after one that
-    fills the allocator.
+    A step of several phases also has the time of each, forward's as `forward_ms`. `others_share`
+    is how much of all cores other processes took, `sm_clock_mhz` a GPU's clock at the end. CPU: one
+    step. CUDA: `gpu_steps`, each with its inputs out of the cache, after one that fills the
+    allocator.
     """
-    if ready.inputs.hidden.is_cuda:
-        return _measure_cuda(ready)
+    if ready.device.type == "cuda":
+        return _measure_cuda(ready, gpu_steps)
     ready.clear()
     peak_mib, others = watch_resident_memory(), watch_other_processes()
-    begin = time.perf_counter()
-    ready.step()
-    seconds = time.perf_counter() - begin
+    stamps = [time.perf_counter()]
+    for _, run in ready.phases():
+        run()
+        stamps.append(time.perf_counter())
+    seconds = stamps[-1] - stamps[0]
+    spans = [1000 * (end - begin) for begin, end in pairwise(stamps)]
     return {
-        "time_ms": [1000 * seconds],
+        **_times(ready, [spans]),
         "peak_mib": peak_mib(),
         "others_share": others() / (seconds * (os.cpu_count() or 1)),
     }
+
+
+def _times(ready: Ready, steps: list[list[float]]) -> dict[str, list[float]]:
+    """Milliseconds of every step, and of its phases if it has several."""
+    times = {"time_ms": [sum(spans) for spans in steps]}
+    names = [name for name, _ in ready.phases()]
+    if names[1:]:
+        times |= {
+            f"{name}_ms": list(spans)
+            for name, spans in zip(names, zip(*steps, strict=True), strict=True)
+        }
+    return times
 
 
 def watch_resident_memory() -> Callable[[], float]:
@@ -119,30 +99,38 @@ def _status_kib(field: str) -> int:
     return int(found[1])
 
 
-def _measure_cuda(ready: Setup) -> dict[str, Any]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=ready.inputs.hidden.device)
+def _measure_cuda(ready: Ready, gpu_steps: int) -> dict[str, Any]:
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=ready.device)
     ready.clear()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    ready.step()
+    for _, run in ready.phases():
+        run()
     torch.cuda.synchronize()
     peak_mib = (torch.cuda.max_memory_allocated() - before) / MIB
 
-    spans = []
-    for _ in range(GPU_STEPS):
+    steps = []
+    for _ in range(gpu_steps):
         ready.clear()
         flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        ready.step()
-        end.record()
-        spans.append((begin, end))
+        events = [_recorded()]
+        for _, run in ready.phases():
+            run()
+            events.append(_recorded())
+        steps.append(events)
     torch.cuda.synchronize()
-    measured = {"time_ms": [begin.elapsed_time(end) for begin, end in spans], "peak_mib": peak_mib}
+    spans = [[begin.elapsed_time(end) for begin, end in pairwise(events)] for events in steps]
+    measured: dict[str, Any] = {**_times(ready, spans), "peak_mib": peak_mib}
     clock = gpu_state().get("clocks.sm", "").partition(" ")[0]
     ready.clear()
     return measured | ({"sm_clock_mhz": float(clock)} if clock.isdecimal() else {})
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:

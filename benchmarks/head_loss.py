@@ -1,31 +1,35 @@
-"""The head loss against its peers: records, table and plot of one machine.
+"""How does the head loss compare with its peers?
 
-    python -m benchmarks.head_loss --machine xeon-2-cores
-
-Groups of cases run one after another. After each, the file of records is written, so a run that was
-ended can be taken up with --resume.
+python -m benchmarks.head_loss --machine xeon-2-cores
 """
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from benchmarks import report
-from benchmarks.cases import Case
-from benchmarks.harness import ROOT, load
-from benchmarks.interleave import Job, Settings, machine_of, run
-from benchmarks.peers import EAGER, IMPLEMENTATIONS, PRODUCTS
-from benchmarks.records import load_groups, records_of, save_groups
-from benchmarks.requirements import OURS, TORCH_CHUNKED, requirements, verdicts
+import torch
+from torch import Tensor
 
-# What cannot compile its kernels in the minutes of a GPU's turn is left out, with that reason.
-ANSWER_SECONDS = {"cpu": 600.0, "cuda": 150.0}
+from benchmarks.command import main
+from benchmarks.harness import MIB
+from benchmarks.head_loss_cases import Answer, Case, Inputs, errors, make_inputs, right_answer
+from benchmarks.head_loss_peers import EAGER, IMPLEMENTATIONS, PRODUCTS, LossFunction
+from benchmarks.question import (
+    Column,
+    Question,
+    Values,
+    error_of,
+    number_of,
+    ratio_to,
+    within_budget,
+)
+from benchmarks.requirements import Requirement
+
+OURS = "derta auto"
+TORCH_CHUNKED = "torch chunked, auto"
+LOSS_BAND = 1e-4
 ALL = tuple(IMPLEMENTATIONS)
 MOST = (OURS, "derta torch", EAGER, "full compiled", "torch chunked, 2048 rows", "trl", PRODUCTS)
 FEW = (OURS, EAGER, TORCH_CHUNKED, PRODUCTS)
@@ -70,70 +74,177 @@ def _sparse(case: Case) -> list[tuple[Case, str]]:
     return _each(sparse, SPARSE) + _each(replace(sparse, live_alone=True), (OURS, EAGER))
 
 
-def main() -> None:
-    options = _options()
-    groups = groups_for(options.device)
-    folder = options.out or ROOT / "benchmarks" / "results" / options.machine
-    done = load_groups(folder / report.RECORDS)
-    settings = Settings(
-        options.device, options.threads, options.peers, ANSWER_SECONDS[options.device]
+@dataclass(frozen=True)
+class Setup:
+    """One implementation of one case, ready to run: inputs, and a loss as a function of them."""
+
+    inputs: Inputs
+    loss_function: LossFunction
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.hidden.device
+
+    def phases(self) -> list[tuple[str, Callable[[], Tensor]]]:
+        return [("step", self.step)]
+
+    def step(self) -> Tensor:
+        """Forward and backward; the gradients stay on the inputs until the next step."""
+        self.clear()
+        loss = self.loss_function(*self.inputs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+    def clear(self) -> None:
+        """Lets go of the gradients."""
+        self.inputs.hidden.grad = self.inputs.weight.grad = None
+
+    def errors(self, answer: tuple[Any, ...]) -> Values:
+        """Errors of one step; none for products, which give no loss."""
+        loss = self.step()
+        if self.inputs.hidden.grad is None:
+            return {}
+        return errors(loss, self.inputs, Answer(*answer))
+
+
+class HeadLoss(Question):
+    """Forward and backward of the vocabulary projection and its loss."""
+
+    name = "head_loss"
+    title = "The head loss"
+    case_type = Case
+    ours = OURS
+    baseline = EAGER
+    own_op = TORCH_CHUNKED
+    columns = (
+        ratio_to(EAGER, "time / full", "time_ms_p50"),
+        Column("rate", lambda own, by_name: _rate(own, by_name.get(PRODUCTS, {})), of_right=True),
+        number_of("peak MiB", "peak_mib"),
+        Column("memory / full", lambda own, by_name: _memory(own, by_name), of_right=True),
+        error_of("error of loss", "loss_error"),
+        error_of("of d_hidden", "d_hidden_error"),
+        error_of("of d_weight", "d_weight_error"),
     )
-    other = _torch_version(options.other_python) if options.other_python else None
-    judged = {r.case for r in requirements() if r.against == TORCH_CHUNKED}
-    begin = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in options.groups or groups:
-            if options.resume and name in done:
-                continue
-            if time.monotonic() - begin > options.seconds:
-                print(f"out of time before {name!r}: take it up with --resume", file=sys.stderr)
-                break
-            print(name, file=sys.stderr, flush=True)
-            jobs = [Job(case, implementation) for case, implementation in groups[name]]
-            if other is not None:
-                jobs += [
-                    replace(job, python=options.other_python, torch_version=other)
-                    for job in jobs
-                    if job.case in judged and job.implementation == TORCH_CHUNKED
-                ]
-            machine = machine_of(settings)
-            outcomes = run(
-                jobs, options.repetitions, settings, Path(scratch), begin + options.seconds
+
+    def groups(self, device: str) -> dict[str, list[tuple[Case, str]]]:
+        return groups_for(device)
+
+    def setup(self, case: Case, implementation: str, device: torch.device) -> Setup:
+        loss_function = IMPLEMENTATIONS[implementation](case, device)
+        return Setup(make_inputs(case, device), loss_function)
+
+    def answer_case(self, case: Case) -> Case:
+        """Frozen and trainable heads share their answer."""
+        return replace(case, trainable=True)
+
+    def answer(self, case: Case, device: torch.device) -> tuple[Any, ...]:
+        return tuple(right_answer(make_inputs(case, device), case.shape.softcap))
+
+    def is_right(self, case: Case, errors: Values, baseline: Values) -> bool:
+        """Within 2 x (full logits' error in the same dtype + one band).
+
+        For gradients, the band is one rounding of that dtype: the budget is that of the tests, see
+        `derta_kernels.testing.error_budget`. A loss is summed over thousands of rows and has to be
+        closer: its band is what is required of ours.
+        """
+        band = torch.finfo(case.torch_dtype).eps
+        bands = {"loss_error": LOSS_BAND, "d_hidden_error": band, "d_weight_error": band}
+        return within_budget(errors, baseline, bands)
+
+    def requirements(self) -> list[Requirement]:
+        return [*_on_a_cpu(), *_on_a_gpu()]
+
+
+def _rate(own: Values, products: Values) -> str:
+    if not products:
+        return "-"
+    return f"{products['time_ms_p50'] / own['time_ms_p50']:.0%}"
+
+
+def _memory(own: Values, by_name: dict[str, Values]) -> str:
+    """Nothing of products, which keep no result."""
+    if own is by_name.get(PRODUCTS):
+        return ""
+    return ratio_to(EAGER, "", "peak_mib").show(own, by_name)
+
+
+def _on_a_cpu() -> list[Requirement]:
+    found = []
+    for inputs in ("peaked", "random"):
+        case = Case("1024x64000", 2048, inputs=inputs)
+        found += [
+            Requirement("time over full logits'", case, "time_ms_p50", 0.9, None, EAGER),
+            Requirement("memory over full logits'", case, "peak_mib", 0.45, None, EAGER),
+            Requirement(
+                "time over torch's chunked op's", case, "time_ms_p50", 0.25, None, TORCH_CHUNKED
+            ),
+            Requirement("relative error of the loss", case, "loss_error", LOSS_BAND),
+        ]
+    frozen = Case("1024x64000", 2048, trainable=False)
+    sparse = Case("1024x64000", 2048, live=0.05)
+    return [
+        *found,
+        Requirement("time over full logits'", frozen, "time_ms_p50", 0.9, None, EAGER),
+        Requirement("memory over full logits'", frozen, "peak_mib", 0.15, None, EAGER),
+        Requirement(
+            "time over full logits'",
+            Case("1024x64000", 2048, "float32"),
+            "time_ms_p50",
+            1.0,
+            None,
+            EAGER,
+        ),
+        _live_rows_alone(sparse),
+    ]
+
+
+def _on_a_gpu() -> list[Requirement]:
+    frozen = Case("llama-3-8b", 8192, trainable=False)
+    trainable = Case("llama-3-8b", 8192)
+    d_hidden_mib = 8192 * frozen.shape.width * 2 / MIB
+    d_weight_mib = frozen.shape.vocabulary * frozen.shape.width * 4 / MIB
+    mb = 1e6 / MIB
+    return [
+        Requirement("ms", frozen, "time_ms_p50", 23.4),
+        Requirement("ms", trainable, "time_ms_p50", 35.5),
+        Requirement("time over the products'", frozen, "time_ms_p50", 1 / 0.92, None, PRODUCTS),
+        Requirement("time over the products'", trainable, "time_ms_p50", 1 / 0.92, None, PRODUCTS),
+        Requirement(
+            "MiB of scratch: without the gradient of hidden",
+            frozen,
+            "peak_mib",
+            300 * mb,
+            allowance=d_hidden_mib,
+        ),
+        Requirement(
+            "MiB of scratch: without the gradient of hidden and the float32 one of weight",
+            trainable,
+            "peak_mib",
+            600 * mb,
+            allowance=d_hidden_mib + d_weight_mib,
+        ),
+        *(
+            Requirement(
+                "time over that of one token less",
+                replace(case, head="llama-3-8b + 1 token"),
+                "time_ms_p50",
+                1.02,
+                case,
+                OURS,
             )
-            machine |= {f"{key} after": value for key, value in load().items()}
-            done[name] = {"machine": machine, "records": records_of(outcomes)}
-            save_groups(folder / report.RECORDS, done)
-            report.write(folder)
-            for requirement, verdict, value in verdicts(done[name]["records"]):
-                said = f"{requirement.what} at most {requirement.limit:.4g}"
-                print(f"{verdict}: {requirement.case.name}: {said}, measured {value}")
+            for case in (frozen, trainable)
+        ),
+        _live_rows_alone(Case("llama-3-8b", 8192, live=0.05)),
+    ]
 
 
-def _torch_version(python: str) -> str:
-    code = "import torch; print(torch.__version__)"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+def _live_rows_alone(case: Case) -> Requirement:
+    alone = replace(case, live_alone=True)
+    return Requirement("time over the live rows' alone", case, "time_ms_p50", 1.3, alone, OURS)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--machine", required=True, help="folder of results/ to write into")
-    parser.add_argument("--out", type=Path, help="another folder to write into")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="torch's, on a CPU")
-    parser.add_argument("--groups", nargs="+", help="some of the groups, by name")
-    parser.add_argument("--repetitions", type=int, default=7, help="turns of each implementation")
-    parser.add_argument("--peers", help="a folder to import other libraries from")
-    parser.add_argument(
-        "--other-python",
-        help="where ours is judged by torch's own op, measure that of this Python's torch too",
-    )
-    parser.add_argument("--resume", action="store_true", help="keep groups that have records")
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin nothing after that long"
-    )
-    return parser.parse_args()
-
+QUESTION = HeadLoss()
 
 if __name__ == "__main__":
-    main()
+    main(QUESTION)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,8 +24,8 @@ from typing import IO, Any
 
 import torch
 
-from benchmarks.cases import Answer, Case, make_inputs, right_answer
-from benchmarks.harness import ROOT, describe_machine, measure, setup
+from benchmarks.harness import ROOT, describe_machine, measure
+from benchmarks.question import Case, question_named
 
 WARM_UP_TURNS = 1
 
@@ -52,12 +52,14 @@ class Settings:
     """What all processes of a run share.
 
     Attributes:
+        question: its name.
         device: "cpu" or "cuda".
         threads: torch's, on the CPU.
         peers: a folder to import other libraries from, or None.
         seconds: a process that takes longer over one answer is ended.
     """
 
+    question: str
     device: str
     threads: int
     peers: str | None
@@ -80,7 +82,8 @@ class Process:
     def __init__(self, job: Job, answer: Path, settings: Settings) -> None:
         self.outcome = Outcome(job)
         self.seconds = settings.seconds
-        request = asdict(replace(job, python="")) | asdict(settings) | {"answer": str(answer)}
+        request = {**asdict(settings), "implementation": job.implementation}
+        request |= {"case": asdict(job.case), "answer": str(answer)}
         environment = os.environ | {"PYTHONPATH": _search_path(settings.peers)}
         environment.pop("TRITON_INTERPRET", None)  # an interpreter's time says nothing
         self.process = subprocess.Popen(
@@ -175,8 +178,8 @@ def machine_of(settings: Settings) -> dict[str, Any]:
 
 
 def _answer_file(case: Case, settings: Settings, scratch: Path) -> Path:
-    """Where the case's right answer lies; frozen and trainable heads share it."""
-    case = replace(case, trainable=True)
+    """Where the case's right answer lies; cases may share one."""
+    case = question_named(settings.question).answer_case(case)
     path = scratch / (re.sub(r"\W+", "-", case.name) + ".pt")
     if not path.exists():
         _in_a_process("save_answer", settings, asdict(case), str(path))
@@ -201,12 +204,6 @@ def _in_a_process(function: str, settings: Settings, *arguments: Any) -> Any:
     return json.loads(done.stdout)["result"]
 
 
-def save_answer(device: torch.device, case: dict[str, Any], path: str) -> None:
-    problem = Case(**case)
-    answer = right_answer(make_inputs(problem, device), problem.shape.softcap)
-    torch.save(tuple(answer), path)
-
-
 def _search_path(peers: str | None) -> str:
     inherited = os.environ.get("PYTHONPATH")
     folders = [str(ROOT), str(ROOT / "kernels"), inherited, peers]
@@ -222,20 +219,22 @@ def serve(request: dict[str, Any], talk: IO[str]) -> None:
     sys.excepthook = partial(_say_why, talk)
     device = torch.device(request["device"])
     torch.set_num_threads(request["threads"])
+    question = question_named(request["question"])
     if request.get("call") == "describe_machine":
         return say(result=describe_machine(device, request["threads"]))
     if request.get("call") == "save_answer":
-        save_answer(device, *request["arguments"])
+        fields, path = request["arguments"]
+        torch.save(question.answer(question.case_type(**fields), device), path)
         return say(result=None)
 
-    case = Case(**request["case"])
-    ready = setup(case, request["implementation"], device)
+    case = question.case_type(**request["case"])
+    ready = question.setup(case, request["implementation"], device)
     say()
     for line in sys.stdin:  # until whoever asks has ended
         if line.strip() == "check":
-            say(errors=ready.errors(Answer(*torch.load(request["answer"], mmap=True))))
+            say(errors=ready.errors(torch.load(request["answer"], mmap=True)))
         else:
-            say(**measure(ready))
+            say(**measure(ready, question.gpu_steps))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # other processes are waiting for it
 

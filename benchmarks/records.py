@@ -1,4 +1,4 @@
-"""Results as records, one a number; whether a result is right; records in a file."""
+"""Results as records, one a number; records in a file."""
 
 from __future__ import annotations
 
@@ -9,36 +9,17 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-
 from benchmarks.interleave import Outcome
-from benchmarks.peers import EAGER
+from benchmarks.question import Question
+from benchmarks.requirements import Figures, Requirement
 
 Record = dict[str, Any]
-Figures = dict[tuple[str, str], dict[str, float]]  # (case, implementation) -> quantity -> value
-LOSS_BAND = 1e-4
-ERRORS = ("loss_error", "d_hidden_error", "d_weight_error")
 
 
-def is_right(errors: dict[str, float], eager: dict[str, float], dtype: torch.dtype) -> bool:
-    """Whether errors are within 2 x (full logits' error in the same dtype + one band).
-
-    For gradients, the band is one rounding of that dtype: the budget is that of the tests, see
-    `derta_kernels.testing.error_budget`. A loss is summed over thousands of rows and has to be
-    closer: its band is what is required of ours. Without full logits to compare with, nothing is
-    known to be right.
-    """
-    bands = dict.fromkeys(ERRORS, torch.finfo(dtype).eps) | {"loss_error": LOSS_BAND}
-    return all(
-        value <= 2 * (eager.get(quantity, math.nan) + bands[quantity])
-        for quantity, value in errors.items()
-    )
-
-
-def records_of(outcomes: Iterable[Outcome]) -> list[Record]:
+def records_of(outcomes: Iterable[Outcome], question: Question) -> list[Record]:
     """One record a number: case, implementation, quantity, value, and a reason if that is null."""
     outcomes = list(outcomes)
-    eager = {o.job.case: o.errors for o in outcomes if o.job.name == EAGER}
+    baseline = {o.job.case: o.errors for o in outcomes if o.job.name == question.baseline}
     records = []
     for outcome in outcomes:
         about = {"case": outcome.job.case.name, "implementation": outcome.job.name}
@@ -46,8 +27,9 @@ def records_of(outcomes: Iterable[Outcome]) -> list[Record]:
             records.append(about | _record("failure", None, outcome.reason))
             continue
         case = outcome.job.case
-        right = is_right(outcome.errors, eager.get(case, {}), case.torch_dtype)
+        right = question.is_right(case, outcome.errors, baseline.get(case, {}))
         values = outcome.errors | {"right": right} | _of_turns(outcome.turns)
+        values |= question.derived(case, outcome.job.implementation, values)
         records += [about | _record(quantity, value) for quantity, value in values.items()]
     return records
 
@@ -60,10 +42,12 @@ def _record(quantity: str, value: float | None, reason: str | None = None) -> Re
 
 def _of_turns(turns: list[dict[str, Any]]) -> dict[str, float]:
     """Spread of the times, interpolated; the most memory; the machine's state meanwhile."""
-    time_ms = [ms for turn in turns for ms in turn["time_ms"]]
-    tenths = quantiles(time_ms, n=10, method="inclusive") if time_ms[1:] else time_ms * 9
-    values = {f"time_ms_p{p}": tenths[p // 10 - 1] for p in (20, 50, 80)}
-    values |= {"timings": len(time_ms), "peak_mib": max(turn["peak_mib"] for turn in turns)}
+    values: dict[str, float] = {}
+    for quantity in (name for name in turns[0] if name.endswith("_ms")):
+        times = [ms for turn in turns for ms in turn[quantity]]
+        tenths = quantiles(times, n=10, method="inclusive") if times[1:] else times * 9
+        values |= {f"{quantity}_p{p}": tenths[p // 10 - 1] for p in (20, 50, 80)}
+    values |= {"timings": len(times), "peak_mib": max(turn["peak_mib"] for turn in turns)}
     for quantity, taken in (("others_share", median), ("sm_clock_mhz", min)):
         if quantity in turns[0]:
             values[quantity] = taken(turn[quantity] for turn in turns)
@@ -78,6 +62,19 @@ def figures(records: Iterable[Record]) -> Figures:
         if record["value"] is not None:
             quantities[record["quantity"]] = record["value"]
     return found
+
+
+def verdicts(
+    records: list[Record], question: Question
+) -> list[tuple[Requirement, str, float | None]]:
+    """The requirements on cases that the records speak of, each with verdict and value."""
+    known = figures(records)
+    cases = {case for case, _ in known}
+    return [
+        (requirement, *requirement.judge(known, question.ours))
+        for requirement in question.requirements()
+        if requirement.case.name in cases
+    ]
 
 
 def load_groups(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The table and the plot, made from records: `python -m benchmarks.report FOLDER` redoes both."""
+"""The table and the plot, made from records: `python -m benchmarks.report FOLDER` redoes all."""
 
 from __future__ import annotations
 
@@ -8,51 +8,44 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import EAGER, PRODUCTS
-from benchmarks.records import ERRORS, Record, figures, load_groups
-from benchmarks.requirements import OURS, verdicts
+from benchmarks.question import NAMES, Question, Values, number, question_named
+from benchmarks.records import Record, figures, load_groups, verdicts
 
-RECORDS, TABLE, PLOT = "head_loss.json", "head_loss.md", "head_loss.png"
 HEADER = """\
-# The head loss, measured
+# {title}, measured
 
-Made from [the records](head_loss.json) by `python -m benchmarks.report`; what the columns mean is
-in [the benchmarks' page](../../README.md). ![time and memory](head_loss.png)
+Made from [the records]({name}.json) by `python -m benchmarks.report`; what the columns mean is
+in [the benchmarks' page](../../README.md). ![time and memory]({name}.png)
 """
-COLUMNS = (
-    "implementation",
-    "ms p50 (p20, p80)",
-    "time / full",
-    "rate",
-    "peak MiB",
-    "memory / full",
-    "error of loss",
-    "of d_hidden",
-    "of d_weight",
-    "machine",
-)
 
 
-def write(folder: Path) -> None:
-    """Table and, where matplotlib is installed, plot of the records in a folder."""
-    groups = load_groups(folder / RECORDS)
-    (folder / TABLE).write_text(table(groups), encoding="utf-8")
+def records_file(folder: Path, question: Question) -> Path:
+    """Where a folder of results has the question's records."""
+    return folder / f"{question.name}.json"
+
+
+def write(folder: Path, question: Question) -> None:
+    """Table and, where matplotlib is installed, plot of the question's records in a folder."""
+    path = records_file(folder, question)
+    groups = load_groups(path)
+    path.with_suffix(".md").write_text(table(groups, question), encoding="utf-8")
     if find_spec("matplotlib") is not None:
-        _plot(groups, folder / PLOT)
+        _plot(groups, question, path.with_suffix(".png"))
 
 
-def table(groups: dict[str, Any]) -> str:
+def table(groups: dict[str, Any], question: Question) -> str:
     """Markdown: requirements first, then every case with every implementation."""
-    parts = [HEADER, "## Requirements\n", _requirements(groups)]
+    header = HEADER.format(title=question.title, name=question.name)
+    parts = [header, "## Requirements\n", _requirements(groups, question)]
     for name, group in groups.items():
         parts += [f"## {name[0].upper()}{name[1:]}\n", _machine(group["machine"])]
         for case in dict.fromkeys(record["case"] for record in group["records"]):
             records = [record for record in group["records"] if record["case"] == case]
-            parts += [f"### {case}\n", _case(records)]
+            parts += [f"### {case}\n", _case(records, question)]
     return "\n".join(parts)
 
 
-def _requirements(groups: dict[str, Any]) -> str:
+def _requirements(groups: dict[str, Any], question: Question) -> str:
     rows = [
         (
             requirement.case.name,
@@ -62,57 +55,38 @@ def _requirements(groups: dict[str, Any]) -> str:
             verdict if verdict == "pass" else f"**{verdict}**",
         )
         for group in groups.values()
-        for requirement, verdict, value in verdicts(group["records"])
+        for requirement, verdict, value in verdicts(group["records"], question)
     ]
-    return _markdown(("case", f"of {OURS}", "at most", "measured", "verdict"), rows)
+    return _markdown(("case", f"of {question.ours}", "at most", "measured", "verdict"), rows)
 
 
-def _case(records: list[Record]) -> str:
+def _case(records: list[Record], question: Question) -> str:
     known = figures(records)
     reasons = {r["implementation"]: r["reason"] for r in records if r["quantity"] == "failure"}
     by_name = {implementation: values for (_, implementation), values in known.items()}
-    eager, products = by_name.get(EAGER, {}), by_name.get(PRODUCTS, {})
+    columns = question.columns
+    header = ("implementation", "ms p50 (p20, p80)", *(c.header for c in columns), "machine")
     rows = []
     for name, values in by_name.items():
         if name in reasons:
-            rows.append((name, f"did not run: {reasons[name]}", *[""] * (len(COLUMNS) - 2)))
+            rows.append((name, f"did not run: {reasons[name]}", *[""] * (len(header) - 2)))
             continue
-        time_ms, peak_mib = values["time_ms_p50"], values["peak_mib"]
-        right = bool(values["right"])
-        low, high = _number(values["time_ms_p20"]), _number(values["time_ms_p80"])
-        rows.append(
-            (
-                name,
-                f"{_number(time_ms)} ({low}, {high})",
-                _ratio(time_ms, eager.get("time_ms_p50")) if right else "wrong result",
-                _percent(products.get("time_ms_p50"), time_ms) if right else "",
-                _number(peak_mib),
-                _ratio(peak_mib, eager.get("peak_mib")) if right and name != PRODUCTS else "",
-                *(f"{values[q]:.1e}" if q in values else "-" for q in ERRORS),
-                _condition(values),
-            )
-        )
-    return _markdown(COLUMNS, rows)
+        middle, low, high = (number(values[f"time_ms_p{p}"]) for p in (50, 20, 80))
+        shown = [
+            column.show(values, by_name) if values["right"] or not column.of_right else ""
+            for column in columns
+        ]
+        if not values["right"]:
+            shown[[column.of_right for column in columns].index(True)] = "wrong result"
+        rows.append((name, f"{middle} ({low}, {high})", *shown, _condition(values)))
+    return _markdown(header, rows)
 
 
-def _condition(values: dict[str, float]) -> str:
+def _condition(values: Values) -> str:
     """What state the machine was in."""
     if "sm_clock_mhz" in values:
         return f"{values['sm_clock_mhz']:.0f} MHz"
     return f"{values['others_share']:.0%} taken" if "others_share" in values else "-"
-
-
-def _number(value: float) -> str:
-    """Three digits, or all of an integer's."""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def _ratio(value: float, other: float | None) -> str:
-    return "-" if other is None else f"{value / other:.2f}"
-
-
-def _percent(part: float | None, whole: float) -> str:
-    return "-" if part is None else f"{part / whole:.0%}"
 
 
 def _machine(machine: dict[str, Any]) -> str:
@@ -128,7 +102,7 @@ def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _plot(groups: dict[str, Any], path: Path) -> None:
+def _plot(groups: dict[str, Any], question: Question, path: Path) -> None:
     """A row of panels a case, time and peak memory; a bar an implementation."""
     import matplotlib
 
@@ -149,12 +123,13 @@ def _plot(groups: dict[str, Any], path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
+    own = question.ours.split()[0]
     for ((_, case), bars), (times, memories) in zip(rows.items(), panels, strict=True):
         names = [name if values["right"] else f"{name} (wrong)" for name, values in bars.items()]
-        colors = ["tab:blue" if name.startswith("derta") else "silver" for name in bars]
+        colors = ["tab:blue" if name.split()[0] == own else "silver" for name in bars]
         for panel, quantity in ((times, "time_ms_p50"), (memories, "peak_mib")):
             drawn = panel.barh(names, [values[quantity] for values in bars.values()], color=colors)
-            panel.bar_label(drawn, fmt=_number, padding=2, fontsize=7)
+            panel.bar_label(drawn, fmt=number, padding=2, fontsize=7)
             panel.invert_yaxis()
             panel.margins(x=0.12)
             panel.tick_params(labelsize=7)
@@ -167,4 +142,6 @@ def _plot(groups: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    for question in map(question_named, NAMES):
+        if records_file(Path(sys.argv[1]), question).exists():
+            write(Path(sys.argv[1]), question)

@@ -14,16 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import head_loss, report
-from benchmarks.cases import PROBABILITIES, Case, errors, make_inputs, right_answer
-from benchmarks.harness import ROOT, Setup, setup, watch_other_processes, watch_resident_memory
+from benchmarks import report
+from benchmarks.command import main
+from benchmarks.harness import ROOT, watch_other_processes, watch_resident_memory
+from benchmarks.head_loss import OURS, TORCH_CHUNKED, Setup
+from benchmarks.head_loss import QUESTION as HEAD_LOSS
+from benchmarks.head_loss_cases import PROBABILITIES, Case, errors, make_inputs, right_answer
+from benchmarks.head_loss_peers import EAGER
 from benchmarks.interleave import Job, Outcome, Settings, run
-from benchmarks.peers import EAGER, IMPLEMENTATIONS
-from benchmarks.records import figures, is_right, load_groups, records_of
-from benchmarks.requirements import OURS, TORCH_CHUNKED, requirements, verdicts
+from benchmarks.question import NAMES, Question, question_named
+from benchmarks.records import figures, load_groups, records_of, verdicts
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 256)
+QUESTIONS = [question_named(name) for name in NAMES]
 
 
 def outcome(case: Case, implementation: str, ms: float, mib: float, error: float) -> Outcome:
@@ -41,20 +45,23 @@ def test_a_wrong_result_is_not_right(spoil: str) -> None:
         )
         return loss + 0.01 * loss.detach() if spoil == "loss" else loss
 
-    eager = setup(TINY, EAGER, CPU)
+    eager = HEAD_LOSS.setup(TINY, EAGER, CPU)
     answer = right_answer(eager.inputs, None)
     found = Setup(make_inputs(TINY, CPU), spoilt).errors(answer)
-    assert is_right(found, eager.errors(answer), torch.bfloat16) == (spoil == "nothing")
-    assert not is_right(found, {}, torch.bfloat16), "nothing is right where nothing was compared"
+    assert HEAD_LOSS.is_right(TINY, found, eager.errors(answer)) == (spoil == "nothing")
+    assert not HEAD_LOSS.is_right(TINY, found, {}), "nothing is right where nothing was compared"
 
 
 def test_no_speed_up_is_reported_for_a_wrong_result() -> None:
     case = Case("1024x64000", 2048)
-    records = records_of([outcome(case, EAGER, 100, 10, 1e-3), outcome(case, OURS, 10, 1, 0.5)])
+    outcomes = [outcome(case, EAGER, 100, 10, 1e-3), outcome(case, OURS, 10, 1, 0.5)]
+    records = records_of(outcomes, HEAD_LOSS)
     assert figures(records)[case.name, OURS]["right"] == 0
-    line = next(s for s in report.table(group(records)).splitlines() if s.startswith(f"| {OURS}"))
+    line = next(
+        s for s in report.table(group(records), HEAD_LOSS).splitlines() if s.startswith(f"| {OURS}")
+    )
     assert "wrong result" in line and "0.10" not in line
-    assert {verdict for _, verdict, _ in verdicts(records)} <= {"wrong", "not measured"}
+    assert {verdict for _, verdict, _ in verdicts(records, HEAD_LOSS)} <= {"wrong", "not measured"}
 
 
 def group(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -68,7 +75,8 @@ def group(records: list[dict[str, Any]]) -> dict[str, Any]:
 def test_requirements_are_judged_from_records(ms: float, mib: float, expected: set[str]) -> None:
     case = Case("1024x64000", 2048)
     outcomes = [outcome(case, EAGER, 100, 100, 1e-5), outcome(case, OURS, ms, mib, 1e-5)]
-    judged = {r.what: verdict for r, verdict, _ in verdicts(records_of(outcomes))}
+    records = records_of(outcomes, HEAD_LOSS)
+    judged = {r.what: verdict for r, verdict, _ in verdicts(records, HEAD_LOSS)}
     assert judged["time over torch's chunked op's"] == "not measured"
     assert {judged["time over full logits'"], judged["memory over full logits'"]} == expected
 
@@ -83,20 +91,23 @@ def test_the_fastest_torch_is_what_ours_is_compared_with() -> None:
         outcome(case, TORCH_CHUNKED, 500, 1, 0.5),
         newer,
     ]
-    judged = {r.what: (v, value) for r, v, value in verdicts(records_of(outcomes))}
+    records = records_of(outcomes, HEAD_LOSS)
+    judged = {r.what: (v, value) for r, v, value in verdicts(records, HEAD_LOSS)}
     assert judged["time over torch's chunked op's"] == ("fail", pytest.approx(1 / 3))
 
 
-def test_every_requirement_is_on_a_case_that_is_run() -> None:
+@pytest.mark.parametrize("question", QUESTIONS, ids=NAMES)
+def test_every_requirement_is_on_a_case_that_is_run(question: Question) -> None:
     run_cases = {
         (case.name, name)
         for device in ("cpu", "cuda")
-        for pairs in head_loss.groups_for(device).values()
+        for pairs in question.groups(device).values()
         for case, name in pairs
     }
-    for requirement in requirements():
-        assert (requirement.case.name, OURS) in run_cases
-        assert (requirement.case.name, EAGER) in run_cases, "or nothing would be known to be right"
+    assert question.requirements()
+    for requirement in question.requirements():
+        for name in (question.ours, question.baseline):  # without which nothing is right
+            assert (requirement.case.name, name) in run_cases
         if requirement.against is not None:
             against = requirement.case_against or requirement.case
             assert (against.name, requirement.against) in run_cases
@@ -134,7 +145,7 @@ def test_a_busy_neighbour_is_noticed() -> None:
 
 
 def test_a_process_that_gives_no_answer_is_ended_and_said_so(tmp_path: Path) -> None:
-    settings = Settings("cpu", 1, None, 600)
+    settings = Settings("head_loss", "cpu", 1, None, 600)
     run([Job(TINY, OURS)], 1, settings, tmp_path, time.monotonic())
     hurried = replace(settings, seconds=0.05)
     (late,) = run([Job(TINY, OURS)], 1, hurried, tmp_path, time.monotonic())
@@ -145,35 +156,39 @@ def test_a_run_writes_records_and_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     names = ("derta torch", EAGER, "liger")
-    monkeypatch.setattr(
-        head_loss, "groups_for", lambda device: {"a question": [(TINY, name) for name in names]}
-    )
+    groups = {"a question": [(TINY, name) for name in names]}
+    monkeypatch.setattr(HEAD_LOSS, "groups", lambda device: groups)
     options = ["--machine", "here", "--out", str(tmp_path), "--repetitions", "2", "--threads", "1"]
     monkeypatch.setattr("sys.argv", ["head_loss", *options])
-    head_loss.main()
+    main(HEAD_LOSS)
 
-    known = figures(load_groups(tmp_path / report.RECORDS)["a question"]["records"])
+    records = report.records_file(tmp_path, HEAD_LOSS)
+    known = figures(load_groups(records)["a question"]["records"])
     for name in ("derta torch", EAGER):
         values = known[TINY.name, name]
         assert values["right"] == 1 and values["timings"] == 2 and values["loss_error"] < 0.1
         assert 0 < values["time_ms_p20"] <= values["time_ms_p50"] <= values["time_ms_p80"]
     assert known[TINY.name, "liger"] == {}
-    text = (tmp_path / report.TABLE).read_text()
+    text = records.with_suffix(".md").read_text()
     assert "| liger | did not run: NotImplementedError: its kernels run on CUDA" in text
-    assert (tmp_path / report.PLOT).stat().st_size > 10_000
-    assert str(ROOT) not in text + (tmp_path / report.RECORDS).read_text()
+    assert records.with_suffix(".png").stat().st_size > 10_000
+    assert str(ROOT) not in text + (records).read_text()
 
     monkeypatch.setattr("sys.argv", ["head_loss", *options, "--resume"])
     capfd.readouterr()
-    head_loss.main()
+    main(HEAD_LOSS)
     assert "ready" not in capfd.readouterr().err, "what has records is not run again"
-    json.loads((tmp_path / report.RECORDS).read_text(), parse_constant=pytest.fail)
+    json.loads((records).read_text(), parse_constant=pytest.fail)
 
 
-def test_results_that_are_kept_are_what_their_records_make() -> None:
-    for records in (ROOT / "benchmarks" / "results").glob(f"*/{report.RECORDS}"):
+@pytest.mark.parametrize("question", QUESTIONS, ids=NAMES)
+def test_results_that_are_kept_are_what_their_records_make(question: Question) -> None:
+    for folder in (ROOT / "benchmarks" / "results").iterdir():
+        records = report.records_file(folder, question)
         groups = load_groups(records)
-        assert records.with_name(report.TABLE).read_text() == report.table(groups)
+        assert not groups or records.with_suffix(".md").read_text() == report.table(
+            groups, question
+        )
         for group in groups.values():
             implementations = {record["implementation"] for record in group["records"]}
-            assert implementations >= set(IMPLEMENTATIONS) & {OURS, EAGER}
+            assert implementations >= {question.ours, question.baseline}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import IGNORED, Case
+from benchmarks.head_loss_cases import IGNORED, Case
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 EAGER = "full float32"
