@@ -18,7 +18,7 @@ RowPass = Callable[
 ]  # see `row_pass_torch`
 
 MIB = 2**20
-SCRATCH_MB = {"cpu": 128, "cuda": 256}
+SCRATCH_MB = {"cpu": 96, "cuda": 256}
 # A chunk reads all of weight twice and all of its gradient once: from this many rows on, both hide
 # under the products.
 WIDE_CHUNK_ROWS = 1024
@@ -152,7 +152,7 @@ def chunk_rows(
 ) -> int:
     """Rows of a chunk: what `scratch_mb` holds, in multiples of 128, and at most `count`.
 
-    The default is 128 MiB on a CPU and 256 MiB on a device, or 1024 rows where those are more and
+    The default is 96 MiB on a CPU and 256 MiB on a device, or 1024 rows where those are more and
     leave three quarters of the device's memory free. At least 128 rows, whatever the budget.
     """
     row_bytes = vocabulary * dtype.itemsize
