@@ -27,7 +27,7 @@ ROW_MULTIPLE = 128
 ROW_ALIGNMENT_BYTES = 128
 # Compute capability from which on torch multiplies bfloat16 into a float32 sum.
 WIDE_PRODUCTS_SINCE = (8, 0)
-SLICE_ELEMENTS = 2**22
+SLICE_ELEMENTS = 2**21
 
 
 class Gradients(NamedTuple):
@@ -66,7 +66,7 @@ def head_loss_chunked(
     Memory, in bytes, with b = bytes of hidden's dtype, p = bytes of `product_dtype`,
     C = `chunk_rows` and w = 4, or 8 for float64:
         C V p          scratch, rows padded to 128 bytes, and what the row pass takes
-        2^22 w         a slice of weight, where it is widened, or of its gradient, where the
+        2^21 w         a slice of weight, where it is widened, or of its gradient, where the
                        product is narrower than the sum
         N d b          gradient of hidden, if required; 3 C d p more
         w V (d + 1)    gradients of weight and bias, only for those that are required
