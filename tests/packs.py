@@ -60,11 +60,11 @@ PLAIN = packed([(6, []), (11, [])])
 
 
 @st.composite
-def rows(draw: st.DrawFn) -> Packed:
+def rows(draw: st.DrawFn, longest_trunk: int = 8, longest_branch: int = 4) -> Packed:
     examples = []
     for _ in range(draw(st.integers(1, 3))):
-        trunk = draw(st.integers(1, 8))
-        branch = st.tuples(st.integers(1, trunk), st.integers(1, 4))
+        trunk = draw(st.integers(1, longest_trunk))
+        branch = st.tuples(st.integers(1, trunk), st.integers(1, longest_branch))
         examples.append((trunk, draw(st.lists(branch, max_size=3))))
     return packed(examples)
 
@@ -74,6 +74,7 @@ def tensors(
     *,
     heads: int = 4,
     kv_heads: int = 2,
+    width: int = 6,
     value_width: int = 5,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
@@ -86,8 +87,8 @@ def tensors(
         return (2 * values).to(dtype).requires_grad_()
 
     return dict(
-        q=normal(heads, 6),
-        k=normal(kv_heads, 6),
+        q=normal(heads, width),
+        k=normal(kv_heads, width),
         v=normal(kv_heads, value_width),
         visible_until=torch.tensor([row.visible_until], dtype=torch.int32),
         position_ids=torch.tensor([row.position_ids]),
@@ -95,8 +96,12 @@ def tensors(
 
 
 def with_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """Output and gradients of the inputs for an upstream gradient that is not constant."""
-    upstream = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    """Output and gradients of the inputs for an upstream gradient that is not constant.
+
+    It is the same in all dtypes, rounded to the coarsest of them.
+    """
+    upstream = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).bfloat16()
+    upstream = upstream.to(output).view_as(output)
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 

@@ -36,6 +36,8 @@ class Launch:
         constants: value of every constexpr argument.
         divisible: the arguments that are multiples of 16, which Triton makes use of.
         num_warps: warps of a program.
+        num_stages: loads of a loop under way.
+        capabilities: that it is for.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Launch:
     constants: Mapping[str, Any]
     divisible: frozenset[str]
     num_warps: int
+    num_stages: int = 3
+    capabilities: Sequence[int] = tuple(SHARED_KIB)
 
 
 class Resources(NamedTuple):
@@ -56,9 +60,10 @@ class Resources(NamedTuple):
 
 def launches() -> list[Launch]:
     """Every launch that a kernel of this package can make."""
+    from derta_kernels.attention import launches
     from derta_kernels.head_loss import row_pass_triton
 
-    return list(row_pass_triton.launches())
+    return [*row_pass_triton.launches(), *launches.launches()]
 
 
 def compiled(launch: Launch, capability: int) -> Resources:
@@ -77,7 +82,9 @@ def compiled(launch: Launch, capability: int) -> Resources:
     }
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), divisible)
     kernel = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -104,9 +111,14 @@ def excess(resources: Resources, capability: int) -> str | None:
 
 
 def compile_all(capabilities: Sequence[int]) -> Iterator[tuple[Launch, int, Resources]]:
-    """Every launch on every given capability, in order, compiled on all cores; Triton caches it."""
+    """Every launch on those of `capabilities` that it is for, in order; Triton caches it."""
     every = launches()
-    jobs = [(index, capability) for index in range(len(every)) for capability in capabilities]
+    jobs = [
+        (index, capability)
+        for index, launch in enumerate(every)
+        for capability in capabilities
+        if capability in launch.capabilities
+    ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for (index, capability), found in zip(jobs, pool.map(_job, jobs, chunksize=8), strict=True):
             yield every[index], capability, found

@@ -1,6 +1,7 @@
 """Attention of packed batches: one integer a token says who sees it."""
 
+from derta_kernels.attention.choice import choose
 from derta_kernels.attention.layout import Bounds, layout_of
-from derta_kernels.attention.op import choose, interval_attention
+from derta_kernels.attention.op import interval_attention
 
 __all__ = ["Bounds", "choose", "interval_attention", "layout_of"]

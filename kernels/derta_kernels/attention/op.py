@@ -7,25 +7,12 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from derta_kernels import Choice
+from derta_kernels.attention.choice import choose
+from derta_kernels.attention.custom_op import attention_op
+from derta_kernels.attention.flash_attn import interval_attention_flash_attn
 from derta_kernels.attention.layout import Bounds, layout_of
 from derta_kernels.attention.reference import interval_attention_reference
 from derta_kernels.attention.sdpa import interval_attention_sdpa
-
-IMPLEMENTATIONS = ("reference", "sdpa")
-
-
-def choose(impl: str, device: torch.device) -> Choice:
-    """The implementation that `interval_attention` takes for tensors on `device`.
-
-    Raises:
-        ValueError: there is no implementation of that name.
-    """
-    if impl == "auto":
-        return Choice("sdpa", "torch's kernels, one packed example at a time")
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of auto, {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
-    return Choice(impl, "asked for by name")
 
 
 def interval_attention(
@@ -92,12 +79,21 @@ def interval_attention(
         raise ValueError("position_ids are required with window, got None")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if choose(impl, q.device).name == "reference":
+    name = choose(impl, q.device, q.dtype, q.shape[-1], v.shape[-1]).name
+    if name == "reference":
         return interval_attention_reference(
             q, k, v, visible_until, position_ids, scale=scale, softcap=softcap, window=window
         )
+    if name == "triton":
+        if not torch.compiler.is_compiling():
+            layout_of(visible_until, position_ids, example_bounds)  # found again by the operator
+        if scale <= 0:  # the kernels take the maximum of the scores before they scale them
+            q, scale = (q * 0, 1.0) if scale == 0 else (-q, -scale)
+        out, _ = attention_op(q, k, v, visible_until, position_ids, scale, softcap, window)
+        return out
+    attend = interval_attention_sdpa if name == "sdpa" else interval_attention_flash_attn
     layout = layout_of(visible_until, position_ids, example_bounds)
-    return interval_attention_sdpa(q, k, v, layout, scale=scale, softcap=softcap, window=window)
+    return attend(q, k, v, layout, scale=scale, softcap=softcap, window=window)
 
 
 def _check_tensors(

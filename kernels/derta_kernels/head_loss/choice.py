@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 
 from derta_kernels import Choice
 from derta_kernels.head_loss import row_pass_native
 from derta_kernels.head_loss.chunked import RowPass
 from derta_kernels.head_loss.row_pass_torch import row_pass_torch
+from derta_kernels.triton_support import no_triton
 
 ROW_PASSES = ("torch", "native", "triton")
 PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}
-MIN_TRITON_CAPABILITY = (8, 0)
 
 
 def choose(impl: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Choice:
@@ -47,7 +44,11 @@ def unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str | No
     """Why a row pass cannot run there, in a clause; None: it can."""
     if impl == "native":
         return row_pass_native.unavailable(device, dtype)
-    return _no_triton(device, dtype) if impl == "triton" else None
+    if impl == "triton":
+        if dtype == torch.float64:
+            return "its row pass computes in float32"
+        return no_triton(device)
+    return None
 
 
 def row_pass(impl: str) -> RowPass:
@@ -59,24 +60,3 @@ def row_pass(impl: str) -> RowPass:
 
         return row_pass_triton
     return row_pass_torch
-
-
-@cache
-def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if dtype == torch.float64:
-        return "its row pass computes in float32"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MIN_TRITON_CAPABILITY:
-            return "Triton needs compute capability 8.0, this is {}.{}".format(*capability)
-        return None
-    import triton
-
-    if device.type == "cpu" and triton.knobs.runtime.interpret:
-        return None
-    return (
-        f"Triton runs on {device.type} tensors in its interpreter alone: set TRITON_INTERPRET=1 "
-        "before Python starts"
-    )

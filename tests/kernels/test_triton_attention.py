@@ -1,0 +1,272 @@
+"""The Triton kernels of interval attention, in the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from derta_kernels.attention import choose, interval_attention, launch_configs, layout_of, tiles
+from derta_kernels.attention.launch_configs import LaunchConfig
+from packs import BRANCHED, Packed, distance, packed, rows, tensors, with_gradients
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+NARROW = [torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+
+
+def tiles_of(block_q: int, block_k: int) -> dict[launch_configs.Target, LaunchConfig]:
+    """A table of tiles so small that a test has many of them."""
+    config = LaunchConfig(block_q, block_k, num_warps=4, num_stages=2)
+    return dict.fromkeys(launch_configs.LAUNCH_CONFIGS, config)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_configs, "LAUNCH_CONFIGS", tiles_of(16, 32))
+
+
+def triton_inputs(row: Packed, dtype: torch.dtype = torch.float32, **options) -> dict[str, Tensor]:
+    arguments = tensors(row, dtype=dtype, **{"width": 6, "value_width": 6, **options})
+    return {name: tensor.to(DEVICE) for name, tensor in arguments.items()}
+
+
+def results(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
+    """Output and gradients of q, k, v."""
+    output = interval_attention(**arguments, **options)
+    return with_gradients(output, [arguments[name] for name in "qkv"])
+
+
+def oracle(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
+    exact = {name: x.double() if name in "qkv" else x for name, x in arguments.items()}
+    return results(exact, impl="reference", **options)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    row=rows(longest_trunk=40, longest_branch=40),
+    blocks=st.sampled_from([(16, 32), (32, 16)]),
+    kv_heads=st.sampled_from([1, 2]),
+    window=st.sampled_from([None, 1, 7, 30]),
+    softcap=st.sampled_from([None, 1.5]),
+    scale=st.sampled_from([None, 0.3, -0.3, 0.0]),
+)
+def test_triton_is_the_definition(row, blocks, kv_heads, window, softcap, scale) -> None:
+    arguments = triton_inputs(row, heads=2, kv_heads=kv_heads)
+    options = dict(window=window, softcap=softcap, scale=scale)
+    with mock.patch.object(launch_configs, "LAUNCH_CONFIGS", tiles_of(*blocks)):
+        triton = results(arguments, impl="triton", **options)
+    for actual, wanted in zip(triton, oracle(arguments, **options), strict=True):
+        # Gradients that are 0 in exact numbers, those of one key alone, are what rounding leaves.
+        assert (actual - wanted).norm() <= 3e-6 * (wanted.norm() + math.sqrt(wanted.numel()))
+
+
+LONG = packed([(70, [(33, 40), (70, 1), (60, 9)]), (1, []), (90, []), (50, [(50, 30)])])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_rounding_stays_within_twice_that_of_eager(dtype, options) -> None:
+    arguments = triton_inputs(LONG, dtype, width=32, value_width=32)
+    wanted = oracle(arguments, **options)
+    eager = eager_results(arguments, **options)
+    for ours, theirs, exact in zip(
+        results(arguments, impl="triton", **options), eager, wanted, strict=True
+    ):
+        # Not by rows, as an example's first query has no gradient in exact numbers.
+        budget = 2 * (distance(theirs.double(), exact) + torch.finfo(dtype).eps)
+        assert distance(ours.double(), exact) <= budget
+
+
+def eager_results(
+    arguments: dict[str, Tensor], window: int | None = None, softcap: float | None = None
+) -> list[Tensor]:
+    """All scores and an explicit softmax, in the inputs' own dtype."""
+    q, k, v = (arguments[name] for name in "qkv")
+    index = torch.arange(q.shape[1], device=q.device)
+    seen = (index <= index[:, None]) & (index[:, None] < arguments["visible_until"][0])
+    if window is not None:
+        position = arguments["position_ids"][0]
+        seen &= position[:, None] - position < window
+    keys, values = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, keys) * q.shape[-1] ** -0.5
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return with_gradients(torch.einsum("bhij,bjhd->bihd", shares, values), [q, k, v])
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+def test_every_head_dimension_in_the_tiles_it_is_launched_with(head_dim, dtype) -> None:
+    if head_dim > launch_configs.MAX_HEAD_DIM[dtype]:
+        with pytest.raises(ValueError, match="float32 head dimensions up to 128, not 256"):
+            choose("triton", DEVICE, dtype, head_dim)
+        return
+    arguments = triton_inputs(
+        LONG, dtype, heads=2, kv_heads=1, width=head_dim, value_width=head_dim
+    )
+    limit = 3e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for actual, wanted in zip(results(arguments, impl="triton"), oracle(arguments), strict=True):
+        assert distance(actual.double(), wanted) < limit
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_an_example_of_more_tiles_than_are_looked_at_together() -> None:
+    """One trunk and so many branches that each leaves most of the tiles before it alone."""
+    row = packed([(20, []), (40, [(20, 50)] * 60)])
+    arguments = triton_inputs(row, heads=1, kv_heads=1)
+    assert len(row.visible_until) > 32 * (128 // 2)
+    sdpa = results({n: x.double() if n in "qkv" else x for n, x in arguments.items()}, impl="sdpa")
+    for actual, wanted in zip(results(arguments, impl="triton"), sdpa, strict=True):
+        assert distance(actual.double(), wanted) < 3e-6
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}], ids=str)
+def test_what_nobody_sees_is_never_loaded(options) -> None:
+    """NaN times 0 is NaN: whatever is read, even to be masked, shows.
+
+    Both branches begin a tile of their own, and NaN is in the first and in another example.
+    """
+    row = packed([(64, [(64, 64), (32, 32)]), (50, [])])
+    trunk, first, second, other = slice(64), slice(64, 128), slice(128, 160), slice(160, 210)
+    clean, poisoned = (triton_inputs(row) for _ in range(2))
+    with torch.no_grad():
+        for name in "qkv":
+            poisoned[name][:, first] = torch.nan
+            poisoned[name][:, other] = torch.nan
+
+    def untouched(arguments: dict[str, Tensor]) -> list[Tensor]:
+        output = interval_attention(**arguments, impl="triton", **options)
+        inputs = [arguments[name] for name in "qkv"]
+        gradients = torch.autograd.grad(output, inputs, torch.ones_like(output))
+        # The trunk's keys are seen by the first branch, whose NaN is in their gradients.
+        return [output[:, trunk], gradients[0][:, trunk], output[:, second]] + [
+            gradient[:, second] for gradient in gradients
+        ]
+
+    for ours, theirs in zip(untouched(poisoned), untouched(clean), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_nothing_around_the_inputs_is_read() -> None:
+    """Views into storage that is full of NaN, as projections of q, k and v in one product are."""
+    arguments = triton_inputs(LONG)
+    views = dict(arguments)
+    for name in "qkv":
+        x = arguments[name]
+        storage = torch.full((1, x.shape[1] + 40, x.shape[2] + 2, x.shape[3] + 5), torch.nan)
+        views[name] = storage.to(DEVICE)[:, 20:-20, 1:-1, 3:-2]
+        views[name].copy_(x.detach())
+        views[name].requires_grad_()
+    by_head = dict(arguments)
+    for name in "qkv":
+        by_head[name] = arguments[name].detach().transpose(1, 2).contiguous().transpose(1, 2)
+        by_head[name].requires_grad_()
+    plain = results(arguments, impl="triton", window=30)
+    for strided in (views, by_head):
+        for ours, theirs in zip(results(strided, impl="triton", window=30), plain, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_batch_rows_have_examples_of_their_own_and_every_run_is_the_same() -> None:
+    first = triton_inputs(packed([(60, [])]))
+    second = triton_inputs(packed([(5, []), (35, [(3, 20)])]))
+    both = {name: torch.cat((first[name], second[name])) for name in first}
+    apart = torch.cat([interval_attention(**one, impl="triton") for one in (first, second)])
+    assert torch.equal(interval_attention(**both, impl="triton"), apart)
+    for once, again in pairwise([results(both, impl="triton") for _ in range(3)]):
+        for ours, theirs in zip(once, again, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_tables_are_linear_in_tokens() -> None:
+    """64k tokens of one example with branches of 1000: no table has rows for pairs of tiles."""
+    row = packed([(8000, [(4000, 1000)] * 56)])
+    visible_until = torch.tensor([row.visible_until], dtype=torch.int32)
+    layout = layout_of(visible_until, torch.tensor([row.position_ids]), None)
+    assert len(tiles.query_tiles(layout, 128, 64)) == len(tiles.key_tiles(layout, 128, 64)) == 500
+    for extremes in (tiles.visible_until_extremes(layout, 64), tiles.position_extremes(layout, 64)):
+        assert extremes.shape == (1000, 2)
+
+
+# --- an operator of PyTorch ----------------------------------------------------------------------
+
+
+def test_the_operator_keeps_pytorchs_rules() -> None:
+    arguments = triton_inputs(BRANCHED)
+    layout_of(arguments["visible_until"], arguments["position_ids"], None)
+    operands = tuple(arguments.values())
+    for options in ((0.4, None, None), (0.4, 1.5, 3)):
+        torch.library.opcheck(torch.ops.derta.interval_attention.default, (*operands, *options))
+
+
+def test_it_cannot_be_differentiated_twice() -> None:
+    arguments = triton_inputs(BRANCHED)
+    output = interval_attention(**arguments, impl="triton")
+    (d_q,) = torch.autograd.grad(output.square().sum(), arguments["q"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="interval_attention has no second derivative"):
+        torch.autograd.grad(d_q.sum(), arguments["k"])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_function_holds_it_whole(backend: str) -> None:
+    def attend(arguments: dict[str, Tensor]) -> Tensor:
+        once = interval_attention(**arguments, window=4, impl="triton")
+        return interval_attention(**{**arguments, "q": once}, softcap=2.0, impl="triton")
+
+    arguments = triton_inputs(BRANCHED)
+    inputs = [arguments[name] for name in "qkv"]
+    expected = with_gradients(attend(arguments), inputs)
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    for actual, wanted in zip(with_gradients(compiled(arguments), inputs), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+def test_a_gpu_takes_it_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
+    assert choose("auto", torch.device("cuda:8")) == (
+        "triton",
+        "one launch for all packed examples",
+    )
+    for arguments, why in [
+        ((torch.float64, 64), "its kernels compute in float32, not float64"),
+        ((torch.float32, 256), "its kernels take float32 head dimensions up to 128, not 256"),
+        ((torch.bfloat16, 64, 32), "v must have q's head dimension 64 for it, not 32"),
+    ]:
+        chosen = choose("auto", torch.device("cuda:8"), *arguments)
+        assert chosen.name == "sdpa" and chosen.reason.endswith(f"; not triton, as {why}")
+        with pytest.raises(ValueError, match=f"impl 'triton' cannot be used: {why}"):
+            choose("triton", torch.device("cuda:8"), *arguments)
+    capability[0] = (7, 5)
+    chosen = choose("auto", torch.device("cuda:9"))
+    assert chosen.name == "sdpa"
+    assert chosen.reason.endswith("not triton, as Triton needs compute capability 8.0, this is 7.5")
+
+
+def test_a_chip_takes_tiles_that_fit_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chip of 9.0 has 227 KiB for a program, one of 8.9 has 99."""
+    for kib, roomy in {227: True, 163: True, 99: False}.items():
+        properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        config = launch_configs.launch_config(
+            "forward", torch.bfloat16, 80, torch.device("cuda", 0)
+        )
+        target = launch_configs.Target("forward", 2, 128, roomy)
+        assert config == launch_configs.LAUNCH_CONFIGS[target]
