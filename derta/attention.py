@@ -81,7 +81,8 @@ def packed_mask(
     if visible_until.dtype != torch.int32:
         raise ValueError(f"visible_until must be torch.int32, got {visible_until.dtype}")
     mask = torch.stack((visible_until, position_ids.to(torch.int32)), 1).unsqueeze(1)
-    layout_of(*_rows(mask), example_bounds)  # for all layers, which do not know the bounds
+    if not torch.compiler.is_compiling():  # where layers read the bounds from the mask
+        layout_of(*_rows(mask), example_bounds)  # for all layers, which do not know the bounds
     return mask
 
 

@@ -267,7 +267,9 @@ def _patched(class_forward: Callable[..., Any]) -> Callable[..., Any]:
         rto_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        own = vars(self).get("_derta_previous_forward", MethodType(type(self).forward, self))
+        own = vars(self).get("_derta_previous_forward")
+        if own is None:
+            own = functools.partial(type(self).forward, self)
         if visible_until is not None:
             return _forward_packed(self, own, args, visible_until, rto_mask=rto_mask, **kwargs)
         if rto_mask is not None:

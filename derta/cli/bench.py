@@ -38,12 +38,13 @@ def run(config: Config) -> None:
         raise ValueError(f"capabilities must be of {list(aot.SHARED_KIB)}, got {capabilities}")
 
     launches = aot.launches()
-    rows: dict[str, list[str]] = {launch.name: [] for launch in launches}
+    rows: dict[str, dict[int, str]] = {}
     excess = []
     found = aot.compile_all(capabilities)
-    total = len(launches) * len(capabilities)
+    total = sum(capability in one.capabilities for one in launches for capability in capabilities)
     for launch, capability, resources in tqdm(found, "compile", total, leave=False):
-        rows[launch.name].append(f"{resources.registers} {resources.shared_bytes / 1024:.1f}")
+        cell = f"{resources.registers} {resources.shared_bytes / 1024:.1f}"
+        rows.setdefault(launch.name, {})[capability] = cell
         too_much = aot.excess(resources, capability)
         if too_much is not None:
             excess.append(f"{launch.name} on sm_{capability}: {too_much}")
@@ -52,6 +53,6 @@ def run(config: Config) -> None:
     print("registers a thread and KiB of shared memory a program; no local memory but as listed")
     print(" " * width + "".join(f"{f'sm_{c}':>11}" for c in capabilities))
     for name, cells in rows.items():
-        print(f"{name:{width}}" + "".join(f"{cell:>11}" for cell in cells))
+        print(f"{name:{width}}" + "".join(f"{cells.get(c, ''):>11}" for c in capabilities).rstrip())
     if excess:
         raise ValueError("launches that do not fit:\n  " + "\n  ".join(excess))

@@ -218,7 +218,9 @@ def test_an_explicit_implementation_is_the_one_that_runs() -> None:
     exact = {name: x.double() if name in "qkv" else x for name, x in arguments.items()}
     wanted = interval_attention(**exact, impl="reference").bfloat16()
     assert torch.equal(interval_attention(**arguments, impl="reference"), wanted)
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, sdpa, triton, flash_attn, got"):
+    with pytest.raises(
+        ValueError, match="impl must be one of auto, reference, sdpa, triton, flash_attn, got"
+    ):
         interval_attention(**arguments, impl="flash")
 
 

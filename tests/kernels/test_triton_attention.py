@@ -260,13 +260,21 @@ def test_a_gpu_takes_it_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.reason.endswith("not triton, as Triton needs compute capability 8.0, this is 7.5")
 
 
-def test_a_chip_takes_tiles_that_fit_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chip of 9.0 has 227 KiB for a program, one of 8.9 has 99."""
-    for kib, roomy in {227: True, 163: True, 99: False}.items():
-        properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
-        config = launch_configs.launch_config(
-            "forward", torch.bfloat16, 80, torch.device("cuda", 0)
-        )
-        target = launch_configs.Target("forward", 2, 128, roomy)
-        assert config == launch_configs.LAUNCH_CONFIGS[target]
+@pytest.mark.parametrize(
+    ("capability", "kib", "chip"),
+    [
+        ((8, 0), 163, 80),
+        ((8, 9), 99, 86),
+        ((9, 0), 227, 90),
+        ((10, 3), 227, 100),
+        ((12, 0), 99, 86),
+    ],
+)
+def test_a_chip_takes_tiles_that_fit_it(capability, kib, chip, monkeypatch) -> None:
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = torch.device("cuda", 10 * major + minor)
+    config = launch_configs.launch_config("forward", torch.bfloat16, 80, False, device)
+    target = launch_configs.Target("forward", 2, 128, chip)
+    assert config == launch_configs.LAUNCH_CONFIGS[target]

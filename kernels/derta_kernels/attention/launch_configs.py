@@ -1,20 +1,21 @@
-"""How the Triton kernels of interval attention are launched: tiles, warps and stages."""
+"""How the Triton kernels of interval attention are launched: tiles, warps and stages.
+
+Chosen so that nothing spills on any chip, see `derta bench resources`; not tuned on a GPU yet.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
-ROOMY_KIB = 160
-# The least and the largest head dimension that a tile is wide; float32 tiles are twice as large.
 MIN_BLOCK_D = 32
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
 class LaunchConfig(NamedTuple):
-    """Tiles of `block_q` queries and `block_k` keys, by `num_warps` warps, with `num_stages` loads
-    under way."""
+    """Tiles of `block_q` queries and `block_k` keys, and what Triton is to make of them."""
 
     block_q: int
     block_k: int
@@ -29,27 +30,57 @@ class Target(NamedTuple):
         kernel: "forward", "backward_queries" or "backward_keys".
         itemsize: bytes of an element, 2 or 4.
         block_d: head dimension, rounded up to a power of two.
-        roomy: whether a program may have `ROOMY_KIB` of shared memory, else it is 99.
+        chip: 80, 90, 100, or 86 for all those that give a program 99 KiB of shared memory.
+        has_softcap: where the soft-cap's temporaries need a row of their own.
     """
 
     kernel: str
     itemsize: int
     block_d: int
-    roomy: bool
+    chip: int
+    has_softcap: bool = False
 
 
-LAUNCH_CONFIGS = {
-    Target("forward", 2, 32, True): LaunchConfig(128, 64, 4, 3),
-    Target("forward", 2, 64, True): LaunchConfig(128, 64, 4, 3),
-    Target("forward", 2, 128, True): LaunchConfig(128, 64, 8, 3),
-    Target("forward", 2, 256, True): LaunchConfig(64, 64, 8, 2),
-    Target("forward", 4, 32, True): LaunchConfig(64, 32, 4, 2),
-    Target("forward", 4, 64, True): LaunchConfig(64, 32, 4, 2),
-    Target("forward", 4, 128, True): LaunchConfig(32, 32, 4, 2),
+CHIPS = (80, 86, 90, 100)
+
+
+# (itemsize, block_d): (block_q, block_k, num_warps, num_stages) for each of `CHIPS`. float32 runs
+# without tensor cores, which would round its products.
+_TABLE = {
+    "forward": {
+        (2, 32): [(128, 64, 8, 3)] * 4,
+        (2, 64): [(128, 64, 8, 3)] * 4,
+        (2, 128): [(128, 32, 8, 3), (64, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)],
+        (2, 256): [(64, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)],
+        (4, 32): [(16, 16, 4, 1)] * 4,
+        (4, 64): [(16, 16, 4, 1)] * 4,
+        (4, 128): [(16, 16, 8, 1)] * 4,
+    },
+    "backward_queries": {
+        (2, 32): [(128, 64, 8, 3)] * 4,
+        (2, 64): [(128, 32, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)],
+        (2, 128): [(64, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)],
+        (2, 256): [(64, 32, 8, 2), (64, 32, 8, 1), (128, 16, 8, 2), (64, 32, 8, 1)],
+        (4, 32): [(16, 16, 8, 1)] * 4,
+        (4, 64): [(16, 16, 4, 1)] * 4,
+        (4, 128): [(16, 16, 8, 1)] * 4,
+    },
+    "backward_keys": {
+        (2, 32): [(64, 128, 8, 3)] * 4,
+        (2, 64): [(16, 128, 8, 2), (16, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)],
+        (2, 128): [(32, 64, 8, 3), (32, 64, 8, 3), (32, 128, 8, 2), (32, 64, 8, 3)],
+        (2, 256): [(32, 32, 8, 2)] * 4,
+        (4, 32): [(32, 32, 4, 1)] * 4,
+        (4, 64): [(16, 16, 4, 1)] * 4,
+        (4, 128): [(16, 16, 8, 1)] * 4,
+    },
 }
-for t, c in list(LAUNCH_CONFIGS.items()):
-    for kk in ("backward_queries", "backward_keys"):
-        LAUNCH_CONFIGS[t._replace(kernel=kk)] = c
+LAUNCH_CONFIGS = {
+    Target(kernel, itemsize, block_d, chip): LaunchConfig(*config)
+    for kernel, rows in _TABLE.items()
+    for (itemsize, block_d), configs in rows.items()
+    for chip, config in zip(CHIPS, configs, strict=True)
+} | {Target("backward_keys", 2, 128, 90, True): LaunchConfig(16, 128, 8, 2)}
 
 
 def block_d(head_dim: int) -> int:
@@ -57,12 +88,25 @@ def block_d(head_dim: int) -> int:
     return max(MIN_BLOCK_D, 1 << (head_dim - 1).bit_length())
 
 
+def chip(capability: int, shared_bytes: int) -> int:
+    """The one of `CHIPS` that stands for a compute capability (90 for 9.0)."""
+    if shared_bytes < 160 * 1024:
+        return 86
+    return max(one for one in (80, 90, 100) if one <= capability)
+
+
 def launch_config(
-    kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device
+    kernel: str, dtype: torch.dtype, head_dim: int, has_softcap: bool, device: torch.device
 ) -> LaunchConfig:
-    """The row of `LAUNCH_CONFIGS` for a kernel on a device; Triton's interpreter has room."""
-    roomy = True
-    if device.type == "cuda":
-        properties: Any = torch.cuda.get_device_properties(device)
-        roomy = properties.shared_memory_per_block_optin >= ROOMY_KIB * 1024
-    return LAUNCH_CONFIGS[Target(kernel, dtype.itemsize, block_d(head_dim), roomy)]
+    """The row of `LAUNCH_CONFIGS` for a kernel on a device; Triton's interpreter is an 80."""
+    target = Target(kernel, dtype.itemsize, block_d(head_dim), _chip_of(device), has_softcap)
+    return LAUNCH_CONFIGS.get(target) or LAUNCH_CONFIGS[target._replace(has_softcap=False)]
+
+
+@cache
+def _chip_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 80
+    properties: Any = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    return chip(capability, properties.shared_memory_per_block_optin)

@@ -138,6 +138,7 @@ class Layout:
 _LAYOUTS: weakref.WeakKeyDictionary[UntypedStorage, Layout] = weakref.WeakKeyDictionary()
 
 
+@torch.compiler.disable(reason="a layout is made on the host")
 def layout_of(
     visible_until: Tensor, position_ids: Tensor | None, example_bounds: Bounds | None
 ) -> Layout:

@@ -46,7 +46,10 @@ def interval_attention(
         shares = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
         out = torch.einsum("bhij,bjhd->bihd", shares, v)
 
-    Memory, numerics: those of the implementation, see `interval_attention_sdpa`.
+    Memory, numerics: those of the implementation, see `interval_attention_sdpa`,
+        `interval_attention_flash_attn` and kernels/README.md. "triton" accumulates in float32,
+        rounds shares and gradients of scores to q's dtype for their products, is deterministic and
+        holds nothing larger than its results.
     Synchronisation: on a device one transfer to the host per batch, none if example_bounds are
         given; all later calls on the same visible_until share what was worked out (`layout_of`).
 
@@ -63,15 +66,16 @@ def interval_attention(
             window.
         example_bounds: (start, end) of the examples of each batch row, on the host, tiling
             [0, N); on a device they are trusted. None: read from visible_until.
-        impl: "auto", "reference" (the lines above, float32 or wider) or "sdpa" (torch's kernels,
-            example by example). "auto" is "sdpa".
+        impl: "auto"; "reference" (the lines above, float32 or wider); "sdpa" (torch's kernels,
+            example by example); "triton" (one launch, D up to 256); "flash_attn" (its varlen
+            kernels). See `choose`; a name is never replaced by another.
 
     Returns:
         (B, N, Hq, Dv) in q's dtype, differentiable in q, k and v.
 
     Raises:
         TypeError: an argument is of the wrong Python type.
-        ValueError: a wrong shape, dtype, device or range, or an unknown impl.
+        ValueError: a wrong shape, dtype, device or range, or an impl that is unknown or cannot run.
     """
     _check_tensors(q, k, v, visible_until, position_ids)
     _check_numbers(scale, softcap, window)

@@ -58,7 +58,7 @@ def backward_triton(
     numbers = (*strides(q, k, v), scale, softcap or 0.0, window or 0)
     group, has_softcap, has_window = heads // kv_heads, softcap is not None, window is not None
     with torch.cuda.device_of(q):
-        config = launch_config("backward_queries", q.dtype, head_dim, q.device)
+        config = launch_config("backward_queries", q.dtype, head_dim, has_softcap, q.device)
         tiles = query_tiles(layout, config.block_q, config.block_k)
         backward_queries[(len(tiles) * heads,)](
             q,
@@ -80,7 +80,7 @@ def backward_triton(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        config = launch_config("backward_keys", q.dtype, head_dim, q.device)
+        config = launch_config("backward_keys", q.dtype, head_dim, has_softcap, q.device)
         tiles = key_tiles(layout, config.block_k, config.block_q)
         backward_keys[(len(tiles) * kv_heads,)](
             q,

@@ -47,7 +47,8 @@ def forward_triton(
         logsumexp: (Hq, T) float32, of the scores that each query sees.
     """
     tokens, heads, head_dim = q.shape
-    config = launch_config("forward", q.dtype, head_dim, q.device)
+    has_softcap, has_window = softcap is not None, window is not None
+    config = launch_config("forward", q.dtype, head_dim, has_softcap, q.device)
     out = q.new_empty(q.shape)
     logsumexp = q.new_empty(heads, tokens, dtype=torch.float32)
     tiles = query_tiles(layout, config.block_q, config.block_k)
@@ -68,9 +69,7 @@ def forward_triton(
             scale,
             softcap or 0.0,
             window or 0,
-            **constants(
-                head_dim, heads // k.shape[1], config, softcap is not None, window is not None
-            ),
+            **constants(head_dim, heads // k.shape[1], config, has_softcap, has_window),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
