@@ -73,6 +73,15 @@ ARCHITECTURES: dict[str, dict] = {
         attn_logit_softcapping=3.0,
         final_logit_softcapping=2.0,
     ),
+    "qwen3": dict(model_type="qwen3", head_dim=8),
+    "gemma3": dict(
+        model_type="gemma3_text",
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi3": dict(model_type="phi3"),
     "mixtral": dict(
         model_type="mixtral",
         num_local_experts=4,

@@ -11,41 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from derta.data.encoding import EncodedDialogue, EncodedTriple
+from derta.data.encoding import EncodedDialogue
 from derta.data.packing import Drawn, PackedBatch, pack
 from derta.modeling import apply_derta
-from tiny import ARCHITECTURES, tiny_model
-
-REFUSAL = 77
-VOCABULARY = 400
-
-
-def triple(name: str, prompt: int, harmful: int, safe: int, cuts: list[int], keep: float) -> Drawn:
-    rng = np.random.default_rng(len(name) + prompt + harmful)
-    ids = rng.integers(VOCABULARY, size=prompt + harmful + safe).astype(np.int32)
-    rto_rows = rng.random(harmful + 1) < keep
-    parts = np.split(ids, [prompt, prompt + harmful])
-    return Drawn(EncodedTriple(name, *parts, cut_limit=harmful), np.array(cuts, np.int64), rto_rows)
-
-
-def dialogue(name: str, prompt: int, answer: int) -> Drawn:
-    rng = np.random.default_rng(prompt)
-    ids = rng.integers(VOCABULARY, size=prompt + answer + 2).astype(np.int32)
-    is_target = np.arange(len(ids)) >= prompt
-    is_target[-2:] = False
-    none = np.zeros(0, dtype=np.int64)
-    return Drawn(EncodedDialogue(name, ids, is_target), none, none.astype(bool))
-
-
-# Several branches, one of them at each end, one example without RTO, dialogues in between.
-DRAWN = (
-    triple("several", prompt=6, harmful=12, safe=5, cuts=[12, 7, 0], keep=1.0),
-    dialogue("plain", prompt=4, answer=9),
-    triple("one branch", prompt=3, harmful=9, safe=4, cuts=[4], keep=0.4),
-    triple("no rto", prompt=5, harmful=8, safe=3, cuts=[6, 2], keep=0.0),
-    dialogue("short", prompt=2, answer=1),
-    triple("no branch", prompt=4, harmful=6, safe=3, cuts=[], keep=1.0),
+from drawn import (
+    DRAWN,
+    REFUSAL,
+    VOCABULARY,
+    assert_same_gradients,
+    gradients,
 )
+from tiny import ARCHITECTURES, tiny_model
 
 
 def log_probabilities(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
@@ -73,21 +49,6 @@ def separate_passes(model: PreTrainedModel, drawn: tuple[Drawn, ...] = DRAWN) ->
             for place, token in enumerate(example.safe):
                 losses.append(-table[len(prefix) + place - 1, int(token)])
     return torch.stack(losses).mean()
-
-
-def gradients(loss: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(trainable, torch.autograd.grad(loss, list(trainable.values())), strict=True))
-
-
-def assert_same_gradients(
-    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float
-) -> None:
-    assert actual.keys() == expected.keys()
-    for name, wanted in expected.items():
-        assert wanted.norm() > 0, name
-        error = float((actual[name] - wanted).norm() / wanted.norm())
-        assert error <= tolerance, f"{name}: {error:.1e}"
 
 
 # Where norms or rotary embeddings compute in float32 even in a double model, rounding is theirs.

@@ -51,7 +51,7 @@ def oracle(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
     return results(exact, impl="reference", **options)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     row=rows(longest_trunk=40, longest_branch=40),
     blocks=st.sampled_from([(16, 32), (32, 16)]),
@@ -77,7 +77,7 @@ LONG = packed([(70, [(33, 40), (70, 1), (60, 9)]), (1, []), (90, []), (50, [(50,
 @pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_rounding_stays_within_twice_that_of_eager(dtype, options) -> None:
-    arguments = triton_inputs(LONG, dtype, width=32, value_width=32)
+    arguments = triton_inputs(LONG, dtype, heads=2, kv_heads=1, width=32, value_width=32)
     wanted = oracle(arguments, **options)
     eager = eager_results(arguments, **options)
     for ours, theirs, exact in zip(
@@ -123,9 +123,9 @@ def test_every_head_dimension_in_the_tiles_it_is_launched_with(head_dim, dtype) 
 @pytest.mark.usefixtures("small_tiles")
 def test_an_example_of_more_tiles_than_are_looked_at_together() -> None:
     """One trunk and so many branches that each leaves most of the tiles before it alone."""
-    row = packed([(20, []), (40, [(20, 50)] * 60)])
+    row = packed([(20, []), (40, [(20, 50)] * 44)])
     arguments = triton_inputs(row, heads=1, kv_heads=1)
-    assert len(row.visible_until) > 32 * (128 // 2)
+    assert len(row.visible_until) > 16 * 128
     sdpa = results({n: x.double() if n in "qkv" else x for n, x in arguments.items()}, impl="sdpa")
     for actual, wanted in zip(results(arguments, impl="triton"), sdpa, strict=True):
         assert distance(actual.double(), wanted) < 3e-6
@@ -140,7 +140,7 @@ def test_what_nobody_sees_is_never_loaded(options) -> None:
     """
     row = packed([(64, [(64, 64), (32, 32)]), (50, [])])
     trunk, first, second, other = slice(64), slice(64, 128), slice(128, 160), slice(160, 210)
-    clean, poisoned = (triton_inputs(row) for _ in range(2))
+    clean, poisoned = (triton_inputs(row, heads=2, kv_heads=1) for _ in range(2))
     with torch.no_grad():
         for name in "qkv":
             poisoned[name][:, first] = torch.nan
@@ -162,7 +162,7 @@ def test_what_nobody_sees_is_never_loaded(options) -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_nothing_around_the_inputs_is_read() -> None:
     """Views into storage that is full of NaN, as projections of q, k and v in one product are."""
-    arguments = triton_inputs(LONG)
+    arguments = triton_inputs(packed([(40, [(20, 25)]), (1, []), (30, [])]))
     views = dict(arguments)
     for name in "qkv":
         x = arguments[name]

@@ -178,6 +178,7 @@ def forward(
                     b_highest = b_new
                 run_start, run_end = next_run(b_wanted, o_tile, run_end, base + SCAN)
 
+    b_total = tl.where(m_query, b_total, 1.0)
     stride = heads * HEAD_DIM
     store_rows(
         out + head * HEAD_DIM, start, stride, b_out / b_total[:, None], m_query, HEAD_DIM, BLOCK_D
