@@ -158,8 +158,8 @@ def test_all_layers_share_one_layout_and_its_masks() -> None:
     assert layout_of(alias, arguments["position_ids"], None) is layout
     example = layout.examples[0]
     for window in (None, 4):
-        assert layout.mask(example, window) is layout.mask(example, window)
-    assert layout.mask(example, 100) is layout.mask(example, None)
+        assert layout.mask(example, window, 0) is layout.mask(example, window, 0)
+    assert layout.mask(example, 100, 0) is layout.mask(example, None, 0)
 
 
 def test_a_device_is_read_once_and_not_at_all_when_bounds_are_given(monkeypatch) -> None:

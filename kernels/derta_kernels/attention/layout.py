@@ -23,21 +23,22 @@ class Example(NamedTuple):
 
     Attributes:
         start, end: indices into the B N tokens of the batch.
-        plain: every token is visible to the end; False where the host does not know.
+        causal_end: queries before it see all tokens of the example before them; `start` where the
+            host does not know.
         span: the largest difference of two positions; None where the host does not know.
     """
 
     start: int
     end: int
-    plain: bool
+    causal_end: int
     span: int | None
 
 
 class Layout:
     """The examples of one batch, and what implementations work out from them once (`kept`).
 
-    Memory: one byte for each pair of tokens of the same example, for each distinct window, for
-        examples that are asked for a mask.
+    Memory: one byte for each pair of a query and a key of the same example, for queries that a mask
+        is asked for and each distinct window.
 
     Args: those of `layout_of`.
 
@@ -60,7 +61,7 @@ class Layout:
 
         bounds = None if example_bounds is None else _flat_bounds(example_bounds, rows, count)
         if bounds is not None and visible_until.device.type != "cpu":
-            self.examples = tuple(Example(start, end, False, None) for start, end in bounds)
+            self.examples = tuple(Example(start, end, start, None) for start, end in bounds)
         else:
             self.examples = self._read_examples(bounds)
 
@@ -68,16 +69,16 @@ class Layout:
         """Whether these are the tensors it was made from, not written to since."""
         return self._sources == (_source(visible_until), _source(position_ids))
 
-    def is_causal(self, example: Example, window: int | None) -> bool:
-        """Whether plain causal attention is all that the example needs."""
-        return example.plain and not self._cuts(window, example)
+    def causal_queries(self, example: Example, window: int | None) -> int:
+        """How many of the example's first queries need nothing but plain causal attention."""
+        return 0 if self._cuts(window, example) else example.causal_end - example.start
 
-    def mask(self, example: Example, window: int | None) -> Tensor:
-        """(L, L) bool over the example's L tokens: does the query (row) see the key (column)?"""
+    def mask(self, example: Example, window: int | None, first: int) -> Tensor:
+        """(L - first, L) bool: does the query (row, from `first` on) see the key (column)?"""
         effective = window if self._cuts(window, example) else None
-        key = ("mask", example.start, effective)
+        key = ("mask", example.start, effective, first)
         length = example.end - example.start
-        return self.kept(key, lambda: self.mask_rows(example, effective, 0, length))
+        return self.kept(key, lambda: self.mask_rows(example, effective, first, length))
 
     def mask_rows(self, example: Example, window: int | None, first: int, end: int) -> Tensor:
         """(end - first, end) bool: rows `first` to `end` of `mask`, all of what they see.
@@ -126,7 +127,7 @@ class Layout:
             Example(
                 start,
                 end,
-                plain=bool((own_until == end).all()),
+                causal_end=int(own_until.min()),
                 span=None if self.position_ids is None else int(own.max() - own.min()),
             )
             for (start, end), own_until, own in zip(

@@ -1,9 +1,10 @@
 """Interval attention through torch's own kernels, one packed example at a time.
 
 A mask over the whole pack would cost more than one pass saves: work and memory grow with the
-square of what is masked, so every example gets its own, and a plain sequence gets none. In a long
-example even that square is too much: its queries go by chunks, which are computed again in the
-backward pass, and no chunk leaves behind a mask or scores.
+square of what is masked, so every example gets its own, for its branches alone: a plain sequence,
+and the trunk before the branches, are plain causal attention. In a long example even that is too
+much: its queries go by chunks, which are computed again in the backward pass, and no chunk leaves
+behind a mask or scores.
 """
 
 from __future__ import annotations
@@ -54,19 +55,21 @@ def interval_attention_sdpa(
     outputs = []
     for example, tensors in zip(layout.examples, by_example, strict=True):
         queries, keys, values = (x.transpose(0, 1)[None] for x in tensors)  # (1, H, L, D)
-        is_long = example.end - example.start > LONGEST_WHOLE
-        if (
-            softcap is None
-            and layout.is_causal(example, window)
-            and not (is_long and _forms_all_scores(queries, keys, values))
-        ):
+        length = example.end - example.start
+        is_long = length > LONGEST_WHOLE
+        causal = layout.causal_queries(example, window) if softcap is None else 0
+        if causal == length and not (is_long and _forms_all_scores(queries, keys, values)):
             output = _fused(queries, keys, values, None, scale)
         elif is_long:
             attend = _chunk_attention(layout, example, scale, softcap, window)
             output = _ByChunks.apply(queries, keys, values, attend)
         else:
-            mask = layout.mask(example, window)
-            output = _masked(queries, keys, values, mask, scale, softcap)
+            mask = layout.mask(example, window, causal)
+            output = _masked(queries[:, :, causal:], keys, values, mask, scale, softcap)
+            if causal:
+                trunk_q, trunk_k, trunk_v = (x[:, :, :causal] for x in (queries, keys, values))
+                trunk = _fused(trunk_q, trunk_k, trunk_v, None, scale)
+                output = torch.cat((trunk, output), 2)
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs).unflatten(0, q.shape[:2])
 
