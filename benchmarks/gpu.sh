@@ -2,11 +2,13 @@
 # What only a GPU can say, each part in under 8 minutes on a machine with nothing but torch >= 2.11,
 # Triton >= 3.6 and pytest. Nothing is downloaded.
 #
-#   benchmarks/gpu.sh tests   the kernels' tests, bf16 on the GPU: tests.log, tests.xml
-#   benchmarks/gpu.sh loss    the head loss against its peers: head_loss.json, .md, .png, loss.log
+#   benchmarks/gpu.sh tests       the kernels' tests, bf16 on the GPU: tests.log, tests.xml
+#   benchmarks/gpu.sh loss        the head loss against its peers: head_loss.json, ..., loss.log
+#   benchmarks/gpu.sh attention   attention over packs against its peers: attention.json, ...
 #
-# Results go to $OUT, or to benchmarks/results/$DERTA_MACHINE where that is unset. `loss` is taken up
-# where it was left: groups that have records there, or in benchmarks/results, are not run again.
+# Results go to $OUT, or to benchmarks/results/$DERTA_MACHINE where that is unset. All parts but
+# `tests` are taken up where they were left: groups that have records there, or in
+# benchmarks/results, are not run again.
 #
 #   DERTA_MACHINE   name of the folder of results; h200 by default
 #   DERTA_PEERS     folder of wheels to compare with, their needs among them; none by default
@@ -26,6 +28,22 @@ export PYTHONPATH="$PWD:$PWD/kernels" PYTHONUNBUFFERED=1
     CUDAARCHS=native python3 -c 'from setup import build_native; build_native()' ||
     echo 'gpu.sh: the native library was not built'
 
+# One question of NAMES, against the peers.
+ask() {
+    local question=$1
+    if [ -n "${DERTA_PEERS:-}" ] && [ ! -d "$peers" ]; then
+        for wheel in "$DERTA_PEERS"/*.whl; do
+            python3 -m pip install -q --no-index --no-deps --no-compile --upgrade \
+                --target "$peers" "$wheel" || echo "gpu.sh: not installed: $(basename "$wheel")"
+        done
+    fi
+    if [ "$out" != "$kept" ] && [ -e "$kept/$question.json" ]; then
+        cp -n "$kept/$question.json" "$out"
+    fi
+    timeout 470 python3 -m "benchmarks.$question" --device cuda --machine "$machine" --out "$out" \
+        --peers "$peers" --repetitions 6 --resume --seconds 260 2>&1 | tee -a "$out/$part.log"
+}
+
 case $part in
 tests)
     workers=()
@@ -33,21 +51,10 @@ tests)
     timeout 460 python3 -m pytest tests/kernels -q -ra --durations=10 "${workers[@]}" \
         --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log"
     ;;
-loss)
-    if [ -n "${DERTA_PEERS:-}" ] && [ ! -d "$peers" ]; then
-        for wheel in "$DERTA_PEERS"/*.whl; do
-            python3 -m pip install -q --no-index --no-deps --no-compile --upgrade \
-                --target "$peers" "$wheel" || echo "gpu.sh: not installed: $(basename "$wheel")"
-        done
-    fi
-    if [ "$out" != "$kept" ] && [ -e "$kept/head_loss.json" ]; then
-        cp -n "$kept/head_loss.json" "$out"
-    fi
-    timeout 470 python3 -m benchmarks.head_loss --device cuda --machine "$machine" --out "$out" \
-        --peers "$peers" --repetitions 6 --resume --seconds 260 2>&1 | tee -a "$out/loss.log"
-    ;;
+loss) ask head_loss ;;
+attention) ask attention ;;
 *)
-    echo 'usage: benchmarks/gpu.sh tests|loss' >&2
+    sed -n 's/^#   benchmarks/usage: benchmarks/p' benchmarks/gpu.sh >&2
     exit 2
     ;;
 esac
