@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 FLUSH_BYTES = 256 * MIB
 PACKAGES = (
     "torch triton transformers liger-kernel cut-cross-entropy quack-kernels trl "
-    "nvidia-cutlass-dsl".split()
+    "nvidia-cutlass-dsl flash-attn flash-attn-3 flash-attn-4 peft".split()
 )
 
 

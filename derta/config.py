@@ -55,6 +55,13 @@ class DertaConfig(TrainingArguments):
         examples_per_step: examples per optimizer step, over all ranks.
         head_impl: implementation of the head loss, see `derta_kernels.head_loss`.
         attention_impl: implementation of the attention, see `derta_kernels.interval_attention`.
+        mlp_tile: tokens of a tile that the layers' MLPs run by, see `tile_mlp`: one more forward
+            pass of them, and their memory no longer grows with the pack. None: the whole pack.
+        offload_checkpoints: whether what checkpointed layers keep, `layers x tokens x width`, waits
+            on the host: two copies over the bus a step. Needs gradient_checkpointing.
+        probe: whether the first step is preceded by a forward and a backward pass of the largest
+            pack of the whole run, so that memory runs out at once if it ever does. Changes nothing
+            else of the run.
         resume_from_checkpoint: folder of a checkpoint; True becomes the latest of output_dir.
 
     Raises:
@@ -73,6 +80,9 @@ class DertaConfig(TrainingArguments):
     examples_per_step: int = 128
     head_impl: str = "auto"
     attention_impl: str = "auto"
+    mlp_tile: int | None = None
+    offload_checkpoints: bool = False
+    probe: bool = False
 
     per_device_train_batch_size: int = field(default=1)
     num_train_epochs: float = field(default=2.0)
@@ -96,6 +106,10 @@ class DertaConfig(TrainingArguments):
                 f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: the head "
                 "loss has hard targets only"
             )
+        if self.offload_checkpoints and not self.checkpoints_layers:
+            raise ValueError("offload_checkpoints needs gradient_checkpointing: true")
+        if self.probe and self.deepspeed is not None:
+            raise ValueError("probe: DeepSpeed would add its gradients to those of the first step")
         if self.use_liger_kernel:
             # Liger's fused loss replaces the model's forward, and with it the one that packs need.
             ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
@@ -127,6 +141,8 @@ class DertaConfig(TrainingArguments):
         for name in ("max_length", "max_tokens", "examples_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mlp_tile is not None and self.mlp_tile < 1:
+            raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
         if self.branches < 0:
             raise ValueError(f"branches must be at least 0, got {self.branches}")
         if not 0.0 <= self.rto_keep <= 1.0:
@@ -141,6 +157,11 @@ class DertaConfig(TrainingArguments):
             raise ValueError(
                 f"loss_norm must be one of tokens, official, terms, got {self.loss_norm!r}"
             )
+
+    @property
+    def checkpoints_layers(self) -> bool:
+        """Whether layers keep their inputs alone, by either of transformers' names for it."""
+        return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
 
     def _latest_checkpoint(self) -> str:
         folder = Path(str(self.output_dir))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -65,6 +66,7 @@ class Patch:
 
     refusal_token_id: int
     impl: str
+    offload: bool
     twins: tuple[Twin, ...]
 
 
@@ -78,7 +80,12 @@ class Head(NamedTuple):
 
 
 def apply_derta(
-    model: nn.Module, refusal_token_id: int, *, impl: str = "auto", attention: str = "auto"
+    model: nn.Module,
+    refusal_token_id: int,
+    *,
+    impl: str = "auto",
+    attention: str = "auto",
+    offload: bool = False,
 ) -> nn.Module:
     """Teaches a decoder-only model to train on packs, in place.
 
@@ -106,6 +113,8 @@ def apply_derta(
         refusal_token_id: in [0, vocabulary).
         impl: of the head loss, see `derta_kernels.head_loss.head_loss`.
         attention: of packs, see `derta_kernels.attention.interval_attention`.
+        offload: whether what the body keeps for the backward pass of a pack waits on the host; with
+            gradient checkpointing that is the layers' inputs.
 
     Returns:
         `model`.
@@ -124,7 +133,7 @@ def apply_derta(
     expected = probe.separate_passes(patched)
     with contextlib.ExitStack() as undo:
         undo.callback(remove_derta, patched)
-        _install(patched, refusal_token_id, impl, attention)
+        _install(patched, refusal_token_id, impl, attention, offload)
         probe.check(patched, expected)
         undo.pop_all()
     return model
@@ -231,7 +240,9 @@ def _head(model: PreTrainedModel) -> Head:
     return Head(weight, getattr(head, "bias", None), softcap, logit_scale)
 
 
-def _install(model: PreTrainedModel, refusal_token_id: int, impl: str, attention: str) -> None:
+def _install(
+    model: PreTrainedModel, refusal_token_id: int, impl: str, attention: str, offload: bool
+) -> None:
     configs: dict[int, Any] = {
         id(module.config): module.config
         for module in model.modules()
@@ -244,7 +255,7 @@ def _install(model: PreTrainedModel, refusal_token_id: int, impl: str, attention
         config._attn_implementation_internal = twin
         twins.append(Twin(config, own, twin))
     state = vars(model)
-    state["_derta_patch"] = Patch(refusal_token_id, impl, tuple(twins))
+    state["_derta_patch"] = Patch(refusal_token_id, impl, offload, tuple(twins))
     ours = state.get("_derta_forward")
     reached = inspect.unwrap(model.forward, stop=lambda wrapper: _function(wrapper) is ours)
     if _function(reached) is not ours:
@@ -314,7 +325,8 @@ def _forward_packed(
     if shift_labels is None:
         shift_labels = torch.full(visible_until.shape, IGNORE_INDEX, device=visible_until.device)
 
-    body = _run_body(model, *args, **inputs)
+    with _on_the_host(visible_until.device) if patch.offload else contextlib.nullcontext():
+        body = _run_body(model, *args, **inputs)
     head = _head(model)
     rows = derta_loss_with_rows(
         body.last_hidden_state,
@@ -359,6 +371,11 @@ def _run_body(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     if _has_router_loss(model):
         inputs["output_router_logits"] = True
     return model.base_model(*args, **inputs)
+
+
+def _on_the_host(device: torch.device) -> save_on_cpu:
+    """Copies what the backward pass needs to the host, which waits for none of them."""
+    return save_on_cpu(pin_memory=device.type == "cuda", device_type=device.type)
 
 
 def _has_router_loss(model: PreTrainedModel) -> bool:

@@ -24,6 +24,12 @@ def format_figures(step: int, logs: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
+def format_probe(logs: dict[str, float]) -> str:
+    """One line of what `DertaTrainer` logs of its probe."""
+    peak = f", {logs['probe_gib']:.2f} GiB at its peak" if "probe_gib" in logs else ""
+    return f"probe: the largest pack fits, {logs['probe_tokens']:,} tokens{peak}"
+
+
 class Progress(TrainerCallback):
     """A bar over the steps of a run; with `lines`, also a line per log.
 
@@ -64,7 +70,11 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if self.bar is None or not logs or "loss" not in logs:
+        if self.bar is None or not logs:
+            return
+        if "probe_tokens" in logs:
+            tqdm.write(format_probe(logs))
+        if "loss" not in logs:
             return
         self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
         if self.lines:

@@ -49,6 +49,7 @@ from derta.data import (
 from derta.data.records import distinct
 from derta.metrics import StepMetrics
 from derta.modeling import apply_derta, context_length
+from derta.tiling import tile_mlp
 
 logger = logging.get_logger(__name__)
 
@@ -59,12 +60,14 @@ class PackedSteps(Dataset):
     def __init__(
         self,
         examples: Sequence[Encoded],
+        lengths: Sequence[int],
         plan: Plan,
         collator: DertaCollator,
         rank: int,
         world_size: int,
     ) -> None:
         self.examples = examples
+        self.lengths = lengths
         self.plan = plan
         self.collator = collator
         self.rank = rank
@@ -77,6 +80,13 @@ class PackedSteps(Dataset):
         epoch = step // self.plan.steps_per_epoch
         packs = self.plan.rank_packs(step, self.rank, self.world_size)
         return [self.collator([self.examples[i] for i in pack], epoch) for pack in packs]
+
+    def largest(self) -> PackedBatch:
+        """The pack with the most tokens that any rank runs in any step."""
+        packs = ((step, pack) for step, packs in enumerate(self.plan.steps) for pack in packs)
+        step, pack = max(packs, key=lambda one: sum(self.lengths[i] for i in one[1]))
+        epoch = step // self.plan.steps_per_epoch
+        return self.collator([self.examples[i] for i in pack], epoch)
 
     @functools.cached_property
     def tokens(self) -> TokenCount:
@@ -174,10 +184,17 @@ class DertaTrainer(Trainer):
         self.collator = DertaCollator(
             branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep, seed=args.seed
         )
+        if args.mlp_tile is not None:
+            tile_mlp(model, args.mlp_tile)
         apply_derta(
-            model, self.refusal_token.id, impl=args.head_impl, attention=args.attention_impl
+            model,
+            self.refusal_token.id,
+            impl=args.head_impl,
+            attention=args.attention_impl,
+            offload=args.offload_checkpoints,
         )
         self.metrics = StepMetrics(args.device)
+        self.probe_is_due = args.probe
         super().__init__(
             model=model,
             args=args,
@@ -226,14 +243,17 @@ class DertaTrainer(Trainer):
                 )
         steps_per_epoch = math.ceil(len(examples) / args.examples_per_step)
         epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs
+        lengths = [packed_length(example, **layout) for example in examples]
         plan = plan_packs(
-            [packed_length(example, **layout) for example in examples],
+            lengths,
             max_tokens=args.max_tokens,
             examples_per_step=args.examples_per_step,
             epochs=math.ceil(epochs),
             seed=args.seed,
         )
-        return PackedSteps(examples, plan, self.collator, args.process_index, args.world_size)
+        return PackedSteps(
+            examples, lengths, plan, self.collator, args.process_index, args.world_size
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(
@@ -283,6 +303,9 @@ class DertaTrainer(Trainer):
         model.train()
         if self.optimizer is not None and hasattr(self.optimizer, "train"):  # schedule-free ones
             self.optimizer.train()
+        if self.probe_is_due:
+            self.probe_is_due = False
+            self._probe(model)
         counts = self._step_counts(inputs)
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs):
@@ -294,6 +317,25 @@ class DertaTrainer(Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _probe(self, model: nn.Module) -> None:
+        """Forward and backward of the largest pack of all, which leave nothing behind.
+
+        Logs `probe_tokens`, and on a GPU `probe_gib`, the most that its tensors took.
+        """
+        batch = self.train_dataset.largest()
+        on_gpu = self.args.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.args.device)
+        devices = [self.args.device] if on_gpu else []
+        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+            inputs = batch.to(self.args.device).model_inputs()
+            self.accelerator.backward(model(**inputs).loss)
+        model.zero_grad()
+        figures: dict[str, float] = {"probe_tokens": batch.input_ids.shape[1]}
+        if on_gpu:
+            figures["probe_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
+        super().log(figures)
 
     def _step_counts(self, batches: list[PackedBatch]) -> StepCounts:
         """Of the whole step over all ranks."""

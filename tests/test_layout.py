@@ -17,8 +17,15 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"derta_kernels"},
     {"derta._version", "derta.loss", "derta.labels", "derta.attention"},
-    {"derta.data", "derta.modeling"},
-    {"derta.config", "derta.metrics", "derta.progress", "derta.trainer", "derta.evaluation"},
+    {"derta.data", "derta.modeling", "derta.methods", "derta.tiling"},
+    {
+        "derta.config",
+        "derta.metrics",
+        "derta.progress",
+        "derta.trainer",
+        "derta.evaluation",
+        "derta.memory",
+    },
     {"derta.demo"},
     {"derta.cli"},
 ]

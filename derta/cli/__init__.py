@@ -1,4 +1,4 @@
-"""The command line: `derta train | eval | demo | bench | doctor`.
+"""The command line: `derta train | plan | eval | merge | chat | demo | bench | doctor`.
 
 Nothing heavy is imported before a command has its arguments, and nothing that takes any time before
 `main` is there to answer an interrupt.
@@ -17,6 +17,9 @@ from derta.cli.usage import SUMMARY, USAGE
 
 if TYPE_CHECKING:
     import argparse
+
+# What the first argument of a command is, where it is not a configuration file.
+BARE = {"bench": "--what", "merge": "--model", "chat": "--model"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,15 +45,17 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
     from derta.cli.arguments import build, read_options, read_yaml
 
+    module = importlib.import_module(f"derta.cli.{command}")
     sources: dict[str, dict[str, Any]] = {}
     if arguments and not arguments[0].startswith("--"):
         first, *arguments = arguments
-        if command == "bench":
-            arguments = ["--what", first, *arguments]
+        if command in BARE:
+            arguments = [BARE[command], first, *arguments]
         else:
             sources[first] = read_yaml(Path(first))
+    if command == "plan":
+        sources = {name: module.of_training(values) for name, values in sources.items()}
     sources["command line"] = read_options(arguments)
-    module = importlib.import_module(f"derta.cli.{command}")
     module.run(build(module.Config, sources))
 
 
@@ -76,7 +81,7 @@ def _main(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         _run(options.command, options.arguments)
-    except (ValueError, NotImplementedError, OSError, FloatingPointError) as error:
+    except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:
         if options.traceback:
             raise
         print(f"derta {options.command}: {error}", file=sys.stderr)

@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 
 from derta.cli.loading import (
     find_device,
-    intact_weights,
-    load_model,
-    load_tokenizer,
+    load_tuned,
     read_files,
     weights_dtype,
 )
@@ -136,50 +131,6 @@ def read_kind(key: str, path: str | None, kind: type[Kind]) -> list[Kind]:
     return records
 
 
-def load(
-    folder: Path, config: Config, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder; of adapters, on the base model that they name.
-
-    Nothing is downloaded.
-
-    Raises:
-        FileNotFoundError: adapters without adapter_model.safetensors or without their base model.
-        ValueError: adapters that are prompts instead of weights, or damaged weights.
-        OSError: as `from_pretrained`, where a folder lacks a model in safetensors or a tokenizer.
-    """
-    adapters = None
-    weights = tokens = str(folder)
-    if (folder / "adapter_config.json").is_file():
-        adapters = PeftConfig.from_pretrained(str(folder))
-        if adapters.is_prompt_learning:
-            raise ValueError(f"{folder}: {adapters.peft_type.value} adapters cannot be evaluated")
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise FileNotFoundError(f"{folder}: adapters without adapter_model.safetensors")
-        weights = _base(folder, adapters)
-        if not (folder / "tokenizer_config.json").is_file():
-            tokens = weights
-    tokenizer = load_tokenizer(tokens, config.chat_template, local_files_only=True)
-    model: Any = load_model(weights, weights_dtype(config.dtype, device), local_files_only=True)
-    if adapters is not None:
-        with intact_weights(folder):
-            model = PeftModel.from_pretrained(model, folder)
-    return model.to(device), tokenizer
-
-
-def _base(folder: Path, adapters: PeftConfig) -> str:
-    """Where the model is that the adapters were trained on."""
-    base = str(adapters.base_model_name_or_path)
-    try:
-        AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{folder}: the base model of these adapters, {base!r}, is neither a folder seen from "
-            "here nor in the local cache of the model hub"
-        ) from error
-    return base
-
-
 def loss_history(folder: Path) -> Sequence[Mapping[str, Any]]:
     """What was logged while this very model was trained, if `derta train` left it in its folder.
 
@@ -212,7 +163,10 @@ def run(config: Config) -> None:
     )
     results: dict[str, list[VariantResult]] = {}
     for name, folder in folders.items():
-        model, tokenizer = load(folder, config, device)
+        model: Any
+        dtype = weights_dtype(config.dtype, device)
+        model, tokenizer = load_tuned(folder, dtype, config.chat_template)
+        model.to(device)
         results[name] = [evaluate_model(model, tokenizer, data, settings)]
         del model
     summary = summarize(

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,13 +23,20 @@ from derta.data import Record, read_records
 
 
 def load_model(
-    folder: str, dtype: torch.dtype, *, local_files_only: bool = False
+    folder: str,
+    dtype: torch.dtype,
+    *,
+    quantization: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
+    local_files_only: bool = False,
 ) -> PreTrainedModel:
     """The model of a folder, its weights read from safetensors only.
 
     Args:
         folder: of the model, or its name on the model hub.
-        dtype: of the weights.
+        dtype: of the weights, where they are not quantized.
+        quantization: of the linear layers, head apart; None: they are not.
+        device: where quantized weights are to be.
         local_files_only: whether nothing may be downloaded.
 
     Raises:
@@ -36,6 +47,8 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
+            quantization_config=quantization,
+            device_map=None if quantization is None else {"": device},
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=local_files_only,
@@ -96,6 +109,56 @@ def load_tokenizer(
             chat_template = path.read_text(encoding="utf-8")
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def load_tuned(
+    folder: Path, dtype: torch.dtype, chat_template: str | None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a folder; of adapters, on the base model that they name.
+
+    Nothing is downloaded.
+
+    Args:
+        dtype: of the weights.
+        chat_template: see `load_tokenizer`.
+
+    Raises:
+        FileNotFoundError: adapters without adapter_model.safetensors or without their base model.
+        ValueError: adapters that are prompts instead of weights, or damaged weights.
+        OSError: as `from_pretrained`, where a folder lacks a model in safetensors or a tokenizer.
+    """
+    adapters = None
+    weights = tokens = str(folder)
+    if (folder / "adapter_config.json").is_file():
+        adapters = PeftConfig.from_pretrained(str(folder))
+        if adapters.is_prompt_learning:
+            raise ValueError(
+                f"{folder}: {adapters.peft_type.value} adapters are prompts, not weights"
+            )
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise FileNotFoundError(f"{folder}: adapters without adapter_model.safetensors")
+        weights = _base(folder, adapters)
+        if not (folder / "tokenizer_config.json").is_file():
+            tokens = weights
+    tokenizer = load_tokenizer(tokens, chat_template, local_files_only=True)
+    model: Any = load_model(weights, dtype, local_files_only=True)
+    if adapters is not None:
+        with intact_weights(folder):
+            model = PeftModel.from_pretrained(model, folder)
+    return model, tokenizer
+
+
+def _base(folder: Path, adapters: PeftConfig) -> str:
+    """Where the model is that the adapters were trained on."""
+    base = str(adapters.base_model_name_or_path)
+    try:
+        AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{folder}: the base model of these adapters, {base!r}, is neither a folder seen from "
+            "here nor in the local cache of the model hub"
+        ) from error
+    return base
 
 
 def weights_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -7,22 +7,24 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from derta.cli import loading
 from derta.config import DertaConfig
 from derta.data import render_pack
+from derta.methods import Method, adapt, quantization
 from derta.progress import Progress
 from derta.trainer import DertaTrainer
 
 
 @dataclass(kw_only=True)
-class Config(DertaConfig):
-    """A training run: `DertaConfig`, and where the model and the records are.
+class Config(Method, DertaConfig):
+    """A training run: `DertaConfig`, `Method`, and where the model and the records are.
 
     Args:
         model: model folder, or a name on the model hub; weights are read from safetensors only.
@@ -30,8 +32,6 @@ class Config(DertaConfig):
         eval_files: record files whose loss is reported.
         chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
         dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
-        method: "full", or "lora" for adapters on a frozen model.
-        lora_r, lora_alpha, lora_dropout, lora_target_modules: as in PEFT.
         dry_run: shows one pack and what its rows are trained to say, and trains nothing.
 
     Raises:
@@ -44,18 +44,13 @@ class Config(DertaConfig):
     eval_files: list[str] = field(default_factory=list)
     chat_template: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    method: Literal["full", "lora"] = "full"
-    lora_r: int = 16
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    lora_target_modules: str | list[str] = "all-linear"
     dry_run: bool = False
 
     disable_tqdm: bool | None = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method == "lora" and Path(self.output_dir).resolve() == Path(self.model).resolve():
+        if self.method != "full" and Path(self.output_dir).resolve() == Path(self.model).resolve():
             raise ValueError(
                 f"output_dir: {self.output_dir} holds the model that the adapters are for, choose "
                 "another folder"
@@ -65,20 +60,14 @@ class Config(DertaConfig):
 def load_model(config: Config) -> PreTrainedModel | PeftModel:
     """The model to tune; with adapters, drawn from the run's seed, if that is the method."""
     set_seed(config.seed)
-    model = loading.load_model(config.model, loading.weights_dtype(config.dtype, config.device))
-    if config.method == "full":
-        return model
-    if Path(config.model).is_dir():
+    dtype = loading.weights_dtype(config.dtype, config.device)
+    model = loading.load_model(
+        config.model, dtype, quantization=quantization(config, dtype), device=config.device
+    )
+    if config.method != "full" and Path(config.model).is_dir():
         # Adapters record it, and are to find it from whatever folder they are loaded in.
         model.name_or_path = str(Path(config.model).resolve())
-    adapters = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-    )
-    return get_peft_model(model, adapters)
+    return adapt(model, config)
 
 
 def describe(trainer: DertaTrainer) -> str:
@@ -126,6 +115,28 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
         print(f"tuned model: {directory}")
 
 
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the host, had no more memory to give."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def advice(trainer: DertaTrainer, config: Config) -> str:
+    """The plan of the largest pack of a run that did not fit."""
+    from derta.cli import plan
+
+    model: Any = trainer.model
+    text = plan.answer(
+        model.config,
+        config,
+        weights_dtype=loading.weights_dtype(config.dtype, config.device),
+        checkpointing=config.checkpoints_layers,
+        tokens=trainer.train_dataset.largest().input_ids.shape[1],
+        device_type=config.device.type,
+        memory=plan.physical_memory(config.device),
+    )
+    return f"out of memory; {text}"
+
+
 def run(config: Config) -> None:
     """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
     records = loading.read_files(config.train_files)
@@ -145,5 +156,10 @@ def run(config: Config) -> None:
         batch = trainer.train_dataset[0][0]
         print(render_pack(batch, tokenizer, trainer.refusal_token.id, color=sys.stdout.isatty()))
         return
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise MemoryError(advice(trainer, config)) from error
     save(trainer, Path(config.output_dir))

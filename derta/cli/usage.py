@@ -4,7 +4,10 @@ from __future__ import annotations
 
 SUMMARY = {
     "train": "tune a model on triples and dialogues",
+    "plan": "what a training step takes of a GPU, and the longest pack that fits",
     "eval": "attack success, over-refusal and refusal curves of a model",
+    "merge": "fold adapters into the model that they were trained on",
+    "chat": "ask a model, and see where it refuses",
     "demo": "train and compare four small models on a harmless world",
     "bench": "what the kernels take of every GPU, compiled here",
     "doctor": "what this machine has, and which path each op takes and why",
@@ -31,15 +34,31 @@ batches
   --max_tokens       longest pack in tokens: what bounds memory
   --examples_per_step
 model
-  --method           full | lora
-  --lora_r --lora_alpha --lora_dropout --lora_target_modules
+  --method           full | lora | qlora
+  --lora_r --lora_alpha --lora_dropout --lora_target_modules --lora_modules_to_save --lora_dora
   --dtype            auto | float32 | bfloat16
   --chat_template    Jinja text or a file, where the tokenizer has none
   --head_impl --attention_impl
+memory, see derta plan
+  --mlp_tile         run the MLPs by tiles of so many tokens
+  --offload_checkpoints   keep what layers remember on the host
+  --probe            first run the largest pack of all, then train
 
 Every field of transformers' TrainingArguments is a key too: --learning_rate, --num_train_epochs,
 --lr_scheduler_type, --warmup_steps, --gradient_checkpointing, ...; --resume_from_checkpoint alone
 goes on from the latest one in output_dir.
+""",
+    "plan": """\
+usage: derta plan [CONFIG.yaml] [--key value ...]
+
+  --model            model folder, its config.json, or a name on the model hub; no weights are read
+  --gpu              memory of the GPU in GiB: 24
+  --max_tokens       longest pack in tokens
+  --branches --rto_keep --prompt_tokens --safe_tokens     what packs are made of
+
+As in training: --method, --lora_r, --lora_alpha, --lora_dropout, --lora_target_modules,
+--lora_modules_to_save, --lora_dora, --dtype, --bf16, --optim, --gradient_checkpointing,
+--offload_checkpoints, --mlp_tile. A training run's CONFIG.yaml will do.
 """,
     "eval": """\
 usage: derta eval [CONFIG.yaml] [--key value ...]
@@ -61,6 +80,23 @@ refusal curve
   --refusal          refusal token, as in training
 machine
   --batch_size --max_tokens --device --dtype --chat_template
+""",
+    "merge": """\
+usage: derta merge ADAPTERS --output_dir FOLDER
+
+  --model            folder of the adapters; the first argument
+  --output_dir       where the whole model goes, in safetensors
+  --dtype            float32 | bfloat16
+""",
+    "chat": """\
+usage: derta chat MODEL [--key value ...]
+
+  A line is a message, /new begins a new conversation. Answers are the likeliest ones.
+
+  --model            folder of a model or of adapters; the first argument
+  --prefill          what every answer begins with, as an attacker would write it
+  --max_new_tokens   longest answer
+  --device --dtype --chat_template
 """,
     "demo": """\
 usage: derta demo [--key value ...]

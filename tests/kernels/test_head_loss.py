@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
+from allocated import peak_bytes
 from derta_kernels.head_loss import (
     HeadLoss,
     choose,
@@ -72,7 +72,7 @@ def row_passes(*dtypes: torch.dtype) -> list[Any]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows a chunk, so that sixty make several, the last ragged; products as on a GPU."""
     monkeypatch.setattr(chunked, "chunk_rows", lambda *_: 7)
-    monkeypatch.setattr(chunked, "product_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(chunked, "product_dtype", lambda dtype, _: dtype)
 
 
 def results(case: HeadCase, impl: str, upstream: float = 1.0) -> dict[str, Tensor]:
@@ -142,7 +142,7 @@ def test_converged_rows_keep_their_loss_and_gradient(
 def test_products_in_float32_leave_no_error_but_that_of_the_results(
     impl: str, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked, "product_dtype", lambda hidden: torch.float32)
+    monkeypatch.setattr(chunked, "product_dtype", lambda *_: torch.float32)
     monkeypatch.setattr(chunked, "SLICE_ELEMENTS", 30 * 128)  # several, the last one ragged
     case = head_case(**HEADS[head]).to(dtype)
     oracle, actual = results(case.to(torch.float64), "reference", 2**10), results(case, impl, 2**10)
@@ -163,7 +163,7 @@ def test_a_cpu_multiplies_narrow_types_where_it_has_a_matrix_unit(
             with monkeypatch.context() as here:
                 here.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_unit: has)
                 expected = dtype if has_unit else torch.promote_types(dtype, torch.float32)
-                assert chunked.product_dtype(hidden) == expected
+                assert chunked.product_dtype(hidden.dtype, hidden.device.type) == expected
 
 
 @pytest.mark.parametrize("doubt", [1e-6, 1e-8, 1e-10])
@@ -610,14 +610,6 @@ def test_float16_converged_rows_are_as_exact_as_eagers_under_a_loss_scale() -> N
 # Memory and host transfers
 
 
-def peak_bytes(function: Any) -> int:
-    """Most bytes alive at once of those that `function` allocates."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    events = [e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(events, initial=0))
-
-
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_a_frozen_head_never_allocates_its_gradient(dtype: torch.dtype) -> None:
     case = head_case(20, 512, 997).to(dtype).requiring_gradients()
@@ -642,7 +634,7 @@ def test_memory_is_what_the_formula_says(
     hidden = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, d, generator=generator).to(dtype).requires_grad_(trainable)
     target = torch.randint(vocabulary, (n,), generator=generator)
-    p = chunked.product_dtype(hidden).itemsize
+    p = chunked.product_dtype(hidden.dtype, hidden.device.type).itemsize
     scratch = rows * vocabulary * p
     formula = scratch + n * d * b + (4 * vocabulary * d if trainable else 0)
     row_pass = 4 * row_pass_torch.WIDE_LOGITS if p < 4 else 0

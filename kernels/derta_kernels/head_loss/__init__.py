@@ -1,6 +1,7 @@
 """The two-target loss of a vocabulary projection; see `head_loss`."""
 
 from derta_kernels.head_loss.choice import choose
+from derta_kernels.head_loss.chunked import working_bytes
 from derta_kernels.head_loss.op import HeadLoss, head_loss
 
-__all__ = ["HeadLoss", "choose", "head_loss"]
+__all__ = ["HeadLoss", "choose", "head_loss", "working_bytes"]

@@ -103,7 +103,7 @@ def head_loss_chunked(
     if count == 0:
         return logsumexp, nll, gradients
 
-    dtype = product_dtype(hidden)
+    dtype = product_dtype(hidden.dtype, hidden.device.type)
     step = chunk_rows(count, vocabulary, dtype, hidden.device, scratch_mb)
     scratch = _scratch(step, vocabulary, dtype, hidden.device)
     for start in range(0, count, step):
@@ -131,16 +131,30 @@ def head_loss_chunked(
     return logsumexp, nll, gradients
 
 
-def product_dtype(hidden: Tensor) -> torch.dtype:
+def working_bytes(
+    count: int, vocabulary: int, width: int, dtype: torch.dtype, device_type: str, free: int
+) -> int:
+    """Bytes held while `count` live rows are worked on, beyond inputs and results; for planning.
+
+    Args:
+        dtype: of hidden.
+        free: bytes that the device has left, see `default_scratch`.
+    """
+    size = product_dtype(dtype, device_type).itemsize
+    rows = _rows_within(default_scratch(device_type, vocabulary * size, free), vocabulary * size)
+    return min(count, rows) * (vocabulary + 3 * width) * size
+
+
+def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """What chunks are multiplied in: hidden's dtype, or float32 where that is the faster one.
 
     A CPU without a matrix unit multiplies float32 at least as fast as the narrow types, which torch
     widens or emulates there. Logits are then not rounded at all, and take twice the scratch.
     """
-    narrow = hidden.dtype in (torch.bfloat16, torch.float16)
-    if narrow and hidden.device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    if narrow and device_type == "cpu" and not torch.cpu._is_amx_tile_supported():
         return torch.float32
-    return hidden.dtype
+    return dtype
 
 
 def chunk_rows(
@@ -152,18 +166,30 @@ def chunk_rows(
 ) -> int:
     """Rows of a chunk: what `scratch_mb` holds, in multiples of 128, and at most `count`.
 
-    The default is 96 MiB on a CPU and 256 MiB on a device, or 1024 rows where those are more and
-    leave three quarters of the device's memory free. At least 128 rows, whatever the budget.
+    Its default is that of `default_scratch`. At least 128 rows, whatever the budget.
     """
     row_bytes = vocabulary * dtype.itemsize
     if scratch_mb is not None:
         budget = int(scratch_mb * MIB)
-    elif device.type == "cuda":
-        budget = max(SCRATCH_MB["cuda"] * MIB, WIDE_CHUNK_ROWS * row_bytes)
-        budget = min(budget, _free_bytes(device) // 4)
     else:
-        budget = SCRATCH_MB["cpu"] * MIB
-    return min(count, max(1, budget // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE)
+        free = _free_bytes(device) if device.type == "cuda" else 0
+        budget = default_scratch(device.type, row_bytes, free)
+    return min(count, _rows_within(budget, row_bytes))
+
+
+def _rows_within(budget: int, row_bytes: int) -> int:
+    return max(1, budget // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def default_scratch(device_type: str, row_bytes: int, free: int) -> int:
+    """Bytes of the scratch, on a device with `free` bytes left.
+
+    96 MiB on a CPU; 256 MiB on a device, or 1024 rows where those are more and leave three quarters
+    of the free memory.
+    """
+    if device_type != "cuda":
+        return SCRATCH_MB["cpu"] * MIB
+    return min(max(SCRATCH_MB["cuda"] * MIB, WIDE_CHUNK_ROWS * row_bytes), free // 4)
 
 
 def _free_bytes(device: torch.device) -> int:

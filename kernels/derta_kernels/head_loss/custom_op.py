@@ -40,19 +40,21 @@ def loss_and_gradients(
     """
     rows = live_rows(tokens, has_target, len(weight))
     live_weight = gathered(token_weight, rows)
-    logsumexp, nll, gradients = head_loss_chunked(
-        hidden,
-        weight,
-        bias,
-        gathered(tokens, rows),
-        live_weight,
-        rows,
-        softcap,
-        logit_scale,
-        row_pass(choose(impl, hidden.device, hidden.dtype).name),
-        scratch_mb,
-        (form_hidden, form_weight, form_bias),
-    )
+    # The wrapper has cast as autocast would; products in float32 are to stay so.
+    with torch.autocast(hidden.device.type, enabled=False):
+        logsumexp, nll, gradients = head_loss_chunked(
+            hidden,
+            weight,
+            bias,
+            gathered(tokens, rows),
+            live_weight,
+            rows,
+            softcap,
+            logit_scale,
+            row_pass(choose(impl, hidden.device, hidden.dtype).name),
+            scratch_mb,
+            (form_hidden, form_weight, form_bias),
+        )
     loss = (live_weight * nll.where(live_weight != 0, 0.0)).sum()
     count = len(tokens)
     return loss, scattered(logsumexp, rows, count), scattered(nll, rows, count), *gradients

@@ -99,7 +99,7 @@ def test_settings_reach_the_evaluation(workplace: Path) -> None:
         ("--model bare --benign benign.jsonl", "bare: adapters without adapter_model.safetensors"),
         (
             "--model prompts --benign benign.jsonl",
-            "prompts: PROMPT_TUNING adapters cannot be evaluated",
+            "prompts: PROMPT_TUNING adapters are prompts, not weights",
         ),
         (
             "--model moved --benign benign.jsonl",

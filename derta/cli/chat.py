@@ -1,0 +1,87 @@
+"""`derta chat`: a conversation with a model, its answers begun for it where one likes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.utils import logging
+
+from derta.cli.loading import find_device, load_tuned, weights_dtype
+from derta.data import Chat
+from derta.data.records import Message
+from derta.evaluation.generate import generate, stop_ids
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A conversation.
+
+    Args:
+        model: folder of a model or of adapters.
+        prefill: what every answer begins with, as an attacker would write it.
+        max_new_tokens: longest answer.
+        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
+        device: "auto", or as in torch: "cpu", "cuda:1".
+        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
+    """
+
+    model: str
+    prefill: str = ""
+    max_new_tokens: int = 256
+    chat_template: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def run(config: Config) -> None:
+    """Answers each line of the standard input, the likeliest token at every place.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it has no chat template, or the conversation outgrows its context.
+    """
+    logging.set_verbosity_error()
+    folder = Path(config.model)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such model folder")
+    device = find_device(config.device)
+    model: Any
+    model, tokenizer = load_tuned(folder, weights_dtype(config.dtype, device), config.chat_template)
+    model.to(device)
+    chat = Chat(tokenizer)
+    messages: list[Message] = []
+    if sys.stdin.isatty():
+        print("a line is a message; /new begins a new conversation, Ctrl-D ends", file=sys.stderr)
+    for line in _lines():
+        if line == "/new":
+            messages = []
+            continue
+        messages.append({"role": "user", "content": line})
+        begun = chat.response_ids(messages, config.prefill) if config.prefill else []
+        (written,) = generate(
+            model,
+            [chat.prompt_ids(messages) + begun],
+            ids=["the conversation"],
+            stop_ids=stop_ids(model, chat),
+            max_new_tokens=config.max_new_tokens,
+            batch_size=1,
+        )
+        answer = str(tokenizer.decode([*begun, *written], skip_special_tokens=True))
+        print(answer, flush=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Iterator[str]:
+    """Lines of the standard input that say something, asked for on a terminal."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line

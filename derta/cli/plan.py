@@ -1,0 +1,136 @@
+"""`derta plan`: what a training step takes of a GPU, the longest pack that fits, what to turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+from derta.memory.plan import GIB, Triples, describe
+from derta.memory.step import STATE_BYTES, Step
+from derta.methods import Method
+
+PROMPT_TOKENS, SAFE_TOKENS = 40, 70  # of the official data, about
+
+
+@dataclass(kw_only=True)
+class Config(Method):
+    """What decides how much memory a step takes: `Method`, and keys of `DertaConfig`.
+
+    Args:
+        model: model folder, its config.json, or a name on the model hub; no weights are read.
+        gpu: memory of the GPU, in GiB: what is called a 24 GB card has 24.
+        dtype, bf16, optim, gradient_checkpointing, offload_checkpoints, mlp_tile, max_tokens,
+        branches, rto_keep: as in training.
+        prompt_tokens, safe_tokens: of a triple, on average.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    model: str
+    gpu: float
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    bf16: bool = False
+    optim: str = "adamw_torch_fused"
+    gradient_checkpointing: bool = False
+    offload_checkpoints: bool = False
+    mlp_tile: int | None = None
+    max_tokens: int = 4096
+    branches: int = 1
+    rto_keep: float = 1.0
+    prompt_tokens: int = PROMPT_TOKENS
+    safe_tokens: int = SAFE_TOKENS
+
+    def __post_init__(self) -> None:
+        if not self.gpu > 0:
+            raise ValueError(f"gpu must be the memory of a GPU in GiB, got {self.gpu}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.optim not in STATE_BYTES:
+            raise ValueError(
+                f"optim: nothing is known of {self.optim!r}, expected one of "
+                f"{', '.join(STATE_BYTES)}"
+            )
+        if self.offload_checkpoints and not self.gradient_checkpointing:
+            raise ValueError("offload_checkpoints needs gradient_checkpointing: true")
+
+
+def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training run's configuration says of its memory."""
+    from derta.cli import train
+
+    ours = {field.name for field in fields(Config)}
+    theirs = {field.name for field in fields(train.Config)}
+    return {key: value for key, value in values.items() if key in ours or key not in theirs}
+
+
+def run(config: Config) -> None:
+    """Prints the plan.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: its config is not one of a causal language model.
+    """
+    logging.set_verbosity_error()
+    model = Path(config.model)
+    model_config = AutoConfig.from_pretrained(
+        model.parent if model.name == "config.json" else config.model, trust_remote_code=False
+    )
+    text = answer(
+        model_config,
+        config,
+        weights_dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
+        checkpointing=config.gradient_checkpointing,
+        tokens=config.max_tokens,
+        device_type="cuda",
+        memory=int(config.gpu * GIB),
+        lengths=(config.prompt_tokens, config.safe_tokens),
+    )
+    print(text)
+
+
+def answer(
+    model_config: PreTrainedConfig,
+    config: Any,
+    *,
+    weights_dtype: torch.dtype,
+    checkpointing: bool,
+    tokens: int,
+    device_type: str,
+    memory: int,
+    lengths: tuple[int, int] = (PROMPT_TOKENS, SAFE_TOKENS),
+) -> str:
+    """`describe` for the keys that this command and a training run have in common.
+
+    Args:
+        config: a `Method` with these keys.
+        memory: bytes of the device.
+        lengths: of a prompt and of a safe response.
+    """
+    step = Step(
+        config=model_config,
+        method=Method(**{key.name: getattr(config, key.name) for key in fields(Method)}),
+        dtype=weights_dtype,
+        autocast=config.bf16,
+        optim=config.optim,
+        checkpointing=checkpointing,
+        offload=config.offload_checkpoints,
+        mlp_tile=config.mlp_tile,
+        device_type=device_type,
+        capacity=memory,
+    )
+    return describe(step, tokens, Triples(config.branches, config.rto_keep, *lengths))
+
+
+def physical_memory(device: torch.device) -> int:
+    """Bytes that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,5 @@
+"""How much memory a training step takes, before it is run; see `StepMemory` and `longest_pack`."""
+
+from derta.memory.step import Step, StepMemory
+
+__all__ = ["Step", "StepMemory"]

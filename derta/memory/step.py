@@ -1,0 +1,283 @@
+"""The peak memory of a training step, found by running it on tensors without storage.
+
+The model is the one that the config describes, with its adapters, its checkpointing, its tiled
+MLPs and the ops' own shape functions. No layer is a formula, so every family is counted as it is.
+What no tensor shows is added: what ops hold while they run, and the optimizer's states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from derta.loss import derta_loss
+from derta.memory.tracking import MemoryTracker
+from derta.methods import Method, adapt
+from derta.tiling import tile_mlp
+from derta_kernels.attention.custom_op import attention_op
+from derta_kernels.head_loss import working_bytes
+
+ATTENTION = "derta_without_storage"
+PARTS = {
+    "derta::interval_attention": "attention",
+    "derta::interval_attention_backward": "attention",
+    "derta::head_loss": "head",
+    "derta::scale_gradients": "head",
+}
+# Bytes of optimizer state for each trained parameter of `size` bytes. 8-bit states have a float32
+# scale for every 256 of them.
+STATE_BYTES = {
+    "adamw_torch": lambda size: 2 * size,
+    "adamw_torch_fused": lambda size: 2 * size,
+    "adamw_bnb_8bit": lambda size: 2 * (1 + 4 / 256),
+    "adamw_8bit": lambda size: 2 * (1 + 4 / 256),
+    "adamw_torch_8bit": lambda size: 2 * (1 + 4 / 256),
+    "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
+    "paged_adamw_32bit": lambda size: 0.0,  # on the host, when the device is full
+    "paged_adamw_8bit": lambda size: 0.0,
+    "sgd": lambda size: 0.0,
+}
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and that scale's own
+
+
+@dataclass(kw_only=True)
+class Step:
+    """What decides how much memory a step takes.
+
+    Attributes:
+        config: of the model.
+        method: how it is tuned.
+        dtype: of its weights.
+        autocast: whether it computes in bfloat16 whatever they are (`bf16: true`).
+        optim: a name of transformers.
+        checkpointing: whether layers keep their inputs alone.
+        offload: whether these wait on the host.
+        mlp_tile: see `tile_mlp`.
+        device_type: "cuda" or "cpu".
+        capacity: bytes that the device has, for what is sized by what is free.
+    """
+
+    config: PreTrainedConfig
+    method: Method = field(default_factory=Method)
+    dtype: torch.dtype = torch.bfloat16
+    autocast: bool = False
+    optim: str = "adamw_torch_fused"
+    checkpointing: bool = False
+    offload: bool = False
+    mlp_tile: int | None = None
+    device_type: str = "cuda"
+    capacity: int = 0
+
+
+class StepMemory:
+    """The model of a step without storage, ready to be run.
+
+    Layers that are alike are not all run: what one more of them adds is found from three and two.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        whole = _without_storage(step)
+        layers = _layers(whole)
+        self.layers = len(layers)
+        alike = len({_shapes(layer) for layer in layers}) == 1 and self.layers > 3
+        self._models = [_without_storage(step, count) for count in (2, 3)] if alike else [whole]
+        state_bytes = STATE_BYTES.get(step.optim, STATE_BYTES["adamw_torch"])
+        self._optimizer = sum(
+            int(parameter.numel() * state_bytes(parameter.itemsize))
+            for parameter in whole.parameters()
+            if parameter.requires_grad
+        )
+        self._mode = FakeTensorMode()
+        with self._mode:
+            for model in self._models:
+                _on_cpu(model)
+
+    def peak(self, tokens: int, live: float = 1.0) -> Counter[str]:
+        """Bytes at the peak of a step whose packs have that many tokens, by what they are for.
+
+        Args:
+            live: share of tokens that have a target.
+
+        Returns:
+            "weights", "gradients", "optimizer", "checkpoints" (what layers keep of their inputs),
+            "attention" and "head" (what the two ops hold), "layers" (all else).
+        """
+        with self._mode:
+            peaks = [_run(self.step, model, tokens, live) for model in self._models]
+        if len(peaks) == 2:
+            two, three = peaks
+            more = self.layers - 2
+            peak = Counter({part: two[part] + more * (three[part] - two[part]) for part in three})
+        else:
+            (peak,) = peaks
+        peak["optimizer"] = self._optimizer
+        return peak
+
+
+def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
+    """The model to train on the meta device, or its first layers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(step.config), dtype=step.dtype, attn_implementation=ATTENTION
+        )
+        if layers is not None:
+            for module in model.modules():
+                if isinstance(module, nn.ModuleList) and set(module) & set(_layers(model)):
+                    del module[layers:]
+        if step.method.method == "qlora":
+            _quantize(model)
+        adapted = adapt(model, step.method)
+    if step.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if step.mlp_tile is not None:
+        tile_mlp(model, step.mlp_tile)
+    return adapted.train()
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def _shapes(layer: nn.Module) -> tuple[Any, ...]:
+    return tuple((name, x.shape, x.dtype) for name, x in layer.named_parameters())
+
+
+def _run(step: Step, adapted: nn.Module, tokens: int, live: float) -> Counter[str]:
+    """The peak of a pack that meets the gradients of a former one."""
+    model: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
+
+    def working(name: str, *args: Any) -> int:
+        if name == "derta::head_loss":
+            hidden, weight = args[:2]
+            free = step.capacity - tracker.now.total()
+            (vocabulary, width), rows = weight.shape, int(len(hidden) * live)
+            return working_bytes(rows, vocabulary, width, hidden.dtype, step.device_type, free)
+        if name == "derta::interval_attention_backward":
+            return 4 * args[1].shape[:3].numel()  # a float32 for each row and head
+        return 0
+
+    tracker = MemoryTracker(lambda name: PARTS.get(name, "layers"), working)
+    with contextlib.ExitStack() as hooks:
+        tracker.count((*model.parameters(), *model.buffers()), "weights")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                tracker.count([parameter.grad], "gradients")
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tracker.count(args[:1], "checkpoints", size=0 if step.offload else None)
+
+        if step.checkpointing:
+            for layer in _layers(model):
+                hooks.enter_context(layer.register_forward_pre_hook(keep))
+        with tracker:
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
+                body = model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
+                head = model.get_output_embeddings()
+                loss = derta_loss(
+                    body.last_hidden_state,
+                    head.weight,
+                    ids,
+                    torch.ones_like(ids, dtype=torch.bool),
+                    refusal_token_id=0,
+                    num_items=1,
+                )
+            del body
+            loss.backward()
+            del loss
+    if step.offload:
+        one = tokens * step.config.get_text_config().hidden_size * step.dtype.itemsize
+        tracker.peak["checkpoints"] += one  # of the layer that is computed again
+    return tracker.peak
+
+
+def _on_cpu(module: nn.Module) -> None:
+    """Parameters and buffers of the meta device as a CPU's, where autocast knows them."""
+    moved: dict[Tensor, Tensor] = {}
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in moved:
+                    made = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[tensor] = (
+                        nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+                    )
+                tensors[name] = moved[tensor]  # type: ignore[assignment]
+
+
+class _Nf4(torch.autograd.Function):
+    """A linear layer whose weight is widened for each product, as bitsandbytes does it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int) -> Tensor:
+        ctx.shape = out_features, x.shape[-1]
+        return x @ x.new_empty(ctx.shape).T
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return d_out @ d_out.new_empty(ctx.shape), None
+
+
+class _Nf4Linear(nn.Linear):
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        codes = torch.empty(int(linear.weight.numel() * NF4_BYTES), dtype=torch.uint8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = _Nf4.apply(x, self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+def _quantize(model: PreTrainedModel) -> None:
+    """The linear layers in 4 bits, the head apart."""
+    head = model.get_output_embeddings()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and child is not head:
+                setattr(module, name, _Nf4Linear(child))
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What `derta.attention` does for a pack on a GPU, without the pack."""
+    query, key, value = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
+    places = torch.empty(query.shape[:2], dtype=torch.int32)
+    out, _logsumexp = attention_op(
+        query, key, value, places, places, scaling or 1.0, softcap, sliding_window
+    )
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _attention)

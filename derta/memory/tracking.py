@@ -1,0 +1,78 @@
+"""How many bytes tensors hold, by what they are for, counted as operations allocate them.
+
+Works on tensors without storage (`FakeTensorMode`) as on real ones: what an operation allocates is
+the storage of what it returns, and freed with it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class _Allocation:
+    part: str
+    size: int
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of storages that are alive, within its context.
+
+    Args:
+        part: what results belong to, given the operation's name (`aten::mm`).
+        working: bytes that an operation holds while it runs, given its name and its arguments.
+
+    Attributes:
+        now: bytes by part.
+        peak: the same at the moment when their sum was largest.
+    """
+
+    def __init__(self, part: Callable[[str], str], working: Callable[..., int]) -> None:
+        super().__init__()
+        self.part = part
+        self.working = working
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._known: weakref.WeakKeyDictionary[UntypedStorage, _Allocation] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def count(self, tensors: Iterable[Tensor], part: str, size: int | None = None) -> None:
+        """Counts the tensors' storages as that part's, whatever they were counted as before.
+
+        Args:
+            size: bytes of each; None: what it has.
+        """
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            known = self._known.get(storage)
+            if known is None:
+                known = self._known[storage] = _Allocation(part, 0)
+                weakref.finalize(storage, self._free, known)
+            self._free(known)
+            known.part, known.size = part, storage.nbytes() if size is None else size
+            self.now[part] += known.size
+
+    def _free(self, allocation: _Allocation) -> None:
+        self.now[allocation.part] -= allocation.size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        name = func.name().partition(".")[0]
+        part = self.part(name)
+        made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
+        self.count([x for x in made if x.untyped_storage() not in self._known], part)
+        working = self.working(name, *args)
+        if self.now.total() + working > self.peak.total():
+            self.peak = self.now + Counter({part: working})
+        return results

@@ -1,0 +1,67 @@
+"""How a model is tuned: all of it, or adapters on a frozen one, which may be held in 4 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+@dataclass(kw_only=True)
+class Method:
+    """The keys of a tuning method.
+
+    Args:
+        method: "full"; "lora", adapters on a frozen model; "qlora", the same with the frozen linear
+            layers in 4 bits (NF4 of bitsandbytes, its constants quantized too). The head is never
+            quantized, and under adapters frozen: no gradient of it ever exists.
+        lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save: as in PEFT.
+        lora_dora: adapters that learn magnitude and direction apart (DoRA).
+    """
+
+    method: Literal["full", "lora", "qlora"] = "full"
+    lora_r: int = 16
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_target_modules: str | list[str] = "all-linear"
+    lora_modules_to_save: list[str] = field(default_factory=list)
+    lora_dora: bool = False
+
+
+def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What `from_pretrained` is to quantize, and that it is to compute in `dtype`.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if method.method != "qlora":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("method: qlora needs bitsandbytes: pip install 'derta[qlora]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def adapt(model: PreTrainedModel, method: Method) -> PreTrainedModel | PeftModel:
+    """The model, with adapters if the method has some."""
+    if method.method == "full":
+        return model
+    adapters = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.lora_r,
+        lora_alpha=method.lora_alpha,
+        lora_dropout=method.lora_dropout,
+        target_modules=method.lora_target_modules,
+        modules_to_save=method.lora_modules_to_save or None,
+        use_dora=method.lora_dora,
+    )
+    adapted: PeftModel = get_peft_model(model, adapters)
+    return adapted

@@ -1,0 +1,58 @@
+"""MLPs by tiles of tokens: what they keep grows with a tile, not with a pack."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+ROUTED = ("experts", "router", "gate")  # children of a mixture of experts
+
+
+def tile_mlp(model: nn.Module, tokens: int) -> nn.Module:
+    """Runs the MLP of every layer by tiles of tokens, in place; again replaces the tile's size.
+
+    Each tile is computed again in the backward pass, so that the MLPs' inner activations, three to
+    four times as wide as all else, exist for one tile at a time. Gradients are those of the whole,
+    up to the order of sums over tokens.
+
+    Args:
+        model: a transformers model whose layers have an `mlp` that takes each token by itself.
+        tokens: of a tile; shorter sequences are left whole.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: its layers have no such MLP, or tokens is less than 1.
+    """
+    if tokens < 1:
+        raise ValueError(f"an MLP's tile must be at least 1 token, got {tokens}")
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for mlp in [_mlp(model, layer) for layer in layers]:
+        mlp.forward = _tiled(functools.partial(type(mlp).forward, mlp), tokens)  # type: ignore[method-assign]
+    return model
+
+
+def _mlp(model: nn.Module, layer: nn.Module) -> nn.Module:
+    mlp = getattr(layer, "mlp", None)
+    if mlp is None or any(hasattr(mlp, name) for name in ROUTED):
+        kind = "no mlp" if mlp is None else f"a mixture of experts, {type(mlp).__name__}"
+        raise ValueError(
+            f"mlp_tile: {type(layer).__name__} has {kind}, only a plain MLP can be tiled"
+        )
+    return mlp
+
+
+def _tiled(forward: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:
+    def tiled(hidden: Tensor) -> Tensor:
+        if hidden.shape[-2] <= tokens:
+            return forward(hidden)
+        tiles = hidden.split(tokens, dim=-2)
+        return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], -2)
+
+    return tiled

@@ -1,0 +1,226 @@
+"""What a step takes: the plan against torch's allocator, and what `derta plan` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from allocated import peak_bytes
+from derta import apply_derta, derta_loss
+from derta.cli import main
+from derta.memory import Step, StepMemory
+from derta.memory.plan import GIB, Triples, longest_pack, needed
+from derta.memory.tracking import MemoryTracker
+from derta.methods import Method, adapt
+from derta.tiling import tile_mlp
+
+TOKENS = 1024
+TINY = dict(
+    vocab_size=2000,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+)
+
+
+def allocated(step: Step) -> int:
+    """Bytes at the peak of a step's forward and backward pass, on tensors that exist."""
+    model = AutoModelForCausalLM.from_config(step.config, dtype=step.dtype)
+    model.generation_config.use_cache = False
+    adapted: Any = adapt(model, step.method)
+    if step.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if step.mlp_tile is not None:
+        tile_mlp(model, step.mlp_tile)
+    apply_derta(adapted, 1).train()
+    ids = torch.arange(TOKENS)[None] % 2000
+    pack = dict(
+        input_ids=ids,
+        position_ids=torch.arange(TOKENS)[None],
+        visible_until=torch.full((1, TOKENS), TOKENS, dtype=torch.int32),
+        shift_labels=ids,
+        rto_mask=torch.ones(1, TOKENS, dtype=torch.bool),
+    )
+
+    def backward() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
+            loss = adapted(**pack).loss
+        loss.backward()
+
+    backward()
+    tensors = {p.data_ptr(): p for p in adapted.parameters()}.values()
+    held = sum(p.nbytes + (0 if p.grad is None else p.grad.nbytes) for p in tensors)
+    return held + peak_bytes(backward)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", dict()),
+        ("llama", dict(checkpointing=True)),
+        ("llama", dict(checkpointing=True, mlp_tile=128)),
+        ("llama", dict(checkpointing=True, autocast=True)),
+        ("llama", dict(checkpointing=True, dtype=torch.bfloat16)),
+        ("llama", dict(method=Method(method="lora"))),
+        ("llama", dict(method=Method(method="lora", lora_dropout=0.0), checkpointing=True)),
+        ("qwen2", dict(method=Method(method="lora"), checkpointing=True)),
+        ("gpt_neox", dict(checkpointing=True)),
+    ],
+    ids=str,
+)
+def test_the_plan_is_within_a_tenth_of_what_is_allocated(
+    family: str, options: dict[str, Any]
+) -> None:
+    tied = {"tie_word_embeddings": True} if family == "qwen2" else {}
+    heads = {"num_key_value_heads": None} if family == "gpt_neox" else {}
+    settings = {key: value for key, value in {**TINY, **tied, **heads}.items() if value is not None}
+    config = AutoConfig.for_model(family, **settings)
+    step = Step(config=config, optim="sgd", device_type="cpu", **{"dtype": torch.float32} | options)
+    assert StepMemory(step).peak(TOKENS).total() == pytest.approx(allocated(step), rel=0.1)
+
+
+def test_what_is_held_is_counted_by_what_it_is_for() -> None:
+    tracker = MemoryTracker(
+        lambda name: "products" if name == "aten::mm" else "rest",
+        lambda name, *_: 1000 if name == "aten::mm" else 0,
+    )
+    with tracker:
+        x = torch.ones(10, 10)
+        y = x @ x
+        view = y[2:]
+        del y
+        assert tracker.now == {"rest": 400, "products": 400}  # the view holds it all
+        del view
+        tracker.count([x], "kept")
+        assert tracker.now.total() == tracker.now["kept"] == 400
+    assert tracker.peak == {"rest": 400, "products": 1400}
+
+
+def test_offloading_takes_the_checkpoints_of_all_layers_but_one() -> None:
+    config = AutoConfig.for_model("llama", **TINY)
+    kept = StepMemory(Step(config=config, checkpointing=True)).peak(TOKENS)
+    offloaded = StepMemory(Step(config=config, checkpointing=True, offload=True)).peak(TOKENS)
+    assert kept["checkpoints"] == 5 * offloaded["checkpoints"] == 5 * TOKENS * 128 * 2
+
+
+def test_the_longest_pack_is_the_longest() -> None:
+    config = AutoConfig.for_model("llama", **TINY)
+    triples = Triples(branches=1, rto_keep=1.0, prompt=40, safe=70)
+    step = Step(config=config, checkpointing=True, capacity=int(1.5 * GIB))
+    memory = StepMemory(step)
+    longest = longest_pack(memory, triples)
+    assert needed(memory, longest, triples).total() <= step.capacity
+    assert needed(memory, int(1.02 * longest), triples).total() > step.capacity
+    assert longest_pack(StepMemory(Step(config=config, capacity=GIB // 2)), triples) == 0
+
+
+LLAMA = dict(num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
+MODELS: dict[str, tuple[float, dict[str, Any]]] = {  # billions of parameters, config.json
+    "llama-3-8b": (
+        8.030,
+        dict(
+            model_type="llama",
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            **LLAMA,
+        ),
+    ),
+    "qwen2.5-7b": (
+        7.616,
+        dict(
+            model_type="qwen2",
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+        ),
+    ),
+    "gemma-2-2b": (
+        2.614,
+        dict(
+            model_type="gemma2",
+            vocab_size=256000,
+            hidden_size=2304,
+            intermediate_size=9216,
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=256,
+            query_pre_attn_scalar=256,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plans_of_known_models(name: str) -> None:
+    billions, settings = MODELS[name]
+    config = AutoConfig.for_model(**settings)
+    triples = Triples(branches=1, rto_keep=1.0, prompt=40, safe=70)
+    step = Step(config=config, method=Method(method="qlora"), checkpointing=True)
+    memory, longest = StepMemory(step), []
+    for gpu in (8, 16, 24):
+        step.capacity = gpu * GIB
+        longest.append(longest_pack(memory, triples))
+    assert 0 < longest[0] < longest[1] < longest[2]
+    weights = StepMemory(Step(config=config)).peak(128)["weights"]
+    assert weights / 2e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_a_training_configuration_will_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text("train_files: [a]\noutput_dir: b\nmethod: lora\nlora_r: 4\n", encoding="utf-8")
+    assert main(["plan", str(path), "--model", str(tmp_path), "--gpu", "8"]) == 0
+    assert "it fits" in capsys.readouterr().out
+    path.write_text("lora_rank: 4\n", encoding="utf-8")
+    assert main(["plan", str(path), "--model", str(tmp_path), "--gpu", "8"]) == 1
+    assert f"{path}: unknown key 'lora_rank'; did you mean 'lora_r'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "0"], "gpu must be the memory of a GPU in GiB, got 0.0"),
+        (["--gpu", "8", "--optim", "lion"], "optim: nothing is known of 'lion'"),
+        (["--gpu", "8", "--offload_checkpoints"], "offload_checkpoints needs gradient_checkpoin"),
+        (["--gpu", "8", "--max_tokens", "0"], "max_tokens must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_losss_memory_does_not_grow_with_its_rows() -> None:
+    """Beyond the gradient of hidden, which is what is asked for."""
+    vocabulary, width = 8000, 64
+    weight = torch.randn(vocabulary, width)
+    beyond = []
+    for rows in (1024, 2048, 4096):
+        hidden = torch.randn(rows, width, requires_grad=True)
+        target = torch.randint(vocabulary, (rows,))
+
+        def backward(hidden: torch.Tensor = hidden, target: torch.Tensor = target) -> None:
+            derta_loss(hidden, weight, target, scratch_mb=8.0).backward()
+
+        backward()
+        beyond.append(peak_bytes(backward) - hidden.nbytes)
+    assert max(beyond) < 1.1 * min(beyond)
+    assert max(beyond) < 0.3 * 1024 * vocabulary * 4
