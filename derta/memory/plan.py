@@ -48,14 +48,14 @@ class Triples:
         return max(tokens - self.prompt - self.branches * self.safe, 0)
 
     def live(self, tokens: int) -> float:
-        """Share of its tokens with a target."""
+        """Share of its tokens with a target, to a hundredth."""
         targets = self.rto_keep * (self.harmful(tokens) + 1) + self.branches * self.safe
-        return min(targets / tokens, 1.0)
+        return round(min(targets / tokens, 1.0), 2)
 
 
 def needed(memory: StepMemory, tokens: int, triples: Triples) -> Counter[str]:
     """Bytes of device memory that packs of that many tokens take, by what they are for."""
-    peak = memory.peak(tokens, triples.live(tokens))
+    peak = Counter(memory.peak(tokens, triples.live(tokens)))
     if memory.step.device_type == "cuda":
         peak["context"] = CONTEXT_BYTES
     return peak

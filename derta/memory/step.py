@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +53,7 @@ STATE_BYTES = {
     "paged_adamw_8bit": lambda size: 0.0,
     "sgd": lambda size: 0.0,
 }
+FAR = 16384
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and that scale's own
 
 
@@ -88,6 +90,7 @@ class StepMemory:
     """The model of a step without storage, ready to be run.
 
     Layers that are alike are not all run: what one more of them adds is found from three and two.
+    Nor are long packs: from `FAR` tokens on, everything grows as it has since half of them.
     """
 
     def __init__(self, step: Step) -> None:
@@ -103,6 +106,7 @@ class StepMemory:
             for parameter in whole.parameters()
             if parameter.requires_grad
         )
+        self._whole = functools.cache(self._run_models)
         self._mode = FakeTensorMode()
         with self._mode:
             for model in self._models:
@@ -118,14 +122,24 @@ class StepMemory:
             "weights", "gradients", "optimizer", "checkpoints" (what layers keep of their inputs),
             "attention" and "head" (what the two ops hold), "layers" (all else).
         """
+        far = max(FAR, 8 * (self.step.mlp_tile or 0))
+        if tokens <= far:
+            return self._whole(tokens, live)
+        half, full = self._whole(far // 2, live), self._whole(far, live)
+        beyond = (tokens - far) / (far - far // 2)
+        return Counter(
+            {part: full[part] + int(beyond * (full[part] - half[part])) for part in full}
+        )
+
+    def _run_models(self, tokens: int, live: float) -> Counter[str]:
         with self._mode:
             peaks = [_run(self.step, model, tokens, live) for model in self._models]
+        peak = peaks[-1]
         if len(peaks) == 2:
-            two, three = peaks
-            more = self.layers - 2
-            peak = Counter({part: two[part] + more * (three[part] - two[part]) for part in three})
-        else:
-            (peak,) = peaks
+            more = self.layers - 3
+            peak = Counter(
+                {part: peak[part] + more * (peak[part] - peaks[0][part]) for part in peak}
+            )
         peak["optimizer"] = self._optimizer
         return peak
 

@@ -121,6 +121,13 @@ def test_the_longest_pack_is_the_longest() -> None:
     assert longest_pack(StepMemory(Step(config=config, capacity=GIB // 2)), triples) == 0
 
 
+def test_what_long_packs_take_follows_from_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(config=AutoConfig.for_model("llama", **TINY), checkpointing=True, mlp_tile=512)
+    followed = StepMemory(step).peak(40_000)
+    monkeypatch.setattr("derta.memory.step.FAR", 10**6)
+    assert followed.total() == pytest.approx(StepMemory(step).peak(40_000).total(), rel=1e-3)
+
+
 LLAMA = dict(num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
 MODELS: dict[str, tuple[float, dict[str, Any]]] = {  # billions of parameters, config.json
     "llama-3-8b": (
