@@ -5,6 +5,7 @@
 #   benchmarks/gpu.sh tests       the kernels' tests, bf16 on the GPU: tests.log, tests.xml
 #   benchmarks/gpu.sh loss        the head loss against its peers: head_loss.json, ..., loss.log
 #   benchmarks/gpu.sh attention   attention over packs against its peers: attention.json, ...
+#   benchmarks/gpu.sh step        the whole step of an 8B-shaped model, official recipe to one pass
 #
 # Results go to $OUT, or to benchmarks/results/$DERTA_MACHINE where that is unset. All parts but
 # `tests` are taken up where they were left: groups that have records there, or in
@@ -52,7 +53,7 @@ tests)
         --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log"
     ;;
 loss) ask head_loss ;;
-attention) ask attention ;;
+attention | step) ask "$part" ;;
 *)
     sed -n 's/^#   benchmarks/usage: benchmarks/p' benchmarks/gpu.sh >&2
     exit 2

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.requirements import Requirement
 
-NAMES = ("attention", "head_loss", "one_pass")
+NAMES = ("attention", "head_loss", "one_pass", "step")
 Values = dict[str, float]  # of one implementation of one case, by quantity
 
 

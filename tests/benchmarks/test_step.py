@@ -1,0 +1,61 @@
+"""The whole step: every rung trains the same thing, and the table says what it took."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.step import LARGE, OFFICIAL, OURS, QUESTION, RUNGS, SMALL, batches_of, targets_of
+
+CPU = torch.device("cpu")
+ON_A_CPU = [name for name, rung in RUNGS.items() if not rung.liger]
+FEW = replace(SMALL, triples=3, branches=2)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[bool, dict[str, torch.Tensor]]:
+    return {lora: QUESTION.answer(replace(FEW, lora=lora), CPU) for lora in (False, True)}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_every_rung_forms_the_official_recipes_gradients(name, lora, answers) -> None:
+    case = replace(FEW, lora=lora)
+    errors = QUESTION.setup(case, name, CPU).errors(answers[lora])
+    assert set(errors) == {"gradient_error"}
+    assert QUESTION.is_right(case, errors, {})
+    trained = [part for part in answers[lora] if ("lora_" in part) == lora]
+    assert trained and len(trained) == len(answers[lora])
+
+
+def test_rungs_have_the_same_targets_and_fewer_tokens() -> None:
+    batches = {name: batches_of(FEW, RUNGS[name], CPU) for name in ON_A_CPU}
+    assert len({targets_of(of_one) for of_one in batches.values()}) == 1
+    tokens = [QUESTION.derived(FEW, name, {"time_ms_p50": 500.0})["tokens"] for name in ON_A_CPU]
+    assert tokens == sorted(tokens, reverse=True)
+    assert tokens[-1] < tokens[-2] < tokens[0]
+
+
+def test_a_step_clears_what_it_leaves() -> None:
+    ready = QUESTION.setup(FEW, OURS, CPU)
+    first, second = ready.gradients(), ready.gradients()
+    for name, gradient in first.items():
+        assert torch.equal(gradient, second[name]), name
+
+
+def test_in_bfloat16_a_result_is_judged_by_the_official_recipes() -> None:
+    baseline = {"gradient_error": 0.01}
+    assert QUESTION.is_right(LARGE, {"gradient_error": 0.025}, baseline)
+    assert not QUESTION.is_right(LARGE, {"gradient_error": 0.03}, baseline)
+
+
+def test_liger_is_listed_with_its_reason() -> None:
+    with pytest.raises(NotImplementedError, match="Liger's layers are Triton's"):
+        QUESTION.setup(SMALL, "one pass, Liger layers", CPU)
+
+
+def test_triples_a_second_are_those_of_the_median_step() -> None:
+    derived = QUESTION.derived(FEW, OFFICIAL, {"time_ms_p50": 1500.0})
+    assert derived["triples_per_s"] == 2.0
