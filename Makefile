@@ -1,11 +1,11 @@
-# make setup | test | native-test | aot | demo | lint : each works on a clean clone with
+# make setup | test | native-test | aot | demo | bench | bench-check | lint : each works on a clean clone with
 # Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test native-test aot demo lint clean
+.PHONY: setup test native-test aot demo bench bench-check lint clean
 
 setup: $(INSTALLED)
 
@@ -33,6 +33,22 @@ aot: setup
 
 demo: setup
 	$(BIN)/derta demo
+
+# What a CPU can say in under ten minutes; MACHINE names the folder of results.
+MACHINE ?= $(shell uname -m)-$(shell nproc)-cores
+bench: setup
+	$(BIN)/python -m benchmarks.attention --machine $(MACHINE) --repetitions 3 \
+		--groups 'short branches' 'long branches' 'one sequence'
+	$(BIN)/python -m benchmarks.one_pass --machine $(MACHINE) --repetitions 3
+	$(BIN)/python -m benchmarks.step --machine $(MACHINE) --repetitions 3 --groups 'one branch'
+	$(BIN)/python -m benchmarks.head_loss --machine $(MACHINE) --repetitions 2 --groups 'frozen head'
+
+# Is one pass still as much faster than separate ones as it was? A third is noise on a busy machine.
+bench-check: setup
+	$(BIN)/python -m benchmarks.one_pass --machine check --out build/bench --repetitions 3 \
+		--groups 'four branches'
+	$(BIN)/python -m benchmarks.compare benchmarks/results/xeon-2-cores/one_pass.json \
+		build/bench/one_pass.json --band 0.33
 
 lint: setup
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from benchmarks.question import (
     Question,
     Values,
     error_of,
+    number,
     number_of,
     ratio_to,
     within_budget,
@@ -62,6 +63,10 @@ def groups_for(device: str) -> dict[str, list[tuple[Case, str]]]:
         "soft-capped frozen head": _each(Case("gemma-2-2b", 8192, trainable=False), ALL),
         "frozen head, 32768 rows": _each(replace(frozen, rows=32768), ALL),
         "trainable head, 32768 rows": _each(replace(case, rows=32768), ALL),
+    } | {
+        f"the head of {head}": _each(Case(head, 8192), ALL)
+        + _each(Case(head, 8192, trainable=False), ALL)
+        for head in ("qwen2.5-7b", "mistral-7b")
     }
 
 
@@ -119,6 +124,7 @@ class HeadLoss(Question):
     own_op = TORCH_CHUNKED
     columns = (
         ratio_to(EAGER, "time / full", "time_ms_p50"),
+        Column("TFLOP/s", lambda own, _: number(own["tflops"]), of_right=True),
         Column("rate", lambda own, by_name: _rate(own, by_name.get(PRODUCTS, {})), of_right=True),
         number_of("peak MiB", "peak_mib"),
         Column("memory / full", lambda own, by_name: _memory(own, by_name), of_right=True),
@@ -151,6 +157,12 @@ class HeadLoss(Question):
         band = torch.finfo(case.torch_dtype).eps
         bands = {"loss_error": LOSS_BAND, "d_hidden_error": band, "d_weight_error": band}
         return within_budget(errors, baseline, bands)
+
+    def derived(self, case: Case, implementation: str, values: Values) -> Values:
+        """Operations of the matrix products over live rows a second."""
+        rows, shape = case.rows * case.live, case.shape
+        count = (6 if case.trainable else 4) * rows * shape.vocabulary * shape.width
+        return {"tflops": count / (1e9 * values["time_ms_p50"])}
 
     def requirements(self) -> list[Requirement]:
         return [*_on_a_cpu(), *_on_a_gpu()]

@@ -29,6 +29,8 @@ HEADS = {
     "llama-3-8b": Head(4096, 128256),
     "llama-3-8b + 1 token": Head(4096, 128257),
     "gemma-2-2b": Head(2304, 256000, 30.0),
+    "qwen2.5-7b": Head(3584, 152064),
+    "mistral-7b": Head(4096, 32768),
 }
 
 # What a trained model gives its targets: some rows are sure, a few are lost. Their mean loss is

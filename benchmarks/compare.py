@@ -1,0 +1,101 @@
+"""Has anything become slower? Two files of records of one question, compared by ratios.
+
+    python -m benchmarks.compare OLD.json NEW.json --band 0.2
+
+What is compared is what one of ours takes over what the question's baseline took in the same run,
+time and peak memory; machines may differ. Ends with 1 if a ratio has grown by more than the band.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.question import NAMES, Question, question_named
+from benchmarks.records import figures, load_groups
+from benchmarks.requirements import Figures
+
+QUANTITIES = ("time_ms_p50", "peak_mib")
+
+
+class Ratio(NamedTuple):
+    """What one of ours takes over the baseline, before and now."""
+
+    case: str
+    implementation: str
+    quantity: str
+    old: float
+    new: float
+
+    @property
+    def growth(self) -> float:
+        return self.new / self.old - 1
+
+
+def ratios(question: Question, old: Figures, new: Figures) -> Iterator[Ratio]:
+    """Of everything that both have and that was right in both."""
+    own = question.ours.split()[0]
+    for (case, name), now in new.items():
+        before = old.get((case, name), {})
+        baselines = [of_run.get((case, question.baseline), {}) for of_run in (old, new)]
+        if name.split()[0] != own or not (before.get("right") and now.get("right")):
+            continue
+        for quantity in QUANTITIES:
+            if all(quantity in values for values in (before, now, *baselines)):
+                then, today = (
+                    values[quantity] / baseline[quantity]
+                    for values, baseline in zip((before, now), baselines, strict=True)
+                )
+                yield Ratio(case, name, quantity, then, today)
+
+
+def load(path: Path) -> Figures:
+    """The numbers of all groups of a file.
+
+    Raises:
+        ValueError: there is no such file, or it has no records.
+    """
+    records = [record for group in load_groups(path).values() for record in group["records"]]
+    if not records:
+        raise ValueError(f"{path}: no records")
+    return figures(records)
+
+
+def main() -> int:
+    """Prints every ratio; the exit status."""
+    options = _options()
+    question = question_named(options.new.stem)
+    try:
+        found = list(ratios(question, load(options.old), load(options.new)))
+        if not found:
+            raise ValueError(f"{options.old} and {options.new} have no case in common")
+    except ValueError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    for ratio in found:
+        verdict = "worse" if ratio.growth > options.band else "as good"
+        print(
+            f"{verdict}: {ratio.case}: {ratio.implementation}: {ratio.quantity} over "
+            f"{question.baseline}: {ratio.old:.3f} -> {ratio.new:.3f}"
+        )
+    return int(any(ratio.growth > options.band for ratio in found))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("old", type=Path, help=f"a file of {', '.join(f'{n}.json' for n in NAMES)}")
+    parser.add_argument("new", type=Path, help="another of the same question")
+    parser.add_argument(
+        "--band", type=float, default=0.2, help="how much of a ratio is noise; 0.2 by default"
+    )
+    options = parser.parse_args()
+    if options.old.stem != options.new.stem or options.new.stem not in NAMES:
+        parser.error(f"expected two files of one question, got {options.old} and {options.new}")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
