@@ -6,9 +6,10 @@
 #   benchmarks/gpu.sh loss        the head loss against its peers: head_loss.json, ..., loss.log
 #   benchmarks/gpu.sh attention   attention over packs against its peers: attention.json, ...
 #   benchmarks/gpu.sh step        the whole step of an 8B-shaped model, official recipe to one pass
+#   benchmarks/gpu.sh memory      the longest harmful response that fits, against derta plan
 #
 # Results go to $OUT, or to benchmarks/results/$DERTA_MACHINE where that is unset. All parts but
-# `tests` are taken up where they were left: groups that have records there, or in
+# `tests` and `memory` are taken up where they were left: groups that have records there, or in
 # benchmarks/results, are not run again.
 #
 #   DERTA_MACHINE   name of the folder of results; h200 by default
@@ -29,15 +30,19 @@ export PYTHONPATH="$PWD:$PWD/kernels" PYTHONUNBUFFERED=1
     CUDAARCHS=native python3 -c 'from setup import build_native; build_native()' ||
     echo 'gpu.sh: the native library was not built'
 
-# One question of NAMES, against the peers.
-ask() {
-    local question=$1
+bring_peers() {
     if [ -n "${DERTA_PEERS:-}" ] && [ ! -d "$peers" ]; then
         for wheel in "$DERTA_PEERS"/*.whl; do
             python3 -m pip install -q --no-index --no-deps --no-compile --upgrade \
                 --target "$peers" "$wheel" || echo "gpu.sh: not installed: $(basename "$wheel")"
         done
     fi
+}
+
+# One question of NAMES, against the peers.
+ask() {
+    local question=$1
+    bring_peers
     if [ "$out" != "$kept" ] && [ -e "$kept/$question.json" ]; then
         cp -n "$kept/$question.json" "$out"
     fi
@@ -54,6 +59,11 @@ tests)
     ;;
 loss) ask head_loss ;;
 attention | step) ask "$part" ;;
+memory)
+    bring_peers
+    PYTHONPATH="$PYTHONPATH:$peers" timeout 470 python3 -m benchmarks.longest --device cuda \
+        --machine "$machine" --out "$out" --memories 8 16 24 2>&1 | tee "$out/memory.log"
+    ;;
 *)
     sed -n 's/^#   benchmarks/usage: benchmarks/p' benchmarks/gpu.sh >&2
     exit 2

@@ -1,0 +1,238 @@
+"""How long a harmful response fits in how much memory?
+
+    python -m benchmarks.longest --machine h200 --device cuda
+
+On a GPU by trying: one triple with one branch, forward and backward, with the allocator held to so
+many GiB. Beside it, and alone where there is no GPU, what `derta plan` projects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.examples import MEAN_LENGTHS, REFUSAL, in_batches, samples
+from benchmarks.harness import ROOT, describe_machine
+from benchmarks.step import LARGE, LLAMA_3_8B, LORA, OFFICIAL, OURS, RUNGS, loss_of, make_model
+from derta.data import Drawn, EncodedTriple, pack
+
+MEMORIES_GIB = (8, 16, 24, 48, 80)
+METHODS: tuple[Literal["lora", "qlora"], ...] = ("lora", "qlora")
+MLP_TILE = 2048
+LONGEST = 2**19
+PRECISION = 0.03  # of an answer, relative
+
+
+@dataclass(frozen=True)
+class Record:
+    """Tokens of the longest harmful response that fits, 0 where none does."""
+
+    memory_gib: int
+    method: str
+    recipe: str
+    tokens: int
+    source: Literal["measured", "projected"]
+
+
+def longest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n up to `most` that fits, to `PRECISION`; 0 if not even 64 do."""
+    low, high = 64, 128
+    if not fits(low):
+        return 0
+    while high < most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most)
+    while high - low > PRECISION * low:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def triple(harmful: int) -> Drawn:
+    """One triple of the official data's mean lengths but for its harmful response, cut halfway."""
+    prompt, _, safe = MEAN_LENGTHS
+    ids = np.arange(prompt + harmful + safe, dtype=np.int32) % 1000 + REFUSAL + 1
+    q, h, r = np.split(ids, [prompt, prompt + harmful])
+    rows = np.ones(harmful + 1, bool)
+    return Drawn(EncodedTriple("triple", q, h, r, harmful), np.array([harmful // 2]), rows)
+
+
+def step(model: Any, recipe: str, harmful: int, device: torch.device) -> None:
+    """Forward and backward of one triple; gradients stay."""
+    one = triple(harmful)
+    if recipe == OURS:
+        batch: Any = pack([one]).to(device)
+    else:
+        (padded,) = in_batches(samples([one]))
+        batch = {name: tensor.to(device) for name, tensor in padded.items()}
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = loss_of(model, RUNGS[recipe].head, batch, targets=harmful + MEAN_LENGTHS[2])
+    loss.backward()
+
+
+def measured(
+    method: str, recipe: str, memories: Sequence[int], device: torch.device
+) -> Iterator[Record]:
+    """By trying, in ever more memory."""
+    from derta.memory.plan import CONTEXT_BYTES, GIB
+    from derta.modeling import apply_derta
+    from derta.tiling import tile_mlp
+
+    model = make_model(LARGE, RUNGS[recipe], device)
+    inner = model.get_base_model()
+    if method == "qlora":
+        quantize(inner)
+    if recipe == OURS:
+        tile_mlp(inner, MLP_TILE)
+        apply_derta(inner, REFUSAL, offload=True)
+    total = torch.cuda.get_device_properties(device).total_memory
+
+    def fits(harmful: int) -> bool:
+        try:
+            step(inner, recipe, harmful, device)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    for memory in memories:
+        torch.cuda.set_per_process_memory_fraction((memory * GIB - CONTEXT_BYTES) / total, device)
+        yield Record(memory, method, recipe, longest(fits, LONGEST), "measured")
+    torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def quantize(model: nn.Module) -> None:
+    """The frozen linear layers in 4 bits, as `method: qlora` loads them, the head apart."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from peft.tuners.lora import LoraLayer
+
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        linear: Any = layer.base_layer
+        small = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+            device="meta",
+        )
+        weight, device = linear.weight.data, linear.weight.device
+        small.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+        layer.base_layer = small.to(device)
+
+
+def projected(method: Literal["lora", "qlora"], memories: Sequence[int]) -> Iterator[Record]:
+    """What `derta plan` says of ours."""
+    from transformers import LlamaConfig
+
+    from derta.memory import Step, StepMemory
+    from derta.memory.plan import GIB, Triples, longest_pack
+    from derta.methods import Method
+
+    settings = Step(
+        config=LlamaConfig(**LLAMA_3_8B),
+        method=Method(method=method, lora_r=LORA["r"], lora_dropout=LORA["lora_dropout"]),
+        autocast=True,
+        optim="sgd",  # no states: the step is forward and backward
+        checkpointing=True,
+        offload=True,
+        mlp_tile=MLP_TILE,
+    )
+    memory = StepMemory(settings)
+    triples = Triples(1, 1.0, MEAN_LENGTHS[0], MEAN_LENGTHS[2])
+    for gib in memories:
+        settings.capacity = gib * GIB
+        harmful = triples.harmful(longest_pack(memory, triples))
+        yield Record(gib, method, OURS, harmful, "projected")
+
+
+def table(machine: dict[str, Any], records: list[Record]) -> str:
+    """Markdown: a row a memory, a column a method, a recipe and a source."""
+    columns = list(dict.fromkeys((r.method, r.recipe, r.source) for r in records))
+    lines = [
+        "# The longest harmful response that fits\n",
+        "Llama-3-8B's shape, LoRA of rank 16; what the columns mean is in [the benchmarks' "
+        "page](../../README.md). ![tokens](longest.png)\n",
+        f"{machine['date']}, commit {machine['commit']}, {machine.get('gpu', 'no GPU')}, torch "
+        f"{machine['versions']['torch']}.\n",
+        "| GiB | " + " | ".join(", ".join(column) for column in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for memory in sorted({r.memory_gib for r in records}):
+        found = {(r.method, r.recipe, r.source): r for r in records if r.memory_gib == memory}
+        cells = [f"{found[c].tokens:,}" if c in found else "-" for c in columns]
+        lines.append(f"| {memory} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(records: list[Record], path: Path) -> None:
+    """Tokens against memory, a line a column of the table."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for column in dict.fromkeys((r.method, r.recipe, r.source) for r in records):
+        line = [r for r in records if (r.method, r.recipe, r.source) == column and r.tokens]
+        axes.plot(
+            [r.memory_gib for r in line],
+            [r.tokens for r in line],
+            "--o" if column[2] == "projected" else "-o",
+            label=", ".join(column),
+        )
+    axes.set(xlabel="GiB", ylabel="tokens of a harmful response", xscale="log", yscale="log")
+    axes.set_xticks(MEMORIES_GIB, [str(memory) for memory in MEMORIES_GIB])
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Writes longest.json, .md and .png."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.longest", description=__doc__)
+    parser.add_argument("--machine", required=True, help="folder of results/ to write into")
+    parser.add_argument("--out", type=Path, help="another folder to write into")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--memories", type=int, nargs="+", default=MEMORIES_GIB, help="GiB, rising")
+    options = parser.parse_args()
+    folder = options.out or ROOT / "benchmarks" / "results" / options.machine
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(options.device)
+    machine = describe_machine(device, torch.get_num_threads())
+    runs = [projected(method, MEMORIES_GIB) for method in METHODS]
+    if device.type == "cuda":
+        runs += [
+            measured(method, recipe, options.memories, device)
+            for method in METHODS
+            for recipe in (OFFICIAL, OURS)
+        ]
+    records: list[Record] = []
+    for run in runs:
+        with contextlib.suppress(ModuleNotFoundError):  # bitsandbytes, where it is not installed
+            for record in run:
+                print(record, file=sys.stderr, flush=True)
+                records.append(record)
+        text = json.dumps({"machine": machine, "records": [vars(r) for r in records]}, indent=1)
+        (folder / "longest.json").write_text(text, encoding="utf-8")
+        (folder / "longest.md").write_text(table(machine, records), encoding="utf-8")
+        if find_spec("matplotlib") is not None:
+            plot(records, folder / "longest.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The longest response that fits: the search, what is tried, and the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import longest
+from benchmarks.examples import MEAN_LENGTHS
+from benchmarks.step import OFFICIAL, OURS, RUNGS, SMALL, make_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("limit", [0, 64, 100, 1000, 12345, 2**19, 2**21])
+def test_the_search_finds_the_limit(limit: int) -> None:
+    tried: list[int] = []
+
+    def fits(tokens: int) -> bool:
+        tried.append(tokens)
+        return tokens <= limit
+
+    found = longest.longest(fits, 2**19)
+    assert found <= limit
+    assert limit < 64 or found >= min(limit, 2**19) * (1 - longest.PRECISION) - 1
+    assert len(tried) <= 20
+
+
+@pytest.mark.parametrize("recipe", [OFFICIAL, OURS])
+def test_a_try_is_a_whole_step(recipe: str) -> None:
+    case = replace(SMALL, lora=True)
+    model = make_model(case, RUNGS[recipe], CPU)
+    longest.step(model.get_base_model(), recipe, 100, CPU)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+def test_the_triple_is_as_long_as_asked() -> None:
+    one = longest.triple(500)
+    assert (len(one.example.prompt), len(one.example.harmful)) == (MEAN_LENGTHS[0], 500)
+    assert one.cuts.tolist() == [250] and len(one.example.safe) == MEAN_LENGTHS[2]
+
+
+def test_projections_grow_with_memory_and_the_table_says_what_they_are() -> None:
+    records = list(longest.projected("qlora", (8, 24)))
+    small, large = (record.tokens for record in records)
+    assert 0 < small < large
+    machine = {"date": "today", "commit": "c", "versions": {"torch": "2"}}
+    lines = longest.table(machine, records).splitlines()
+    assert "| GiB | qlora, one pass, projected |" in lines
+    assert f"| 24 | {large:,} |" in lines
+    assert "no GPU" in " ".join(lines)
