@@ -359,6 +359,11 @@ class DertaTrainer(Trainer):
             rto_weight=rto_weight,
             router_weight=router_share * self.args.world_size,
         )
+        if not hasattr(output, "next_nll"):
+            raise ValueError(
+                "the model's forward was replaced after apply_derta, as Liger's fused loss does, by "
+                "one that takes a pack for a plain sequence: replace it before"
+            )
         self.metrics.add(batch, output, self.state.global_step + 1)
         return output.loss
 

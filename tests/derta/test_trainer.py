@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -223,6 +224,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_pa
     with pytest.raises(FloatingPointError, match=f"at step 3 in the pack of examples {expected};"):
         tuned.train()
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_forward_that_takes_packs_for_sequences_trains_nothing(tmp_path: Path) -> None:
+    """As Liger's does, which it puts in place when training begins, if its fused loss is on."""
+    run = trainer(tmp_path)
+
+    def plain(self, input_ids, shift_labels, **kwargs):
+        return type(self).forward(self, input_ids=input_ids, labels=shift_labels)
+
+    run.model.forward = MethodType(plain, run.model)
+    with pytest.raises(ValueError, match="the model's forward was replaced after apply_derta"):
+        run.train()
 
 
 def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path: Path) -> None:
