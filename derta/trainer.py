@@ -361,8 +361,8 @@ class DertaTrainer(Trainer):
         )
         if not hasattr(output, "next_nll"):
             raise ValueError(
-                "the model's forward was replaced after apply_derta, as Liger's fused loss does, by "
-                "one that takes a pack for a plain sequence: replace it before"
+                "the model's forward was replaced after apply_derta, as Liger's fused loss does "
+                "it, by one that takes a pack for a plain sequence: replace it before"
             )
         self.metrics.add(batch, output, self.state.global_step + 1)
         return output.loss

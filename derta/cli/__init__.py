@@ -7,6 +7,7 @@ Nothing heavy is imported before a command has its arguments, and nothing that t
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,8 @@ def _main(options: argparse.Namespace) -> int:
     # Nothing is reported to anybody, unless the user has decided otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT imports bitsandbytes, which says on some CPUs that it has found no kernels on the hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         _run(options.command, options.arguments)
     except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:

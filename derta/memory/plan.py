@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Iterator
@@ -129,10 +130,10 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
         table(peak),
         _longest(longest_pack(memory, triples), triples),
     ]
-    saved = {
-        key: peak.total() - needed(StepMemory(other), tokens, triples).total()
-        for key, other in turns(step)
-    }
+    saved = {}
+    for key, other in turns(step):
+        with contextlib.suppress(ValueError):  # experts are not tiled
+            saved[key] = peak.total() - needed(StepMemory(other), tokens, triples).total()
     if any(size > 0 for size in saved.values()):
         lines.append("keys to turn, and what each saves by itself:")
         lines += [f"  {key:30} {size / GIB:7.2f} GiB" for key, size in saved.items() if size > 0]

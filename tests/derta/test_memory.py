@@ -13,10 +13,11 @@ from allocated import peak_bytes
 from derta import apply_derta, derta_loss
 from derta.cli import main
 from derta.memory import Step, StepMemory
-from derta.memory.plan import GIB, Triples, longest_pack, needed
+from derta.memory.plan import GIB, Triples, describe, longest_pack, needed
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
 from derta.tiling import tile_mlp
+from tiny import ARCHITECTURES, tiny_model
 
 TOKENS = 1024
 TINY = dict(
@@ -126,6 +127,22 @@ def test_what_long_packs_take_follows_from_shorter_ones(monkeypatch: pytest.Monk
     followed = StepMemory(step).peak(40_000)
     monkeypatch.setattr("derta.memory.step.FAR", 10**6)
     assert followed.total() == pytest.approx(StepMemory(step).peak(40_000).total(), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_every_family_can_be_run_without_storage(family: str) -> None:
+    config = tiny_model(family).config
+    peak = StepMemory(Step(config=config, checkpointing=True)).peak(256)
+    assert peak["checkpoints"] == config.num_hidden_layers * 256 * config.hidden_size * 2
+
+
+def test_what_cannot_be_turned_is_not_advised() -> None:
+    triples = Triples(branches=1, rto_keep=1.0, prompt=40, safe=70)
+    for family, advised in (("llama", True), ("mixtral", False)):
+        config = tiny_model(family).config
+        said = describe(Step(config=config, checkpointing=True, capacity=GIB), 4096, triples)
+        assert "it fits" in said and "offload_checkpoints: true" in said
+        assert ("mlp_tile: 1024" in said) == advised
 
 
 LLAMA = dict(num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
