@@ -16,8 +16,9 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard 
 	$(BIN)/python -m pip install -c constraints.txt -e '.[triton,test,lint]'
 	@touch $@
 
+# A thread a process: they share the cores.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
 
 # Warnings are errors here and not in setup.py: no newer compiler is to stop an installation.
 native-test:

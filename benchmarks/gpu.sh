@@ -58,7 +58,8 @@ tests)
         --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log"
     ;;
 loss) ask head_loss ;;
-attention | step) ask "$part" ;;
+attention) ask attention ;;
+step) ask step ;;
 memory)
     bring_peers
     PYTHONPATH="$PYTHONPATH:$peers" timeout 470 python3 -m benchmarks.longest --device cuda \
