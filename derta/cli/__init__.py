@@ -80,6 +80,8 @@ def _main(options: argparse.Namespace) -> int:
     # Nothing is reported to anybody, unless the user has decided otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Packs differ in length: segments that grow leave fewer gaps in a GPU's memory.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # PEFT imports bitsandbytes, which says on some CPUs that it has found no kernels on the hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:

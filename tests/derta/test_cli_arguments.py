@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -251,6 +252,15 @@ def test_help_needs_no_torch_and_less_than_a_second() -> None:
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "derta", *arguments], check=True, capture_output=True)
         assert time.perf_counter() - started < 1.0
+
+
+def test_the_environment_is_set_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # restored afterwards
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    assert main(["doctor"]) == 0
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
 
 
 def test_a_wrong_call_is_one_sentence_and_a_status(
