@@ -7,7 +7,7 @@ transformers is imported where a model is made, so that results are reported wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.command import main
 from benchmarks.examples import BATCH, REFUSAL, draw_triples, in_batches, in_packs, samples
+from benchmarks.gradients import TrainingStep
 from benchmarks.question import Question, Values, error_of, number_of, ratio_to
 from benchmarks.requirements import Requirement
 from derta.data.packing import IGNORE_INDEX, PackedBatch
@@ -118,17 +119,15 @@ def make_model(dtype: torch.dtype, *, packed: bool) -> nn.Module:
     return apply_derta(model, REFUSAL) if packed else model
 
 
-class Setup:
+class Setup(TrainingStep):
     """Forward and backward of the body, with a gradient that arrives at the targets' rows.
 
     A target's row is given the row of a random table that belongs to the token to be said: as a
     head would, but free of charge. What a row is given does not depend on where it lies.
     """
 
-    device = torch.device("cpu")
-
     def __init__(self, body: nn.Module, batches: list[Batch]) -> None:
-        self.body = body
+        super().__init__(body, torch.device("cpu"))
         self.batches = batches
         generator = torch.Generator().manual_seed(1)
         shape = SHAPE["vocab_size"], SHAPE["hidden_size"]
@@ -139,37 +138,10 @@ class Setup:
         rows = table[batch.labels.clamp(min=0)] * (batch.labels != IGNORE_INDEX)[..., None]
         return rows + table[REFUSAL] * batch.refuses[..., None]
 
-    def phases(self) -> list[tuple[str, Callable[[], None]]]:
-        return [("step", self.step)]
-
     def step(self) -> None:
-        """The gradients of all batches add up on the parameters."""
         for batch, upstream in zip(self.batches, self.upstream, strict=True):
-            hidden = self.body(**batch.inputs(), use_cache=False).last_hidden_state
+            hidden = self.module(**batch.inputs(), use_cache=False).last_hidden_state
             hidden.backward(upstream)
-
-    def clear(self) -> None:
-        """Lets go of the gradients."""
-        self.body.zero_grad()
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Of one step, by parameter."""
-        self.clear()
-        self.step()
-        named = self.body.named_parameters()
-        return {name: value.grad for name, value in named if value.grad is not None}
-
-    def errors(self, answer: dict[str, Tensor]) -> Values:
-        """The largest error of a parameter's gradient."""
-        return {"gradient_error": gradient_error(self.gradients(), answer)}
-
-
-def gradient_error(gradients: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> float:
-    """The largest of the parameters' errors, each relative to the size of its own gradient."""
-    return max(
-        float((gradients[name].cpu().double() - right).norm() / right.norm())
-        for name, right in answer.items()
-    )
 
 
 class OnePass(Question):

@@ -7,7 +7,7 @@ transformers and PEFT are imported where a model is made, so that results are re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from benchmarks import one_pass
 from benchmarks.command import main
 from benchmarks.examples import REFUSAL, draw_triples, in_batches, in_packs, samples
-from benchmarks.one_pass import gradient_error
+from benchmarks.gradients import TrainingStep
 from benchmarks.question import (
     Column,
     Question,
@@ -196,38 +196,18 @@ def targets_of(batches: Sequence[Any]) -> int:
     )
 
 
-class Setup:
+class Setup(TrainingStep):
     """Forward and backward of all batches of a step, without the optimizer's."""
 
     def __init__(self, case: Case, rung: Rung, device: torch.device, model: Any) -> None:
-        self.device = device
-        self.adapted = model
+        super().__init__(model, device)
         model = model.get_base_model() if case.lora else model
         self.batches = batches_of(case, rung, device)
         self.loss = partial(loss_of, model, rung.head, targets=targets_of(self.batches))
 
-    def phases(self) -> list[tuple[str, Callable[[], None]]]:
-        return [("step", self.step)]
-
     def step(self) -> None:
-        """The gradients of all batches add up on the trained parameters."""
         for batch in self.batches:
             self.loss(batch=batch).backward()
-
-    def clear(self) -> None:
-        """Lets go of the gradients."""
-        self.adapted.zero_grad()
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Of one step, by parameter."""
-        self.clear()
-        self.step()
-        named = self.adapted.named_parameters()
-        return {name: p.grad.clone() for name, p in named if p.grad is not None}
-
-    def errors(self, answer: dict[str, Tensor]) -> Values:
-        """The largest error of a parameter's gradient."""
-        return {"gradient_error": gradient_error(self.gradients(), answer)}
 
 
 class Step(Question):
