@@ -55,19 +55,28 @@ def oracle(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
 @given(
     row=rows(longest_trunk=40, longest_branch=40),
     blocks=st.sampled_from([(16, 32), (32, 16)]),
-    kv_heads=st.sampled_from([1, 2]),
-    window=st.sampled_from([None, 1, 7, 30]),
+    heads=st.sampled_from([(2, 1), (2, 2), (4, 2)]),
+    window=st.sampled_from([None, 1, 15, 31]),  # the last two end with a tile
     softcap=st.sampled_from([None, 1.5]),
     scale=st.sampled_from([None, 0.3, -0.3, 0.0]),
 )
-def test_triton_is_the_definition(row, blocks, kv_heads, window, softcap, scale) -> None:
-    arguments = triton_inputs(row, heads=2, kv_heads=kv_heads)
+def test_triton_is_the_definition(row, blocks, heads, window, softcap, scale) -> None:
+    arguments = triton_inputs(row, heads=heads[0], kv_heads=heads[1])
     options = dict(window=window, softcap=softcap, scale=scale)
     with mock.patch.object(launch_configs, "LAUNCH_CONFIGS", tiles_of(*blocks)):
         triton = results(arguments, impl="triton", **options)
     for actual, wanted in zip(triton, oracle(arguments, **options), strict=True):
         # Gradients that are 0 in exact numbers, those of one key alone, are what rounding leaves.
         assert (actual - wanted).norm() <= 3e-6 * (wanted.norm() + math.sqrt(wanted.numel()))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("window", [15, 31, 47])
+def test_a_window_that_ends_with_a_tile_and_groups_of_several_key_heads(window: int) -> None:
+    arguments = triton_inputs(packed([(100, [(64, 40)])]), heads=4, kv_heads=2)
+    triton = results(arguments, window=window, impl="triton")
+    for actual, wanted in zip(triton, oracle(arguments, window=window), strict=True):
+        assert distance(actual.double(), wanted) < 3e-6
 
 
 LONG = packed([(70, [(33, 40), (70, 1), (60, 9)]), (1, []), (90, []), (50, [(50, 30)])])
@@ -170,14 +179,35 @@ def test_nothing_around_the_inputs_is_read() -> None:
         views[name] = storage.to(DEVICE)[:, 20:-20, 1:-1, 3:-2]
         views[name].copy_(x.detach())
         views[name].requires_grad_()
-    by_head = dict(arguments)
-    for name in "qkv":
-        by_head[name] = arguments[name].detach().transpose(1, 2).contiguous().transpose(1, 2)
-        by_head[name].requires_grad_()
+
+    def swapped(first: int, second: int) -> dict[str, Tensor]:
+        return arguments | {
+            name: stored_by(arguments[name].detach(), first, second).requires_grad_()
+            for name in "qkv"
+        }
+
     plain = results(arguments, impl="triton", window=30)
-    for strided in (views, by_head):
+    for strided in (views, swapped(1, 2), swapped(2, 3)):
         for ours, theirs in zip(results(strided, impl="triton", window=30), plain, strict=True):
             assert torch.equal(ours, theirs)
+
+
+def stored_by(x: Tensor, first: int, second: int) -> Tensor:
+    """The same tensor, with two of its dimensions in the other order in memory."""
+    return x.transpose(first, second).contiguous().transpose(first, second)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("swapped", [(1, 2), (2, 3), (1, 3)])
+def test_an_upstream_gradient_may_have_any_strides(swapped) -> None:
+    arguments = triton_inputs(packed([(40, [(20, 25)])]))
+    inputs = [arguments[name] for name in "qkv"]
+    output = interval_attention(**arguments, impl="triton")
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    wanted = torch.autograd.grad(output, inputs, upstream, retain_graph=True)
+    strided = torch.autograd.grad(output, inputs, stored_by(upstream, *swapped))
+    for ours, theirs in zip(strided, wanted, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -185,8 +215,10 @@ def test_batch_rows_have_examples_of_their_own_and_every_run_is_the_same() -> No
     first = triton_inputs(packed([(60, [])]))
     second = triton_inputs(packed([(5, []), (35, [(3, 20)])]))
     both = {name: torch.cat((first[name], second[name])) for name in first}
-    apart = torch.cat([interval_attention(**one, impl="triton") for one in (first, second)])
-    assert torch.equal(interval_attention(**both, impl="triton"), apart)
+    for window in (None, 7):
+        options = dict(window=window, impl="triton")
+        apart = torch.cat([interval_attention(**one, **options) for one in (first, second)])
+        assert torch.equal(interval_attention(**both, **options), apart)
     for once, again in pairwise([results(both, impl="triton") for _ in range(3)]):
         for ours, theirs in zip(once, again, strict=True):
             assert torch.equal(ours, theirs)
