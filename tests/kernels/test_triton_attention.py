@@ -79,6 +79,15 @@ def test_a_window_that_ends_with_a_tile_and_groups_of_several_key_heads(window: 
         assert distance(actual.double(), wanted) < 3e-6
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("length", [15, 16, 17])
+def test_a_branch_that_ends_beside_the_end_of_a_tile(length: int) -> None:
+    """The next branch sees little of what that one sees, from its own first token on."""
+    arguments = triton_inputs(packed([(48, [(40, length), (10, 20)])]))
+    for actual, wanted in zip(results(arguments, impl="triton"), oracle(arguments), strict=True):
+        assert distance(actual.double(), wanted) < 3e-6
+
+
 LONG = packed([(70, [(33, 40), (70, 1), (60, 9)]), (1, []), (90, []), (50, [(50, 30)])])
 
 
