@@ -210,6 +210,16 @@ def test_masks_made_while_evaluating_serve_training() -> None:
     assert torch.equal(results(arguments, window=3)[0], evaluated)
 
 
+def test_a_batch_that_is_written_to_unseen_is_read_again() -> None:
+    """Inference tensors do not count what is written to them."""
+    with torch.inference_mode():
+        arguments = {name: x.clone() for name, x in tensors(packed([(6, [(2, 3)])])).items()}
+        interval_attention(**arguments)
+        arguments["visible_until"].fill_(9)
+        written = interval_attention(**arguments)
+        assert torch.allclose(written, interval_attention(**arguments, impl="reference"))
+
+
 def test_an_explicit_implementation_is_the_one_that_runs() -> None:
     device = torch.device("cpu")
     assert choose("auto", device).name == "sdpa"

@@ -145,7 +145,9 @@ def layout_of(
 ) -> Layout:
     """The layout of a batch: made on the first call, found again by every later one.
 
-    Writing to a tensor in place makes a new layout; freeing `visible_until` frees it.
+    Writing to a tensor in place makes a new layout; freeing `visible_until` frees it. What PyTorch
+    does not count is not seen: writes through NumPy, or to the input of a compiled graph between
+    its calls. Inference tensors count none, so that their layouts are made anew every time.
 
     Args:
         visible_until: (B, N) int32, see `interval_attention`.
@@ -156,6 +158,9 @@ def layout_of(
         ValueError: example_bounds do not tile the tokens, or visible_until reaches out of its
             example (checked where its values are on the host).
     """
+    if visible_until.is_inference():
+        with torch.inference_mode(False):
+            return Layout(visible_until, position_ids, example_bounds)
     storage = visible_until.untyped_storage()
     layout = _LAYOUTS.get(storage)
     if layout is None or not layout.is_of(visible_until, position_ids):
