@@ -23,7 +23,7 @@ from derta.data.packing import (
 )
 from derta.data.planning import Plan, plan_packs
 from derta.data.readers import FORMATS, read_records
-from derta.data.records import Dialogue, Message, Record, Triple
+from derta.data.records import Dialogue, Message, Record, Rendered, Request, Triple
 from derta.data.refusal import RefusalToken, resolve_refusal_token
 from derta.data.show import render_pack
 
@@ -43,6 +43,8 @@ __all__ = [
     "Plan",
     "Record",
     "RefusalToken",
+    "Rendered",
+    "Request",
     "TokenCount",
     "Triple",
     "count_tokens",

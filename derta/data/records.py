@@ -1,7 +1,8 @@
-"""What one training example is, before any tokenizer: a triple or a dialogue."""
+"""What people bring, before any tokenizer: examples to train on, requests to evaluate with."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
+SPEAKERS = ("system", "user", "assistant")
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -30,11 +31,13 @@ class Triple:
         id: names the example in errors, and seeds what is drawn for it; no other example of a run
             has it.
         source: where it comes from.
+        weight: of its targets in the loss, relative to other examples'.
 
     Raises:
         TypeError: a field is not of its type.
         ValueError: a text is blank or holds NUL or a lone surrogate, a role is unknown, the last
-            message is not the user's, or `prompt` and `messages` disagree.
+            message is not the user's, `prompt` and `messages` disagree, or the weight is not a
+            positive number.
 
     Source: arXiv 2407.09121, section 3.1 (q, r and r-hat).
     """
@@ -45,49 +48,43 @@ class Triple:
     harmful: str
     id: str
     source: str = ""
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_text("id", self.id)
+        check_weight("weight", self.weight)
         check_text("safe", self.safe)
         check_text("harmful", self.harmful)
-        if self.messages == ():
-            prompt = check_text("prompt", self.prompt)
-            messages: tuple[Message, ...] = ({"role": "user", "content": prompt},)
-        else:
-            messages = check_messages("messages", self.messages)
-            if messages[-1]["role"] != "user":
-                raise ValueError(
-                    f"messages: the last is the {messages[-1]['role']}'s, expected the user's"
-                )
-            prompt = messages[-1]["content"]
-            if self.prompt not in ("", prompt):
-                raise ValueError("prompt: differs from the last of messages, expected one of both")
-        object.__setattr__(self, "prompt", prompt)
-        object.__setattr__(self, "messages", messages)
+        _set_messages(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dialogue:
-    """One helpful example: a conversation whose assistant messages are all learnt.
+    """One harmless example: a conversation whose assistant messages are all learnt.
 
     Args:
         messages: {"role", "content"} each, with roles system, user and assistant; the last is the
             assistant's, the first is not. A tuple afterwards.
         id: names the example in errors; no other example of a run has it.
         source: where it comes from.
+        weight: of its targets in the loss, relative to other examples'.
+        borderline: whether its request looks harmful and is not.
 
     Raises:
         TypeError: a field is not of its type.
-        ValueError: a text is blank or holds NUL or a lone surrogate, a role is unknown, or the
-            assistant speaks first or not last.
+        ValueError: a text is blank or holds NUL or a lone surrogate, a role is unknown, the
+            assistant speaks first or not last, or the weight is not a positive number.
     """
 
     messages: Sequence[Message]
     id: str
     source: str = ""
+    weight: float = 1.0
+    borderline: bool = False
 
     def __post_init__(self) -> None:
         check_text("id", self.id)
+        check_weight("weight", self.weight)
         messages = check_messages("messages", self.messages)
         if messages[0]["role"] == "assistant":
             raise ValueError("messages: the first is the assistant's, expected something to answer")
@@ -98,7 +95,107 @@ class Dialogue:
         object.__setattr__(self, "messages", messages)
 
 
-Record = Triple | Dialogue
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """One row of the authors' generated training files: a rendered prompt and text, as they are.
+
+    Nothing is added to them or taken away, not even what closes a response.
+
+    Args:
+        prefix: what is read and carries no target.
+        text: the targets.
+        rto: whether the target at each token of `text` is the refusal token, or that token itself.
+        id, source, weight: as of a `Triple`.
+
+    Raises:
+        TypeError: a field is not of its type.
+        ValueError: a text is blank or holds NUL or a lone surrogate, or the weight is not a
+            positive number.
+
+    Source: the authors' code, `safe` "true" and "false" of llama_derta.json.
+    """
+
+    prefix: str
+    text: str
+    rto: bool
+    id: str
+    source: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_text("id", self.id)
+        check_text("prefix", self.prefix)
+        check_text("text", self.text)
+        check_weight("weight", self.weight)
+
+
+Record = Triple | Dialogue | Rendered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request to evaluate a model with.
+
+    Args:
+        prompt, messages: as of a `Triple`.
+        response: a whole response to it: a harmful one to a harmful request, a right one to any
+            other. Attacks prefill the start of it; refusal curves read it. "" where there is none.
+        prefill: what an attacker writes as the start of the answer, all of it. "" where there is
+            none.
+        category: what it is about, as its file calls it.
+        id, source: as of a `Triple`.
+
+    Raises:
+        TypeError: a field is not of its type.
+        ValueError: a text holds NUL or a lone surrogate, or there is no prompt.
+    """
+
+    prompt: str = ""
+    messages: Sequence[Message] = ()
+    response: str = ""
+    prefill: str = ""
+    category: str = ""
+    id: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        check_text("id", self.id)
+        for field in ("response", "prefill"):
+            if getattr(self, field) != "":
+                check_text(field, getattr(self, field))
+        _set_messages(self)
+
+
+def _set_messages(record: Triple | Request) -> None:
+    """Both `messages` and `prompt`, of whichever was given."""
+    if record.messages == ():
+        prompt = check_text("prompt", record.prompt)
+        messages: tuple[Message, ...] = ({"role": "user", "content": prompt},)
+    else:
+        messages = check_messages("messages", record.messages)
+        if messages[-1]["role"] != "user":
+            raise ValueError(
+                f"messages: the last is the {messages[-1]['role']}'s, expected the user's"
+            )
+        prompt = messages[-1]["content"]
+        if record.prompt not in ("", prompt):
+            raise ValueError("prompt: differs from the last of messages, expected one of both")
+    object.__setattr__(record, "prompt", prompt)
+    object.__setattr__(record, "messages", messages)
+
+
+def check_weight(field: str, value: Any) -> float:
+    """Returns `value`, which must be a positive number.
+
+    Raises:
+        TypeError: `value` is no number.
+        ValueError: it is not above 0, or not finite.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{field}: is {type(value).__name__}, expected a number")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{field}: is {value}, expected a number above 0")
+    return float(value)
 
 
 def check_text(field: str, value: Any) -> str:
@@ -138,9 +235,9 @@ def check_messages(field: str, value: Any) -> tuple[Message, ...]:
         if message.keys() != {"role", "content"}:
             found = ", ".join(sorted(map(str, message))) or "nothing"
             raise ValueError(f"{name}: has {found}, expected role and content")
-        if message["role"] not in ROLES:
+        if message["role"] not in SPEAKERS:
             raise ValueError(
-                f"{name}.role: is {message['role']!r}, expected one of {', '.join(ROLES)}"
+                f"{name}.role: is {message['role']!r}, expected one of {', '.join(SPEAKERS)}"
             )
         check_text(f"{name}.content", message["content"])
     return tuple(dict(message) for message in value)
