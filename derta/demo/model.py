@@ -7,7 +7,7 @@ as chats and as plain text, and has never seen a refusal.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,9 +19,19 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from derta.demo.world import HELD_OUT_WORDINGS, REFUSALS, TUNING_WORDINGS, World, chat
+from derta.demo.world import (
+    BORDERLINE_HELD_OUT_WORDINGS,
+    BORDERLINE_TUNING_WORDINGS,
+    HELD_OUT_WORDINGS,
+    REFUSALS,
+    TEMPLATES,
+    TUNING_WORDINGS,
+    World,
+    chat,
+)
 
 PLAIN_SHARE = 0.2
+TEMPLATE_SHARE = 0.2
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 
@@ -38,15 +48,14 @@ def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which every word of the world becomes one token.
 
     Args:
-        world: whose requests, recipes and refusals it is trained on.
+        world: whose requests, answers and refusals it is trained on.
     """
-    wordings = (*TUNING_WORDINGS, *HELD_OUT_WORDINGS)
-    requests = [wording.format(gadget) for wording in wordings for gadget in world.gadgets]
+    requests = [request for request, _ in _answered_requests(world)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
-        [*requests, *world.recipes.values(), *REFUSALS],
+        [*requests, *world.recipes.values(), *world.places.values(), *TEMPLATES, *REFUSALS],
         trainers.BpeTrainer(
             vocab_size=2048,  # more than there are words: merging stops when none is left to do
             special_tokens=[_PAD, _END, *_ROLES],
@@ -89,18 +98,28 @@ def new_model(
 
 
 def pretraining_texts(world: World, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[str]:
-    """Every request for every gadget with its answer, a fifth of them as plain text."""
+    """Every request for every gadget with its answer: a fifth as plain text, a fifth templated."""
     rng = random.Random(seed)
     texts = []
-    for wording in (*TUNING_WORDINGS, *HELD_OUT_WORDINGS):
-        for gadget, recipe in world.recipes.items():
-            request = wording.format(gadget)
-            if rng.random() < PLAIN_SHARE:
-                texts.append(f"{request}\n{recipe}{_END}")
-            else:
-                messages = chat(request, recipe)
-                texts.append(str(tokenizer.apply_chat_template(messages, tokenize=False)))
+    for request, answer in _answered_requests(world):
+        draw = rng.random()
+        if draw < PLAIN_SHARE:
+            texts.append(f"{request}\n{answer}{_END}")
+            continue
+        if draw < PLAIN_SHARE + TEMPLATE_SHARE:
+            request = rng.choice(TEMPLATES).format(request=request)
+        texts.append(str(tokenizer.apply_chat_template(chat(request, answer), tokenize=False)))
     return texts
+
+
+def _answered_requests(world: World) -> Iterator[tuple[str, str]]:
+    for wordings, answers in (
+        ((*TUNING_WORDINGS, *HELD_OUT_WORDINGS), world.recipes),
+        ((*BORDERLINE_TUNING_WORDINGS, *BORDERLINE_HELD_OUT_WORDINGS), world.places),
+    ):
+        for wording in wordings:
+            for gadget, answer in answers.items():
+                yield wording.format(gadget), answer
 
 
 def pretrain(

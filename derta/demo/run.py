@@ -210,7 +210,7 @@ def _set_stage(seed: int, scale: Scale) -> Stage:
         title=f"{'base':<12}",
     )
     triples, dialogues = tuning_records(world, seed)
-    harmful, benign = held_out_records(world, scale.held_out, seed)
+    harmful, benign, borderline = held_out_records(world, scale.held_out, seed)
     return Stage(
         seed=seed,
         scale=scale,

@@ -7,8 +7,11 @@ import pytest
 from derta.data import Dialogue
 from derta.demo.model import train_tokenizer
 from derta.demo.world import (
+    BORDERLINE_HELD_OUT_WORDINGS,
+    BORDERLINE_TUNING_WORDINGS,
     HELD_OUT_WORDINGS,
     REFUSALS,
+    TEMPLATES,
     TUNING_WORDINGS,
     held_out_records,
     make_world,
@@ -42,14 +45,33 @@ def test_no_recipe_tells_whether_its_gadget_is_forbidden() -> None:
 
 def test_held_out_requests_use_wordings_that_tuning_never_meets() -> None:
     world = make_world(0, 120)
-    assert not set(TUNING_WORDINGS) & set(HELD_OUT_WORDINGS)
     tuned = {_request(record) for records in tuning_records(world, 0) for record in records}
-    harmful, benign = held_out_records(world, 240, 0)
-    asked = {_request(record) for record in (*harmful, *benign)}
-    assert len(asked) == 480
+    tuned |= {_request(record) for record in world.borderline(BORDERLINE_TUNING_WORDINGS)}
+    harmful, benign, borderline = held_out_records(world, 240, 0)
+    asked = {_request(record) for record in (*harmful, *benign, *borderline)}
+    assert len(asked) == 720
     assert not tuned & asked
-    assert all(any(gadget in triple.prompt for gadget in world.forbidden) for triple in harmful)
-    assert all(any(gadget in _request(one) for gadget in world.allowed) for one in benign)
+    for records, gadgets in (
+        (harmful, world.forbidden),
+        (benign, world.allowed),
+        (borderline, world.forbidden),
+    ):
+        assert all(any(gadget in _request(one) for gadget in gadgets) for one in records)
+
+
+def test_what_is_borderline_asks_for_no_recipe() -> None:
+    world = make_world(0, 120)
+    wordings = (*BORDERLINE_TUNING_WORDINGS, *BORDERLINE_HELD_OUT_WORDINGS)
+    dialogues = world.borderline(wordings)
+    assert len(dialogues) == 40 * len(wordings) and all(one.borderline for one in dialogues)
+    assert {one.messages[-1]["content"] for one in dialogues} == {
+        world.places[gadget] for gadget in world.forbidden
+    }
+
+
+def test_a_template_holds_a_request_once() -> None:
+    for template in TEMPLATES:
+        assert template.count("{request}") == 1
 
 
 def test_every_gadget_is_met_in_tuning_and_triples_are_half_of_it() -> None:
