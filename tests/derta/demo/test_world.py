@@ -9,7 +9,6 @@ from derta.demo.model import train_tokenizer
 from derta.demo.world import (
     BORDERLINE_HELD_OUT_WORDINGS,
     BORDERLINE_TUNING_WORDINGS,
-    HELD_OUT_WORDINGS,
     REFUSALS,
     TEMPLATES,
     TUNING_WORDINGS,
