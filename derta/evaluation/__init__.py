@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from derta.evaluation.answers import AnswerFile, ModelGenerator, fingerprint
 from derta.evaluation.curve import detector_auc, forced_rates, mean_curve
 from derta.evaluation.evaluate import EvaluationSettings, evaluate_model
 from derta.evaluation.generate import generate
@@ -10,14 +11,22 @@ from derta.evaluation.report import format_table, write_report
 from derta.evaluation.results import Outcome, VariantResult, pool, summarize
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
 from derta.evaluation.statistics import roc_auc, wilson_interval
-from derta.evaluation.teacher_forcing import perplexity, refusal_curve, response
+from derta.evaluation.teacher_forcing import (
+    find_refusal_token,
+    perplexity,
+    refusal_curve,
+    refusal_curves,
+    response,
+)
 
 __all__ = [
+    "AnswerFile",
     "EvaluationData",
     "EvaluationSettings",
     "Exchange",
     "Judge",
     "KeywordJudge",
+    "ModelGenerator",
     "Outcome",
     "Scenario",
     "Trial",
@@ -25,6 +34,8 @@ __all__ = [
     "Verdict",
     "detector_auc",
     "evaluate_model",
+    "find_refusal_token",
+    "fingerprint",
     "forced_rates",
     "format_table",
     "generate",
@@ -32,6 +43,7 @@ __all__ = [
     "perplexity",
     "pool",
     "refusal_curve",
+    "refusal_curves",
     "response",
     "roc_auc",
     "scenarios",

@@ -1,57 +1,55 @@
-"""Answers on disk as they come, so that an evaluation that was interrupted goes on where it was."""
+"""Answers of a model on this machine, kept on disk as they come.
+
+So an evaluation that was interrupted goes on where it was, and another judge needs no new answers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from derta.data import Chat
+from derta.evaluation.generate import decode, generate, stop_ids
+from derta.evaluation.server import Replies, Written
 
 Prompt = tuple[int, ...]
 
 
 class AnswerFile:
-    """Answers of one model, one a line, in a file and a folder that only their owner can read.
+    """Answers of one model, one a line, in a file that only its owner can read.
 
     A line belongs to a prompt, to the limits under which it was answered and to the model as it
     was: whoever asks the same again is given it, and whoever has changed one of them is not. So
-    answers can be judged anew without a model. What a kill left of a last line is dropped.
+    answers can be judged anew without generating them. What a kill left of a last line is dropped.
 
-    Lines have "key" (a digest of all that), "id" (the record's), "prompt" and "answer" as text, and
-    "ids", the answer's tokens.
+    A line has "key", a digest of all that, and "value": the record's "id", "prompt" and "answer" as
+    text, and "ids", the answer's tokens.
 
     Args:
-        path: of the file; it and its folder are made if they are not there.
+        path: of the file; it and its folder are made when there is an answer.
         tokenizer: of the model.
-        fingerprint: tells the model from any other, see `fingerprint`.
+        model: tells the model from any other, see `fingerprint`.
 
     Raises:
         ValueError: the file holds something else; names the line.
-        OSError: it cannot be read and written.
     """
 
-    def __init__(
-        self, path: str | Path, tokenizer: PreTrainedTokenizerBase, fingerprint: str
-    ) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+        self._lines = Replies(path)
         self._tokenizer = tokenizer
-        self._fingerprint = fingerprint
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.parent.chmod(0o700)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        os.fchmod(self._file, 0o600)
-        self._ids = self._read()
+        self._model = model
 
     def find(
         self, prompts: Collection[Prompt], stop_ids: Collection[int], max_new_tokens: int
     ) -> dict[Prompt, list[int]]:
         """What is there of the answers to `prompts`."""
         keys = {prompt: self._key(prompt, stop_ids, max_new_tokens) for prompt in prompts}
-        return {prompt: self._ids[key] for prompt, key in keys.items() if key in self._ids}
+        return {p: self._lines[key]["ids"] for p, key in keys.items() if key in self._lines}
 
     def add(
         self,
@@ -60,44 +58,17 @@ class AnswerFile:
         max_new_tokens: int,
     ) -> None:
         """Writes answers down, each with the id of its record and its prompt."""
-        lines = []
         for id, prompt, ids in answers:
-            key = self._key(prompt, stop_ids, max_new_tokens)
-            self._ids[key] = ids
-            row = {
-                "key": key,
+            value = {
                 "id": id,
                 "prompt": self._tokenizer.decode(list(prompt)),
                 "answer": self._tokenizer.decode(ids, skip_special_tokens=True),
                 "ids": ids,
             }
-            lines.append(json.dumps(row) + "\n")
-        data = "".join(lines).encode()
-        while data:
-            data = data[os.write(self._file, data) :]
-
-    def close(self) -> None:
-        """Nothing can be added afterwards."""
-        os.close(self._file)
-
-    def _read(self) -> dict[str, list[int]]:
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        os.ftruncate(self._file, len(whole))
-        ids = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                ids[row["key"]] = [int(id) for id in row["ids"]]
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"{self.path}:{number}: is no answer of an evaluation, expected key and ids: "
-                    "move the file away"
-                ) from None
-        return ids
+            self._lines.keep(self._key(prompt, stop_ids, max_new_tokens), value)
 
     def _key(self, prompt: Prompt, stop_ids: Collection[int], max_new_tokens: int) -> str:
-        asked = [self._fingerprint, prompt, sorted(stop_ids), max_new_tokens]
+        asked = [self._model, prompt, sorted(stop_ids), max_new_tokens]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
@@ -118,3 +89,45 @@ def fingerprint(*folders: str | Path, **settings: Any) -> str:
     ]
     places = [str(Path(folder).resolve()) for folder in folders]
     return json.dumps([places, files, settings], sort_keys=True)
+
+
+class ModelGenerator:
+    """Greedy answers of a model on this machine.
+
+    Args:
+        model: as for `generate`.
+        chat: with the model's tokenizer.
+        max_new_tokens, batch_size, answers: as for `generate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        answers: AnswerFile | None = None,
+    ) -> None:
+        self.model = model
+        self.chat = chat
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.answers = answers
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+        """See `derta.evaluation.server.Generator`.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        made = generate(
+            self.model,
+            prompts,
+            ids=ids,
+            stop_ids=stop_ids(self.model, self.chat),
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            answers=self.answers,
+        )
+        return [Written(decode(self.chat.tokenizer, answer), answer) for answer in made]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat
-from derta.evaluation.answers import AnswerFile
 from derta.modeling import context_length, evaluating
+
+if TYPE_CHECKING:
+    from derta.evaluation.answers import AnswerFile
 
 SHOWN_AFTER_S = 2.0
 
@@ -22,6 +25,13 @@ def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
     ends = {chat.closing_ids[-1], chat.tokenizer.eos_token_id}
     ends.update(configured if isinstance(configured, list) else [configured])
     return frozenset(ends - {None})
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer, without special tokens."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)  # a list only for a list of lists
+    return text
 
 
 def generate(
@@ -76,7 +86,9 @@ def generate(
     with (
         evaluating(model),
         _greedy(model, stop_ids, max_new_tokens),
-        tqdm(total=len(missing), desc=title, unit="answer", delay=SHOWN_AFTER_S, leave=False) as bar,
+        tqdm(
+            total=len(missing), desc=title, unit="answer", delay=SHOWN_AFTER_S, leave=False
+        ) as bar,
     ):
         for first in range(0, len(missing), batch_size):
             batch = missing[first : first + batch_size]

@@ -185,6 +185,7 @@ def refusal_curve(summary: Summary) -> Figure | None:
         for kind, title in (
             ("harmful", "Reading harmful responses"),
             ("benign", "Reading benign responses"),
+            ("borderline", "Reading borderline responses"),
         )
         if any(kind in v["refusal_curve"] for v in variants.values())
     ]
