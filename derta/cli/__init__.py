@@ -7,6 +7,7 @@ Nothing heavy is imported before a command has its arguments, and nothing that t
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import sys
@@ -19,8 +20,13 @@ from derta.cli.usage import SUMMARY, USAGE
 if TYPE_CHECKING:
     import argparse
 
-# What the first argument of a command is, where it is not a configuration file.
-BARE = {"bench": "--what", "merge": "--model", "chat": "--model"}
+# What the first arguments of a command are, where they are not a configuration file.
+BARE = {
+    "bench": ("--what",),
+    "merge": ("--model",),
+    "chat": ("--model",),
+    "eval curve": ("--model", "--data"),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,19 +47,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _named(command: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """A first argument that names one of a command's actions is part of the command's name."""
+    action = f"{command} {arguments[0]}" if arguments else ""
+    return (action, arguments[1:]) if action in USAGE else (command, arguments)
+
+
 def _run(command: str, arguments: Sequence[str]) -> None:
     from pathlib import Path
 
     from derta.cli.arguments import build, read_options, read_yaml
 
-    module = importlib.import_module(f"derta.cli.{command}")
+    module = importlib.import_module(f"derta.cli.{command.split()[-1]}")
     sources: dict[str, dict[str, Any]] = {}
-    if arguments and not arguments[0].startswith("--"):
-        first, *arguments = arguments
-        if command in BARE:
-            arguments = [BARE[command], first, *arguments]
-        else:
-            sources[first] = read_yaml(Path(first))
+    keys = BARE.get(command, ("",))
+    first = list(itertools.takewhile(lambda argument: not argument.startswith("--"), arguments))
+    first = first[: len(keys)]
+    arguments = arguments[len(first) :]
+    if command in BARE:
+        named = itertools.chain(*zip(keys, first, strict=False))
+        arguments = [*named, *arguments]
+    elif first:
+        sources[first[0]] = read_yaml(Path(first[0]))
     if command == "plan":
         sources = {name: module.of_training(values) for name, values in sources.items()}
     sources["command line"] = read_options(arguments)
@@ -74,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    if {"-h", "--help"} & set(options.arguments):
-        print(USAGE[options.command], end="")
+    command, arguments = _named(options.command, options.arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE[command], end="")
         return 0
     # Nothing is reported to anybody, unless the user has decided otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -85,10 +101,10 @@ def _main(options: argparse.Namespace) -> int:
     # PEFT imports bitsandbytes, which says on some CPUs that it has found no kernels on the hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        _run(options.command, options.arguments)
+        _run(command, arguments)
     except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:
         if options.traceback:
             raise
-        print(f"derta {options.command}: {error}", file=sys.stderr)
+        print(f"derta {command}: {error}", file=sys.stderr)
         return 1
     return 0

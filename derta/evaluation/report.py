@@ -233,14 +233,21 @@ def write_report(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, (png, _) in pictures.items():
-        _write(directory / f"{name}.png", png)
+        write_whole(directory / f"{name}.png", png)
     private = any("samples" in entry for entry in summary["variants"].values())
-    _write(directory / "report.html", page.encode(), private=private)
-    _write(directory / "summary.json", data.encode(), private=private)
+    write_whole(directory / "report.html", page.encode(), private=private)
+    write_whole(directory / "summary.json", data.encode(), private=private)
     return directory / "report.html"
 
 
-def _write(path: Path, data: bytes, *, private: bool = False) -> None:
+def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Writes a file that appears complete or not at all.
+
+    Args:
+        path: of the file.
+        data: its content.
+        private: whether its owner alone can read it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if private:
