@@ -1,4 +1,4 @@
-"""The command line: `derta train | plan | eval | merge | chat | demo | bench | doctor`.
+"""The command line: `derta COMMAND ...`, see `derta.cli.usage`.
 
 Nothing heavy is imported before a command has its arguments, and nothing that takes any time before
 `main` is there to answer an interrupt.
@@ -15,18 +15,21 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from derta._version import __version__
-from derta.cli.usage import SUMMARY, USAGE
+from derta.cli.usage import ACTIONS, SUMMARY, USAGE
 
 if TYPE_CHECKING:
     import argparse
 
 # What the first arguments of a command are, where they are not a configuration file.
 BARE = {
-    "bench": ("--what",),
-    "merge": ("--model",),
-    "chat": ("--model",),
-    "eval curve": ("--model", "--data"),
+    "bench": ("what",),
+    "merge": ("model",),
+    "chat": ("model",),
+    "data validate": ("files",),
+    "eval curve": ("model", "data"),
 }
+# Which of those take all that are left.
+LISTS = {"files", "data"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,10 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _named(command: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """A first argument that names one of a command's actions is part of the command's name."""
-    action = f"{command} {arguments[0]}" if arguments else ""
-    return (action, arguments[1:]) if action in USAGE else (command, arguments)
+def _with_action(command: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """A first argument that names one of a command's actions becomes part of the command."""
+    if arguments and arguments[0] in ACTIONS.get(command, ()):
+        return f"{command} {arguments[0]}", arguments[1:]
+    return command, arguments
 
 
 def _run(command: str, arguments: Sequence[str]) -> None:
@@ -58,21 +62,34 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
     from derta.cli.arguments import build, read_options, read_yaml
 
-    module = importlib.import_module(f"derta.cli.{command.split()[-1]}")
+    module = importlib.import_module(f"derta.cli.{command.replace(' ', '.')}")
+    bare = list(itertools.takewhile(lambda part: not part.startswith("--"), arguments))
+    if not hasattr(module, "run"):
+        found = bare[0] if bare else ""
+        raise ValueError(f"expected one of {', '.join(ACTIONS[command])}, got {found!r}")
     sources: dict[str, dict[str, Any]] = {}
-    keys = BARE.get(command, ("",))
-    first = list(itertools.takewhile(lambda argument: not argument.startswith("--"), arguments))
-    first = first[: len(keys)]
-    arguments = arguments[len(first) :]
     if command in BARE:
-        named = itertools.chain(*zip(keys, first, strict=False))
-        arguments = [*named, *arguments]
-    elif first:
-        sources[first[0]] = read_yaml(Path(first[0]))
+        sources["arguments"], count = _by_key(BARE[command], bare)
+    elif bare:
+        sources[bare[0]], count = read_yaml(Path(bare[0])), 1
+    else:
+        count = 0
+    arguments = arguments[count:]
     if command == "plan":
         sources = {name: module.of_training(values) for name, values in sources.items()}
     sources["command line"] = read_options(arguments)
     module.run(build(module.Config, sources))
+
+
+def _by_key(keys: Sequence[str], bare: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Values of the keys, and how many of the arguments they are."""
+    from derta.cli.arguments import Text
+
+    values: dict[str, Any] = {key: Text(text) for key, text in zip(keys, bare, strict=False)}
+    if keys[-1] not in LISTS or len(bare) < len(keys):
+        return values, len(values)
+    values[keys[-1]] = list(bare[len(keys) - 1 :])
+    return values, len(bare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    command, arguments = _named(options.command, options.arguments)
+    command, arguments = _with_action(options.command, options.arguments)
     if {"-h", "--help"} & set(arguments):
         print(USAGE[command], end="")
         return 0

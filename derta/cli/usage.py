@@ -11,6 +11,13 @@ SUMMARY = {
     "demo": "train and compare four small models on a harmless world",
     "bench": "what the kernels take of every GPU, compiled here",
     "doctor": "what this machine has, and which path each op takes and why",
+    "data": "what is in record files, and what is amiss with them",
+}
+
+# Commands of several actions, each a module of its own.
+ACTIONS = {
+    "data": {"validate": "every bad row of record files, in one pass"},
+    "eval": {"curve": "how likely a refusal is after every token of given responses"},
 }
 
 USAGE = {
@@ -62,7 +69,7 @@ As in training: --method, --lora_r, --lora_alpha, --lora_dropout, --lora_target_
 """,
     "eval": """\
 usage: derta eval [CONFIG.yaml] [--key value ...]
-       derta eval curve MODEL DATA [--key value ...]
+       derta eval ACTION --help tells of: curve
 
   --model            folder of a model or of adapters; several: '{before: a, after: b}'
   --output_dir       where report.html, summary.json and the pictures go; under answers/ what models
@@ -96,12 +103,12 @@ machine
   --batch_size --max_tokens --device --dtype --chat_template
 """,
     "eval curve": """\
-usage: derta eval curve MODEL DATA [--key value ...]
+usage: derta eval curve MODEL DATA ... [--key value ...]
 
   The probability of a refusal after every token of given responses, without generating anything.
 
   --model            folder of a model or of adapters; the first argument
-  --data             files of triples or dialogues: a.jsonl or [a.jsonl, b.jsonl]; the second
+  --data             files of triples or dialogues; the other arguments
   --role             safety | helpful | borderline, as in training
   --output_dir       where curve.json, curve.png and curve.svg go
   --refusal          refusal token, as in training
@@ -140,5 +147,24 @@ usage: derta bench resources [--key value ...]
 """,
     "doctor": """\
 usage: derta doctor
+""",
+    "data": """\
+usage: derta data ACTION ...
+
+  validate           every bad row of record files, in one pass
+
+derta data ACTION --help tells more.
+""",
+    "data validate": """\
+usage: derta data validate FILE ... --role ROLE [--key value ...]
+
+  Prints the place, field and reason of every bad row, then what each file has. Exits with 1 if any
+  row is bad.
+
+  --files            JSON Lines, JSON arrays, CSV or parquet, plain, gzip or xz; folders of them, or
+                     as datasets saves them; the first arguments
+  --role             what they are for. In training: safety | helpful | borderline; in evaluation:
+                     harmful | harmless | question
+  --format           name of their format, where their fields leave it open
 """,
 }
