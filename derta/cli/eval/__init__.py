@@ -20,7 +20,8 @@ from derta.cli.judges import make_judges
 from derta.cli.loading import find_device, load_tokenizer, load_tuned, weights_dtype
 from derta.config import check_folder
 from derta.data import Chat, Request, Triple, read_requests
-from derta.data.formats import Kind, read_placed
+from derta.data.formats import Kind
+from derta.data.reading import read_placed
 from derta.evaluation import (
     AnswerFile,
     EvaluationData,
