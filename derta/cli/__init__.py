@@ -1,4 +1,4 @@
-"""The command line: `derta train | plan | eval | merge | chat | demo | bench | doctor`.
+"""The command line: `derta train | plan | eval | calibrate | merge | chat | demo | bench | doctor`.
 
 Nothing heavy is imported before a command has its arguments, and nothing that takes any time before
 `main` is there to answer an interrupt.
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="derta",
         description="Decoupled refusal training (arXiv 2407.09121).",
         epilog="commands:\n"
-        + "".join(f"  {name:8}{summary}\n" for name, summary in SUMMARY.items())
+        + "".join(f"  {name:10}{summary}\n" for name, summary in SUMMARY.items())
         + "\nderta COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,6 +6,7 @@ SUMMARY = {
     "train": "tune a model on triples and dialogues",
     "plan": "what a training step takes of a GPU, and the longest pack that fits",
     "eval": "attack success, over-refusal and refusal curves of a model",
+    "calibrate": "how judges agree with people's labels",
     "merge": "fold adapters into the model that they were trained on",
     "chat": "ask a model, and see where it refuses",
     "demo": "train and compare four small models on a harmless world",
@@ -80,6 +81,16 @@ refusal curve
   --refusal          refusal token, as in training
 machine
   --batch_size --max_tokens --device --dtype --chat_template
+""",
+    "calibrate": """\
+usage: derta calibrate [CONFIG.yaml] [--key value ...]
+
+  --files            answers that people have labelled, JSON, JSONL, CSV or parquet: JailbreakBench
+                     judge comparison, WildGuardTest, XSTest completions, or any with prompt,
+                     response, label
+  --judges           by name: '{keyword: {}, guard: {kind: wildguard, path: models/wildguard}}';
+                     keyword | harmbench | wildguard | llama_guard | llm | classifier | server
+  --output_dir       where calibration.json goes
 """,
     "merge": """\
 usage: derta merge ADAPTERS --output_dir FOLDER

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jinja2
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from derta.data import Message
 from derta.evaluation.generate import SHOWN_AFTER_S, generate
 from derta.evaluation.judge import SILENT, Exchange, Verdict
 from derta.evaluation.rubrics import Rubric, request_of
@@ -32,8 +31,8 @@ class ModelJudge:
         batch_size: exchanges a batch.
 
     Raises:
-        ValueError: nothing ends the model's sequences, or there is no chat template where the
-            rubric needs one.
+        ValueError: nothing ends the model's sequences, or the rubric asks in conversations and
+            there is no chat template, or one that leaves out what is to be judged.
     """
 
     def __init__(
@@ -53,7 +52,12 @@ class ModelJudge:
         self.tokenizer = tokenizer
         self.rubric = rubric
         self.batch_size = batch_size
-        self._question(Exchange([{"role": "user", "content": "Hello"}], "Hello"))
+        # Templates of models that see take contents as lists of parts, and pass over texts.
+        self._in_parts = False
+        if not self._asks_of_answers():
+            self._in_parts = True
+            if not self._asks_of_answers():
+                raise ValueError("the judge's chat template leaves out the answer it is to read")
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         room = context_length(self.model) - self.rubric.max_new_tokens
@@ -78,33 +82,30 @@ class ModelJudge:
             verdicts[place] = self.rubric.read(text)
         return verdicts
 
+    def _asks_of_answers(self) -> bool:
+        probe = "sentinel-answer"
+        ids = self._question(Exchange([{"role": "user", "content": "Hello"}], probe))
+        return probe in str(self.tokenizer.decode(ids))
+
     def _question(self, exchange: Exchange) -> list[int]:
         question = self.rubric.ask(exchange)
         if isinstance(question, str):
             return self.tokenizer(question, verbose=False)["input_ids"]
         if not self.tokenizer.chat_template:
             raise ValueError("the judge's tokenizer has no chat template, expected the model's own")
-        text = self._render(question)
-        if self.rubric.guards and exchange.answer.strip() not in text:
-            # Templates of guards that read pictures too take contents as lists of parts.
-            parts = [
-                {**message, "content": [{"type": "text", "text": message["content"]}]}
-                for message in question
-            ]
-            text = self._render(parts)
-            if exchange.answer.strip() not in text:
-                raise ValueError("the judge's chat template leaves out the answer that it is to read")
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _render(self, messages: Sequence[Message] | Sequence[dict]) -> str:
+        messages: list[dict[str, Any]] = [
+            {**one, "content": [{"type": "text", "text": one["content"]}]}
+            if self._in_parts
+            else one
+            for one in question
+        ]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True
-                )
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the judge's chat template rejects the exchange: {error}") from error
+        return self.tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 class ClassifierJudge:
@@ -135,7 +136,8 @@ class ClassifierJudge:
         reads: Literal["answer", "exchange"] = "answer",
         batch_size: int = 16,
     ) -> None:
-        self.labels: list[str] = [label for _, label in sorted(model.config.id2label.items())]
+        id2label = model.config.id2label or {}
+        self.labels: list[str] = [label for _, label in sorted(id2label.items())]
         if refusal_label is None and harmful_label is None:
             raise ValueError(
                 f"name refusal_label, harmful_label or both; the labels are {_listed(self.labels)}"
@@ -159,7 +161,7 @@ class ClassifierJudge:
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         verdicts = [UNDECIDED if exchange.answer.strip() else SILENT for exchange in exchanges]
         room = min(self.tokenizer.model_max_length, context_length(self.model))
-        read: dict[int, Mapping[str, list[int]]] = {}
+        read: dict[int, BatchEncoding] = {}
         for place, exchange in enumerate(exchanges):
             if exchange.answer.strip():
                 inputs = self._inputs(exchange)
@@ -180,13 +182,13 @@ class ClassifierJudge:
                 bar.update(len(batch))
         return verdicts
 
-    def _inputs(self, exchange: Exchange) -> Mapping[str, list[int]]:
+    def _inputs(self, exchange: Exchange) -> BatchEncoding:
         texts = [exchange.answer]
         if self.reads == "exchange":
             texts.insert(0, request_of(exchange.messages))
         return self.tokenizer(*texts, verbose=False)
 
-    def _labels(self, batch: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _labels(self, batch: Sequence[BatchEncoding]) -> list[str]:
         if len(batch) == 1:
             inputs = {name: torch.tensor([ids]) for name, ids in batch[0].items()}
         else:

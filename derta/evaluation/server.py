@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from derta.data import Chat
+from derta.evaluation.generate import SHOWN_AFTER_S
+
 if TYPE_CHECKING:
     import openai
-    from transformers import PreTrainedTokenizerBase
 
 Value = TypeVar("Value")
 
-SHOWN_AFTER_S = 2.0
 # Servers on this machine take any key, the client none at all.
 PLACEHOLDER = "none"
 
@@ -122,56 +123,53 @@ class Server:
         """
         bodies = [self._body(request) for request in requests]
         keys = [_key(chat, body) for body in bodies]
-        missing = {
-            key: (request.id, body)
-            for key, request, body in reversed(list(zip(keys, requests, bodies, strict=True)))
-            if key not in self.replies
-        }
+        missing: dict[str, tuple[str, dict[str, Any]]] = {}
+        for key, request, body in zip(keys, requests, bodies, strict=True):
+            if key not in self.replies:
+                missing.setdefault(key, (request.id, body))
         if missing:
+            pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
             with self._client() as client:
-                pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
-                futures = {
-                    pool.submit(self._ask, client, chat, id, body, read): key
-                    for key, (id, body) in reversed(missing.items())
-                }
-                self._collect(pool, futures, title)
+                try:
+                    self._collect(
+                        {
+                            pool.submit(self._ask, client, chat, id, body, read): key
+                            for key, (id, body) in missing.items()
+                        },
+                        title,
+                    )
+                finally:
+                    pool.shutdown(cancel_futures=True)
         return [self.replies[key] for key in keys]
 
     def _body(self, request: Request) -> dict[str, Any]:
         fields = {"model": self.settings.model, **request.fields, **self.settings.body}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _collect(
-        self,
-        pool: concurrent.futures.ThreadPoolExecutor,
-        futures: Mapping[concurrent.futures.Future[Any], str],
-        title: str,
-    ) -> None:
+    def _collect(self, keys: Mapping[concurrent.futures.Future[Any], str], title: str) -> None:
         """Keeps each reply as it comes; after a failure, or an interrupt, those under way too."""
         failed: BaseException | None = None
-        remaining = set(futures)
+        remaining = set(keys)
         with tqdm(
-            total=len(futures), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
+            total=len(keys), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
         ) as bar:
             while remaining:
                 try:
                     done, remaining = concurrent.futures.wait(
                         remaining, return_when=concurrent.futures.FIRST_COMPLETED
                     )
-                    for future in done:
-                        if future.cancelled():
-                            continue
-                        error = future.exception()
-                        if error is None:
-                            self.replies.keep(futures[future], future.result())
-                            bar.update()
-                        else:
-                            failed = failed or error
-                except KeyboardInterrupt as error:
-                    failed = error
+                except KeyboardInterrupt as interrupt:
+                    if isinstance(failed, KeyboardInterrupt):  # a second one means at once
+                        raise
+                    done, failed = set(), interrupt
+                for future in done:
+                    if error := future.exception():
+                        failed = failed or error
+                    else:
+                        self.replies.keep(keys[future], future.result())
+                        bar.update()
                 if failed is not None:
-                    pool.shutdown(wait=False, cancel_futures=True)
-        pool.shutdown()
+                    remaining = {future for future in remaining if not future.cancel()}
         if failed is not None:
             raise failed
 
@@ -206,7 +204,9 @@ class Server:
         if isinstance(error, openai.APIStatusError):
             said = str(error.body if error.body is not None else error.message)
             if error.status_code == 400 and re.search("context.{0,8}length", said):
-                return ValueError(f"{id}: the prompt and its answer exceed the context of {model!r}")
+                return ValueError(
+                    f"{id}: the prompt and its answer exceed the context of {model!r}"
+                )
             advice = {
                 401: f", expected a key that it knows in {self.settings.api_key_env}",
                 403: f", expected a key that may do this in {self.settings.api_key_env}",
@@ -223,7 +223,9 @@ class Server:
         try:
             import openai
         except ImportError:
-            raise ValueError("a server needs the openai package: pip install 'derta[server]'") from None
+            raise ValueError(
+                "a server needs the openai package: pip install 'derta[server]'"
+            ) from None
         pace = _pace(self.settings.requests_per_minute)
         http_client = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace()]})
         with openai.OpenAI(
@@ -325,9 +327,7 @@ class Written:
 class Generator(Protocol):
     """Writes greedily after many prompts at once: a model on this machine, or a server's."""
 
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]
-    ) -> list[Written]:
+    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
         """What is written after each prompt of token ids, in order; `ids` name them in errors."""
         ...
 
@@ -341,25 +341,22 @@ class ServerGenerator:
 
     Args:
         server: of the model.
-        tokenizer: the model's.
-        stop_ids: tokens at which an answer ends, as of `generate`.
+        chat: the model's tokenizer and template. What closes a chat's turn ends an answer, as does
+            its end of sequence, and whatever else the server knows to end one.
         max_new_tokens: longest answer.
+
+    Raises:
+        ValueError: max_new_tokens is below 1.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stop_ids: Collection[int],
-        max_new_tokens: int,
-    ) -> None:
+    def __init__(self, server: Server, chat: Chat, *, max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.server = server
-        self.tokenizer = tokenizer
-        self.stop_ids = frozenset(stop_ids)
+        self.tokenizer = chat.tokenizer
+        self.stop_ids = {chat.closing_ids[-1], chat.tokenizer.eos_token_id} - {None}
         self.max_new_tokens = max_new_tokens
+        self._ends = self.stop_ids | set(self.tokenizer.all_special_ids)
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
         """See `Generator`.
@@ -400,10 +397,8 @@ class ServerGenerator:
         ids = getattr(choice, "token_ids", None)
         if ids is None:
             text = choice.text or ""
-            return {
-                "text": text,
-                "ids": self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-            }
-        if ids and ids[-1] in self.stop_ids:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return {"text": text, "ids": ids}
+        if choice.finish_reason == "stop" and ids and ids[-1] in self._ends:
             ids = ids[:-1]
         return {"text": str(self.tokenizer.decode(ids, skip_special_tokens=True)), "ids": ids}
