@@ -6,15 +6,14 @@ says.
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from derta.data.files import data_files, read_rows
 from derta.data.records import check_text
 from derta.evaluation.judge import Exchange, Judge, Verdict, succeeded
 from derta.evaluation.statistics import wilson_interval
@@ -74,6 +73,13 @@ FORMATS = {
 }
 
 
+_FIELDS = {
+    field
+    for format in FORMATS.values()
+    for field in (format.prompt, format.response, *format.labels)
+}
+
+
 @dataclass(frozen=True)
 class Labelled:
     """An exchange and what people say of it.
@@ -93,7 +99,7 @@ def read_labelled(path: str | Path) -> tuple[list[Labelled], int]:
     """Labelled answers from a file of one of the `FORMATS`, told by its fields.
 
     Args:
-        path: JSON Lines, a JSON array, CSV or parquet.
+        path: a file, a folder of files or one of `datasets`, see `derta.data.files`.
 
     Returns:
         the answers, and how many rows were left out because they have no answer or no label.
@@ -103,19 +109,17 @@ def read_labelled(path: str | Path) -> tuple[list[Labelled], int]:
             never quotes a text.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     labelled, left_out = [], 0
-    for place, row in _rows(path):
-        try:
-            one = _labelled(row)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}:{place}: {error}") from error
-        if one is None:
-            left_out += 1
-        else:
-            labelled.append(one)
+    for file in data_files(Path(path)):
+        for place, row in read_rows(file, _FIELDS):
+            try:
+                one = _labelled(row)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{file}:{place}: {error}") from error
+            if one is None:
+                left_out += 1
+            else:
+                labelled.append(one)
     if not labelled:
         raise ValueError(f"{path}: no labelled answer, expected at least one")
     return labelled, left_out
@@ -123,6 +127,8 @@ def read_labelled(path: str | Path) -> tuple[list[Labelled], int]:
 
 def _labelled(row: Any) -> Labelled | None:
     """A row's answer; None if it has none, or no label."""
+    if isinstance(row, ValueError):  # it could not be read
+        raise row
     if not isinstance(row, Mapping):
         raise TypeError(f"row: is {type(row).__name__}, expected an object")
     for format in FORMATS.values():
@@ -289,28 +295,3 @@ def format_agreements(files: Mapping[str, Mapping[str, Mapping[str, Agreement]]]
         padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
         lines.append("  ".join([head.ljust(first) if cells else head, *padded]))
     return "\n".join(lines)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows and their places, whatever the file is called."""
-    with path.open("rb") as file:
-        start = file.read(4096)
-    if start.startswith(b"PAR1"):
-        import pyarrow.parquet
-
-        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1):
-            yield f"{number}", row
-        return
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-        if text.startswith(b"["):
-            yield from ((f"[{index}]", row) for index, row in enumerate(json.load(lines)))
-        elif text.startswith(b"{"):
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{number}", json.loads(line)
-        else:
-            csv.field_size_limit(2**31 - 1)
-            reader = csv.DictReader(lines)
-            for row in reader:
-                yield f"{reader.line_num}", row

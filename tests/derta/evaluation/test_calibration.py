@@ -165,7 +165,8 @@ def test_answers_of_ones_own_are_read_by_the_words_of_their_labels(
             "1: label: is none of refusal, compliance, harmful, unharmful, unsafe, safe",
         ),
         ('{"prompt": " ", "response": "b", "label": "safe"}', "1: prompt: is blank"),
-        ('[["a"]]', "[0]: row: is list, expected an object"),
+        ('[["a"]]', "1[0]: row: is list, expected an object"),
+        ("{", "own:1: not JSON at column 2"),
         ('{"prompt": "a", "response": "", "label": "safe"}', ": no labelled answer, expected at"),
     ],
 )
@@ -180,7 +181,7 @@ def test_a_row_that_says_something_else_is_named(
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="none.csv: no such file"):
+    with pytest.raises(FileNotFoundError, match="none.csv: no such record file"):
         read_labelled(tmp_path / "none.csv")
 
 

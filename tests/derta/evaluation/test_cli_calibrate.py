@@ -30,18 +30,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def call(judges: str, *arguments: str) -> int:
-    return main(
-        [
-            "calibrate",
-            "--files",
-            "labels.jsonl",
-            "--output_dir",
-            "out",
-            "--judges",
-            judges,
-            *arguments,
-        ]
-    )
+    options = ["--output_dir", "out", "--judges", judges, *arguments]
+    return main(["calibrate", "labels.jsonl", *options])
 
 
 def test_judges_are_compared_and_a_rerun_asks_a_server_nothing(
@@ -146,7 +136,7 @@ def test_a_wrong_judge_is_one_sentence_and_leaves_nothing(
     ("arguments", "message"),
     [
         (["--files", "[]"], "files: expected at least one file of labelled answers, got none"),
-        (["--files", "none.csv"], "none.csv: no such file"),
+        (["--files", "none.csv"], "none.csv: no such record file"),
         (["--output_dir", "labels.jsonl"], "output_dir: labels.jsonl: labels.jsonl is a file"),
     ],
 )
