@@ -76,9 +76,9 @@ class Served:
         handler: http.server.BaseHTTPRequestHandler,
         status: int,
         headers: Mapping[str, str],
-        content: Mapping[str, Any],
+        content: Any,
     ) -> None:
-        data = json.dumps(content).encode()
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
         handler.send_response(status)
         for name, value in {**headers, "content-type": "application/json"}.items():
             handler.send_header(name, value)

@@ -191,10 +191,10 @@ def _config(name: str, settings: Any) -> tuple[Any, Callable[..., Judge]]:
     """Settings that are right as far as can be told before anything is loaded, and their maker."""
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"judges: {name!r} is no name, expected letters, digits, - and _")
-    settings = dict(settings or {}) if isinstance(settings, Mapping | None) else None
-    if settings is None:
+    if not isinstance(settings, Mapping | None):
         raise ValueError(f"judges.{name}: expected settings, as in {{{name}: {{kind: keyword}}}}")
-    kind = settings.pop("kind", name)
+    settings = dict(settings or {})
+    kind = str(settings.pop("kind", name))
     if kind not in KINDS:
         raise ValueError(f"judges.{name}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
     config_class, make = KINDS[kind]

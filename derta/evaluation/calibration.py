@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from derta.data.files import data_files, read_rows
-from derta.data.records import check_text
+from derta.data.records import check_text, field_names
 from derta.evaluation.judge import Exchange, Judge, Verdict, succeeded
 from derta.evaluation.statistics import wilson_interval
 
@@ -138,7 +138,7 @@ def _labelled(row: Any) -> Labelled | None:
         expected = " | ".join(
             ", ".join([one.prompt, one.response, *one.labels]) for one in FORMATS.values()
         )
-        raise ValueError(f"fields: found {', '.join(map(str, row))}, expected {expected}")
+        raise ValueError(f"fields: found {field_names(row)}, expected {expected}")
     said: dict[str, bool] = {}
     for field, words in format.labels.items():
         value = row[field]
@@ -150,7 +150,7 @@ def _labelled(row: Any) -> Labelled | None:
         question, yes = words[word.lower()]
         said[question] = yes
     response = row[format.response]
-    if not said or response is None or response == "":
+    if not said or response is None or (isinstance(response, str) and not response.strip()):
         return None
     prompt = check_text(format.prompt, row[format.prompt])
     answer = check_text(format.response, response)

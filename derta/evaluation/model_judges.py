@@ -10,12 +10,14 @@ import torch
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from derta.data import Message
 from derta.evaluation.generate import SHOWN_AFTER_S, generate
 from derta.evaluation.judge import SILENT, Exchange, Verdict
 from derta.evaluation.rubrics import Rubric, request_of
 from derta.modeling import context_length, evaluating
 
 UNDECIDED = Verdict(refused=None)
+_SENTINEL = "sentinel-answer"
 
 
 class ModelJudge:
@@ -54,9 +56,10 @@ class ModelJudge:
         self.batch_size = batch_size
         # Templates of models that see take contents as lists of parts, and pass over texts.
         self._in_parts = False
-        if not self._asks_of_answers():
+        probe = rubric.ask(Exchange([{"role": "user", "content": "Hello"}], _SENTINEL))
+        if not isinstance(probe, str) and _SENTINEL not in self._render(probe):
             self._in_parts = True
-            if not self._asks_of_answers():
+            if _SENTINEL not in self._render(probe):
                 raise ValueError("the judge's chat template leaves out the answer it is to read")
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
@@ -82,30 +85,30 @@ class ModelJudge:
             verdicts[place] = self.rubric.read(text)
         return verdicts
 
-    def _asks_of_answers(self) -> bool:
-        probe = "sentinel-answer"
-        ids = self._question(Exchange([{"role": "user", "content": "Hello"}], probe))
-        return probe in str(self.tokenizer.decode(ids))
-
     def _question(self, exchange: Exchange) -> list[int]:
         question = self.rubric.ask(exchange)
         if isinstance(question, str):
             return self.tokenizer(question, verbose=False)["input_ids"]
+        text = self._render(question)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _render(self, messages: Sequence[Message]) -> str:
         if not self.tokenizer.chat_template:
             raise ValueError("the judge's tokenizer has no chat template, expected the model's own")
-        messages: list[dict[str, Any]] = [
+        shaped: list[dict[str, Any]] = [
             {**one, "content": [{"type": "text", "text": one["content"]}]}
             if self._in_parts
             else one
-            for one in question
+            for one in messages
         ]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+            return str(
+                self.tokenizer.apply_chat_template(
+                    shaped, tokenize=False, add_generation_prompt=True
+                )
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the judge's chat template rejects the exchange: {error}") from error
-        return self.tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 class ClassifierJudge:

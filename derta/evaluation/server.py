@@ -51,7 +51,7 @@ class ServerSettings:
             of ours out, as a server may ask that does not know it.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: base_url is no address, or a number is out of its range.
     """
 
     base_url: str
@@ -64,6 +64,8 @@ class ServerSettings:
     body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url must start with http:// or https://, got {self.base_url!r}")
         if self.concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
         if self.max_retries < 0:
@@ -74,8 +76,8 @@ class ServerSettings:
                 raise ValueError(f"{name} must be above 0, got {value}")
 
 
-class Request(NamedTuple):
-    """One request: what it is called in errors, and what makes its body."""
+class Query(NamedTuple):
+    """What one request asks: what it is called in errors, and the fields of its body."""
 
     id: str
     fields: Mapping[str, Any]
@@ -96,37 +98,38 @@ class Server:
 
     def ask_all(
         self,
-        requests: Sequence[Request],
-        read: Callable[[Any], Value],
+        queries: Sequence[Query],
+        read: Callable[[str, Any], Value],
         *,
         chat: bool,
         title: str,
     ) -> list[Value]:
-        """What `read` makes of the reply to each request; equal requests are sent once.
+        """What `read` makes of the reply to each query; equal ones are sent once.
 
         When a request fails for good no other is begun, those under way are waited for and kept,
         and then the run ends.
 
         Args:
-            requests: to send, the first one first.
-            read: makes of a completion what is to be kept, in terms of JSON.
+            queries: to send, the first one first.
+            read: makes of a reply's text, and of the choice it is from, what is to be kept, in
+                terms of JSON.
             chat: whether to ask /chat/completions, with "messages", or /completions, with "prompt".
             title: what the progress bar is called.
 
         Returns:
-            what was read, in the order of the requests.
+            what was read, in the order of the queries.
 
         Raises:
-            ValueError: openai is not installed, or a request does not fit the model's context;
-                names its id.
+            ValueError: openai is not installed, or a query does not fit the model's context; names
+                its id.
             ConnectionError: a request failed for good; names its id and the reason, no text.
         """
-        bodies = [self._body(request) for request in requests]
+        bodies = [self._body(query) for query in queries]
         keys = [_key(chat, body) for body in bodies]
         missing: dict[str, tuple[str, dict[str, Any]]] = {}
-        for key, request, body in zip(keys, requests, bodies, strict=True):
+        for key, query, body in zip(keys, queries, bodies, strict=True):
             if key not in self.replies:
-                missing.setdefault(key, (request.id, body))
+                missing.setdefault(key, (query.id, body))
         if missing:
             pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
             with self._client() as client:
@@ -142,8 +145,8 @@ class Server:
                     pool.shutdown(cancel_futures=True)
         return [self.replies[key] for key in keys]
 
-    def _body(self, request: Request) -> dict[str, Any]:
-        fields = {"model": self.settings.model, **request.fields, **self.settings.body}
+    def _body(self, query: Query) -> dict[str, Any]:
+        fields = {"model": self.settings.model, **query.fields, **self.settings.body}
         return {name: value for name, value in fields.items() if value is not None}
 
     def _collect(self, keys: Mapping[concurrent.futures.Future[Any], str], title: str) -> None:
@@ -179,7 +182,7 @@ class Server:
         chat: bool,
         id: str,
         body: Mapping[str, Any],
-        read: Callable[[Any], Value],
+        read: Callable[[str, Any], Value],
     ) -> Value:
         import openai
 
@@ -187,12 +190,15 @@ class Server:
         rest = {name: value for name, value in body.items() if name not in named}
         create: Any = client.chat.completions.create if chat else client.completions.create
         try:
-            completion = create(**named, extra_body=rest)
+            choice = create(**named, extra_body=rest).choices[0]
+            text = choice.message.content if chat else choice.text
         except openai.OpenAIError as error:
             raise self._final(id, error) from error
-        if not getattr(completion, "choices", None):
-            raise ConnectionError(f"{id}: {self.settings.base_url} replied without a choice")
-        return read(completion.choices[0])
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            # The client hands on whatever a server says with status 200.
+            url = self.settings.base_url
+            raise ConnectionError(f"{id}: {url} replied with something else than a text") from error
+        return read(text or "", choice)
 
     def _final(self, id: str, error: openai.OpenAIError) -> Exception:
         """A sentence that tells what to mend; what the server wrote may quote what it was sent."""
@@ -289,12 +295,9 @@ class Replies:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "value": value}) + "\n"
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            os.fchmod(file, 0o600)
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
+        with open(self.path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            os.fchmod(file.fileno(), 0o600)  # it may have been another's work
+            file.write(line.encode())
 
     def _load(self, path: Path) -> None:
         content = path.read_bytes()
@@ -371,7 +374,7 @@ class ServerGenerator:
                 raise ValueError(f"{id}: the prompt is empty, expected at least one token")
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
         replies = self.server.ask_all(
-            [Request(ids[place], self._fields(prompts[place])) for place in order],
+            [Query(ids[place], self._fields(prompts[place])) for place in order],
             self._read,
             chat=False,
             title="generate",
@@ -393,10 +396,9 @@ class ServerGenerator:
             "return_token_ids": True,
         }
 
-    def _read(self, choice: Any) -> dict[str, Any]:
+    def _read(self, text: str, choice: Any) -> dict[str, Any]:
         ids = getattr(choice, "token_ids", None)
         if ids is None:
-            text = choice.text or ""
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return {"text": text, "ids": ids}
         if choice.finish_reason == "stop" and ids and ids[-1] in self._ends:

@@ -121,15 +121,15 @@ def test_jailbreakbench_compares_judges(tmp_path: Path) -> None:
 def test_wildguardtest_labels_both_and_leaves_prompts_alone_out(tmp_path: Path) -> None:
     path = tmp_path / "wildguard_test"
     table = {
-        "prompt": ["a", "b", "c", "d"],
-        "adversarial": [True, False, False, True],
-        "response": ["Sorry.", "Buy a brush.", None, "Hm."],
-        "response_refusal_label": ["refusal", "compliance", None, None],
-        "response_harm_label": ["unharmful", "harmful", None, "unharmful"],
+        "prompt": ["a", "b", "c", "d", "e"],
+        "adversarial": [True, False, False, True, True],
+        "response": ["Sorry.", "Buy a brush.", None, "Hm.", " "],
+        "response_refusal_label": ["refusal", "compliance", None, None, "refusal"],
+        "response_harm_label": ["unharmful", "harmful", None, "unharmful", None],
     }
     pyarrow.parquet.write_table(pyarrow.table(table), path)
     assert labels(path) == [(True, False), (False, True), (None, False)]
-    assert read_labelled(path)[1] == 1
+    assert read_labelled(path)[1] == 2
 
 
 def test_xstest_counts_partial_refusals_as_refusals(tmp_path: Path) -> None:

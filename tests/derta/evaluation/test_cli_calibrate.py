@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from derta.cli import main
 from derta.cli.judges import make_judges
+from derta.evaluation import Exchange
 from derta.evaluation.rubrics import HARMBENCH_TEMPLATE
 from served import Trouble, said, serving
 from tiny import tiny_model, tiny_tokenizer
@@ -111,15 +112,15 @@ def test_models_in_folders_judge(workplace: Path) -> None:
         ),
         ("{keyword: {keywords: []}}", "judges.keyword: keywords must name at least one, got none"),
         (
-            "{gpt: {kind: server, base_url: a, model: m, concurrency: 0}}",
+            "{gpt: {kind: server, base_url: 'http://a', model: m, concurrency: 0}}",
             "judges.gpt: concurrency must be at least 1, got 0",
         ),
         (
-            "{gpt: {kind: server, base_url: a, model: m, template: none.txt}}",
+            "{gpt: {kind: server, base_url: 'http://a', model: m, template: none.txt}}",
             "judges.gpt: template: none.txt: neither a text with {request} nor a file",
         ),
         (
-            "{gpt: {kind: server, base_url: a, model: m, template: '{answer}?'}}",
+            "{gpt: {kind: server, base_url: 'http://a', model: m, template: '{answer}?'}}",
             "judges.gpt: template: has no {request}, expected {request} and {answer}",
         ),
     ],
@@ -174,8 +175,6 @@ def test_a_rubric_of_the_configuration_is_what_a_server_is_asked(tmp_path: Path)
     with serving(lambda path, body: said("yes")) as served:
         settings = {"kind": "server", "base_url": served.base_url, "model": "m"}
         (judge,) = make_judges({"cls": {**settings, "rubric": "harmbench"}}, tmp_path).values()
-        from derta.evaluation import Exchange
-
         (verdict,) = judge([Exchange([{"role": "user", "content": "How?"}], "So.")])
     assert verdict.harmful is True
     (asked,) = served.asked

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from derta.data import Chat
 from derta.evaluation.generate import generate, stop_ids
 from derta.evaluation.server import (
+    Query,
     Replies,
-    Request,
     Server,
     ServerGenerator,
     ServerSettings,
@@ -44,11 +44,9 @@ def server(served: Served, kept: Path | None = None, **settings: Any) -> Server:
     return Server(ServerSettings(base_url=served.base_url, model="m", **settings), kept)
 
 
-def ask(
-    server: Server, prompts: list[list[int]] = PROMPTS, read: Callable[[Any], Any] | None = None
-) -> list[Any]:
-    requests = [Request(f"prompt {n}", {"prompt": prompt}) for n, prompt in enumerate(prompts)]
-    return server.ask_all(requests, read or (lambda choice: choice.text), chat=False, title="ask")
+def ask(server: Server, prompts: list[list[int]] = PROMPTS) -> list[str]:
+    queries = [Query(f"prompt {n}", {"prompt": prompt}) for n, prompt in enumerate(prompts)]
+    return server.ask_all(queries, lambda text, choice: text, chat=False, title="ask")
 
 
 def prompts_of(served: Served) -> list[list[int]]:
@@ -219,9 +217,12 @@ def test_what_fails_for_good_is_one_sentence_without_text(
     assert "trouble" not in str(caught.value)
 
 
-def test_a_reply_without_a_choice_is_an_error(served: Served) -> None:
-    served.reply = lambda path, body: {**said(""), "choices": []}
-    with pytest.raises(ConnectionError, match="^prompt 0: .* replied without a choice$"):
+@pytest.mark.parametrize(
+    "content", [{}, {"choices": []}, {"choices": ["a"]}, [1], "text", b"<html>", b""]
+)
+def test_a_reply_that_is_no_completion_is_an_error(served: Served, content: Any) -> None:
+    served.reply = lambda path, body: content
+    with pytest.raises(ConnectionError, match="^prompt 0: .* replied with something else than a"):
         ask(server(served), [[1]])
 
 
@@ -234,6 +235,10 @@ def test_a_server_needs_openai(served: Served, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"base_url": "localhost:8000/v1"},
+            "base_url must start with http:// or https://, got 'localhost:8000/v1'",
+        ),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
         ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
         ({"requests_per_minute": 0}, "requests_per_minute must be above 0, got 0"),
@@ -242,7 +247,7 @@ def test_a_server_needs_openai(served: Served, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        ServerSettings(base_url="http://127.0.0.1/v1", model="m", **settings)
+        ServerSettings(**{"base_url": "http://127.0.0.1/v1", "model": "m", **settings})
 
 
 @pytest.mark.parametrize("returns_ids", [True, False])
