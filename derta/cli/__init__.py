@@ -26,6 +26,7 @@ BARE = {
     "merge": ("model",),
     "chat": ("model",),
     "data validate": ("files",),
+    "eval calibrate": ("files",),
     "eval curve": ("model", "data"),
 }
 # Which of those take all that are left.
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="derta",
         description="Decoupled refusal training (arXiv 2407.09121).",
         epilog="commands:\n"
-        + "".join(f"  {name:8}{summary}\n" for name, summary in SUMMARY.items())
+        + "".join(f"  {name:10}{summary}\n" for name, summary in SUMMARY.items())
         + "\nderta COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

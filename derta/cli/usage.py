@@ -17,7 +17,10 @@ SUMMARY = {
 # Commands of several actions, each a module of its own.
 ACTIONS = {
     "data": {"validate": "every bad row of record files, in one pass"},
-    "eval": {"curve": "how likely a refusal is after every token of given responses"},
+    "eval": {
+        "calibrate": "how judges agree with people's labels",
+        "curve": "how likely a refusal is after every token of given responses",
+    },
 }
 
 USAGE = {
@@ -101,6 +104,16 @@ machine
   --servers          models behind a server: '{after: {base_url: "http://localhost:8000/v1", model:
                      tuned}}'; the model's folder needs a tokenizer alone, and --curve false
   --batch_size --max_tokens --device --dtype --chat_template
+""",
+    "eval calibrate": """\
+usage: derta eval calibrate FILE ... [--key value ...]
+
+  --files            answers that people have labelled, JSON, JSONL, CSV or parquet: JailbreakBench
+                     judge comparison, WildGuardTest, XSTest completions, or any with prompt,
+                     response, label
+  --judges           by name: '{keyword: {}, guard: {kind: wildguard, path: models/wildguard}}';
+                     keyword | harmbench | wildguard | llama_guard | llm | classifier | server
+  --output_dir       where calibration.json goes
 """,
     "eval curve": """\
 usage: derta eval curve MODEL DATA ... [--key value ...]

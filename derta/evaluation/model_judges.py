@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jinja2
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Message
 from derta.evaluation.generate import SHOWN_AFTER_S, generate
@@ -17,6 +17,7 @@ from derta.evaluation.rubrics import Rubric, request_of
 from derta.modeling import context_length, evaluating
 
 UNDECIDED = Verdict(refused=None)
+_SENTINEL = "sentinel-answer"
 
 
 class ModelJudge:
@@ -32,8 +33,8 @@ class ModelJudge:
         batch_size: exchanges a batch.
 
     Raises:
-        ValueError: nothing ends the model's sequences, or there is no chat template where the
-            rubric needs one.
+        ValueError: nothing ends the model's sequences, or the rubric asks in conversations and
+            there is no chat template, or one that leaves out what is to be judged.
     """
 
     def __init__(
@@ -53,7 +54,13 @@ class ModelJudge:
         self.tokenizer = tokenizer
         self.rubric = rubric
         self.batch_size = batch_size
-        self._question(Exchange([{"role": "user", "content": "Hello"}], "Hello"))
+        # Templates of models that see take contents as lists of parts, and pass over texts.
+        self._in_parts = False
+        probe = rubric.ask(Exchange([{"role": "user", "content": "Hello"}], _SENTINEL))
+        if not isinstance(probe, str) and _SENTINEL not in self._render(probe):
+            self._in_parts = True
+            if _SENTINEL not in self._render(probe):
+                raise ValueError("the judge's chat template leaves out the answer it is to read")
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         room = context_length(self.model) - self.rubric.max_new_tokens
@@ -82,25 +89,22 @@ class ModelJudge:
         question = self.rubric.ask(exchange)
         if isinstance(question, str):
             return self.tokenizer(question, verbose=False)["input_ids"]
-        if not self.tokenizer.chat_template:
-            raise ValueError("the judge's tokenizer has no chat template, expected the model's own")
         text = self._render(question)
-        if self.rubric.guards and exchange.answer.strip() not in text:
-            # Templates of guards that read pictures too take contents as lists of parts.
-            parts = [
-                {**message, "content": [{"type": "text", "text": message["content"]}]}
-                for message in question
-            ]
-            text = self._render(parts)
-            if exchange.answer.strip() not in text:
-                raise ValueError("the judge's chat template leaves out the answer that it is to read")
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _render(self, messages: Sequence[Message] | Sequence[dict]) -> str:
+    def _render(self, messages: Sequence[Message]) -> str:
+        if not self.tokenizer.chat_template:
+            raise ValueError("the judge's tokenizer has no chat template, expected the model's own")
+        shaped: list[dict[str, Any]] = [
+            {**one, "content": [{"type": "text", "text": one["content"]}]}
+            if self._in_parts
+            else one
+            for one in messages
+        ]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True
+                    shaped, tokenize=False, add_generation_prompt=True
                 )
             )
         except jinja2.TemplateError as error:
@@ -135,7 +139,8 @@ class ClassifierJudge:
         reads: Literal["answer", "exchange"] = "answer",
         batch_size: int = 16,
     ) -> None:
-        self.labels: list[str] = [label for _, label in sorted(model.config.id2label.items())]
+        id2label = model.config.id2label or {}
+        self.labels: list[str] = [label for _, label in sorted(id2label.items())]
         if refusal_label is None and harmful_label is None:
             raise ValueError(
                 f"name refusal_label, harmful_label or both; the labels are {_listed(self.labels)}"
@@ -159,7 +164,7 @@ class ClassifierJudge:
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         verdicts = [UNDECIDED if exchange.answer.strip() else SILENT for exchange in exchanges]
         room = min(self.tokenizer.model_max_length, context_length(self.model))
-        read: dict[int, Mapping[str, list[int]]] = {}
+        read: dict[int, BatchEncoding] = {}
         for place, exchange in enumerate(exchanges):
             if exchange.answer.strip():
                 inputs = self._inputs(exchange)
@@ -180,13 +185,13 @@ class ClassifierJudge:
                 bar.update(len(batch))
         return verdicts
 
-    def _inputs(self, exchange: Exchange) -> Mapping[str, list[int]]:
+    def _inputs(self, exchange: Exchange) -> BatchEncoding:
         texts = [exchange.answer]
         if self.reads == "exchange":
             texts.insert(0, request_of(exchange.messages))
         return self.tokenizer(*texts, verbose=False)
 
-    def _labels(self, batch: Sequence[Mapping[str, Any]]) -> list[str]:
+    def _labels(self, batch: Sequence[BatchEncoding]) -> list[str]:
         if len(batch) == 1:
             inputs = {name: torch.tensor([ids]) for name, ids in batch[0].items()}
         else:

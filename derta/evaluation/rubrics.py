@@ -27,14 +27,11 @@ class Rubric:
         ask: makes the question.
         read: makes a verdict of the reply; what the reply does not settle stays None.
         max_new_tokens: all that the reply may need.
-        guards: whether the question is the exchange itself, which the model's own chat template
-            makes a question of.
     """
 
     ask: Callable[[Exchange], Question]
     read: Callable[[str], Verdict]
     max_new_tokens: int
-    guards: bool = False
 
 
 def request_of(messages: Sequence[Message]) -> str:
@@ -197,7 +194,7 @@ def paper_rubric(template: str = PAPER_TEMPLATE, max_new_tokens: int = 256) -> R
 RUBRICS = {
     "harmbench": Rubric(lambda exchange: fill(HARMBENCH_TEMPLATE, exchange), read_harmbench, 4),
     "wildguard": Rubric(lambda exchange: fill(WILDGUARD_TEMPLATE, exchange), read_wildguard, 40),
-    "llama_guard": Rubric(ask_llama_guard, read_llama_guard, 16, guards=True),
+    "llama_guard": Rubric(ask_llama_guard, read_llama_guard, 16),
     "paper": paper_rubric(),
 }
 
@@ -213,7 +210,9 @@ def _named(reply: str, name: str) -> bool | None:
     said = {
         word.lower()
         for word in re.findall(
-            rf"^[^\w\n]*{name}[^\w\n]*:[^\w\n]*(yes|no)\b[^\w\n]*$", reply, re.IGNORECASE | re.MULTILINE
+            rf"^[^\w\n]*{name}[^\w\n]*:[^\w\n]*(yes|no)\b[^\w\n]*$",
+            reply,
+            re.IGNORECASE | re.MULTILINE,
         )
     }
     return said == {"yes"} if len(said) == 1 else None

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from derta.data import Chat
+from derta.evaluation.generate import SHOWN_AFTER_S
+
 if TYPE_CHECKING:
     import openai
-    from transformers import PreTrainedTokenizerBase
 
 Value = TypeVar("Value")
 
-SHOWN_AFTER_S = 2.0
 # Servers on this machine take any key, the client none at all.
 PLACEHOLDER = "none"
 
@@ -50,7 +51,7 @@ class ServerSettings:
             of ours out, as a server may ask that does not know it.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: base_url is no address, or a number is out of its range.
     """
 
     base_url: str
@@ -63,6 +64,8 @@ class ServerSettings:
     body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url must start with http:// or https://, got {self.base_url!r}")
         if self.concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
         if self.max_retries < 0:
@@ -73,8 +76,8 @@ class ServerSettings:
                 raise ValueError(f"{name} must be above 0, got {value}")
 
 
-class Request(NamedTuple):
-    """One request: what it is called in errors, and what makes its body."""
+class Query(NamedTuple):
+    """What one request asks: what it is called in errors, and the fields of its body."""
 
     id: str
     fields: Mapping[str, Any]
@@ -95,83 +98,81 @@ class Server:
 
     def ask_all(
         self,
-        requests: Sequence[Request],
-        read: Callable[[Any], Value],
+        queries: Sequence[Query],
+        read: Callable[[str, Any], Value],
         *,
         chat: bool,
         title: str,
     ) -> list[Value]:
-        """What `read` makes of the reply to each request; equal requests are sent once.
+        """What `read` makes of the reply to each query; equal ones are sent once.
 
         When a request fails for good no other is begun, those under way are waited for and kept,
         and then the run ends.
 
         Args:
-            requests: to send, the first one first.
-            read: makes of a completion what is to be kept, in terms of JSON.
+            queries: to send, the first one first.
+            read: makes of a reply's text, and of the choice it is from, what is to be kept, in
+                terms of JSON.
             chat: whether to ask /chat/completions, with "messages", or /completions, with "prompt".
             title: what the progress bar is called.
 
         Returns:
-            what was read, in the order of the requests.
+            what was read, in the order of the queries.
 
         Raises:
-            ValueError: openai is not installed, or a request does not fit the model's context;
-                names its id.
+            ValueError: openai is not installed, or a query does not fit the model's context; names
+                its id.
             ConnectionError: a request failed for good; names its id and the reason, no text.
         """
-        bodies = [self._body(request) for request in requests]
+        bodies = [self._body(query) for query in queries]
         keys = [_key(chat, body) for body in bodies]
-        missing = {
-            key: (request.id, body)
-            for key, request, body in reversed(list(zip(keys, requests, bodies, strict=True)))
-            if key not in self.replies
-        }
+        missing: dict[str, tuple[str, dict[str, Any]]] = {}
+        for key, query, body in zip(keys, queries, bodies, strict=True):
+            if key not in self.replies:
+                missing.setdefault(key, (query.id, body))
         if missing:
+            pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
             with self._client() as client:
-                pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
-                futures = {
-                    pool.submit(self._ask, client, chat, id, body, read): key
-                    for key, (id, body) in reversed(missing.items())
-                }
-                self._collect(pool, futures, title)
+                try:
+                    self._collect(
+                        {
+                            pool.submit(self._ask, client, chat, id, body, read): key
+                            for key, (id, body) in missing.items()
+                        },
+                        title,
+                    )
+                finally:
+                    pool.shutdown(cancel_futures=True)
         return [self.replies[key] for key in keys]
 
-    def _body(self, request: Request) -> dict[str, Any]:
-        fields = {"model": self.settings.model, **request.fields, **self.settings.body}
+    def _body(self, query: Query) -> dict[str, Any]:
+        fields = {"model": self.settings.model, **query.fields, **self.settings.body}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _collect(
-        self,
-        pool: concurrent.futures.ThreadPoolExecutor,
-        futures: Mapping[concurrent.futures.Future[Any], str],
-        title: str,
-    ) -> None:
+    def _collect(self, keys: Mapping[concurrent.futures.Future[Any], str], title: str) -> None:
         """Keeps each reply as it comes; after a failure, or an interrupt, those under way too."""
         failed: BaseException | None = None
-        remaining = set(futures)
+        remaining = set(keys)
         with tqdm(
-            total=len(futures), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
+            total=len(keys), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
         ) as bar:
             while remaining:
                 try:
                     done, remaining = concurrent.futures.wait(
                         remaining, return_when=concurrent.futures.FIRST_COMPLETED
                     )
-                    for future in done:
-                        if future.cancelled():
-                            continue
-                        error = future.exception()
-                        if error is None:
-                            self.replies.keep(futures[future], future.result())
-                            bar.update()
-                        else:
-                            failed = failed or error
-                except KeyboardInterrupt as error:
-                    failed = error
+                except KeyboardInterrupt as interrupt:
+                    if isinstance(failed, KeyboardInterrupt):  # a second one means at once
+                        raise
+                    done, failed = set(), interrupt
+                for future in done:
+                    if error := future.exception():
+                        failed = failed or error
+                    else:
+                        self.replies.keep(keys[future], future.result())
+                        bar.update()
                 if failed is not None:
-                    pool.shutdown(wait=False, cancel_futures=True)
-        pool.shutdown()
+                    remaining = {future for future in remaining if not future.cancel()}
         if failed is not None:
             raise failed
 
@@ -181,7 +182,7 @@ class Server:
         chat: bool,
         id: str,
         body: Mapping[str, Any],
-        read: Callable[[Any], Value],
+        read: Callable[[str, Any], Value],
     ) -> Value:
         import openai
 
@@ -189,12 +190,15 @@ class Server:
         rest = {name: value for name, value in body.items() if name not in named}
         create: Any = client.chat.completions.create if chat else client.completions.create
         try:
-            completion = create(**named, extra_body=rest)
+            choice = create(**named, extra_body=rest).choices[0]
+            text = choice.message.content if chat else choice.text
         except openai.OpenAIError as error:
             raise self._final(id, error) from error
-        if not getattr(completion, "choices", None):
-            raise ConnectionError(f"{id}: {self.settings.base_url} replied without a choice")
-        return read(completion.choices[0])
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            # The client hands on whatever a server says with status 200.
+            url = self.settings.base_url
+            raise ConnectionError(f"{id}: {url} replied with something else than a text") from error
+        return read(text or "", choice)
 
     def _final(self, id: str, error: openai.OpenAIError) -> Exception:
         """A sentence that tells what to mend; what the server wrote may quote what it was sent."""
@@ -206,7 +210,9 @@ class Server:
         if isinstance(error, openai.APIStatusError):
             said = str(error.body if error.body is not None else error.message)
             if error.status_code == 400 and re.search("context.{0,8}length", said):
-                return ValueError(f"{id}: the prompt and its answer exceed the context of {model!r}")
+                return ValueError(
+                    f"{id}: the prompt and its answer exceed the context of {model!r}"
+                )
             advice = {
                 401: f", expected a key that it knows in {self.settings.api_key_env}",
                 403: f", expected a key that may do this in {self.settings.api_key_env}",
@@ -223,7 +229,9 @@ class Server:
         try:
             import openai
         except ImportError:
-            raise ValueError("a server needs the openai package: pip install 'derta[server]'") from None
+            raise ValueError(
+                "a server needs the openai package: pip install 'derta[server]'"
+            ) from None
         pace = _pace(self.settings.requests_per_minute)
         http_client = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace()]})
         with openai.OpenAI(
@@ -287,12 +295,9 @@ class Replies:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "value": value}) + "\n"
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            os.fchmod(file, 0o600)
-            os.write(file, line.encode())
-        finally:
-            os.close(file)
+        with open(self.path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            os.fchmod(file.fileno(), 0o600)  # it may have been another's work
+            file.write(line.encode())
 
     def _load(self, path: Path) -> None:
         content = path.read_bytes()
@@ -325,9 +330,7 @@ class Written:
 class Generator(Protocol):
     """Writes greedily after many prompts at once: a model on this machine, or a server's."""
 
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]
-    ) -> list[Written]:
+    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
         """What is written after each prompt of token ids, in order; `ids` name them in errors."""
         ...
 
@@ -341,25 +344,22 @@ class ServerGenerator:
 
     Args:
         server: of the model.
-        tokenizer: the model's.
-        stop_ids: tokens at which an answer ends, as of `generate`.
+        chat: the model's tokenizer and template. What closes a chat's turn ends an answer, as does
+            its end of sequence, and whatever else the server knows to end one.
         max_new_tokens: longest answer.
+
+    Raises:
+        ValueError: max_new_tokens is below 1.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        stop_ids: Collection[int],
-        max_new_tokens: int,
-    ) -> None:
+    def __init__(self, server: Server, chat: Chat, *, max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.server = server
-        self.tokenizer = tokenizer
-        self.stop_ids = frozenset(stop_ids)
+        self.tokenizer = chat.tokenizer
+        self.stop_ids = {chat.closing_ids[-1], chat.tokenizer.eos_token_id} - {None}
         self.max_new_tokens = max_new_tokens
+        self._ends = self.stop_ids | set(self.tokenizer.all_special_ids)
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
         """See `Generator`.
@@ -374,7 +374,7 @@ class ServerGenerator:
                 raise ValueError(f"{id}: the prompt is empty, expected at least one token")
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
         replies = self.server.ask_all(
-            [Request(ids[place], self._fields(prompts[place])) for place in order],
+            [Query(ids[place], self._fields(prompts[place])) for place in order],
             self._read,
             chat=False,
             title="generate",
@@ -396,14 +396,11 @@ class ServerGenerator:
             "return_token_ids": True,
         }
 
-    def _read(self, choice: Any) -> dict[str, Any]:
+    def _read(self, text: str, choice: Any) -> dict[str, Any]:
         ids = getattr(choice, "token_ids", None)
         if ids is None:
-            text = choice.text or ""
-            return {
-                "text": text,
-                "ids": self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-            }
-        if ids and ids[-1] in self.stop_ids:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return {"text": text, "ids": ids}
+        if choice.finish_reason == "stop" and ids and ids[-1] in self._ends:
             ids = ids[:-1]
         return {"text": str(self.tokenizer.decode(ids, skip_special_tokens=True)), "ids": ids}

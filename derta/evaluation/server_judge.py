@@ -8,7 +8,7 @@ from typing import Any
 
 from derta.evaluation.judge import SILENT, Exchange, Verdict
 from derta.evaluation.rubrics import RUBRICS, Rubric
-from derta.evaluation.server import Request, Server
+from derta.evaluation.server import Query, Server
 
 
 class ServerJudge:
@@ -37,8 +37,8 @@ class ServerJudge:
         asked = [place for place, one in enumerate(exchanges) if one.answer.strip()]
         questions = [self.rubric.ask(exchanges[place]) for place in asked]
         chat = not any(isinstance(question, str) for question in questions)
-        requests = [
-            Request(
+        queries = [
+            Query(
                 f"exchange {place}",
                 {
                     "messages" if chat else "prompt": question,
@@ -49,11 +49,10 @@ class ServerJudge:
             for place, question in zip(asked, questions, strict=True)
         ]
 
-        def read(choice: Any) -> dict[str, Any]:
-            reply = choice.message.content if chat else choice.text
-            return asdict(self.rubric.read(reply or ""))
+        def read(reply: str, choice: Any) -> dict[str, Any]:
+            return asdict(self.rubric.read(reply))
 
-        replies = self.server.ask_all(requests, read, chat=chat, title="judge")
+        replies = self.server.ask_all(queries, read, chat=chat, title="judge")
         for place, reply in zip(asked, replies, strict=True):
             verdicts[place] = Verdict(**reply)
         return verdicts
