@@ -63,6 +63,7 @@ mark { background: var(--line); color: inherit; }
 <h1>{{ title }}</h1>
 <p class="quiet">{{ subtitle }}</p>
 
+{% block content -%}
 <div class="scroll"><table>
 <thead>
 <tr><th></th>{% for name, span in groups %}
@@ -102,6 +103,7 @@ over {{ seeds }} seeds.{% endif %}</small></p>
 <mark>{{ sample.prefilled }}</mark>{{ sample.answer }}</blockquote>
 {% endfor %}</details>
 {% endfor %}{% endif %}
+{%- endblock %}
 </body>
 </html>
 """

@@ -168,13 +168,14 @@ def write_report(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, (png, _) in pictures.items():
-        _write(directory / f"{name}.png", png)
-    _write(directory / "report.html", page.encode())
-    _write(directory / "summary.json", data.encode())
+        write_whole(directory / f"{name}.png", png)
+    write_whole(directory / "report.html", page.encode())
+    write_whole(directory / "summary.json", data.encode())
     return directory / "report.html"
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that appears complete or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(data)
