@@ -1,4 +1,4 @@
-"""The command line: `derta train | plan | eval | merge | chat | demo | bench | doctor`.
+"""The command line: `derta train | plan | eval | compare | merge | chat | demo | bench | doctor`.
 
 Nothing heavy is imported before a command has its arguments, and nothing that takes any time before
 `main` is there to answer an interrupt.
@@ -7,6 +7,7 @@ Nothing heavy is imported before a command has its arguments, and nothing that t
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import sys
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # What the first argument of a command is, where it is not a configuration file.
 BARE = {"bench": "--what", "merge": "--model", "chat": "--model"}
+# And what all arguments are that come before the first key.
+LISTED = {"compare": "results"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +51,11 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
     module = importlib.import_module(f"derta.cli.{command}")
     sources: dict[str, dict[str, Any]] = {}
-    if arguments and not arguments[0].startswith("--"):
+    listed = list(itertools.takewhile(lambda one: not one.startswith("--"), arguments))
+    if command in LISTED and listed:
+        sources["command line"] = {LISTED[command]: listed}
+        arguments = arguments[len(listed) :]
+    elif arguments and not arguments[0].startswith("--"):
         first, *arguments = arguments
         if command in BARE:
             arguments = [BARE[command], first, *arguments]
@@ -56,7 +63,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
             sources[first] = read_yaml(Path(first))
     if command == "plan":
         sources = {name: module.of_training(values) for name, values in sources.items()}
-    sources["command line"] = read_options(arguments)
+    sources["command line"] = sources.get("command line", {}) | read_options(arguments)
     module.run(build(module.Config, sources))
 
 

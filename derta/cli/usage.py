@@ -6,6 +6,7 @@ SUMMARY = {
     "train": "tune a model on triples and dialogues",
     "plan": "what a training step takes of a GPU, and the longest pack that fits",
     "eval": "attack success, over-refusal and refusal curves of a model",
+    "compare": "the paper's analyses over result files of any number of models",
     "merge": "fold adapters into the model that they were trained on",
     "chat": "ask a model, and see where it refuses",
     "demo": "train and compare four small models on a harmless world",
@@ -80,6 +81,23 @@ refusal curve
   --refusal          refusal token, as in training
 machine
   --batch_size --max_tokens --device --dtype --chat_template
+""",
+    "compare": """\
+usage: derta compare FILE_OR_FOLDER ... --output_dir FOLDER [--key value ...]
+
+  --results          what each model left: a summary.json of derta eval or its folder, or result
+                     files of the official repository; named: '{before: a, after: b}', one
+                     model's by attack: '{before: {direct: a.json, completion: b.json}}', or by a
+                     pattern, attacks called after folders: '{before: results/*/before_*.json}'
+  --names            of the models, where results are not named: [before, after]
+  --output_dir       where comparison.html, comparison.json and the pictures go
+  --analysis         first_tokens | positions | terms | all
+  --recipes          which model is which: '{vanilla: a, prefix_only: b, rto_only: c, derta: d}'
+official result files
+  --prompts          test files, where prompt and answer are one string
+  --keywords         what the judge takes for a refusal: [sorry, I cannot]
+  --tokenizer        folder of a tokenizer to count positions in tokens; without one, in words
+  --keep_repeats     count repeated requests as often as they are there
 """,
     "merge": """\
 usage: derta merge ADAPTERS --output_dir FOLDER
