@@ -27,10 +27,11 @@ BARE = {
     "chat": ("model",),
     "data validate": ("files",),
     "eval calibrate": ("files",),
+    "eval compare": ("results",),
     "eval curve": ("model", "data"),
 }
 # Which of those take all that are left.
-LISTS = {"files", "data"}
+LISTS = {"files", "data", "results"}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,7 @@ ACTIONS = {
     "data": {"validate": "every bad row of record files, in one pass"},
     "eval": {
         "calibrate": "how judges agree with people's labels",
+        "compare": "the paper's analyses over result files of any number of models",
         "curve": "how likely a refusal is after every token of given responses",
     },
 }
@@ -72,7 +73,7 @@ As in training: --method, --lora_r, --lora_alpha, --lora_dropout, --lora_target_
 """,
     "eval": """\
 usage: derta eval [CONFIG.yaml] [--key value ...]
-       derta eval ACTION --help tells of: curve
+       derta eval ACTION ..., one of calibrate, compare, curve
 
   --model            folder of a model or of adapters; several: '{before: a, after: b}'
   --output_dir       where report.html, summary.json and the pictures go; under answers/ what models
@@ -114,6 +115,23 @@ usage: derta eval calibrate FILE ... [--key value ...]
   --judges           by name: '{keyword: {}, guard: {kind: wildguard, path: models/wildguard}}';
                      keyword | harmbench | wildguard | llama_guard | llm | classifier | server
   --output_dir       where calibration.json goes
+""",
+    "eval compare": """\
+usage: derta eval compare FILE_OR_FOLDER ... --output_dir FOLDER [--key value ...]
+
+  --results          what each model left: a summary.json of derta eval or its folder, or result
+                     files of the official repository; named: '{before: a, after: b}', one
+                     model's by attack: '{before: {direct: a.json, completion: b.json}}', or by a
+                     pattern, attacks called after folders: '{before: results/*/before_*.json}'
+  --names            of the models, where results are not named: [before, after]
+  --output_dir       where comparison.html, comparison.json and the pictures go
+  --analysis         first_tokens | positions | terms | all
+  --recipes          which model is which: '{vanilla: a, prefix_only: b, rto_only: c, derta: d}'
+official result files
+  --prompts          test files, where prompt and answer are one string
+  --keywords         what the judge takes for a refusal: [sorry, I cannot]
+  --tokenizer        folder of a tokenizer to count positions in tokens; without one, in words
+  --keep_repeats     count repeated requests as often as they are there
 """,
     "eval curve": """\
 usage: derta eval curve MODEL DATA ... [--key value ...]

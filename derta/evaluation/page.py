@@ -44,6 +44,7 @@ figcaption { font-size: .9rem; max-width: 46rem; }
 figure svg {
   display: block; max-width: 100%; height: auto; margin-top: .9rem; overflow: visible;
 }
+@media (max-width: 40rem) { figure { overflow-x: auto; } figure svg { max-width: none; } }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .45rem .45rem .55rem; text-align: right; }
@@ -54,6 +55,7 @@ thead tr:first-child th { color: var(--quiet); font-weight: 500; padding-bottom:
 thead tr:last-child { border-bottom: 1.5px solid var(--ink); }
 tbody tr { border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 700; }
+th small { font-weight: 400; }
 td small { display: block; font-size: .72rem; line-height: 1.2; }
 td.share {
   background: linear-gradient(var(--bar), var(--bar)) no-repeat left .45rem bottom .2rem;
@@ -75,6 +77,7 @@ mark { background: var(--line); color: inherit; }
 <h1>{{ title }}</h1>
 <p class="quiet">{{ subtitle }}</p>
 
+{% block content -%}
 {{ figures_of(table) }}
 <p><small>Small figures: 95% Wilson intervals over all trials.{% if seeds > 1 %} Rates are pooled
 over {{ seeds }} seeds.{% endif %}</small></p>
@@ -107,6 +110,7 @@ above.</p>
 <mark>{{ sample.prefilled }}</mark>{{ sample.answer }}</blockquote>
 {% endfor %}</details>
 {% endfor %}{% endif %}
+{%- endblock %}
 </body>
 </html>
 """

@@ -39,15 +39,7 @@ from derta.evaluation.judge import REFUSAL_KEYWORDS
 from derta.evaluation.scenarios import check_name
 from derta.evaluation.server import Server, ServerGenerator, ServerSettings
 
-KINDS: dict[str, Kind] = {
-    "harmful": "harmful",
-    "benign": "harmless",
-    "borderline": "harmless",
-    "helpful": "harmless",
-    "multi_turn": "harmful",
-    "attacks": "harmful",
-    "questions": "question",
-}
+FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
 
 
 @dataclass(kw_only=True)
@@ -122,8 +114,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        if not self.lm_eval and not any(getattr(self, key) for key in KINDS):
-            raise ValueError(f"name at least one file of requests: {', '.join(KINDS)}; or lm_eval")
+        if not self.lm_eval and not any(getattr(self, key) for key in FILES):
+            raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
         if self.templates and not self.harmful:
             raise ValueError("templates: go around the requests of harmful, got no file of them")
         for key in ("attacks", "questions"):
@@ -165,18 +157,19 @@ def read_data(config: Config) -> EvaluationData:
         ValueError: as `read_requests`.
     """
 
-    def read(key: str, paths: str | list[str]) -> list[Request]:
+    def read(paths: str | list[str], kind: Kind) -> list[Request]:
         paths = [paths] if isinstance(paths, str) else paths
         check_paths(paths)
-        return list(read_requests(*paths, kind=KINDS[key]))
+        return list(read_requests(*paths, kind=kind))
 
     return EvaluationData(
-        **{
-            key: {name: read(key, paths) for name, paths in given.items()}
-            if isinstance(given := getattr(config, key), dict)
-            else read(key, given)
-            for key in KINDS
-        }
+        harmful=read(config.harmful, "harmful"),
+        benign=read(config.benign, "harmless"),
+        borderline=read(config.borderline, "harmless"),
+        helpful=read(config.helpful, "harmless"),
+        multi_turn=read(config.multi_turn, "harmful"),
+        attacks={name: read(paths, "harmful") for name, paths in config.attacks.items()},
+        questions={name: read(paths, "question") for name, paths in config.questions.items()},
     )
 
 
@@ -250,7 +243,7 @@ def find_generator(
         return ServerGenerator(server, chat, max_new_tokens=config.max_new_tokens)
     folders = [folder]
     if (folder / "adapter_config.json").is_file():
-        folders.append(Path(str(PeftConfig.from_pretrained(folder).base_model_name_or_path)))
+        folders.append(Path(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)))
     model = fingerprint(*folders, dtype=str(dtype))
     return ModelGenerator(
         loaded,

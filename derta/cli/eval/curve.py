@@ -106,11 +106,12 @@ def run(config: Config) -> None:
     curves = refusal_curves(
         model, tokenizer, records, refusal=refusal_id, max_tokens=config.max_tokens
     )
+    refusal = Chat(tokenizer).text(refusal_id)
     name, kind = folder.resolve().name, KINDS[config.role]
     mean, counts = mean_curve(curves)
     result = {
         "model": name,
-        "refusal": {"id": refusal_id, "text": Chat(tokenizer).text(refusal_id)},
+        "refusal": {"id": refusal_id, "text": refusal},
         "refusal_curve": {kind: _rounded(mean)},
         "refusal_curve_counts": {kind: counts.tolist()},
         "records": [
@@ -124,7 +125,7 @@ def run(config: Config) -> None:
     write_whole(output / "curve.png", png)
     write_whole(output / "curve.svg", svg.encode())
     write_whole(output / "curve.json", json.dumps(result, indent=1, allow_nan=False).encode())
-    print(f"probability of {result['refusal']['text']!r} (id {refusal_id}), in percent")
+    print(f"probability of {refusal!r} (id {refusal_id}), in percent")
     print(f"{format_curve(curves)}\n\ncurves: {output / 'curve.json'}")
 
 
