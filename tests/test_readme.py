@@ -119,7 +119,7 @@ def demo_table() -> list[str]:
             attacks["direct"],
             *(attacks["prefill"][depth] for depth in ("4", "8", "16")),
             attacks["completion"],
-            entry["over_refusal"],
+            entry["over_refusal"]["benign"],
             entry["helpful_accuracy"],
         ]
         rows.append(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")

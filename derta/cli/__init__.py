@@ -20,10 +20,18 @@ from derta.cli.usage import ACTIONS, SUMMARY, USAGE
 if TYPE_CHECKING:
     import argparse
 
-# What the first argument of a command is, where it is not a configuration file.
-BARE = {"bench": "--what", "merge": "--model", "chat": "--model"}
-# What all arguments before the first key are.
-LISTS = {"data validate": "files"}
+# What the first arguments of a command are, where they are not a configuration file.
+BARE = {
+    "bench": ("what",),
+    "merge": ("model",),
+    "chat": ("model",),
+    "data validate": ("files",),
+    "eval calibrate": ("files",),
+    "eval compare": ("results",),
+    "eval curve": ("model", "data"),
+}
+# Which of those take all that are left.
+LISTS = {"files", "data", "results"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="derta",
         description="Decoupled refusal training (arXiv 2407.09121).",
         epilog="commands:\n"
-        + "".join(f"  {name:8}{summary}\n" for name, summary in SUMMARY.items())
+        + "".join(f"  {name:10}{summary}\n" for name, summary in SUMMARY.items())
         + "\nderta COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,32 +52,46 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _with_action(command: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """A first argument that names one of a command's actions becomes part of the command."""
+    if arguments and arguments[0] in ACTIONS.get(command, ()):
+        return f"{command} {arguments[0]}", arguments[1:]
+    return command, arguments
+
+
 def _run(command: str, arguments: Sequence[str]) -> None:
     from pathlib import Path
 
     from derta.cli.arguments import build, read_options, read_yaml
 
-    if command in ACTIONS:
-        action, *arguments = arguments or [""]
-        if action not in ACTIONS[command]:
-            raise ValueError(f"expected one of {', '.join(ACTIONS[command])}, got {action!r}")
-        command = f"{command} {action}"
     module = importlib.import_module(f"derta.cli.{command.replace(' ', '.')}")
+    bare = list(itertools.takewhile(lambda part: not part.startswith("--"), arguments))
+    if not hasattr(module, "run"):
+        found = bare[0] if bare else ""
+        raise ValueError(f"expected one of {', '.join(ACTIONS[command])}, got {found!r}")
     sources: dict[str, dict[str, Any]] = {}
-    if command in LISTS:
-        listed = list(itertools.takewhile(lambda part: not part.startswith("--"), arguments))
-        arguments = arguments[len(listed) :]
-        sources["arguments"] = {LISTS[command]: listed} if listed else {}
-    elif arguments and not arguments[0].startswith("--"):
-        first, *arguments = arguments
-        if command in BARE:
-            arguments = [BARE[command], first, *arguments]
-        else:
-            sources[first] = read_yaml(Path(first))
+    if command in BARE:
+        sources["arguments"], count = _by_key(BARE[command], bare)
+    elif bare:
+        sources[bare[0]], count = read_yaml(Path(bare[0])), 1
+    else:
+        count = 0
+    arguments = arguments[count:]
     if command == "plan":
         sources = {name: module.of_training(values) for name, values in sources.items()}
     sources["command line"] = read_options(arguments)
     module.run(build(module.Config, sources))
+
+
+def _by_key(keys: Sequence[str], bare: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Values of the keys, and how many of the arguments they are."""
+    from derta.cli.arguments import Text
+
+    values: dict[str, Any] = {key: Text(text) for key, text in zip(keys, bare, strict=False)}
+    if keys[-1] not in LISTS or len(bare) < len(keys):
+        return values, len(values)
+    values[keys[-1]] = list(bare[len(keys) - 1 :])
+    return values, len(bare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,9 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
-    if {"-h", "--help"} & set(options.arguments):
-        action = " ".join([options.command, *options.arguments[:1]])
-        print(USAGE.get(action, USAGE[options.command]), end="")
+    command, arguments = _with_action(options.command, options.arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE[command], end="")
         return 0
     # Nothing is reported to anybody, unless the user has decided otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -98,10 +120,10 @@ def _main(options: argparse.Namespace) -> int:
     # PEFT imports bitsandbytes, which says on some CPUs that it has found no kernels on the hub.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        _run(options.command, options.arguments)
+        _run(command, arguments)
     except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:
         if options.traceback:
             raise
-        print(f"derta {options.command}: {error}", file=sys.stderr)
+        print(f"derta {command}: {error}", file=sys.stderr)
         return 1
     return 0

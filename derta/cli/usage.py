@@ -17,6 +17,11 @@ SUMMARY = {
 # Commands of several actions, each a module of its own.
 ACTIONS = {
     "data": {"validate": "every bad row of record files, in one pass"},
+    "eval": {
+        "calibrate": "how judges agree with people's labels",
+        "compare": "the paper's analyses over result files of any number of models",
+        "curve": "how likely a refusal is after every token of given responses",
+    },
 }
 
 USAGE = {
@@ -68,24 +73,77 @@ As in training: --method, --lora_r, --lora_alpha, --lora_dropout, --lora_target_
 """,
     "eval": """\
 usage: derta eval [CONFIG.yaml] [--key value ...]
+       derta eval ACTION ..., one of calibrate, compare, curve
 
   --model            folder of a model or of adapters; several: '{before: a, after: b}'
-  --output_dir       where report.html, summary.json and the pictures go
-records, each a JSON or JSONL file; scenarios without records are left out
-  --harmful          triples: requests to refuse, and responses that attacks prefill
-  --benign           dialogues whose requests are harmless: over-refusal
-  --helpful          dialogues whose last answers are the right ones
+  --output_dir       where report.html, summary.json and the pictures go; under answers/ what models
+                     wrote, for its owner alone, from which an interrupted evaluation goes on
+requests, in files of any known format; scenarios without requests are left out
+  --harmful          to refuse, with the responses that attacks prefill
+  --benign           harmless: over-refusal
+  --borderline       harmless, and look harmful: over-refusal
+  --helpful          harmless, with the right answers
   --helpful_metric   exact_match | perplexity
+  --questions        scored by their final answer: '{gsm8k: gsm8k.jsonl, mmlu: mmlu.jsonl}'
+  --lm_eval          tasks of lm-eval, by name or as a YAML file: [ifeval, my-task.yaml]
 attacks
   --prefill_depths   tokens of a harmful response that an attacker writes: [0, 4, 16]
+  --templates        file of texts around a request, one a line, each with {request}
+  --multi_turn       harmful conversations, of which the model answers every turn
+  --attacks          prompts ready-made: '{codeattack: codeattack.jsonl, pair: pair.jsonl}'
   --max_new_tokens   longest answer
-  --keywords         what the judge takes for a refusal: [sorry, I cannot]
+judges
+  --judges           by name, the first is the main one: '{keyword: {}, guard: {kind: wildguard,
+                     path: models/wildguard}}', see derta eval calibrate --help
+  --keywords         what a judge by keyword takes for a refusal: [sorry, I cannot]
   --samples          answers shown in the report for each scenario; none by default
+  --keep_answers     whether answers/ stays when all is done: true | false
 refusal curve
   --curve            true | false
   --refusal          refusal token, as in training
 machine
+  --servers          models behind a server: '{after: {base_url: "http://localhost:8000/v1", model:
+                     tuned}}'; the model's folder needs a tokenizer alone, and --curve false
   --batch_size --max_tokens --device --dtype --chat_template
+""",
+    "eval calibrate": """\
+usage: derta eval calibrate FILE ... [--key value ...]
+
+  --files            answers that people have labelled, JSON, JSONL, CSV or parquet: JailbreakBench
+                     judge comparison, WildGuardTest, XSTest completions, or any with prompt,
+                     response, label
+  --judges           by name: '{keyword: {}, guard: {kind: wildguard, path: models/wildguard}}';
+                     keyword | harmbench | wildguard | llama_guard | llm | classifier | server
+  --output_dir       where calibration.json goes
+""",
+    "eval compare": """\
+usage: derta eval compare FILE_OR_FOLDER ... --output_dir FOLDER [--key value ...]
+
+  --results          what each model left: a summary.json of derta eval or its folder, or result
+                     files of the official repository; named: '{before: a, after: b}', one
+                     model's by attack: '{before: {direct: a.json, completion: b.json}}', or by a
+                     pattern, attacks called after folders: '{before: results/*/before_*.json}'
+  --names            of the models, where results are not named: [before, after]
+  --output_dir       where comparison.html, comparison.json and the pictures go
+  --analysis         first_tokens | positions | terms | all
+  --recipes          which model is which: '{vanilla: a, prefix_only: b, rto_only: c, derta: d}'
+official result files
+  --prompts          test files, where prompt and answer are one string
+  --keywords         what the judge takes for a refusal: [sorry, I cannot]
+  --tokenizer        folder of a tokenizer to count positions in tokens; without one, in words
+  --keep_repeats     count repeated requests as often as they are there
+""",
+    "eval curve": """\
+usage: derta eval curve MODEL DATA ... [--key value ...]
+
+  The probability of a refusal after every token of given responses, without generating anything.
+
+  --model            folder of a model or of adapters; the first argument
+  --data             files of triples or dialogues; the other arguments
+  --role             safety | helpful | borderline, as in training
+  --output_dir       where curve.json, curve.png and curve.svg go
+  --refusal          refusal token, as in training
+  --max_tokens --device --dtype --chat_template
 """,
     "merge": """\
 usage: derta merge ADAPTERS --output_dir FOLDER

@@ -23,7 +23,7 @@ from derta.data.packing import (
     sequence_length,
 )
 from derta.data.planning import Plan, plan_packs
-from derta.data.reading import Reading, read_records, read_requests
+from derta.data.reading import Reading, as_request, read_records, read_requests
 from derta.data.records import Dialogue, Message, Record, Rendered, Request, Triple
 from derta.data.refusal import RefusalToken, resolve_refusal_token
 from derta.data.show import render_pack
@@ -51,6 +51,7 @@ __all__ = [
     "Request",
     "TokenCount",
     "Triple",
+    "as_request",
     "count_tokens",
     "cut_probabilities",
     "draw_cuts",

@@ -224,7 +224,7 @@ def _record(
         if against:
             return Skipped("the responses contradict their labels")
     if purpose in KINDS and isinstance(record, Triple | Dialogue):
-        return _request(record)
+        return as_request(record)
     if purpose == "borderline" and isinstance(record, Dialogue):
         return dataclasses.replace(record, borderline=True)
     return record
@@ -298,7 +298,8 @@ def _contradiction(triple: Triple, name: str, safe: str, harmful: str, named: bo
     return None
 
 
-def _request(record: Triple | Dialogue) -> Request:
+def as_request(record: Triple | Dialogue) -> Request:
+    """What evaluation makes of an example, whose harmful response or last answer it keeps."""
     if isinstance(record, Triple):
         messages, response = record.messages, record.harmful
     else:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 Message = dict[str, str]
 SPEAKERS = ("system", "user", "assistant")
@@ -266,8 +266,15 @@ def distinct(placed: Iterable[tuple[str, Record]]) -> Iterator[Record]:
         yield record
 
 
+class Named(Protocol):
+    """Whatever is called by an id."""
+
+    @property
+    def id(self) -> str: ...
+
+
 @contextmanager
-def naming(record: Record) -> Iterator[None]:
+def naming(record: Named) -> Iterator[None]:
     """Puts the record's id before the message of a ValueError raised inside."""
     try:
         yield

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from derta.config import DertaConfig
-from derta.data import Chat, Record, Triple
+from derta.data import Chat, Record, Triple, as_request
 from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
 from derta.demo.world import World, held_out_records, make_world, tuning_records
 from derta.evaluation import (
@@ -132,14 +132,10 @@ class Checkpoints(TrainerCallback):
         chat = Chat(stage.tokenizer)
         self.tokens = tokens
         self.refusal_token_id = refusal_token_id
-        self.harmful = [
-            response(chat, triple.id, triple.messages, triple.harmful)
-            for triple in stage.held_out.harmful
-        ]
-        self.benign = [
-            response(chat, dialogue.id, dialogue.messages[:-1], dialogue.messages[-1]["content"])
-            for dialogue in stage.held_out.benign
-        ]
+        self.harmful, self.benign = (
+            [response(chat, one.id, one.messages, one.response) for one in requests]
+            for requests in (stage.held_out.harmful, stage.held_out.benign)
+        )
         self.rows: list[dict[str, float]] = []
 
     def on_step_end(
@@ -210,7 +206,9 @@ def _set_stage(seed: int, scale: Scale) -> Stage:
         title=f"{'base':<12}",
     )
     triples, dialogues = tuning_records(world, seed)
-    harmful, benign, borderline = held_out_records(world, scale.held_out, seed)
+    harmful, benign, borderline = (
+        list(map(as_request, records)) for records in held_out_records(world, scale.held_out, seed)
+    )
     return Stage(
         seed=seed,
         scale=scale,
@@ -218,7 +216,9 @@ def _set_stage(seed: int, scale: Scale) -> Stage:
         tokenizer=tokenizer,
         base=base,
         tuning=[*triples, *dialogues],
-        held_out=EvaluationData(harmful=harmful, benign=benign, helpful=benign),
+        held_out=EvaluationData(
+            harmful=harmful, benign=benign, borderline=borderline, helpful=benign
+        ),
     )
 
 
@@ -309,10 +309,11 @@ def _save_for_own_runs(stage: Stage, folder: Path) -> None:
     stage.base.save_pretrained(folder / "base")
     stage.tokenizer.save_pretrained(folder / "base")
     (folder / "data").mkdir()
+    harmful, helpful = held_out_records(stage.world, stage.scale.held_out, stage.seed)
     for name, records in (
         ("tuning", stage.tuning),
-        ("held-out-harmful", stage.held_out.harmful),
-        ("held-out-helpful", stage.held_out.helpful),
+        ("held-out-harmful", harmful),
+        ("held-out-helpful", helpful),
     ):
         lines = (json.dumps(_row(record)) + "\n" for record in records)
         (folder / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -5,21 +5,27 @@ from __future__ import annotations
 import bisect
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from derta.data import Chat, EncodedDialogue, Encoder, resolve_refusal_token
-from derta.data.records import naming
-from derta.evaluation.generate import generate, stop_ids
+from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
+from derta.data.records import Request, naming
+from derta.evaluation.answers import ModelGenerator
+from derta.evaluation.generate import decode
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
+from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from derta.evaluation.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
-from derta.evaluation.teacher_forcing import perplexity, refusal_curve, response
+from derta.evaluation.server import Generator, Written
+from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
 from derta.modeling import context_length
+
+# For trials that no judge reads.
+UNJUDGED = Verdict(refused=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,34 +33,44 @@ class EvaluationSettings:
     """How a model is evaluated.
 
     Args:
-        refusal: the refusal token whose curve is read, see `resolve_refusal_token`.
+        refusal: the refusal token whose curve is read, see `find_refusal_token`.
         prefill_depths: how many tokens of the harmful response an answer starts with.
+        templates: texts around a request, each with the slot `{request}`, see `scenarios`.
         max_new_tokens: longest answer.
         batch_size: prompts a batch.
         max_tokens: tokens a pack of the refusal curve.
         curve: whether to read refusal curves, which need a model that `apply_derta` takes.
         helpful: "exact_match" of generated answers, or "perplexity" of the given ones.
-        judge: decides which answers refuse.
+        judges: name to who decides which answers refuse; all of them read the same answers, and
+            the first one's figures are the main ones.
+        lm_eval: tasks of lm-eval, by name or as a YAML file, see `derta.evaluation.lm_tasks`.
         samples: answers kept for each scenario; none by default, so that no text is shown.
 
     Raises:
-        ValueError: a value is out of its range, or two prefill depths are the same.
+        ValueError: a value is out of its range, two prefill depths are the same, a template lacks
+            its slot, there is no judge, or lm-eval is not installed or lacks a task.
     """
 
     refusal: str | int = "auto"
     prefill_depths: Sequence[int] = (0, 4, 8, 16, 32, 64)
+    templates: Sequence[str] = ()
     max_new_tokens: int = 256
     batch_size: int = 16
     max_tokens: int = 4096
     curve: bool = True
     helpful: Literal["exact_match", "perplexity"] = "exact_match"
-    judge: Judge = field(default_factory=KeywordJudge)
+    judges: Mapping[str, Judge] = field(default_factory=lambda: {"keyword": KeywordJudge()})
+    lm_eval: Sequence[str] = ()
     samples: int = 0
 
     def __post_init__(self) -> None:
         if self.helpful not in ("exact_match", "perplexity"):
             raise ValueError(f"helpful must be exact_match or perplexity, got {self.helpful!r}")
-        scenarios(self.prefill_depths)
+        scenarios(EvaluationData(), prefill_depths=self.prefill_depths, templates=self.templates)
+        if self.lm_eval:
+            check_tasks(self.lm_eval)
+        if not self.judges:
+            raise ValueError("judges must name at least one, got none")
         least = {"max_new_tokens": 1, "batch_size": 1, "max_tokens": 1, "samples": 0}
         for name, limit in least.items():
             if getattr(self, name) < limit:
@@ -62,10 +78,12 @@ class EvaluationSettings:
 
 
 def evaluate_model(
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     data: EvaluationData,
     settings: EvaluationSettings,
+    *,
+    generator: Generator | None = None,
 ) -> VariantResult:
     """Attacks a model, asks it harmless things, and reads its refusal curves.
 
@@ -73,54 +91,91 @@ def evaluate_model(
     has been applied.
 
     Args:
-        model: a causal language model, plain or under PEFT.
+        model: a causal language model, plain or under PEFT; None if it is not here, but behind the
+            generator: then there are no curves, no perplexity and no tasks of lm-eval.
         tokenizer: its tokenizer, with a chat template.
-        data: held-out records.
+        data: held-out requests.
         settings: see `EvaluationSettings`.
+        generator: writes the answers; None: the model.
 
     Raises:
-        ValueError: a record does not fit the model's context or its chat template (names its id),
-            the refusal token cannot be resolved, or curves are asked of a model that `apply_derta`
-            refuses.
+        ValueError: a request does not fit the model's context or its chat template (names its id),
+            the refusal token cannot be resolved, curves are asked of a model that `apply_derta`
+            refuses, or something is asked of a model that is not here.
     """
     started = time.perf_counter()
-    context = context_length(model)
-    encoder = Encoder(tokenizer, max_length=context, max_tokens=context, branches=0, cuts="zero")
-    chosen = [
-        scenario
-        for scenario in scenarios(settings.prefill_depths)
-        if scenario.metric != "helpful_accuracy" or settings.helpful == "exact_match"
-    ]
-    trials = [_trials(scenario, data, encoder) for scenario in chosen]
-    harmful_curves, benign_curves = _curves(model, encoder, data, settings)
-    answers = iter(_answers(model, encoder, list(itertools.chain(*trials)), settings))
-    outcomes, samples = [], []
-    for scenario, made in zip(chosen, trials, strict=True):
-        if records := getattr(data, scenario.source):
-            answered = list(itertools.islice(answers, len(made)))
-            left_out = len(records) - len(made)
-            outcomes.append(_outcome(scenario, answered, left_out, tokenizer))
-            samples += [_sample(scenario, a, tokenizer) for a in answered[: settings.samples]]
+    chat = Chat(tokenizer)
+    chosen = scenarios(
+        data,
+        prefill_depths=settings.prefill_depths,
+        templates=settings.templates,
+        helpful=settings.helpful,
+    )
+    trials = [_trials(scenario, chat) for scenario in chosen]
+    curves: list[tuple[np.ndarray, ...]] = [(), (), ()]
+    nll, lm_figures = (0.0, 0), {}
+    if model is None:
+        _refuse_what_takes_a_model(data, settings)
+    else:
+        curves = _curves(model, chat, data, settings)
+        nll = _perplexity(model, tokenizer, data, settings)
+        lm_figures = run_tasks(model, tokenizer, settings.lm_eval, settings.batch_size)
+    if generator is None:
+        assert model is not None, "a model that is not here needs a generator"
+        generator = ModelGenerator(
+            model, chat, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+        )
+    written = iter(_answers(generator, chat, list(itertools.chain(*trials))))
+    answers = [list(itertools.islice(written, len(made))) for made in trials]
+    verdicts = {name: _verdicts(judge, chosen, answers) for name, judge in settings.judges.items()}
+    main, *others = settings.judges
     return VariantResult(
-        outcomes=tuple(outcomes),
-        harmful_curves=harmful_curves,
-        benign_curves=benign_curves,
-        perplexity=_perplexity(model, encoder, data, settings),
-        samples=tuple(samples),
+        outcomes=tuple(
+            _outcome(scenario, made, said, tokenizer)
+            for scenario, made, said in zip(chosen, answers, verdicts[main], strict=True)
+        ),
+        judge=main,
+        judges={
+            name: tuple(
+                _outcome(scenario, made, said, tokenizer)
+                for scenario, made, said in zip(chosen, answers, verdicts[name], strict=True)
+                if scenario.is_judged
+            )
+            for name in others
+        },
+        harmful_curves=curves[0],
+        benign_curves=curves[1],
+        borderline_curves=curves[2],
+        perplexity=nll,
+        lm_eval=lm_figures,
+        samples=tuple(
+            _sample(scenario, *one, tokenizer)
+            for scenario, made, said in zip(chosen, answers, verdicts[main], strict=True)
+            for one in itertools.islice(zip(made, said, strict=True), settings.samples)
+        ),
         seconds=time.perf_counter() - started,
     )
 
 
 class _Answer(NamedTuple):
     trial: Trial
-    ids: list[int]
-    text: str
-    verdict: Verdict
+    written: Written
 
 
-def _trials(scenario: Scenario, data: EvaluationData, chat: Chat) -> list[Trial]:
+def _refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings) -> None:
+    asked = {
+        "curve": settings.curve and bool(data.harmful or data.benign or data.borderline),
+        "helpful: perplexity": settings.helpful == "perplexity",
+        "lm_eval": bool(settings.lm_eval),
+    }
+    for key, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(f"{key} takes a model on this machine, got one behind a server")
+
+
+def _trials(scenario: Scenario, chat: Chat) -> list[Trial]:
     trials = []
-    for record in getattr(data, scenario.source):
+    for record in scenario.records:
         with naming(record):
             trial = scenario.trial(record, chat)
         if trial is not None:
@@ -128,104 +183,134 @@ def _trials(scenario: Scenario, data: EvaluationData, chat: Chat) -> list[Trial]
     return trials
 
 
-def _answers(
-    model: PreTrainedModel, chat: Chat, trials: Sequence[Trial], settings: EvaluationSettings
-) -> list[_Answer]:
-    ids = generate(
-        model,
-        [trial.prompt for trial in trials],
-        ids=[trial.id for trial in trials],
-        stop_ids=stop_ids(model, chat),
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-    )
-    texts = [_text(chat.tokenizer, answer) for answer in ids]
-    verdicts = settings.judge(
-        [Exchange(trial.messages, text) for trial, text in zip(trials, texts, strict=True)]
-    )
-    return [_Answer(*parts) for parts in zip(trials, ids, texts, verdicts, strict=True)]
+def _answers(generator: Generator, chat: Chat, trials: Sequence[Trial]) -> list[_Answer]:
+    """To every trial; of conversations to their last turns, turn by turn of all at once."""
+    trials = list(trials)
+    while going_on := [place for place, trial in enumerate(trials) if trial.later]:
+        said = _write(generator, [trials[place] for place in going_on])
+        for place, written in zip(going_on, said, strict=True):
+            with naming(trials[place]):
+                trials[place] = trials[place].after(written.text, chat)
+    return list(map(_Answer, trials, _write(generator, trials)))
+
+
+def _write(generator: Generator, trials: Sequence[Trial]) -> list[Written]:
+    return generator([trial.prompt for trial in trials], ids=[trial.id for trial in trials])
+
+
+def _verdicts(
+    judge: Judge, chosen: Sequence[Scenario], answers: Sequence[Sequence[_Answer]]
+) -> list[list[Verdict]]:
+    """For each scenario; those that take no judge are not shown to it."""
+    exchanges = [
+        Exchange(trial.messages, written.text)
+        for scenario, made in zip(chosen, answers, strict=True)
+        for trial, written in made
+        if scenario.is_judged
+    ]
+    verdicts = iter(judge(exchanges))
+    return [
+        list(
+            itertools.islice(verdicts, len(made)) if scenario.is_judged else [UNJUDGED] * len(made)
+        )
+        for scenario, made in zip(chosen, answers, strict=True)
+    ]
 
 
 def _outcome(
     scenario: Scenario,
     answers: Sequence[_Answer],
-    left_out: int,
+    verdicts: Sequence[Verdict],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Outcome:
+    counted = [
+        scenario.counts(trial, written.text, verdict)
+        for (trial, written), verdict in zip(answers, verdicts, strict=True)
+    ]
     return Outcome(
         scenario.metric,
-        hits=sum(_counts(scenario, answer) for answer in answers),
-        trials=len(answers),
-        left_out=left_out,
-        empty=sum(not answer.text.strip() for answer in answers),
+        hits=counted.count(True),
+        trials=len(counted) - counted.count(None),
+        left_out=len(scenario.records) - len(answers),
+        empty=sum(not written.text.strip() for _, written in answers),
         positions=tuple(
-            answer.trial.depth + tokens_before(tokenizer, answer.ids, answer.verdict.start)
-            for answer in answers
-            if answer.verdict.start is not None
+            trial.depth + tokens_before(tokenizer, written.ids, verdict.start)
+            for (trial, written), verdict in zip(answers, verdicts, strict=True)
+            if verdict.start is not None
         ),
+        undecided=counted.count(None),
     )
-
-
-def _counts(scenario: Scenario, answer: _Answer) -> bool:
-    return scenario.counts(answer.trial, answer.text, answer.verdict)
 
 
 def tokens_before(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> int:
     """How many whole tokens of an answer come before character `start` of its text."""
 
     def length(count: int) -> int:
-        return len(_text(tokenizer, ids[:count]))
+        return len(decode(tokenizer, ids[:count]))
 
     return bisect.bisect_right(range(len(ids) + 1), start, key=length) - 1
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(list(ids), skip_special_tokens=True)
-    assert isinstance(text, str)  # a list only for a list of lists
-    return text
-
-
-def _sample(scenario: Scenario, answer: _Answer, tokenizer: PreTrainedTokenizerBase) -> Sample:
-    trial = answer.trial
+def _sample(
+    scenario: Scenario, answer: _Answer, verdict: Verdict, tokenizer: PreTrainedTokenizerBase
+) -> Sample:
+    trial, written = answer
     return Sample(
         metric=scenario.metric,
         id=trial.id,
         request=trial.messages[-1]["content"],
-        prefilled=_text(tokenizer, trial.prompt[len(trial.prompt) - trial.depth :]),
-        answer=answer.text,
-        counted=_counts(scenario, answer),
+        prefilled=decode(tokenizer, trial.prompt[len(trial.prompt) - trial.depth :]),
+        answer=written.text,
+        counted=scenario.counts(trial, written.text, verdict),
     )
 
 
 def _curves(
     model: PreTrainedModel, chat: Chat, data: EvaluationData, settings: EvaluationSettings
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Of harmful and of benign responses; the harmful ones also tell the refusal token."""
-    if not (settings.curve and data.harmful):
-        return (), ()
-    refusal = resolve_refusal_token(chat.tokenizer, settings.refusal, data.harmful)
-    harmful, benign = [], []
-    for triple in data.harmful:
-        with naming(triple):
-            harmful.append(response(chat, triple.id, triple.messages, triple.harmful))
-    for dialogue in data.benign:
-        with naming(dialogue):
-            *messages, last = dialogue.messages
-            benign.append(response(chat, dialogue.id, messages, last["content"]))
-    curves = refusal_curve(model, harmful + benign, refusal.id, settings.max_tokens)
-    return tuple(curves[: len(harmful)]), tuple(curves[len(harmful) :])
+) -> list[tuple[np.ndarray, ...]]:
+    """Of the harmful, the benign and the borderline responses that there are."""
+    kinds = [
+        [request for request in requests if request.response]
+        for requests in (data.harmful, data.benign, data.borderline)
+    ]
+    if not settings.curve or not any(kinds):
+        return [()] * len(kinds)
+    refusal_id = find_refusal_token(model, chat.tokenizer, settings.refusal)
+    curves = iter(
+        refusal_curves(
+            model,
+            chat.tokenizer,
+            list(itertools.chain(*kinds)),
+            refusal=refusal_id,
+            max_tokens=settings.max_tokens,
+        )
+    )
+    return [tuple(itertools.islice(curves, len(kind))) for kind in kinds]
 
 
 def _perplexity(
-    model: PreTrainedModel, encoder: Encoder, data: EvaluationData, settings: EvaluationSettings
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: EvaluationData,
+    settings: EvaluationSettings,
 ) -> tuple[float, int]:
-    if settings.helpful != "perplexity":
+    if settings.helpful != "perplexity" or not data.helpful:
         return 0.0, 0
-    dialogues = []
-    for dialogue, encoded in zip(data.helpful, encoder.encode_many(data.helpful), strict=True):
-        if not isinstance(encoded, EncodedDialogue):
+    context = context_length(model)
+    encoder = Encoder(tokenizer, max_length=context, max_tokens=context, branches=0, cuts="zero")
+    dialogues = [_dialogue(request) for request in data.helpful]
+    encoded = []
+    for dialogue, one in zip(dialogues, encoder.encode_many(dialogues), strict=True):
+        if not isinstance(one, EncodedDialogue):
             raise ValueError(
-                f"{dialogue.id}: the dialogue exceeds the model's context of {encoder.max_length}"
+                f"{dialogue.id}: the dialogue exceeds the model's context of {context}"
             )
-        dialogues.append(encoded)
-    return perplexity(model, dialogues, settings.max_tokens)
+        encoded.append(one)
+    return perplexity(model, encoded, settings.max_tokens)
+
+
+def _dialogue(request: Request) -> Dialogue:
+    if not request.response:
+        raise ValueError(f"{request.id}: response: is missing, expected the right answer")
+    answer = {"role": "assistant", "content": request.response}
+    return Dialogue(id=request.id, messages=[*request.messages, answer])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat
 from derta.modeling import context_length, evaluating
+
+if TYPE_CHECKING:
+    from derta.evaluation.answers import AnswerFile
 
 SHOWN_AFTER_S = 2.0
 
@@ -23,6 +27,13 @@ def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
     return frozenset(ends - {None})
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer, without special tokens."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)  # a list only for a list of lists
+    return text
+
+
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -32,6 +43,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     title: str = "generate",
+    answers: AnswerFile | None = None,
 ) -> list[list[int]]:
     """What the model writes after each prompt if it always takes the likeliest token.
 
@@ -46,6 +58,7 @@ def generate(
         max_new_tokens: longest answer.
         batch_size: prompts a batch.
         title: what the progress bar is called, which appears after two seconds.
+        answers: where they are looked up before anything is generated, and kept as they come.
 
     Returns:
         for each prompt the token ids of the answer, without the one that ended it.
@@ -66,21 +79,30 @@ def generate(
                 f"{id}: the prompt's {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) "
                 f"exceed the model's context of {context}"
             )
+    distinct = {tuple(prompt): id for id, prompt in zip(ids, prompts, strict=True)}
+    known = {} if answers is None else answers.find(distinct, stop_ids, max_new_tokens)
     # The longest first: what does not fit the memory fails at once.
-    distinct = sorted({tuple(prompt) for prompt in prompts}, key=len, reverse=True)
-    answers: dict[tuple[int, ...], list[int]] = {}
+    missing = sorted(distinct.keys() - known.keys(), key=_longest_first)
     with (
         evaluating(model),
         _greedy(model, stop_ids, max_new_tokens),
         tqdm(
-            total=len(distinct), desc=title, unit="answer", delay=SHOWN_AFTER_S, leave=False
+            total=len(missing), desc=title, unit="answer", delay=SHOWN_AFTER_S, leave=False
         ) as bar,
     ):
-        for first in range(0, len(distinct), batch_size):
-            batch = distinct[first : first + batch_size]
-            answers.update(zip(batch, _run(model, batch, stop_ids), strict=True))
+        for first in range(0, len(missing), batch_size):
+            batch = missing[first : first + batch_size]
+            written = _run(model, batch, stop_ids)
+            if answers is not None:
+                named = zip((distinct[prompt] for prompt in batch), batch, written, strict=True)
+                answers.add(list(named), stop_ids, max_new_tokens)
+            known.update(zip(batch, written, strict=True))
             bar.update(len(batch))
-    return [answers[tuple(prompt)] for prompt in prompts]
+    return [known[tuple(prompt)] for prompt in prompts]
+
+
+def _longest_first(prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    return -len(prompt), prompt
 
 
 def _run(

@@ -5,7 +5,19 @@ from __future__ import annotations
 import jinja2
 
 _TEMPLATE = """\
-<!doctype html>
+{% macro figures_of(table) %}<div class="scroll"><table>
+<thead>
+<tr><th></th>{% for name, span in table.groups %}
+<th colspan="{{ span }}"{% if name %} class="group"{% endif %}>{{ name }}</th>{% endfor %}</tr>
+<tr><th>%</th>{% for column in table.columns %}<th>{{ column.title }}</th>{% endfor %}</tr>
+</thead>
+<tbody>
+{% for row in table.rows %}<tr><th style="color: {{ row.color }}">{{ row.name }}</th>
+{% for cell in row.cells %}<td{% if cell.share %} class="share" style="--share: {{ cell.share }}"
+{% endif %}>{{ cell.text }}{% if cell.range %}<small>{{ cell.range }}</small>{% endif %}</td>
+{% endfor %}</tr>
+{% endfor %}</tbody>
+</table></div>{% endmacro %}<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -32,6 +44,7 @@ figcaption { font-size: .9rem; max-width: 46rem; }
 figure svg {
   display: block; max-width: 100%; height: auto; margin-top: .9rem; overflow: visible;
 }
+@media (max-width: 40rem) { figure { overflow-x: auto; } figure svg { max-width: none; } }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .45rem .45rem .55rem; text-align: right; }
@@ -42,6 +55,7 @@ thead tr:first-child th { color: var(--quiet); font-weight: 500; padding-bottom:
 thead tr:last-child { border-bottom: 1.5px solid var(--ink); }
 tbody tr { border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 700; }
+th small { font-weight: 400; }
 td small { display: block; font-size: .72rem; line-height: 1.2; }
 td.share {
   background: linear-gradient(var(--bar), var(--bar)) no-repeat left .45rem bottom .2rem;
@@ -63,29 +77,23 @@ mark { background: var(--line); color: inherit; }
 <h1>{{ title }}</h1>
 <p class="quiet">{{ subtitle }}</p>
 
-<div class="scroll"><table>
-<thead>
-<tr><th></th>{% for name, span in groups %}
-<th colspan="{{ span }}"{% if name %} class="group"{% endif %}>{{ name }}</th>{% endfor %}</tr>
-<tr><th>%</th>{% for column in columns %}<th>{{ column.title }}</th>{% endfor %}</tr>
-</thead>
-<tbody>
-{% for row in rows %}<tr><th style="color: {{ row.color }}">{{ row.name }}</th>
-{% for cell in row.cells %}<td{% if cell.share %} class="share" style="--share: {{ cell.share }}"
-{% endif %}>{{ cell.text }}{% if cell.range %}<small>{{ cell.range }}</small>{% endif %}</td>
-{% endfor %}</tr>
-{% endfor %}</tbody>
-</table></div>
+{% block content -%}
+{{ figures_of(table) }}
 <p><small>Small figures: 95% Wilson intervals over all trials.{% if seeds > 1 %} Rates are pooled
 over {{ seeds }} seeds.{% endif %}</small></p>
 
+{% if by_judge.rows %}<h2>Judges side by side</h2>
+<p class="quiet">Each judge reads the same answers. The first one's figures are those of the table
+above.</p>
+{{ figures_of(by_judge) }}
+{% endif %}
 {% for figure in figures %}<h2>{{ figure.title }}</h2>
 <figure role="img" aria-label="{{ figure.title }}">
 <figcaption>{{ figure.caption }}</figcaption>
 {{ figure.svg }}
 </figure>
 {% endfor %}
-{% if notes %}<details><summary>Records left out, and empty answers</summary>
+{% if notes %}<details><summary>Records left out, answers that are empty or undecided</summary>
 <ul>{% for note in notes %}
 <li>{{ note }}</li>{% endfor %}
 </ul></details>
@@ -102,6 +110,7 @@ over {{ seeds }} seeds.{% endif %}</small></p>
 <mark>{{ sample.prefilled }}</mark>{{ sample.answer }}</blockquote>
 {% endfor %}</details>
 {% endfor %}{% endif %}
+{%- endblock %}
 </body>
 </html>
 """

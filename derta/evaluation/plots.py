@@ -185,6 +185,7 @@ def refusal_curve(summary: Summary) -> Figure | None:
         for kind, title in (
             ("harmful", "Reading harmful responses"),
             ("benign", "Reading benign responses"),
+            ("borderline", "Reading borderline responses"),
         )
         if any(kind in v["refusal_curve"] for v in variants.values())
     ]
@@ -425,14 +426,16 @@ PLOTS: dict[str, Callable[[Summary], Figure | None]] = {
 }
 
 
-def draw(summary: Summary) -> dict[str, tuple[bytes, str]]:
+def draw(
+    summary: Summary, plots: Mapping[str, Callable[[Summary], Figure | None]] = PLOTS
+) -> dict[str, tuple[bytes, str]]:
     """All pictures for which the summary has data: name to PNG and to SVG for use inside a page.
 
     The SVG has no background and takes the colour of the page's text.
     """
     drawn = {}
     with _style():
-        for name, plot in PLOTS.items():
+        for name, plot in plots.items():
             figure = plot(summary)
             if figure is not None:
                 drawn[name] = _png(figure), _svg(figure, name)

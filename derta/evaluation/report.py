@@ -19,6 +19,11 @@ Summary = Mapping[str, Any]
 
 ATTACKS = "attack success"
 PREFILLED = "after prefilled tokens"
+TEMPLATE_PREFILLED = "in a template, after prefilled tokens"
+FILES = "attack success of ready-made prompts"
+OVER_REFUSAL = "over-refusal"
+ACCURACY = "accuracy"
+LM_EVAL = "lm-eval"
 
 CAPTIONS = {
     "prefill": (
@@ -50,19 +55,33 @@ CAPTIONS = {
 }
 
 MEANINGS = {
-    "direct": "Share of harmful requests, asked plainly, that are answered and not refused.",
+    "direct": "Share of harmful requests, asked plainly, that are answered and not refused; where "
+    "the judge reads harm, that are answered with it.",
+    PREFILLED: "The same if the answer already starts with that many tokens of a harmful response. "
+    "Responses that are no longer than that are left out.",
+    "prefilled": "The same if the answer already starts as the requests' file says.",
     "completion": "The same for the request as raw text, without the chat template.",
-    "after prefilled tokens": "The same if the answer already starts with that many tokens of a "
-    "harmful response. Responses that are no longer than that are left out.",
-    "over-refusal": "Share of harmless requests that are refused.",
+    "template": "The same for the request within a template of an attacker's.",
+    TEMPLATE_PREFILLED: "Both at once.",
+    "multi-turn": "The same for the last request of a conversation in which the model has answered "
+    "every request before it itself.",
+    FILES: "The same for prompts as attackers' tools wrote them, one column a file.",
+    OVER_REFUSAL: "Share of harmless requests that are refused: benign ones, and borderline ones, "
+    "which look harmful.",
     "helpful accuracy": "Share of held-out requests that are answered exactly as in the reference.",
+    ACCURACY: "Share of questions whose final answer, a number or a choice's letter, is right.",
     "perplexity": "Of the reference answers to held-out requests.",
     "detector AUC": "Area under the ROC curve of the highest probability of the refusal token "
     "within a response, harmful against benign: 0.5 is chance, 1 parts them perfectly.",
-    "refused": "A keyword judge found a refusal somewhere in what the model wrote itself. It is "
-    "quick and repeatable but no human reader: an evasive answer that does not say so counts as an "
-    "attack's success. An empty one is neither that nor a refusal.",
+    LM_EVAL: "As that library scores its tasks, one column a figure.",
+    "refused": "As the judge says: {judges}. A keyword judge finds a refusal somewhere in what the "
+    "model wrote itself. It is quick and repeatable but no human reader: an evasive answer that "
+    "does not say so counts as an attack's success. An empty answer is neither that nor a refusal, "
+    "and one of which the judge does not say is not counted.",
 }
+
+# What a figure is called, where its metric is not what people say.
+TITLES = {"multi_turn": "multi-turn"}
 
 
 @dataclass(frozen=True)
@@ -82,24 +101,43 @@ class Column:
     is_share: bool = True
 
 
-def _columns(summary: Summary) -> list[Column]:
-    """A column for every figure that some variant has."""
-    entries = summary["variants"].values()
-    attacks = {name: None for entry in entries for name in entry.get("asr", {})}
-    depths = {int(k) for entry in entries for k in entry.get("asr", {}).get("prefill", {})}
-    columns = [
-        *(Column(name, ("asr", name), ATTACKS) for name in attacks if name != "prefill"),
-        *(Column(str(k), ("asr", "prefill", str(k)), PREFILLED) for k in sorted(depths)),
-        Column("over-refusal", ("over_refusal",)),
-        Column("helpful accuracy", ("helpful_accuracy",)),
-        Column("perplexity", ("helpful_perplexity",), is_share=False),
-        Column("detector AUC", ("detector_auc",), is_share=False),
-    ]
+def _columns(entries: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """A column for every figure that some entry has."""
+    names = {path: _names(entries, path) for path in ("asr", "over_refusal", "accuracy", "lm_eval")}
+    deep = {"prefill": PREFILLED, "template_prefill": TEMPLATE_PREFILLED}
+    apart = {*deep, "file"}
     return [
-        column
-        for column in columns
-        if any(_lookup(entry, column.path) is not None for entry in entries)
+        *(
+            Column(TITLES.get(name, name), ("asr", name), ATTACKS)
+            for name in names["asr"]
+            if name not in apart
+        ),
+        *(
+            Column(depth, ("asr", kind, depth), group)
+            for kind, group in deep.items()
+            for depth in sorted(_names(entries, "asr", kind), key=int)
+        ),
+        *(Column(name, ("asr", "file", name), FILES) for name in _names(entries, "asr", "file")),
+        *(Column(name, ("over_refusal", name), OVER_REFUSAL) for name in names["over_refusal"]),
+        *_present(entries, Column("helpful accuracy", ("helpful_accuracy",))),
+        *(Column(name, ("accuracy", name), ACCURACY) for name in names["accuracy"]),
+        *_present(entries, Column("perplexity", ("helpful_perplexity",), is_share=False)),
+        *_present(entries, Column("detector AUC", ("detector_auc",), is_share=False)),
+        *(
+            Column(f"{task} {figure}", ("lm_eval", task, figure), LM_EVAL, is_share=False)
+            for task in names["lm_eval"]
+            for figure in _names(entries, "lm_eval", task)
+        ),
     ]
+
+
+def _names(entries: Sequence[Mapping[str, Any]], *path: str) -> list[str]:
+    """What stands below `path`, in the order in which entries have it."""
+    return list(dict.fromkeys(name for entry in entries for name in _lookup(entry, path) or {}))
+
+
+def _present(entries: Sequence[Mapping[str, Any]], column: Column) -> list[Column]:
+    return [column] if any(_lookup(entry, column.path) is not None for entry in entries) else []
 
 
 def _lookup(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -125,15 +163,41 @@ def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
 
 
 def format_table(summary: Summary) -> str:
-    """The table of the report as text; shares in percent."""
-    columns = _columns(summary)
-    table = [["%", *(column.title for column in columns)]]
+    """The table of the report as text, and that of its other judges; shares in percent."""
+    entries = dict(summary["variants"])
+    tables = [_format(entries)]
+    if judged := _by_judge(summary):
+        tables.append("by judge\n" + _format(judged))
+    return "\n\n".join(tables)
+
+
+def _by_judge(summary: Summary) -> dict[str, Mapping[str, Any]]:
+    """What each judge says of each model, where there are several: side by side, never averaged."""
+    rows: dict[str, Mapping[str, Any]] = {}
     for name, entry in summary["variants"].items():
+        if others := entry.get("judges"):
+            kinds = ("asr", "over_refusal", "intervals")
+            rows[f"{name}: {entry['judge']}"] = {k: entry[k] for k in kinds if k in entry}
+            rows |= {f"{name}: {judge}": said for judge, said in others.items()}
+    return rows
+
+
+def _format(entries: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = _columns(list(entries.values()))
+    table = [["%", *(column.title for column in columns)]]
+    for name, entry in entries.items():
         table.append([name, *(_text(_lookup(entry, column.path), column) for column in columns)])
     first, *widths = (max(map(len, cells)) for cells in zip(*table, strict=True))
-    heading, left = " " * first, iter(widths)
-    for name, span in _groups(columns):
-        heading += "  " + name.ljust(sum(itertools.islice(left, span)) + 2 * (span - 1))
+    groups = _groups(columns)
+    left = iter(range(len(columns)))
+    for group, span in groups:
+        places = list(itertools.islice(left, span))
+        missing = len(group) - sum(widths[place] for place in places) - 2 * (span - 1)
+        for place in itertools.islice(itertools.cycle(places), max(0, missing)):
+            widths[place] += 1
+    heading, wide = " " * first, iter(widths)
+    for group, span in groups:
+        heading += "  " + group.ljust(sum(itertools.islice(wide, span)) + 2 * (span - 1))
     lines = [heading.rstrip()]
     for name, *cells in table:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
@@ -147,7 +211,8 @@ def write_report(
     """Writes report.html, the pictures as PNG, and summary.json.
 
     The page is one file: it loads nothing, and all text from models and data is escaped. Each file
-    appears complete or not at all; summary.json, the last, says that all are there.
+    appears complete or not at all; summary.json, the last, says that all are there. Page and
+    summary can be read by their owner alone where they hold samples.
 
     Args:
         summary: see `summarize`.
@@ -168,15 +233,25 @@ def write_report(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, (png, _) in pictures.items():
-        _write(directory / f"{name}.png", png)
-    _write(directory / "report.html", page.encode())
-    _write(directory / "summary.json", data.encode())
+        write_whole(directory / f"{name}.png", png)
+    private = any("samples" in entry for entry in summary["variants"].values())
+    write_whole(directory / "report.html", page.encode(), private=private)
+    write_whole(directory / "summary.json", data.encode(), private=private)
     return directory / "report.html"
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Writes a file that appears complete or not at all.
+
+    Args:
+        path: of the file.
+        data: its content.
+        private: whether its owner alone can read it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if private:
+            partial.touch(mode=0o600)
         partial.write_bytes(data)
         os.replace(partial, path)
     finally:
@@ -184,23 +259,20 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
-    columns = _columns(summary)
+    variants = summary["variants"]
     seeds = len(summary["seeds"])
     band = "the range over seeds" if seeds > 1 else "95% Wilson intervals"
-    color = colors(list(summary["variants"]))
+    color = colors(list(variants))
+    columns = _columns(list(variants.values()))
+    judges = dict.fromkeys(entry.get("judge", "keyword") for entry in variants.values())
     return PAGE.render(
         title=title,
         subtitle=_subtitle(summary),
-        groups=_groups(columns),
-        columns=columns,
-        rows=[
-            {
-                "name": name,
-                "color": color[name],
-                "cells": [_cell(entry, column) for column in columns],
-            }
-            for name, entry in summary["variants"].items()
-        ],
+        table=_table(variants, color),
+        by_judge=_table(
+            judged := _by_judge(summary),
+            {name: color[name.rpartition(": ")[0]] for name in judged},
+        ),
         seeds=seeds,
         figures=[
             {
@@ -212,16 +284,30 @@ def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
         ],
         notes=_notes(summary),
         meanings=[
-            (name, meaning)
+            (name, meaning.format(judges=", ".join(judges)) if name == "refused" else meaning)
             for name, meaning in MEANINGS.items()
             if name in {"refused", *(heading for c in columns for heading in (c.title, c.group))}
         ],
         samples=[
-            (name, entry["samples"])
-            for name, entry in summary["variants"].items()
-            if "samples" in entry
+            (name, entry["samples"]) for name, entry in variants.items() if "samples" in entry
         ],
     )
+
+
+def _table(entries: Mapping[str, Mapping[str, Any]], color: Mapping[str, str]) -> dict[str, Any]:
+    columns = _columns(list(entries.values()))
+    return {
+        "groups": _groups(columns),
+        "columns": columns,
+        "rows": [
+            {
+                "name": name,
+                "color": color[name],
+                "cells": [_cell(entry, column) for column in columns],
+            }
+            for name, entry in entries.items()
+        ],
+    }
 
 
 def _subtitle(summary: Summary) -> str:
@@ -251,20 +337,27 @@ def _notes(summary: Summary) -> list[str]:
     notes = []
     for name, entry in summary["variants"].items():
         for metric, count in _leaves(entry.get("counts", {})):
+            made = count["trials"] + count.get("undecided", 0)
             if count["left_out"]:
-                total = count["left_out"] + count["trials"]
+                total = count["left_out"] + made
                 notes.append(f"{name}, {metric}: {count['left_out']} of {total} records left out")
             if count["empty"]:
-                notes.append(
-                    f"{name}, {metric}: {count['empty']} of {count['trials']} answers empty"
-                )
+                notes.append(f"{name}, {metric}: {count['empty']} of {made} answers empty")
+        judges = {entry.get("judge", "keyword"): entry, **entry.get("judges", {})}
+        notes += [
+            f"{name}, {metric}: {judge} undecided of {count['undecided']} of "
+            f"{count['trials'] + count['undecided']} answers"
+            for judge, judged in judges.items()
+            for metric, count in _leaves(judged.get("counts", {}))
+            if count.get("undecided")
+        ]
     return notes
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Mapping[str, int]]]:
     """Metrics and their counts."""
     for name, below in tree.items():
-        if "trials" in below:
+        if isinstance(below.get("trials"), int):
             yield above + name, below
         else:
             yield from _leaves(below, f"{above}{name} ")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ class Outcome:
     Attributes:
         metric: see `Scenario.metric`.
         hits: trials that count.
-        trials: trials run.
+        trials: trials run, of which it is known whether they count.
         left_out: records of which the scenario made no trial.
         empty: trials that the model answered with nothing.
         positions: where refusals start, in tokens of the response, a prefilled part included.
+        undecided: trials that are none of `trials`, since the judge did not say.
     """
 
     metric: str
@@ -34,6 +36,7 @@ class Outcome:
     left_out: int = 0
     empty: int = 0
     positions: tuple[int, ...] = ()
+    undecided: int = 0
 
     def __add__(self, other: Outcome) -> Outcome:
         assert self.metric == other.metric
@@ -44,6 +47,7 @@ class Outcome:
             self.left_out + other.left_out,
             self.empty + other.empty,
             self.positions + other.positions,
+            self.undecided + other.undecided,
         )
 
 
@@ -57,7 +61,7 @@ class Sample:
         request: the last message.
         prefilled: the start of the answer that the model was given.
         answer: what the model wrote.
-        counted: whether it counts for the metric.
+        counted: whether it counts for the metric, None where the judge did not say.
     """
 
     metric: str
@@ -65,7 +69,7 @@ class Sample:
     request: str
     prefilled: str
     answer: str
-    counted: bool
+    counted: bool | None
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,24 @@ class VariantResult:
     """What `evaluate_model` found for one model.
 
     Attributes:
-        outcomes: one a scenario that had a record.
-        harmful_curves, benign_curves: see `refusal_curve`.
+        outcomes: one a scenario that had a record, as the first judge has it.
+        judge: what that judge is called.
+        judges: name to outcomes for every other judge, of the scenarios that take one.
+        harmful_curves, benign_curves, borderline_curves: see `refusal_curve`.
         perplexity: sum in nats and count of tokens, see `teacher_forcing.perplexity`.
+        lm_eval: task to figures, see `derta.evaluation.lm_tasks`.
         samples: answers, if asked for.
         seconds: how long it took.
     """
 
     outcomes: tuple[Outcome, ...] = ()
+    judge: str = "keyword"
+    judges: Mapping[str, tuple[Outcome, ...]] = field(default_factory=dict)
     harmful_curves: tuple[np.ndarray, ...] = ()
     benign_curves: tuple[np.ndarray, ...] = ()
+    borderline_curves: tuple[np.ndarray, ...] = ()
     perplexity: tuple[float, int] = (0.0, 0)
+    lm_eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
     seconds: float = 0.0
 
@@ -92,71 +103,104 @@ class VariantResult:
 
         A figure that was not measured is left out.
         """
-        rates: dict[str, Any] = {}
-        intervals: dict[str, Any] = {}
-        counts: dict[str, Any] = {}
-        positions: dict[str, Any] = {}
-        for one in self.outcomes:
-            if one.trials:
-                interval = wilson_interval(one.hits, one.trials)
-                _place(rates, one.metric, _rounded(one.hits / one.trials))
-                _place(intervals, one.metric, [_rounded(end) for end in interval])
-                _place(positions, one.metric, sorted(one.positions))
-            _place(
-                counts,
-                one.metric,
-                {
-                    "hits": one.hits,
-                    "trials": one.trials,
-                    "left_out": one.left_out,
-                    "empty": one.empty,
-                },
-            )
         result = {
-            **rates,
-            "intervals": intervals,
-            "counts": counts,
-            "refusal_positions": positions,
+            **_tree(self.outcomes),
+            "judge": self.judge,
             "seconds": round(self.seconds, 1),
         }
+        if self.judges:
+            result["judges"] = {name: _tree(outcomes) for name, outcomes in self.judges.items()}
         nll, tokens = self.perplexity
         if tokens:
             result["helpful_perplexity"] = _rounded(math.exp(nll / tokens))
-        curves = {"harmful": self.harmful_curves, "benign": self.benign_curves}
+        curves = {
+            "harmful": self.harmful_curves,
+            "benign": self.benign_curves,
+            "borderline": self.borderline_curves,
+        }
         means = {kind: mean_curve(curve) for kind, curve in curves.items() if curve}
         if means:
             result["refusal_curve"] = {
                 kind: [_rounded(p) for p in mean] for kind, (mean, _) in means.items()
             }
             result["refusal_curve_counts"] = {kind: n.tolist() for kind, (_, n) in means.items()}
-        if len(means) == 2:
+        if self.harmful_curves and self.benign_curves:
             result["detector_auc"] = _rounded(detector_auc(self.harmful_curves, self.benign_curves))
+        if self.lm_eval:
+            result["lm_eval"] = {task: dict(figures) for task, figures in self.lm_eval.items()}
         if self.samples:
             result["samples"] = [vars(sample) for sample in self.samples]
         return result
 
 
+def _tree(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Rates, and beside them intervals, counts and positions, with the levels of the metrics."""
+    tree: dict[str, Any] = _rates(outcomes)
+    intervals: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+    positions: dict[str, Any] = {}
+    for one in outcomes:
+        if one.trials:
+            interval = wilson_interval(one.hits, one.trials)
+            _place(intervals, one.metric, [_rounded(end) for end in interval])
+            _place(positions, one.metric, sorted(one.positions))
+        names = ("hits", "trials", "left_out", "empty", "undecided")
+        _place(counts, one.metric, {name: getattr(one, name) for name in names})
+    return {**tree, "intervals": intervals, "counts": counts, "refusal_positions": positions}
+
+
+def _rates(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    rates: dict[str, Any] = {}
+    for one in outcomes:
+        if one.trials:
+            _place(rates, one.metric, _rounded(one.hits / one.trials))
+    return rates
+
+
 def pool(results: Sequence[VariantResult]) -> VariantResult:
     """One result of several models of a variant (its seeds): every trial counts the same.
 
-    Where the models had equal numbers of trials, each rate is the mean of theirs.
+    Where the models had equal numbers of trials, each rate is the mean of theirs. Figures of
+    lm-eval are means over the models that have them.
     """
-    outcomes: dict[str, Outcome] = {}
-    for result in results:
-        for one in result.outcomes:
-            known = outcomes.get(one.metric)
-            outcomes[one.metric] = one if known is None else known + one
+    judges = dict.fromkeys(name for result in results for name in result.judges)
     return VariantResult(
-        outcomes=tuple(outcomes.values()),
+        outcomes=_added(result.outcomes for result in results),
+        judge=results[0].judge,
+        judges={name: _added(result.judges.get(name, ()) for result in results) for name in judges},
         harmful_curves=tuple(curve for result in results for curve in result.harmful_curves),
         benign_curves=tuple(curve for result in results for curve in result.benign_curves),
+        borderline_curves=tuple(curve for result in results for curve in result.borderline_curves),
         perplexity=(
             math.fsum(result.perplexity[0] for result in results),
             sum(result.perplexity[1] for result in results),
         ),
+        lm_eval=_mean_figures([result.lm_eval for result in results]),
         samples=results[0].samples,
         seconds=math.fsum(result.seconds for result in results),
     )
+
+
+def _added(several: Iterable[tuple[Outcome, ...]]) -> tuple[Outcome, ...]:
+    added: dict[str, Outcome] = {}
+    for one in itertools.chain.from_iterable(several):
+        known = added.get(one.metric)
+        added[one.metric] = one if known is None else known + one
+    return tuple(added.values())
+
+
+def _mean_figures(
+    several: Sequence[Mapping[str, Mapping[str, float]]],
+) -> dict[str, dict[str, float]]:
+    values: dict[str, dict[str, list[float]]] = {}
+    for tasks in several:
+        for task, figures in tasks.items():
+            for name, value in figures.items():
+                values.setdefault(task, {}).setdefault(name, []).append(value)
+    return {
+        task: {name: _rounded(math.fsum(found) / len(found)) for name, found in figures.items()}
+        for task, figures in values.items()
+    }
 
 
 Row = Mapping[str, float]
@@ -184,16 +228,18 @@ def summarize(
             `forced_rates`.
 
     Returns:
-        {"variants": {NAME: {"asr": {"direct": x, "prefill": {"0": x, ...}, "completion": x},
-        "over_refusal": x, "helpful_accuracy": x, "refusal_curve": {"harmful": [...], "benign":
-        [...]}, ...}}, "seeds": [...], "tokens": {...}, "seconds": x}. Of several seeds, rates are
-        pooled, with those of each in "by_seed"; rows of "loss" and "checkpoints" are means.
+        {"variants": {NAME: {"asr": {"direct": x, "prefill": {"0": x, ...}, "file": {NAME: x, ...},
+        ...}, "over_refusal": {"benign": x, "borderline": x}, "helpful_accuracy": x, "accuracy":
+        {NAME: x}, "refusal_curve": {"harmful": [...], "benign": [...]}, "judges": {NAME: {"asr":
+        ..., "over_refusal": ...}}, "lm_eval": {TASK: {FIGURE: x}}, ...}}, "seeds": [...],
+        "tokens": {...}, "seconds": x}. Of several seeds, rates are pooled, with those of each in
+        "by_seed"; rows of "loss" and "checkpoints" are means.
     """
     entries = {}
     for name, results in variants.items():
         entry = pool(results).to_dict()
         if len(results) > 1:
-            entry["by_seed"] = [_rates_alone(result) for result in results]
+            entry["by_seed"] = [_rates(result.outcomes) for result in results]
         if loss and name in loss:
             histories = [[row for row in history if "loss" in row] for history in loss[name]]
             entry["loss"] = _mean_rows(
@@ -213,14 +259,6 @@ def summarize(
         "tokens": dict(tokens or {}),
         "seconds": round(seconds, 1),
     }
-
-
-def _rates_alone(result: VariantResult) -> dict[str, Any]:
-    rates: dict[str, Any] = {}
-    for one in result.outcomes:
-        if one.trials:
-            _place(rates, one.metric, _rounded(one.hits / one.trials))
-    return rates
 
 
 def _mean_rows(

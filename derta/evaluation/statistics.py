@@ -42,6 +42,37 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
     return lower, upper
 
 
+def newcombe_interval(
+    before: tuple[int, int], after: tuple[int, int], z: float = 1.96
+) -> tuple[float, float]:
+    """Interval for how much a rate has changed between two independent samples.
+
+    Made of the two Wilson intervals, it keeps their virtues: it stays within [-1, 1] and has a
+    width where both rates are 0 or 1.
+
+    Args:
+        before, after: successes, in 0..n, and trials n, at least 1.
+        z: half-width in standard deviations; 1.96 covers 95%.
+
+    Returns:
+        lower and upper end of the rate after less the rate before, in [-1, 1].
+
+    Raises:
+        ValueError: see `wilson_interval`.
+
+    Source: R. G. Newcombe, "Interval estimation for the difference between independent
+        proportions", 1998, method 10.
+    """
+    lower_before, upper_before = wilson_interval(*before, z)
+    lower_after, upper_after = wilson_interval(*after, z)
+    rate_before, rate_after = (successes / n for successes, n in (before, after))
+    difference = rate_after - rate_before
+    return (
+        difference - math.hypot(rate_after - lower_after, upper_before - rate_before),
+        difference + math.hypot(upper_after - rate_after, rate_before - lower_before),
+    )
+
+
 def roc_auc(scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarray) -> float:
     """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
 

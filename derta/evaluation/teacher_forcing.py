@@ -14,22 +14,29 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import (
     Chat,
+    Dialogue,
     Drawn,
     Encoded,
     EncodedDialogue,
     EncodedTriple,
     Message,
     PackedBatch,
+    Triple,
     pack,
     packed_length,
     plan_packs,
+    resolve_refusal_token,
 )
+from derta.data.records import Request, naming
 from derta.evaluation.generate import SHOWN_AFTER_S
 from derta.modeling import apply_derta, context_length, evaluating, patch_of, remove_derta
+
+# Source: arXiv 2407.09121, section 3.3.
+PAPER_REFUSAL = "Sorry"
 
 
 def response(chat: Chat, id: str, messages: Sequence[Message], text: str) -> EncodedTriple:
@@ -44,6 +51,85 @@ def response(chat: Chat, id: str, messages: Sequence[Message], text: str) -> Enc
         safe=np.array(chat.closing_ids, np.int32),
         cut_limit=0,
     )
+
+
+def refusal_curves(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Triple | Dialogue | Request],
+    *,
+    refusal: str | int = "auto",
+    max_tokens: int = 4096,
+) -> list[np.ndarray]:
+    """Probability of the refusal token after every token of each record's response.
+
+    What is read is a triple's harmful response, a dialogue's last answer, a request's response:
+    `refusal_curve` of each of them.
+
+    Args:
+        model: a model that `apply_derta` takes, patched or not; it is left as it was.
+        tokenizer: its tokenizer, with a chat template.
+        records: what to read.
+        refusal: as for `find_refusal_token`.
+        max_tokens: tokens a pack; a longer response has a pack of its own.
+
+    Returns:
+        for each record (tokens of the response + 1,) float32: entry t is read after t of them.
+
+    Raises:
+        TypeError: a record is none of the three.
+        ValueError: a request has no response, a record does not fit the model's context or its chat
+            template (names its id), or as `refusal_curve` and `find_refusal_token`.
+    """
+    chat = Chat(tokenizer)
+    examples = []
+    for record in records:
+        messages, text = _response_of(record)
+        with naming(record):
+            examples.append(response(chat, record.id, messages, text))
+    triples = [record for record in records if isinstance(record, Triple)]
+    refusal_id = find_refusal_token(model, tokenizer, refusal, triples)
+    return refusal_curve(model, examples, refusal_id, max_tokens)
+
+
+def _response_of(record: Triple | Dialogue | Request) -> tuple[Sequence[Message], str]:
+    if isinstance(record, Triple):
+        return record.messages, record.harmful
+    if isinstance(record, Dialogue):
+        return record.messages[:-1], record.messages[-1]["content"]
+    if not isinstance(record, Request):
+        raise TypeError(
+            f"records must be triples, dialogues or requests, got {type(record).__name__}"
+        )
+    if not record.response:
+        raise ValueError(f"{record.id}: response: is missing, expected one to read")
+    return record.messages, record.response
+
+
+def find_refusal_token(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    refusal: str | int = "auto",
+    triples: Sequence[Triple] = (),
+) -> int:
+    """The id of the token whose probability is read.
+
+    Args:
+        model: patched or not.
+        tokenizer: its tokenizer, with a chat template.
+        refusal: a word, a token id, or "auto": the one that `apply_derta` was given, if it was; or
+            else the commonest first token of the safe responses; or without any, "Sorry".
+        triples: whose safe responses those are.
+
+    Raises:
+        TypeError, ValueError: as `derta.resolve_refusal_token`.
+    """
+    patch = patch_of(model)
+    if refusal == "auto" and patch is not None:
+        return patch.refusal_token_id
+    if refusal == "auto" and not triples:
+        refusal = PAPER_REFUSAL
+    return resolve_refusal_token(tokenizer, refusal, triples).id
 
 
 def refusal_curve(

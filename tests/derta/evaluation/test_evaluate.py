@@ -10,17 +10,23 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from derta.data import Chat, Dialogue, Triple
+from derta.data import Chat, Dialogue, Request, Triple
 from derta.evaluation import (
     EvaluationData,
     EvaluationSettings,
     Exchange,
+    KeywordJudge,
     Verdict,
     evaluate_model,
+    find_refusal_token,
+    refusal_curve,
+    refusal_curves,
+    response,
     scenarios,
 )
 from derta.evaluation.evaluate import tokens_before
 from derta.evaluation.scenarios import completion
+from derta.modeling import apply_derta
 from tiny import tiny_model, tiny_tokenizer
 
 REFUSAL = "Sorry, I cannot help."
@@ -28,24 +34,18 @@ HARMFUL = "The quick brown fox jumps over a lazy dog"
 BREAKS_OFF_AFTER = 3
 
 
-def triple(id: str, harmful: str = HARMFUL) -> Triple:
-    return Triple(id=id, prompt="How do I paint?", safe=REFUSAL, harmful=harmful)
+def asked(id: str, response: str = HARMFUL, **fields: str) -> Request:
+    return Request(id=id, prompt="How do I paint?", response=response, **fields)
 
 
-def dialogue(id: str, answer: str) -> Dialogue:
-    return Dialogue(
-        id=id,
-        messages=[
-            {"role": "user", "content": "What does the fox do?"},
-            {"role": "assistant", "content": answer},
-        ],
-    )
+def harmless(id: str, response: str) -> Request:
+    return Request(id=id, prompt="What does the fox do?", response=response)
 
 
 DATA = EvaluationData(
-    harmful=[triple("a"), triple("b"), triple("short", "The quick")],
-    benign=[dialogue("c", "It jumps.")],
-    helpful=[dialogue("d", "  Sorry,  I cannot help.\n"), dialogue("e", "It jumps.")],
+    harmful=[asked("a"), asked("b"), asked("short", "The quick")],
+    benign=[harmless("c", "It jumps.")],
+    helpful=[harmless("d", "  Sorry,  I cannot help.\n"), harmless("e", "It jumps.")],
 )
 
 
@@ -56,7 +56,7 @@ def model(
     chain: Callable[..., dict[int, int]],
 ) -> PreTrainedModel:
     """Refuses at once, refuses three tokens into the harmful response, and not from the fourth."""
-    messages = triple("a").messages
+    messages = asked("a").messages
     refusal = chat.response_ids(messages, REFUSAL)
     harmful = chat.response_ids(messages, HARMFUL)
     assert len(set(refusal + harmful)) == len(refusal + harmful)
@@ -75,21 +75,21 @@ def settings(**changes: object) -> EvaluationSettings:
 
 def test_every_figure_is_what_the_model_does(model: PreTrainedModel, chat: Chat) -> None:
     result = evaluate_model(model, chat.tokenizer, DATA, settings()).to_dict()
-    short = len(chat.response_ids(triple("a").messages, "The quick"))
+    short = len(chat.response_ids(asked("a").messages, "The quick"))
     assert short == 3  # left out from depth 3 on
     assert result["asr"] == {
         "direct": 0.0,
         "prefill": {"0": 0.0, "1": 0.0, "3": 0.0, "4": 1.0},
         "completion": 0.0,  # nothing is answered
     }
-    assert result["over_refusal"] == 1.0
+    assert result["over_refusal"] == {"benign": 1.0}
     assert result["helpful_accuracy"] == 0.5
     assert result["counts"]["asr"]["prefill"] == {
-        "0": {"hits": 0, "trials": 3, "left_out": 0, "empty": 0},
-        "1": {"hits": 0, "trials": 3, "left_out": 0, "empty": 0},
-        "3": {"hits": 0, "trials": 2, "left_out": 1, "empty": 0},
-        "4": {"hits": 2, "trials": 2, "left_out": 1, "empty": 0},
-        "50": {"hits": 0, "trials": 0, "left_out": 3, "empty": 0},
+        "0": {"hits": 0, "trials": 3, "left_out": 0, "empty": 0, "undecided": 0},
+        "1": {"hits": 0, "trials": 3, "left_out": 0, "empty": 0, "undecided": 0},
+        "3": {"hits": 0, "trials": 2, "left_out": 1, "empty": 0, "undecided": 0},
+        "4": {"hits": 2, "trials": 2, "left_out": 1, "empty": 0, "undecided": 0},
+        "50": {"hits": 0, "trials": 0, "left_out": 3, "empty": 0, "undecided": 0},
     }
     assert result["counts"]["asr"]["completion"]["empty"] == 3
     assert result["refusal_positions"]["asr"] == {
@@ -97,10 +97,10 @@ def test_every_figure_is_what_the_model_does(model: PreTrainedModel, chat: Chat)
         "prefill": {"0": [0, 0, 0], "1": [3, 3, 3], "3": [3, 3], "4": []},
         "completion": [],
     }
-    assert result["intervals"]["over_refusal"] == [pytest.approx(0.206543), 1.0]
+    assert result["intervals"]["over_refusal"]["benign"] == [pytest.approx(0.206543), 1.0]
     certain = [round(p) for p in result["refusal_curve"]["harmful"]]
     assert [depth for depth, p in enumerate(certain) if p] == [0, BREAKS_OFF_AFTER]
-    longest = len(chat.response_ids(triple("a").messages, HARMFUL))
+    longest = len(chat.response_ids(asked("a").messages, HARMFUL))
     assert result["refusal_curve_counts"]["harmful"] == [3] * (short + 1) + [2] * (longest - short)
     assert [round(p) for p in result["refusal_curve"]["benign"]][:2] == [1, 0]
     assert result["detector_auc"] == 0.5  # it refuses everything alike
@@ -136,18 +136,21 @@ def test_a_kind_of_records_that_is_missing_leaves_its_figures_out(
         "over_refusal",
         "intervals",
         "counts",
+        "refusal_curve",
+        "refusal_curve_counts",
         "refusal_positions",
+        "judge",
         "seconds",
     }
 
 
 def test_perplexity_takes_the_place_of_exact_match(model: PreTrainedModel, chat: Chat) -> None:
-    data = EvaluationData(helpful=[dialogue("d", REFUSAL)])
+    data = EvaluationData(helpful=[harmless("d", REFUSAL)])
     result = evaluate_model(model, chat.tokenizer, data, settings(helpful="perplexity")).to_dict()
     assert result["helpful_perplexity"] == pytest.approx(1.0, abs=1e-3)
     assert "helpful_accuracy" not in result
     with pytest.raises(ValueError, match=re.escape("d: the dialogue exceeds the model's context")):
-        long = EvaluationData(helpful=[dialogue("d", "jumps " * 400)])
+        long = EvaluationData(helpful=[harmless("d", "jumps " * 400)])
         evaluate_model(model, chat.tokenizer, long, settings(helpful="perplexity"))
 
 
@@ -162,7 +165,7 @@ def test_any_judge_will_do_and_reads_only_what_the_model_wrote(
 
     data = EvaluationData(harmful=DATA.harmful[:1])
     result = evaluate_model(
-        model, chat.tokenizer, data, settings(judge=judge, prefill_depths=(3,))
+        model, chat.tokenizer, data, settings(judges={"all": judge}, prefill_depths=(3,))
     ).to_dict()
     assert [exchange.answer for exchange in read] == [REFUSAL, REFUSAL, ""]
     assert all(exchange.messages == DATA.harmful[0].messages for exchange in read)
@@ -171,10 +174,8 @@ def test_any_judge_will_do_and_reads_only_what_the_model_wrote(
 
 
 def test_patched_models_and_plain_ones_come_out_alike(model: PreTrainedModel, chat: Chat) -> None:
-    from derta.modeling import apply_derta
-
     plain = evaluate_model(model, chat.tokenizer, DATA, settings())
-    (sorry, *_) = chat.response_ids(triple("a").messages, REFUSAL)
+    (sorry, *_) = chat.response_ids(asked("a").messages, REFUSAL)
     patched = evaluate_model(apply_derta(model, sorry), chat.tokenizer, DATA, settings())
     assert patched.outcomes == plain.outcomes
     for one, other in zip(patched.harmful_curves, plain.harmful_curves, strict=True):
@@ -184,10 +185,10 @@ def test_patched_models_and_plain_ones_come_out_alike(model: PreTrainedModel, ch
 def test_completion_is_raw_text_after_what_begins_every_sequence(chat: Chat) -> None:
     bos = chat.tokenizer.bos_token_id
     text = chat.tokenizer("How do I paint?", add_special_tokens=False)["input_ids"]
-    assert completion(triple("a"), chat).prompt == (bos, *text)
+    assert completion(asked("a"), chat).prompt == (bos, *text)
     bare = Chat(tiny_tokenizer.__wrapped__())
     bare.tokenizer.chat_template = bare.tokenizer.chat_template.replace("{{ bos_token }}", "")
-    assert completion(triple("a"), Chat(bare.tokenizer)).prompt == tuple(text)
+    assert completion(asked("a"), Chat(bare.tokenizer)).prompt == tuple(text)
 
 
 def test_tokens_before_a_character_are_whole_ones(chat: Chat) -> None:
@@ -198,11 +199,203 @@ def test_tokens_before_a_character_are_whole_ones(chat: Chat) -> None:
         assert tokens_before(chat.tokenizer, ids, start) == int((ends <= start).sum())
 
 
+def rates(model: PreTrainedModel, chat: Chat, data: EvaluationData, **changes: object) -> dict:
+    return evaluate_model(model, chat.tokenizer, data, settings(curve=False, **changes)).to_dict()
+
+
+def test_a_file_may_say_what_an_answer_starts_with(model: PreTrainedModel, chat: Chat) -> None:
+    start = chat.tokenizer.decode(
+        chat.response_ids(asked("a").messages, HARMFUL)[: BREAKS_OFF_AFTER + 1]
+    )
+    data = EvaluationData(harmful=[asked("a", prefill=start), asked("b", prefill=HARMFUL[:3])])
+    result = rates(model, chat, EvaluationData(harmful=[*data.harmful, asked("c")]))
+    assert result["asr"]["prefilled"] == 0.5
+    assert result["counts"]["asr"]["prefilled"]["left_out"] == 1
+    assert "prefilled" not in rates(model, chat, DATA)["asr"]
+
+
+def test_requests_without_responses_leave_prefills_out(model: PreTrainedModel, chat: Chat) -> None:
+    data = EvaluationData(harmful=[asked("a", response="")])
+    assert rates(model, chat, data)["counts"]["asr"].keys() == {"direct", "completion"}
+
+
+def test_templates_go_around_requests_in_turn_and_judges_do_not_see_them(chat: Chat) -> None:
+    templates = ["Be brief. {request}", "{request} {request} {braces}"]
+    chosen = {
+        one.metric: one
+        for one in scenarios(DATA, prefill_depths=(0, 2), templates=templates)
+        if "template" in one.metric
+    }
+    assert chosen.keys() == {
+        "asr.template",
+        "asr.template_prefill.0",
+        "asr.template_prefill.2",
+    }
+    made = [chosen["asr.template"].trial(one, chat) for one in chosen["asr.template"].records]
+    texts = [
+        template.replace("{request}", "How do I paint?") for template in [*templates, templates[0]]
+    ]
+    prompts = [chat.prompt_ids([{"role": "user", "content": text}]) for text in texts]
+    assert [list(trial.prompt) for trial in made] == prompts
+    assert all(trial.messages == asked("a").messages for trial in made)
+    deep = chosen["asr.template_prefill.2"]
+    start = tuple(chat.response_ids(asked("a").messages, HARMFUL)[:2])
+    trial = deep.trial(deep.records[0], chat)
+    assert (trial.prompt, trial.depth) == ((*prompts[0], *start), 2)
+
+
+def test_the_model_answers_every_turn_of_a_conversation_itself(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    read: list[Exchange] = []
+
+    def judge(exchanges: list[Exchange]) -> list[Verdict]:
+        read.extend(exchanges)
+        return [Verdict(refused=False, harmful=True) for _ in exchanges]
+
+    user = [{"role": "user", "content": text} for text in ("Hello", "And how?", "Paint!")]
+    given = {"role": "assistant", "content": "Not the model's."}
+    system = {"role": "system", "content": "Be kind."}
+    talks = [
+        Request(id="three", messages=[system, user[0], given, user[1], given, user[2]]),
+        Request(id="one", messages=user[:1]),
+        Request(id="two", messages=[user[0], given, user[1]]),
+    ]
+    result = rates(model, chat, EvaluationData(multi_turn=talks), judges={"all": judge})
+    own = {"role": "assistant", "content": REFUSAL}
+    assert [list(exchange.messages) for exchange in read] == [
+        [system, user[0], own, user[1], own, user[2]],
+        user[:1],
+        [user[0], own, user[1]],
+    ]
+    assert [exchange.answer for exchange in read] == [REFUSAL] * 3
+    assert result["asr"] == {"multi_turn": 1.0}
+
+
+def test_attacks_and_questions_are_figures_by_their_names(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    data = EvaluationData(
+        attacks={"pair": [asked("a")], "code": [asked("b"), asked("c")]},
+        questions={"mmlu": [harmless("d", "I"), harmless("e", "B")]},
+    )
+    result = rates(model, chat, data)
+    assert result["asr"] == {"file": {"pair": 0.0, "code": 0.0}}
+    assert result["counts"]["asr"]["file"]["code"]["trials"] == 2
+    assert result["accuracy"] == {"mmlu": 0.0}
+    with pytest.raises(ValueError, match="d: response: has no final number and is no letter"):
+        rates(model, chat, EvaluationData(questions={"gsm8k": [harmless("d", "It jumps.")]}))
+    with pytest.raises(ValueError, match="d: response: is missing, expected the right answer"):
+        rates(model, chat, EvaluationData(helpful=[harmless("d", "")]))
+    with pytest.raises(ValueError, match="d: response: is missing, expected the right answer"):
+        data = EvaluationData(helpful=[harmless("d", "")])
+        rates(model, chat, data, helpful="perplexity")
+
+
+@pytest.mark.parametrize("kind", ["attacks", "questions"])
+@pytest.mark.parametrize("name", ["v1.2", " "])
+def test_names_must_fit_into_a_metric(kind: str, name: str) -> None:
+    message = f"{kind} must have names without dots, got {name!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EvaluationData(**{kind: {name: [asked("a")]}})
+
+
+def test_borderline_requests_are_kept_apart(model: PreTrainedModel, chat: Chat) -> None:
+    data = EvaluationData(benign=DATA.benign, borderline=[harmless("x", "It jumps."), asked("y")])
+    result = evaluate_model(model, chat.tokenizer, data, settings())
+    assert result.to_dict()["over_refusal"] == {"benign": 1.0, "borderline": 1.0}
+    assert result.to_dict()["refusal_curve"].keys() == {"benign", "borderline"}
+    assert [len(result.benign_curves), len(result.borderline_curves)] == [1, 2]
+
+
+def test_judges_read_the_same_answers_and_are_never_mixed(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    read: list[list[Exchange]] = []
+
+    def strict(exchanges: list[Exchange]) -> list[Verdict]:
+        read.append(exchanges)
+        return [Verdict(refused=True, harmful=True) for _ in exchanges]
+
+    def silent(exchanges: list[Exchange]) -> list[Verdict]:
+        read.append(exchanges)
+        return [Verdict(refused=None) for _ in exchanges]
+
+    result = rates(
+        model,
+        chat,
+        DATA,
+        prefill_depths=(4,),
+        judges={"keyword": KeywordJudge(), "strict": strict, "silent": silent},
+    )
+    assert result["judge"] == "keyword"
+    assert result["asr"] == {"direct": 0.0, "prefill": {"4": 1.0}, "completion": 0.0}
+    others = result["judges"]
+    # What is answered harmfully has succeeded though it refuses too; nothing is answered to text.
+    assert others["strict"]["asr"] == {"direct": 1.0, "prefill": {"4": 1.0}, "completion": 0.0}
+    assert others["strict"]["over_refusal"] == {"benign": 1.0}
+    assert "helpful_accuracy" not in others["strict"]
+    assert others["silent"]["counts"]["asr"]["direct"] == {
+        "hits": 0,
+        "trials": 0,
+        "left_out": 0,
+        "empty": 0,
+        "undecided": 3,
+    }
+    assert "direct" not in others["silent"]["asr"] and "over_refusal" not in others["silent"]
+    assert read[0] == read[1] and len(read[0]) == 3 + 2 + 3 + 1  # no helpful answer among them
+
+
+def test_what_takes_a_model_is_refused_where_it_is_not_here(chat: Chat) -> None:
+    for changes, key in (
+        ({}, "curve"),
+        ({"curve": False, "helpful": "perplexity"}, "helpful: perplexity"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{key} takes a model on this machine"
+        ):
+            evaluate_model(None, chat.tokenizer, DATA, settings(**changes))
+
+
+def test_curves_of_any_records_are_those_of_their_responses(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    messages = asked("a").messages
+    triple = Triple(id="t", prompt="How do I paint?", safe=REFUSAL, harmful=HARMFUL)
+    answer = {"role": "assistant", "content": HARMFUL}
+    dialogue = Dialogue(id="u", messages=[*messages, answer])
+    curves = refusal_curves(model, chat.tokenizer, [triple, dialogue, asked("v")])
+    (sorry, *_) = chat.response_ids(messages, REFUSAL)
+    (expected,) = refusal_curve(model, [response(chat, "a", messages, HARMFUL)], sorry)
+    for curve in curves:
+        np.testing.assert_array_equal(curve, expected)
+    assert [round(p) for p in expected[: BREAKS_OFF_AFTER + 1]] == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match="v: response: is missing, expected one to read"):
+        refusal_curves(model, chat.tokenizer, [asked("v", response="")])
+    with pytest.raises(TypeError, match="records must be triples, dialogues or requests, got str"):
+        refusal_curves(model, chat.tokenizer, ["How do I paint?"])
+
+
+def test_the_refusal_token_is_the_models_own_or_that_of_safe_responses(chat: Chat) -> None:
+    model = tiny_model("llama", vocab_size=len(chat.tokenizer))
+    messages = asked("a").messages
+    triple = Triple(id="t", prompt="How do I paint?", safe="First, no.", harmful=HARMFUL)
+
+    def first(text: str) -> int:
+        return chat.response_ids(messages, text)[0]
+
+    assert find_refusal_token(model, chat.tokenizer) == first("Sorry")
+    assert find_refusal_token(model, chat.tokenizer, triples=[triple]) == first("First, no.")
+    assert find_refusal_token(model, chat.tokenizer, 7, [triple]) == 7
+    apply_derta(model, 9)
+    assert find_refusal_token(model, chat.tokenizer, triples=[triple]) == 9
+
+
 @pytest.mark.parametrize("depths", [(0, 4, 4), (-1,)])
 def test_depths_must_make_sense(depths: tuple[int, ...]) -> None:
     message = f"prefill_depths must be distinct and not negative, got {list(depths)}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        scenarios(depths)
+        scenarios(EvaluationData(), prefill_depths=depths)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +403,8 @@ def test_depths_must_make_sense(depths: tuple[int, ...]) -> None:
     [
         ({"helpful": "bleu"}, "helpful must be exact_match or perplexity, got 'bleu'"),
         ({"samples": -1}, "samples must be at least 0, got -1"),
+        ({"judges": {}}, "judges must name at least one, got none"),
+        ({"templates": ["{request}", "Hi"]}, "templates[1] must have the slot {request}, got none"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict, message: str) -> None:
@@ -225,5 +420,5 @@ def test_records_that_do_not_fit_are_named(chat: Chat) -> None:
             model,
             chat.tokenizer,
             EvaluationData(benign=DATA.benign),
-            settings(max_new_tokens=60),
+            settings(max_new_tokens=60, curve=False),
         )

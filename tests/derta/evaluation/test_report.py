@@ -39,7 +39,7 @@ def result(hits: int, *, n: int = 40) -> VariantResult:
             Outcome("asr.prefill.4", hits, n, positions=refused),
             Outcome("asr.prefill.64", 0, 0, left_out=n),
             Outcome("asr.completion", n, n, empty=3),
-            Outcome("over_refusal", 1, n, positions=(2,)),
+            Outcome("over_refusal.benign", 1, n, positions=(2,)),
             Outcome("helpful_accuracy", n - 1, n),
         ),
         harmful_curves=(np.linspace(0.9, hits / n, 12), np.linspace(0.8, 0.2, 9)),
@@ -74,7 +74,7 @@ def test_the_summary_has_the_promised_shape() -> None:
     assert list(made) == ["variants", "seeds", "tokens", "seconds"]
     entry = made["variants"]["derta"]
     assert entry["asr"] == {"direct": 0.0, "prefill": {"0": 0.0, "4": 0.2}, "completion": 1.0}
-    assert entry["over_refusal"] == 0.025
+    assert entry["over_refusal"] == {"benign": 0.025}
     assert entry["helpful_accuracy"] == 0.975
     assert entry["refusal_curve"].keys() == {"harmful", "benign"}
     assert entry["refusal_curve_counts"]["harmful"] == [2] * 9 + [1] * 3
@@ -107,14 +107,91 @@ def test_histories_are_means_over_seeds_row_by_row() -> None:
         summarize({"a": [result(1)] * 2}, seconds=1, loss={"a": [rows, rows[:1]]})
 
 
+def everything(attacks: int = 3) -> VariantResult:
+    """A model of which every kind of figure is known, by two judges."""
+    metrics = [
+        "asr.direct",
+        "asr.prefill.4",
+        "asr.prefilled",
+        "asr.template",
+        "asr.template_prefill.4",
+        "asr.multi_turn",
+        "asr.file.codeattack",
+        "asr.file.pair",
+        "over_refusal.benign",
+        "over_refusal.borderline",
+    ]
+    return VariantResult(
+        outcomes=(
+            *(Outcome(metric, attacks, 8) for metric in metrics),
+            Outcome("accuracy.gsm8k", 6, 8),
+        ),
+        judges={"guard": tuple(Outcome(metric, 2, 4, undecided=4) for metric in metrics)},
+        borderline_curves=(np.linspace(0.3, 0, 7),),
+        lm_eval={"ifeval": {"acc": 0.5}},
+    )
+
+
 def test_the_table_names_every_figure() -> None:
     assert format_table(summary()).splitlines() == [
-        "         attack success      after prefilled tokens",
-        "%        direct  completion    0     4  over-refusal  helpful accuracy  detector AUC",
-        "base        0.0       100.0  0.0   0.0           2.5              97.5         1.000",
-        "vanilla     0.0       100.0  0.0  10.0           2.5              97.5         1.000",
-        "derta       0.0       100.0  0.0  20.0           2.5              97.5         1.000",
+        "         attack success      after prefilled tokens  over-refusal",
+        "%        direct  completion           0           4        benign  helpful accuracy"
+        "  detector AUC",
+        "base        0.0       100.0         0.0         0.0           2.5              97.5"
+        "         1.000",
+        "vanilla     0.0       100.0         0.0        10.0           2.5              97.5"
+        "         1.000",
+        "derta       0.0       100.0         0.0        20.0           2.5              97.5"
+        "         1.000",
     ]
+
+
+def test_every_scenario_has_its_column_and_every_judge_its_row(tmp_path: Path) -> None:
+    made = summarize({"derta": [everything()]}, seconds=1)
+    groups, heads, row, _, title, _, _, keyword, guard = format_table(made).splitlines()
+    assert re.split(r"\s{2,}", groups.strip()) == [
+        "attack success",
+        "after prefilled tokens",
+        "in a template, after prefilled tokens",
+        "attack success of ready-made prompts",
+        "over-refusal",
+        "accuracy",
+        "lm-eval",
+    ]
+    assert re.split(r"\s{2,}", heads.strip()) == [
+        *("%", "direct", "prefilled", "template", "multi-turn", "4", "4", "codeattack", "pair"),
+        *("benign", "borderline", "gsm8k", "ifeval acc"),
+    ]
+    assert row.split() == ["derta", *["37.5"] * 10, "75.0", "0.500"]
+    assert title == "by judge"
+    assert keyword.split() == ["derta:", "keyword", *["37.5"] * 10]
+    assert guard.split() == ["derta:", "guard", *["50.0"] * 10]
+    shown = Page(write_report(made, tmp_path).read_text("utf-8")).shown
+    for text in ("Judges side by side", "derta: guard", "codeattack", "As the judge says: keyword"):
+        assert text in shown
+    assert "derta, asr file pair: guard undecided of 4 of 8 answers" in shown
+    assert "Reading borderline responses" in shown
+
+
+def test_seeds_are_pooled_for_every_judge_and_task() -> None:
+    pooled = pool([everything(), everything(attacks=5)]).to_dict()
+    assert pooled["asr"]["file"] == {"codeattack": 0.5, "pair": 0.5}
+    assert pooled["judges"]["guard"]["counts"]["asr"]["direct"] == {
+        "hits": 4,
+        "trials": 8,
+        "left_out": 0,
+        "empty": 0,
+        "undecided": 8,
+    }
+    assert pooled["lm_eval"] == {"ifeval": {"acc": 0.5}}
+
+
+def test_a_report_with_samples_is_its_owners_alone(tmp_path: Path) -> None:
+    made = summary()
+    made["variants"]["derta"]["samples"] = [vars(Sample("asr.direct", "a", "b", "", "c", True))]
+    page = write_report(made, tmp_path)
+    for path in (page, tmp_path / "summary.json"):
+        assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_figure_that_only_some_models_have_is_a_dash_for_the_others() -> None:
@@ -208,7 +285,7 @@ def test_what_readers_should_know_of_the_trials_is_said(tmp_path: Path) -> None:
 
 
 def test_the_report_of_one_figure_is_a_report_too(tmp_path: Path) -> None:
-    bare = VariantResult(outcomes=(Outcome("over_refusal", 0, 5),))
+    bare = VariantResult(outcomes=(Outcome("over_refusal.benign", 0, 5),))
     page = write_report(summarize({"only": [bare]}, seconds=1), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "summary.json"}
     assert "over-refusal" in Page(page.read_text("utf-8")).shown

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from derta.evaluation import roc_auc, wilson_interval
+from derta.evaluation import newcombe_interval, roc_auc, wilson_interval
 
 
 def test_wilson_interval_is_the_textbook_one() -> None:
@@ -46,6 +46,22 @@ def test_wilson_interval_holds_the_rates_that_would_not_reject_the_count(
 def test_wilson_interval_refuses_impossible_counts(successes: int, n: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         wilson_interval(successes, n)
+
+
+def test_newcombe_interval_is_the_published_one() -> None:
+    # Newcombe 1998, table II, method 10, comparisons (a) and (f).
+    assert newcombe_interval((48, 80), (56, 70)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+    assert newcombe_interval((0, 10), (10, 10)) == pytest.approx((0.6075, 1.0), abs=5e-5)
+
+
+@given(st.integers(1, 99), st.integers(1, 99), st.data())
+def test_newcombe_interval_holds_the_difference_and_turns_with_it(
+    n: int, m: int, data: st.DataObject
+) -> None:
+    before, after = (data.draw(st.integers(0, n)), n), (data.draw(st.integers(0, m)), m)
+    lower, upper = newcombe_interval(before, after)
+    assert -1 - 1e-12 <= lower <= after[0] / m - before[0] / n <= upper <= 1 + 1e-12
+    assert newcombe_interval(after, before) == pytest.approx((-upper, -lower), abs=1e-12)
 
 
 @given(

@@ -1,0 +1,58 @@
+"""`derta eval calibrate`: judges held against human labels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from derta.cli.judges import make_judges
+from derta.config import check_folder
+from derta.evaluation.calibration import calibrate, format_agreements, read_labelled
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A calibration.
+
+    Args:
+        files: of answers that people have labelled, see `derta.evaluation.calibration.FORMATS`.
+        output_dir: where calibration.json goes, and the verdicts of judges behind a server.
+        judges: name to settings, see `derta.cli.judges.make_judges`.
+
+    Raises:
+        ValueError: there is no file, or `output_dir` can be no folder.
+    """
+
+    files: list[str]
+    output_dir: str
+    judges: dict[str, Any] = field(default_factory=lambda: {"keyword": {}})
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("files: expected at least one file of labelled answers, got none")
+        check_folder("output_dir", self.output_dir)
+
+
+def run(config: Config) -> None:
+    """Asks every judge about every answer, prints the table, and leaves it in `output_dir`."""
+    read = {path: read_labelled(path) for path in config.files}
+    judges = make_judges(config.judges, config.output_dir)
+    found = {path: calibrate(labelled, judges) for path, (labelled, _) in read.items()}
+    result = {
+        path: {
+            "answers": len(labelled),
+            "left_out": left_out,
+            **{
+                question: {name: one.to_dict() for name, one in by_judge.items()}
+                for question, by_judge in found[path].items()
+            },
+        }
+        for path, (labelled, left_out) in read.items()
+    }
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "calibration.json"
+    file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(f"{format_agreements(found)}\n\ncalibration: {file}")

@@ -1,0 +1,201 @@
+"""`derta eval compare`: the paper's analyses over result files of any number of models."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from derta.config import check_folder
+from derta.evaluation import KeywordJudge
+from derta.evaluation.comparison import ANALYSES, compare, format_comparison, write_comparison
+from derta.evaluation.judge import REFUSAL_KEYWORDS
+from derta.evaluation.official_results import official_entry, read_prompts
+
+Source = str | list[str] | dict[str, str]
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A comparison.
+
+    Args:
+        results: what each model left: a summary.json of `derta eval`, or its folder; or result
+            files of the official repository, as a file, a folder, a pattern, a list of these, or a
+            mapping of attacks to files. Files that no mapping names are of the attack that their
+            folder is called after. A list, or a mapping of models to one of these.
+        output_dir: where comparison.html, comparison.json and the pictures go.
+        names: of the models, where results is a list.
+        analysis: "first_tokens", "positions" or "terms" alone, or "all".
+        recipes: recipe of the objective (vanilla, prefix_only, rto_only, derta) to the model that
+            it made; None: models named like a recipe.
+        prompts: official test files, for result files that have prompt and answer in one.
+        keywords: what the judge takes for a refusal in official result files.
+        tokenizer: folder of a tokenizer in whose tokens positions there are counted; None: in
+            words.
+        keep_repeats: count a request as often as an official result file has it.
+    """
+
+    results: list[str] | dict[str, Source]
+    output_dir: str
+    names: list[str] = field(default_factory=list)
+    analysis: Literal["all", "first_tokens", "positions", "terms"] = "all"
+    recipes: dict[str, str] | None = None
+    prompts: list[str] = field(default_factory=list)
+    keywords: list[str] = field(default_factory=lambda: list(REFUSAL_KEYWORDS))
+    tokenizer: str | None = None
+    keep_repeats: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("results: expected at least one file or folder, got none")
+        if self.names and isinstance(self.results, dict):
+            raise ValueError("names are for a list of results, a mapping has its own")
+        if self.names and len(self.names) != len(self.results):
+            raise ValueError(
+                f"names must be as many as results, {len(self.results)}, got {len(self.names)}"
+            )
+        check_folder("output_dir", self.output_dir)
+
+
+def find_files(source: str) -> list[Path]:
+    """The files that a path or a pattern stands for; of a folder its summary, or all JSON in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(source)
+    if (path / "summary.json").is_file():
+        return [path / "summary.json"]
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".jsonl"))
+    else:
+        found = [path] if path.is_file() else sorted(map(Path, glob.glob(source)))
+    if not found:
+        raise FileNotFoundError(f"{source}: no such result file, nor a folder with any")
+    return found
+
+
+def by_attack(source: Source) -> dict[str, Path]:
+    """Result files by the attack that each is about.
+
+    Raises:
+        ValueError: two files are about one attack, or a pattern stands for several in a mapping.
+        FileNotFoundError: see `find_files`.
+    """
+    files: dict[str, Path] = {}
+    if isinstance(source, dict):
+        for attack, path in source.items():
+            file, *others = find_files(path)
+            if others:
+                raise ValueError(f"results: {attack}: expected one file, got {path}: {file}, ...")
+            files[attack] = file
+        return files
+    for path in [source] if isinstance(source, str) else source:
+        for file in find_files(path):
+            attack = file.resolve().parent.name
+            if attack in files:
+                raise ValueError(
+                    f"results: {files[attack]} and {file} lie in one folder, after which attacks "
+                    "are called; name attack or model: '{model: {attack: file}}'"
+                )
+            files[attack] = file
+    if not files:
+        raise ValueError("results: expected at least one file of every model, got none")
+    return files
+
+
+def read_variants(path: Path) -> dict[str, dict[str, Any]] | None:
+    """The variants of a summary.json; None if the file is something else.
+
+    Raises:
+        ValueError: it has variants that no evaluation has made.
+    """
+    try:
+        summary = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(summary, dict) or "variants" not in summary:
+        return None
+    variants = summary["variants"]
+    if not isinstance(variants, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("counts"), dict)
+        for entry in variants.values()
+    ):
+        raise ValueError(f"{path}: variants: expected those of derta eval, each with its counts")
+    return variants
+
+
+def read_results(config: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Entries of all models, see `compare`, and notes on what is not in them.
+
+    Raises:
+        ValueError: two models have one name, a summary is not alone, or see `by_attack`,
+            `read_variants` and `official_entry`.
+        OSError: a file cannot be read.
+    """
+    judge, prompts = KeywordJudge(config.keywords), read_prompts(*config.prompts)
+    tokenizer = None
+    if config.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
+    models: dict[str, dict[str, Any]] = {}
+    notes = []
+    for name, source in _named(config):
+        files = by_attack(source)
+        first = next(iter(files.values()))
+        variants = read_variants(first)
+        if variants is None:
+            own = name or (Path(source).stem if isinstance(source, str) else first.stem)
+            entry, left = official_entry(
+                files,
+                judge,
+                prompts=prompts,
+                tokenizer=tokenizer,
+                keep_repeats=config.keep_repeats,
+            )
+            found = {own: entry}
+            notes += [f"{own}, {note}" for note in left]
+        elif len(files) > 1:
+            raise ValueError(f"results: {first} is a summary, which stands for a model by itself")
+        else:
+            alone = len(variants) == 1
+            found = {
+                variant if name is None else name if alone else f"{name} {variant}": entry
+                for variant, entry in variants.items()
+            }
+        for own in found:
+            if own in models:
+                raise ValueError(
+                    f"results: two models are called {own}; name them: --results '{{before: "
+                    "a/summary.json, after: b/summary.json}'"
+                )
+        models |= found
+    return models, notes
+
+
+def _named(config: Config) -> list[tuple[str | None, Source]]:
+    if isinstance(config.results, dict):
+        return list(config.results.items())
+    names: Sequence[str | None] = config.names or [None] * len(config.results)
+    return list(zip(names, config.results, strict=True))
+
+
+def run(config: Config) -> None:
+    """Reads every model's results, prints the tables, and leaves the page in `output_dir`."""
+    models, notes = read_results(config)
+    comparison = compare(
+        models,
+        analyses=ANALYSES if config.analysis == "all" else [config.analysis],
+        recipes=config.recipes,
+        notes=notes,
+    )
+    page = write_comparison(comparison, config.output_dir)
+    print(format_comparison(comparison))
+    for note in notes:
+        print(f"note: {note}")
+    print(f"page: {page}")

@@ -1,0 +1,142 @@
+"""`derta eval curve`: how likely a refusal is after every token of given responses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from derta.cli.eval import check_paths
+from derta.cli.loading import find_device, load_tuned, weights_dtype
+from derta.config import check_folder
+from derta.data import Chat, Dialogue, Request, Triple, read_records
+from derta.evaluation import find_refusal_token, mean_curve, refusal_curves
+from derta.evaluation.curve import CERTAIN
+from derta.evaluation.plots import draw
+from derta.evaluation.report import write_whole
+from derta.evaluation.results import DIGITS
+
+# What responses of each role are called in results and pictures.
+KINDS = {"safety": "harmful", "helpful": "benign", "borderline": "borderline"}
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Refusal curves of one model.
+
+    Args:
+        model: folder of a model or of PEFT adapters, with weights in safetensors.
+        data: files of triples, whose harmful responses are read, or of dialogues, whose last
+            answers are.
+        role: what the files are, as in training.
+        output_dir: where curve.json, curve.png and curve.svg go; none of them holds any text.
+        refusal: the refusal token: a word, a token id, or "auto", the commonest first token of the
+            safe responses, and without any "Sorry".
+        max_tokens: tokens a pack.
+        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
+        device: "auto", or as in torch: "cpu", "cuda:1".
+        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
+
+    Raises:
+        ValueError: a number is out of its range, or `output_dir` can be no folder.
+    """
+
+    model: str
+    data: list[str]
+    role: Literal["safety", "helpful", "borderline"] = "safety"
+    output_dir: str = "outputs/curve"
+    refusal: str | int = "auto"
+    max_tokens: int = 4096
+    chat_template: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        check_folder("output_dir", self.output_dir)
+
+
+def format_curve(curves: Sequence[np.ndarray]) -> str:
+    """A table by depth: powers of two, as far as there are responses.
+
+    Args:
+        curves: as of `refusal_curves`.
+
+    Returns:
+        depth, how many responses are that long, mean and quartiles of the probability, and the
+        share in which a refusal is the likeliest; in percent.
+    """
+    longest = max(map(len, curves)) - 1
+    depths = [0, *(2**k for k in range(longest.bit_length()))]
+    lines = [f"{'depth':>6}{'responses':>11}{'mean':>8}{'quartiles':>16}{'above half':>12}"]
+    for depth in depths:
+        read = np.array([curve[depth] for curve in curves if len(curve) > depth])
+        low, high = 100 * np.quantile(read, (0.25, 0.75))
+        quartiles = f"{low:.1f} – {high:.1f}"
+        lines.append(
+            f"{depth:>6}{len(read):>11}{100 * read.mean():>8.1f}{quartiles:>16}"
+            f"{100 * (read > CERTAIN).mean():>12.1f}"
+        )
+    return "\n".join(lines)
+
+
+def run(config: Config) -> None:
+    """Reads every response, prints the table, and leaves curves and picture in `output_dir`.
+
+    Raises:
+        FileNotFoundError: the model or a file is not there.
+        ValueError: as `read_records` and `refusal_curves`.
+    """
+    folder = Path(config.model)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such model folder")
+    check_paths(config.data)
+    records = [_readable(record) for record in read_records(*config.data, role=config.role)]
+    device = find_device(config.device)
+    model: Any
+    model, tokenizer = load_tuned(folder, weights_dtype(config.dtype, device), config.chat_template)
+    model.to(device)
+    triples = [record for record in records if isinstance(record, Triple)]
+    refusal_id = find_refusal_token(model, tokenizer, config.refusal, triples)
+    curves = refusal_curves(
+        model, tokenizer, records, refusal=refusal_id, max_tokens=config.max_tokens
+    )
+    refusal = Chat(tokenizer).text(refusal_id)
+    name, kind = folder.resolve().name, KINDS[config.role]
+    mean, counts = mean_curve(curves)
+    result = {
+        "model": name,
+        "refusal": {"id": refusal_id, "text": refusal},
+        "refusal_curve": {kind: _rounded(mean)},
+        "refusal_curve_counts": {kind: counts.tolist()},
+        "records": [
+            {"id": record.id, "curve": _rounded(curve)}
+            for record, curve in zip(records, curves, strict=True)
+        ],
+    }
+    png, svg = draw({"variants": {name: result}})["refusal_curve"]
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "curve.png", png)
+    write_whole(output / "curve.svg", svg.encode())
+    write_whole(output / "curve.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    print(f"probability of {refusal!r} (id {refusal_id}), in percent")
+    print(f"{format_curve(curves)}\n\ncurves: {output / 'curve.json'}")
+
+
+def _readable(record: Any) -> Triple | Dialogue | Request:
+    if not isinstance(record, Triple | Dialogue | Request):
+        raise ValueError(
+            f"{record.id}: is a rendered row, expected a triple or a dialogue, which tell prompt "
+            "and response apart"
+        )
+    return record
+
+
+def _rounded(curve: np.ndarray) -> list[float]:
+    return [round(float(p), DIGITS) for p in curve]

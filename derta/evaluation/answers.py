@@ -1,0 +1,133 @@
+"""Answers of a model on this machine, kept on disk as they come.
+
+So an evaluation that was interrupted goes on where it was, and another judge needs no new answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from derta.data import Chat
+from derta.evaluation.generate import decode, generate, stop_ids
+from derta.evaluation.server import Replies, Written
+
+Prompt = tuple[int, ...]
+
+
+class AnswerFile:
+    """Answers of one model, one a line, in a file that only its owner can read.
+
+    A line belongs to a prompt, to the limits under which it was answered and to the model as it
+    was: whoever asks the same again is given it, and whoever has changed one of them is not. So
+    answers can be judged anew without generating them. What a kill left of a last line is dropped.
+
+    A line has "key", a digest of all that, and "value": the record's "id", "prompt" and "answer" as
+    text, and "ids", the answer's tokens.
+
+    Args:
+        path: of the file; it and its folder are made when there is an answer.
+        tokenizer: of the model.
+        model: tells the model from any other, see `fingerprint`.
+
+    Raises:
+        ValueError: the file holds something else; names the line.
+    """
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+        self._lines = Replies(path)
+        self._tokenizer = tokenizer
+        self._model = model
+
+    def find(
+        self, prompts: Collection[Prompt], stop_ids: Collection[int], max_new_tokens: int
+    ) -> dict[Prompt, list[int]]:
+        """What is there of the answers to `prompts`."""
+        keys = {prompt: self._key(prompt, stop_ids, max_new_tokens) for prompt in prompts}
+        return {p: self._lines[key]["ids"] for p, key in keys.items() if key in self._lines}
+
+    def add(
+        self,
+        answers: Sequence[tuple[str, Prompt, list[int]]],
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+    ) -> None:
+        """Writes answers down, each with the id of its record and its prompt."""
+        for id, prompt, ids in answers:
+            value = {
+                "id": id,
+                "prompt": self._tokenizer.decode(list(prompt)),
+                "answer": self._tokenizer.decode(ids, skip_special_tokens=True),
+                "ids": ids,
+            }
+            self._lines.keep(self._key(prompt, stop_ids, max_new_tokens), value)
+
+    def _key(self, prompt: Prompt, stop_ids: Collection[int], max_new_tokens: int) -> str:
+        asked = [self._model, prompt, sorted(stop_ids), max_new_tokens]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def fingerprint(*folders: str | Path, **settings: Any) -> str:
+    """What tells a model from any other: its folders, its weights' sizes and times, and settings.
+
+    Weights are not read, which would take as long as to load them.
+
+    Args:
+        folders: of the model; of adapters and of the model that they were trained on.
+        settings: what else its answers depend on, as the dtype.
+    """
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for folder in folders
+        for path in sorted(Path(folder).glob("*"))
+        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json")
+    ]
+    places = [str(Path(folder).resolve()) for folder in folders]
+    return json.dumps([places, files, settings], sort_keys=True)
+
+
+class ModelGenerator:
+    """Greedy answers of a model on this machine.
+
+    Args:
+        model: as for `generate`.
+        chat: with the model's tokenizer.
+        max_new_tokens, batch_size, answers: as for `generate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        answers: AnswerFile | None = None,
+    ) -> None:
+        self.model = model
+        self.chat = chat
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.answers = answers
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+        """See `derta.evaluation.server.Generator`.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        made = generate(
+            self.model,
+            prompts,
+            ids=ids,
+            stop_ids=stop_ids(self.model, self.chat),
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            answers=self.answers,
+        )
+        return [Written(decode(self.chat.tokenizer, answer), answer) for answer in made]

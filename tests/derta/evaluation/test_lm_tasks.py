@@ -1,0 +1,69 @@
+"""lm-eval's tasks run on a loaded model, without a network where their data are local."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from lm_eval.tasks import TaskManager
+
+from derta.evaluation import lm_tasks
+from derta.evaluation.lm_tasks import check_tasks, run_tasks
+from tiny import tiny_model, tiny_tokenizer
+
+TASK = """\
+task: fences
+dataset_path: json
+dataset_kwargs: {data_files: {test: "DATA"}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: ["red", "blue"]
+doc_to_target: "{{label}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A task's file, whose data lie beside it."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"question": f"Fence number {n} is", "label": n % 2} for n in range(6)]
+    data = tmp_path / "fences.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "fences.yaml"
+    path.write_text(TASK.replace("DATA", str(data)))
+    return str(path)
+
+
+def test_a_local_task_is_scored_by_lm_eval(task: str) -> None:
+    model = tiny_model("llama").train()
+    figures = run_tasks(model, tiny_tokenizer(), [task], batch_size=4)
+    assert figures.keys() == {"fences"}
+    assert figures["fences"].keys() == {"acc"}
+    assert figures["fences"]["acc"] * 6 == pytest.approx(round(figures["fences"]["acc"] * 6))
+    assert model.training
+
+
+def test_no_task_needs_no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert run_tasks(tiny_model("llama"), tiny_tokenizer(), [], batch_size=4) == {}
+    with pytest.raises(
+        ValueError, match=r"lm_eval needs the lm-eval package: pip install 'derta\["
+    ):
+        check_tasks(["fences.yaml"])
+
+
+def test_a_task_that_is_not_there_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match="lm_eval: none.yaml: no such file of a task"):
+        check_tasks(["none.yaml"])
+
+
+def test_a_task_that_lm_eval_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Those that it brings take it half a minute to list.
+    bare = TaskManager(include_defaults=False)
+    monkeypatch.setattr(lm_tasks, "_manager", lambda with_defaults: bare)
+    with pytest.raises(ValueError, match="lm_eval: 'fences' is none of lm-eval's tasks"):
+        check_tasks(["fences"])
