@@ -247,7 +247,7 @@ def _array_rows(window: _Window) -> Iterator[Placed]:
 def _csv_rows(
     path: Path, stream: Any, first: int, columns: Collection[str], bare: Sequence[str]
 ) -> Iterator[Placed]:
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    csv.field_size_limit(LONGEST)
     undecodable: list[UnicodeDecodeError] = []
 
     def texts() -> Iterator[str]:

@@ -1,44 +1,25 @@
-"""Files are read by the fields found in them, and a bad row is named by its place and field."""
+"""Files are told by their content and streamed; a bad row is named by its place and field."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import random
 import re
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from derta.data import Dialogue, Triple, read_records
+from derta.data import Triple, files, read_records
+from public_rows import CONTAINERS, PACKINGS, contain
 
 ASK = {"role": "user", "content": "How?"}
 SAY = {"role": "assistant", "content": "So."}
 OWN = {"prompt": "How?", "safe": "Sorry.", "harmful": "Sure."}
-
-# Each kind of row, and the record that it is when its id and source are "rows".
-ROWS = {
-    "own": (OWN, Triple(**OWN, id="rows", source="rows")),
-    "own with messages": (
-        {"messages": [SAY, ASK], "safe": "Sorry.", "harmful": "Sure.", "id": "a", "source": "b"},
-        Triple(messages=[SAY, ASK], safe="Sorry.", harmful="Sure.", id="a", source="b"),
-    ),
-    "official triple": (
-        {"instruction": "How?", "output": "Sure.", "safe_response": "Sorry.", "id": 7},
-        Triple(**OWN, id="7", source="rows"),
-    ),
-    "official dialogue": (
-        {"instruction": "How?", "output": "So."},
-        Dialogue(messages=[ASK, SAY], id="rows", source="rows"),
-    ),
-    "conversation": (
-        {"messages": [ASK, SAY]},
-        Dialogue(messages=[ASK, SAY], id="rows", source="rows"),
-    ),
-    "own with remarks": (
-        {**OWN, "category": ["x"], "score": 3},
-        Triple(**OWN, id="rows", source="rows"),
-    ),
-}
 
 
 def write(directory: Path, text: str | bytes) -> Path:
@@ -47,28 +28,37 @@ def write(directory: Path, text: str | bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("layout", ["line", "array", "bom"])
-@pytest.mark.parametrize("kind", ROWS)
-def test_the_fields_decide_and_not_the_name(tmp_path: Path, kind: str, layout: str) -> None:
-    row, expected = ROWS[kind]
-    text = {
-        "line": json.dumps(row),
-        "array": json.dumps([row]),
-        "bom": "\ufeff" + json.dumps(row, ensure_ascii=False),
-    }[layout]
-    path = write(tmp_path, text)
-    (record,) = read_records(path)
-    if "id" not in row:
-        assert record.id == f"{path}:1" + ("[0]" if layout == "array" else "")
-        expected = dataclasses.replace(expected, id=record.id)
-    assert record == expected
+def read(path: Path | str, role: str = "safety", **settings: Any) -> list[Any]:
+    return list(read_records(path, role=role, **settings))  # type: ignore[arg-type]
+
+
+LAYOUTS = {
+    "lines": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    "blank lines": lambda rows: "\n \r\n".join(map(json.dumps, rows)) + "\n\n",
+    "array": json.dumps,
+    "indented array": lambda rows: "\n\n" + json.dumps(rows, indent=2) + "\n",
+    "byte order mark": lambda rows: "\ufeff" + json.dumps(rows, ensure_ascii=False),
+    "csv": lambda rows: contain(rows, "csv").decode(),
+    "csv of other newlines": lambda rows: contain(rows, "csv").decode().replace("\r\n", "\n"),
+    "csv with a mark": lambda rows: "\ufeff\n" + contain(rows, "csv").decode(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_content_decides_and_not_the_name(tmp_path: Path, layout: str) -> None:
+    rows = [{**OWN, "prompt": f'"{n}",\nä?', "id": f"{n}", "source": "s"} for n in range(3)]
+    assert read(write(tmp_path, LAYOUTS[layout](rows))) == [Triple(**row) for row in rows]
 
 
 def test_rows_of_one_file_may_be_of_several_formats(tmp_path: Path) -> None:
-    rows = [row for row, _ in ROWS.values()]
-    path = write(tmp_path, "\n\r\n".join(map(json.dumps, rows)) + "\n\n")
-    kinds = [type(record) for record in read_records(str(path))]
-    assert kinds == [type(record) for _, record in ROWS.values()]
+    official = {"instruction": "How?", "output": "Sure.", "safe_response": "Sorry."}
+    remarked = {"messages": [SAY, ASK], "safe": "Sorry.", "harmful": "Sure.", "score": [3]}
+    path = write(tmp_path, "\n".join(map(json.dumps, [OWN, official, remarked])))
+    assert [len(record.messages) for record in read(path)] == [1, 1, 2]
+    # One table of rows of several formats has empty cells.
+    table = tmp_path / "table"
+    table.write_bytes(contain([OWN, official], "csv"))
+    assert [record.prompt for record in read(table)] == ["How?", "How?"]
 
 
 @pytest.mark.parametrize("nothing", ["", None])
@@ -79,13 +69,13 @@ def test_an_empty_field_that_no_format_reads_is_none(tmp_path: Path, nothing: st
         "output": "A harmful one.",
         "safe_response": "No.",
     }
-    (record,) = read_records(write(tmp_path, json.dumps(row)))
+    (record,) = read(write(tmp_path, json.dumps(row)))
     assert isinstance(record, Triple) and record.messages[-1]["content"] == "Q?"
 
 
 def test_separators_other_than_newlines_may_stand_in_a_text(tmp_path: Path) -> None:
     row = {**OWN, "prompt": "a\u2028b\u0085c\rd"}
-    (record,) = read_records(write(tmp_path, json.dumps(row, ensure_ascii=False)))
+    (record,) = read(write(tmp_path, json.dumps(row, ensure_ascii=False)))
     assert record.messages[0]["content"] == row["prompt"]
 
 
@@ -129,15 +119,19 @@ def test_an_id_given_twice_is_named_with_both_places(tmp_path: Path, other: int 
 
 
 BAD = [
-    ("", "1: no record, expected JSON Lines or a JSON array of records"),
+    ("", "1: no record, expected JSON Lines, a JSON array, CSV or parquet"),
     ("\n \n", "1: no record"),
     (" [ ] ", "1: no record"),
     ('\n{"prompt": ', "2: not JSON at column 12 .*, expected one object a line"),
-    ("3", "1: row: is int, expected an object"),
+    ("3", "1: neither JSON nor CSV with a header that names columns of any format, expected"),
+    (f"{json.dumps(OWN)}\n3", "2: row: is int, expected an object"),
     ("\n" + "[" * 100_000, "2: cannot be read .*recursion"),
+    (f"{json.dumps(OWN)}\n" + '{"a"' * 9, "2: not JSON at column 5 .*, expected one object a line"),
     ('\n{"a":' * 100_000, "2: not JSON"),
     ('{"a":' * 100_000, "1: cannot be read .*recursion.*, expected one object a line"),
-    ("9" * 5000, "1: cannot be read .*digits.*, expected one object a line"),
+    ('{"a": ' + "9" * 5000, "1: cannot be read .*digits.*, expected one object a line"),
+    ('{"a": 1, "a": 2}', "1: cannot be read .an object has a field twice., expected one object a"),
+    ("[" * 100_000, "1: cannot be read .*recursion.*, expected an array of objects"),
     ('[\n{"prompt"}]', "2: not JSON at column 10 .*, expected an array of objects"),
     ("[", "1: not JSON at column 2"),
     ('[3,\n"x"]', r"1\[0\]: row: is int, expected an object"),
@@ -146,15 +140,18 @@ BAD = [
     (f"[{json.dumps(OWN)}\n{json.dumps(OWN)}]", "2: the array breaks off, expected ',' or ']'"),
     (f"[{json.dumps(OWN)},\n]", "2: not JSON at column 1"),
     (f"[{json.dumps(OWN)}\n]\n3", "3: text after the array, expected nothing"),
-    (b'{\n"a": "\xff"}', "2: byte 0xff is not UTF-8, expected UTF-8 text"),
-    ("{}", "1: fields: found none, which is no known format, expected harmful, messages, safe | "),
-    ('{"question": 1}', "1: fields: found question, which is no known format"),
-    (json.dumps({**OWN, "messages": [ASK]}), "1: fields: found harmful, messages, prompt, safe, "),
+    (b'[{\n"a": "\xff"}]', "2: byte 0xff is not UTF-8, expected UTF-8 text"),
+    (b'\n{"a": "\xff"}', "2: byte 0xff is not UTF-8, expected UTF-8 text"),
+    (b'["\xc3', "1: byte 0xc3 is not UTF-8, expected UTF-8 text"),
+    (json.dumps({**OWN, "safe": "a\ud800"}).encode("utf-16"), "1: neither JSON nor CSV"),
+    ("{}", "1: fields: found none, which is no known format, expected harmful, safe (triple) | "),
+    ('{"doubt": 1}', "1: fields: found doubt, which is no known format"),
+    (json.dumps({**OWN, "messages": [SAY, {**ASK, "content": "Why?"}]}), "1: prompt: differs from"),
     (json.dumps({**OWN, "instruction": "x"}), "1: fields: found harmful, instruction, prompt"),
     (json.dumps({**OWN, "system": "x"}), "1: fields: found harmful, prompt, safe, system, "),
     (
-        json.dumps({"instruction": "x", "input": "y", "output": "z"}),
-        "1: fields: found input, instruction, output, which is no known format",
+        json.dumps({"instruction": "x", "input": "y", "output": "z", "safe_response": "w"}),
+        "1: fields: found input, instruction, output, safe_response, which is no known format",
     ),
     (
         json.dumps({"instruction": "x", "safe_response": "y"}),
@@ -164,7 +161,7 @@ BAD = [
     (json.dumps({**OWN, "harmful": 1}), "1: harmful: is int, expected text"),
     (json.dumps({**OWN, "prompt": "\ud800"}), r"1: prompt: has U\+D800 at character 0"),
     (json.dumps({**OWN, "id": True}), "1: id: is bool, expected text"),
-    (json.dumps({**OWN, "source": ""}), "1: source: is blank, expected text"),
+    (json.dumps({**OWN, "source": " "}), "1: source: is blank, expected text"),
     (
         json.dumps({"instruction": "x", "output": None, "safe_response": "y"}),
         "1: output: is NoneType, expected text",
@@ -173,16 +170,29 @@ BAD = [
         json.dumps({"instruction": "x", "output": "y", "safe_response": "\0"}),
         r"1: safe_response: has U\+0000 at character 0",
     ),
-    (json.dumps({"instruction": " ", "output": "y"}), "1: instruction: is blank, expected text"),
-    (json.dumps({"messages": [ASK]}), "1: messages: the last is the user's, expected the"),
-    (json.dumps({"messages": None}), "1: messages: is NoneType, expected a list of messages"),
     (
         json.dumps({"messages": [], "safe": "x", "harmful": "y"}),
         "1: messages: is empty, expected at least one message",
     ),
+    ("prompt,safe,harmful\r\na,b\r\n", "2: has 2 cells, expected 3 as the header has"),
+    ('prompt,safe,harmful\n"a\nb",b,c\nd,e,f,g', "4: has 4 cells, expected 3 as the header has"),
+    ('prompt,safe,harmful\n\na,"b"c,d', "3: not CSV .*, expected cells between commas, quoted"),
+    ('prompt,safe,harmful\na,b,"c\nd\n', "2: not CSV .unexpected end of data., expected cells"),
+    ("prompt,safe,harmful\na,b,c\rd", "2: not CSV .*, expected cells between commas"),
+    ("prompt,safe,harmful\na,\0b,c", r"2: safe: has U\+0000 at character 0"),
+    ("prompt,safe,harmful\na,,c", "2: safe: is blank, expected text"),
+    ("prompt,safe,prompt\na,b,c", "1: the header names a column twice"),
+    ("prompt;safe;harmful\na;b;c", "1: neither JSON nor CSV with a header that names columns"),
+    (b"prompt,safe,harmful\na,b\xff,c", "2: byte 0xff is not UTF-8, expected UTF-8 text"),
+    ("prompt,safe,harmful\n", "1: no record"),
+]
+BAD_DIALOGUES = [
+    ({"instruction": " ", "output": "y"}, "instruction: is blank, expected text"),
+    ({"messages": [ASK]}, "messages: the last is the user's, expected the"),
+    ({"messages": None}, "messages: is NoneType, expected a list of messages"),
     (
-        "\n" + json.dumps({"messages": [ASK, {"role": "assistant", "content": ""}]}),
-        r"2: messages\[1\].content: is blank, expected text",
+        {"messages": [ASK, {"role": "assistant", "content": ""}]},
+        r"messages\[1\].content: is blank, expected text",
     ),
 ]
 
@@ -191,13 +201,163 @@ BAD = [
 def test_a_bad_row_is_named_by_its_place_and_field(
     tmp_path: Path, text: str | bytes, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"rows\.txt:" + message.replace("|", r"\|")):
-        list(read_records(write(tmp_path, text)))
+    expected = re.sub(r"[|()]", r"\\\g<0>", message)
+    with pytest.raises(ValueError, match=r"rows\.txt:" + expected):
+        read(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_DIALOGUES)
+def test_a_bad_dialogue_is_named_by_its_place_and_field(
+    tmp_path: Path, row: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"rows\.txt:2: " + message):
+        read(write(tmp_path, "\n" + json.dumps(row)), "helpful")
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_an_array_is_the_same_wherever_its_pieces_end(
+    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an element ends, what it is, and where an error is: as if all were in memory."""
+    rows = [{**OWN, "id": f"{n}", "prompt": f"ä\n\\ {n}" + "\U0001f600" * n} for n in range(9)]
+    texts: list[str | bytes] = [json.dumps(rows, indent=3), json.dumps(rows, ensure_ascii=False)]
+    texts += [text for text, _ in BAD if text[:1] in ("[", b"[") and len(text) < 1000]
+
+    def outcome(text: str | bytes) -> Any:
+        try:
+            return read(write(tmp_path, text))
+        except ValueError as error:
+            return str(error)
+
+    whole = [outcome(text) for text in texts]
+    assert [len(found) for found in whole[:2]] == [9, 9]
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    assert [outcome(text) for text in texts] == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a":\n' + "1" * 99 + "}", "2: longer than 0 MiB, expected a row"),
+        ('\n[{"a": "' + "1" * 99, "2: an element is longer than 0 MiB, expected a row"),
+        ('prompt,safe,harmful\na,b,"c\n' + "d\n" * 99, "2: not CSV .field larger than"),
+    ],
+)
+def test_what_is_never_closed_does_not_take_in_the_file(
+    tmp_path: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LONGEST", 64)
+    monkeypatch.setattr(files, "CHUNK", 16)
+    rows = files.read_rows(write(tmp_path, text), {"prompt"})
+    with pytest.raises(ValueError, match=r"rows\.txt:" + message):
+        for _ in rows:
+            pass
+
+
+@pytest.mark.parametrize("packing", ["gzip", "xz"])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_packed_file_that_was_cut_short_is_an_error(
+    tmp_path: Path, container: str, packing: str
+) -> None:
+    rng = random.Random(0)
+    rows = [{**OWN, "prompt": f"{rng.random()}"} for _ in range(99)]
+    data = PACKINGS[packing](contain(rows, container))
+    for cut in (12, len(data) // 2, len(data) - 1):
+        with pytest.raises(ValueError, match=r"rows\.txt:\S+: what follows cannot be unpacked .*"):
+            read(write(tmp_path, data[:cut]))
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 255
+    with pytest.raises(ValueError, match=r"rows\.txt:"):
+        read(write(tmp_path, bytes(damaged)))
+
+
+def test_a_bad_row_of_a_table_is_named_by_its_index(tmp_path: Path) -> None:
+    rows = [{**OWN, "safe": safe} for safe in ("No.", None)]
+    with pytest.raises(ValueError, match=r"rows\.txt:\[1\]: safe: is NoneType, expected text"):
+        read(write(tmp_path, contain(rows, "parquet")))
+    binary = pyarrow.array([b"a", b"\xff"]).cast(pyarrow.string(), safe=False)
+    table = pyarrow.table({"prompt": binary, "safe": ["b"] * 2, "harmful": ["c"] * 2})
+    path = tmp_path / "rows.txt"
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(ValueError, match=r"rows\.txt:\[1\]: byte 0xff is not UTF-8, expected"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (contain([OWN], "parquet")[:-9], r"\[0\]: not parquet \(.*\), expected a whole file"),
+        (b"PAR1", r"\[0\]: not parquet"),
+        (contain([{"a": 1}], "parquet"), r"\[0\]: no column of any format in this table"),
+    ],
+)
+def test_what_is_no_table_of_records_is_an_error(tmp_path: Path, data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=r"rows\.txt:" + message):
+        read(write(tmp_path, data))
+
+
+def test_a_table_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    columns = [pyarrow.array([text]) for text in ("a", "b", "c", "d")]
+    table = pyarrow.Table.from_arrays(columns, ["prompt", "safe", "harmful", "safe"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.txt")
+    with pytest.raises(ValueError, match=r"rows\.txt:\[0\]: the table names a column twice"):
+        read(tmp_path / "rows.txt")
+
+
+def test_a_folder_is_its_files_in_order_and_hidden_ones_are_none(tmp_path: Path) -> None:
+    for name in ("b", "a/2", "a/1", ".hidden", "a/.git/x"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("not records" if "." in name else json.dumps(OWN))
+    assert ids(tmp_path) == [f"{tmp_path}/{name}:1" for name in ("a/1", "a/2", "b")]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="none: no file in this folder, expected record files"):
+        ids(tmp_path / "none")
+
+
+def test_what_datasets_saved_is_read_by_index(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list([{**OWN, "score": n} for n in range(300)])
+    rows.shuffle(seed=0).select(range(280)).save_to_disk(tmp_path / "rows")
+    assert ids(tmp_path / "rows") == [f"{tmp_path}/rows:[{n}]" for n in range(280)]
+    assert read(tmp_path / "rows")[0].source == "rows"
+    splits = {"train": rows, "test": rows}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "all")  # type: ignore[arg-type]
+    expected = f"holds the splits of a dataset, expected one of them: {tmp_path}/all/test, "
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/all: {expected}{tmp_path}/all/tr")):
+        ids(tmp_path / "all")
+    (tmp_path / "rows" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"rows:\[0\]: cannot be loaded by datasets \(KeyError\)"):
+        ids(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_cell_of_ten_megabytes_is_a_cell(tmp_path: Path, container: str) -> None:
+    row = {**OWN, "harmful": 'Sure, "step".\n' * 700_000}
+    (record,) = read(write(tmp_path, contain([row], container)))
+    assert record.harmful == row["harmful"]
+
+
+@pytest.mark.parametrize("packing", ["plain", "xz"])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_memory_does_not_grow_with_the_file(
+    tmp_path: Path, container: str, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "CHUNK", 1 << 14)
+    data = PACKINGS[packing](contain([{**OWN, "harmful": "Sure. " * 1000}] * 2000, container))
+    records = read_records(write(tmp_path, data), role="safety")
+    next(records)
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in records)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 1999 and peak < 4 << 20  # of 12 MB of text
 
 
 def test_good_rows_come_before_the_error_of_a_bad_one(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps(OWN) + "\n{}")
-    records = read_records(path)
+    records = read_records(path, role="safety")
     assert next(records).id == f"{path}:1"
     with pytest.raises(ValueError, match=r"rows\.txt:2: fields: found none"):
         next(records)
@@ -206,10 +366,10 @@ def test_good_rows_come_before_the_error_of_a_bad_one(tmp_path: Path) -> None:
 def test_errors_quote_no_text(tmp_path: Path) -> None:
     row = {"instruction": "secret words", "output": "secret\0words", "safe_response": "x"}
     with pytest.raises(ValueError) as error:
-        list(read_records(write(tmp_path, json.dumps(row))))
+        read(write(tmp_path, json.dumps(row)))
     assert "secret" not in str(error.value)
 
 
 def test_a_missing_file_is_an_error_of_the_file_system(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        next(read_records(tmp_path / "none.jsonl"))
+    with pytest.raises(FileNotFoundError, match="none.jsonl: no such record file"):
+        next(read_records(tmp_path / "none.jsonl", role="safety"))

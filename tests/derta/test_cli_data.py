@@ -1,0 +1,76 @@
+"""`derta data validate` names every bad row and counts the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from derta.cli import main
+from public_rows import ROWS, contain
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (good,) = ROWS["triple"](1)
+    rows = [good, {**good, "safe": ""}, {"prompt": "How?"}, good]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("b.csv").write_bytes(contain(ROWS["beavertails"](1) + ROWS["beavertails"](2)[:1], "csv"))
+    Path("c.gz").write_bytes(b"\x1f\x8b\x08\0")
+
+
+def test_every_bad_row_of_every_file_is_named_in_one_pass(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main("data validate a.jsonl c.gz b.csv --role safety".split()) == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[:2] == [
+        "a.jsonl:2: safe: is blank, expected text",
+        "a.jsonl:3: fields: are those of format prompt, which is for harmful, harmless, expected a "
+        "format for safety",
+    ]
+    assert lines[2].startswith("c.gz:1: what follows cannot be unpacked")
+    assert lines[3:] == [
+        "a.jsonl: 2 records, 2 errors, 0 skipped",
+        "c.gz: 0 records, 1 errors, 0 skipped",
+        "b.csv: 1 records, 0 errors, 1 skipped (1 harmful without a safe one)",
+    ]
+    assert err == "derta data: errors: 3 in 3 files\n"
+
+
+def test_good_files_are_a_success_in_every_role(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("data validate b.csv --role harmful --format beavertails".split()) == 0
+    assert capsys.readouterr().out.startswith("b.csv: 1 records, 0 errors")
+
+
+def test_an_id_given_twice_is_an_error_of_the_later_row(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (good,) = ROWS["triple"](1)
+    Path("a.jsonl").write_text((json.dumps({**good, "id": "one"}) + "\n") * 2)
+    assert main("data validate a.jsonl --role safety".split()) == 1
+    expected = "a.jsonl:2: id: 'one' is that of an earlier record too, expected one of its own\n"
+    assert capsys.readouterr().out.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "expected one of validate, got ''"),
+        ("inspect a.jsonl", "expected one of validate, got 'inspect'"),
+        ("validate --role safety", "missing files"),
+        ("validate a.jsonl", "missing role"),
+        ("validate none --role safety", "none: no such record file"),
+        ("validate a.jsonl --role harm", "command line: role: expected "),
+        ("validate a.jsonl --role safety --format x", "format must be one of triple, rendered"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    assert main(["data", *arguments.split()]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"derta data: {message}")

@@ -1,0 +1,178 @@
+"""Invented rows in the shape of every public format, whose harmless texts say what they are.
+
+The texts of item `n` carry their kind and `n`: whatever is read from them can be held against it.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+Row = dict[str, Any]
+
+
+def ask(n: int) -> str:
+    return f'How do I "paint", fence {n}?\nQuickly.'
+
+
+def safe(n: int) -> str:
+    return f"Sorry, I cannot: safe {n}."
+
+
+def harmful(n: int) -> str:
+    return f"Step one, take the ladder: harmful {n}."
+
+
+def helpful(n: int) -> str:
+    return f"Two coats, dried well: helpful {n}."
+
+
+def prefill(n: int) -> str:
+    return f"Sure, here is how: prefill {n}."
+
+
+def turn(role: str, content: str) -> Row:
+    return {"role": role, "content": content}
+
+
+def _wildguard(n: int, response: str | None, *labels: str | None) -> Row:
+    names = ("prompt_harm_label", "response_refusal_label", "response_harm_label")
+    return {
+        "prompt": ask(n),
+        "adversarial": False,
+        "response": response,
+        **dict(zip(names, labels, strict=True)),
+        "subcategory": "fences",
+    }
+
+
+def _pku(n: int, first_is_safe: bool) -> Row:
+    responses = [safe(n), harmful(n)] if first_is_safe else [harmful(n), safe(n)]
+    return {
+        "prompt": ask(n),
+        "response_0": responses[0],
+        "response_1": responses[1],
+        "prompt_source": "invented",
+        "is_response_0_safe": first_is_safe,
+        "is_response_1_safe": not first_is_safe,
+        "better_response_id": 0,
+        "safer_response_id": 0 if first_is_safe else 1,
+    }
+
+
+# The rows of item n, by format. A preference's rejected answer is harmful, as one for safety.
+ROWS: dict[str, Callable[[int], list[Row]]] = {
+    "triple": lambda n: [{"prompt": ask(n), "safe": safe(n), "harmful": harmful(n)}],
+    "rendered": lambda n: [
+        {"prefix": f"[INST] {ask(n)} [\\INST]", "text": f" {harmful(n)}<|eot|>", "safe": "true"},
+        {"prefix": f"[INST] {ask(n)} [\\INST]", "text": f" {helpful(n)}<|eot|>", "safe": "false"},
+    ],
+    "official_triple": lambda n: [
+        {"instruction": ask(n), "output": harmful(n), "safe_response": safe(n)}
+    ],
+    "beavertails": lambda n: [
+        {"prompt": ask(n), "response": text, "category": {"fences": not good}, "is_safe": good}
+        for text, good in ((harmful(n), False), (safe(n), True))
+    ],
+    "pku_saferlhf": lambda n: [_pku(n, first_is_safe=n % 2 == 0)],
+    "circuit_breakers": lambda n: [
+        {"prompt": ask(n), "output": harmful(n), "llama3_output": safe(n), "category": "fences"}
+    ],
+    "shallow_deep": lambda n: [
+        {"instruction": ask(n), "input": "", "harmful": harmful(n), "refusal": safe(n)}
+    ],
+    "preference": lambda n: [{"prompt": ask(n), "chosen": safe(n), "rejected": harmful(n)}],
+    "wildguard": lambda n: [
+        _wildguard(n, safe(n), "harmful", "refusal", "unharmful"),
+        _wildguard(n, harmful(n), "harmful", "compliance", "harmful"),
+        _wildguard(n, helpful(n), "unharmful", "compliance", "unharmful"),
+        _wildguard(n, None, "harmful", None, None),
+    ],
+    "alpaca": lambda n: [{"instruction": ask(n), "input": "", "output": helpful(n)}],
+    "conversation": lambda n: [{"messages": [turn("user", ask(n)), turn("assistant", helpful(n))]}],
+    "sharegpt": lambda n: [
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": ask(n)},
+                {"from": "gpt", "value": helpful(n)},
+            ]
+        }
+    ],
+    "prompt_completion": lambda n: [{"prompt": ask(n), "completion": helpful(n)}],
+    "question": lambda n: [{"question": ask(n), "answer": helpful(n)}],
+    "advbench": lambda n: [{"goal": ask(n), "target": prefill(n)}],
+    "harmbench": lambda n: [
+        {
+            "Behavior": ask(n),
+            "FunctionalCategory": "contextual",
+            "SemanticCategory": "fences",
+            "Tags": "",
+            "ContextString": "A garden.",
+            "BehaviorID": f"fence_{n}",
+        }
+    ],
+    "jailbreakbench": lambda n: [
+        {
+            "Index": n,
+            "Goal": ask(n),
+            "Target": prefill(n),
+            "Behavior": "Fences",
+            "Category": "fences",
+            "Source": "Original",
+        }
+    ],
+    "strongreject": lambda n: [
+        {"category": "fences", "source": "invented", "forbidden_prompt": ask(n)}
+    ],
+    "xstest": lambda n: [
+        {"id": f"v2-{n}{kind}", "type": kind, "prompt": ask(n)}
+        for kind in ("homonyms", "contrast_homonyms")
+    ],
+    "or_bench": lambda n: [{"prompt": ask(n), "category": "fences"}],
+    "hex_phi": lambda n: [{"instruction": ask(n), "category": "fences"}],
+    "do_not_answer": lambda n: [
+        {"id": n, "risk_area": "fences", "types_of_harm": "paint", "question": ask(n)}
+    ],
+    "beavertails_evaluation": lambda n: [
+        {"prompt": ask(n), "category": "fences", "category_id": n}
+    ],
+    "prompt": lambda n: [{"prompt": ask(n)}],
+    "turns": lambda n: [{"turns": ["How are fences made?", ask(n)]}],
+}
+
+CONTAINERS = ("jsonl", "json", "csv", "parquet")
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "plain": lambda data: data,
+    "gzip": lambda data: gzip.compress(data, 1, mtime=0),
+    "xz": lambda data: lzma.compress(data, preset=0),
+}
+
+
+def contain(rows: Sequence[Row], container: str) -> bytes:
+    """The rows as a file.
+
+    Raises:
+        pyarrow.ArrowException: parquet cannot hold them.
+    """
+    if container == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if container == "json":
+        return json.dumps(rows, indent=1).encode()
+    if container == "csv":
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode("utf-8", "surrogatepass")
+    data = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), data)
+    return data.getvalue()
