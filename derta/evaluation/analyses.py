@@ -79,7 +79,7 @@ class Terms:
         rates: model to attack to share of successes.
         shared: the attacks that all models faced.
         means: model to the mean of its rates over these, as in the paper; none over a single one.
-        compared: name of a comparison to the models it is between, before and after.
+        compared: a term, see `EFFECTS`, or "before → after" to the two models compared.
         differences: the same names to attack to difference.
         over_refusal: model to kind of harmless requests to share refused: what success was bought
             with.
@@ -180,7 +180,7 @@ def terms(models: Mapping[str, Entry], recipes: Mapping[str, str] | None = None)
     }
     baseline = recipes.get("vanilla", next(iter(models), ""))
     compared |= {
-        name: (baseline, name)
+        f"{baseline} → {name}": (baseline, name)
         for name in models
         if name != baseline and name not in recipes.values()
     }

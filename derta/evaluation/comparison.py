@@ -15,6 +15,7 @@ from matplotlib.ticker import PercentFormatter
 
 from derta.evaluation.analyses import (
     BINS,
+    EFFECTS,
     Difference,
     Entry,
     Rate,
@@ -162,7 +163,7 @@ def write_comparison(
                     {
                         "name": name,
                         "under": table.under.get(name, ""),
-                        "color": color.get(name) if not table.under else None,
+                        "color": color.get(name),
                         "cells": [_cell(one) for one in cells],
                     }
                     for name, cells in table.rows.items()
@@ -278,7 +279,11 @@ def _tables_of_terms(found: Mapping[str, Any]) -> list[Table]:
                     for what, (before, after) in found["compared"].items()
                     for one in [found["differences"][what]]
                 },
-                under={what: " → ".join(pair) for what, pair in found["compared"].items()},
+                under={
+                    what: " → ".join(found["compared"][what])
+                    for what in EFFECTS
+                    if what in found["compared"]
+                },
             )
         )
     kinds = _columns(found["over_refusal"])

@@ -79,8 +79,11 @@ def test_each_term_is_told_with_and_without_the_other() -> None:
 def test_recipes_are_models_by_any_name_and_others_compare_with_the_vanilla_one() -> None:
     models = {"mine": attacked(1), "other": attacked(5), "plain": attacked(9)}
     found = terms(models, {"vanilla": "plain", "derta": "mine"})
-    assert found.compared == {"both": ("plain", "mine"), "other": ("plain", "other")}
-    assert terms(models).compared == {"other": ("mine", "other"), "plain": ("mine", "plain")}
+    assert found.compared == {"both": ("plain", "mine"), "plain → other": ("plain", "other")}
+    assert terms(models).compared == {
+        "mine → other": ("mine", "other"),
+        "mine → plain": ("mine", "plain"),
+    }
 
 
 def test_means_are_over_what_all_models_faced() -> None:

@@ -1,0 +1,133 @@
+"""Models side by side: the same figures as text, as a page, as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from derta.evaluation import (
+    Outcome,
+    VariantResult,
+    compare,
+    format_comparison,
+    write_comparison,
+)
+
+EVIL = "<script>alert(1)</script> $\\frac{$ {{ 7 }} & \"'"
+
+
+def models(*names: str) -> dict[str, dict[str, Any]]:
+    """Each refuses ten more of forty attacks than the one before, the last ones late."""
+    return {
+        name: VariantResult(
+            outcomes=(
+                Outcome("asr.direct", 30 - 10 * nth, 40, positions=(0,) * (10 + 10 * nth)),
+                Outcome("asr.file.rhyme", 40 - 10 * nth, 40, positions=(7, 40) * 5 * nth),
+                Outcome("over_refusal.benign", nth, 40, positions=(0,) * nth),
+            )
+        ).to_dict()
+        for nth, name in enumerate(names)
+    }
+
+
+def test_the_tables_name_every_figure() -> None:
+    made = models("vanilla", "derta")
+    made["derta"]["position_unit"] = "words"
+    assert format_comparison(compare(made)).splitlines() == [
+        "Refusals that start at once",
+        "%        direct  rhyme    all  refusals  counted in",
+        "vanilla   100.0      –  100.0        10      tokens",
+        "derta     100.0    0.0   66.7        30       words",
+        "",
+        "Where refusals start",
+        "%          1–5  6–30  after 30  refusals  counted in",
+        "vanilla  100.0   0.0       0.0        10      tokens",
+        "derta     66.7  16.7      16.7        30       words",
+        "",
+        "Attack success",
+        "%        direct  rhyme  mean",
+        "vanilla    75.0  100.0  87.5",
+        "derta      50.0   75.0  62.5",
+        "",
+        "What changes attack success",
+        "points                            direct               rhyme   mean",
+        "both: vanilla → derta  -25.0 [-43 to -4]  -25.0 [-40 to -11]  -25.0",
+        "",
+        "Over-refusal",
+        "%        benign",
+        "vanilla     0.0",
+        "derta       2.5",
+    ]
+
+
+def test_one_analysis_is_shown_alone(tmp_path: Path) -> None:
+    made = compare(models("a", "b"), analyses=["positions"], notes=["one row is missing"])
+    assert format_comparison(made).splitlines()[0] == "Where refusals start"
+    text = write_comparison(made, tmp_path).read_text("utf-8")
+    assert (text.count("<table"), text.count("<svg")) == (1, 1)
+    assert "one row is missing" in text
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "comparison.html",
+        "comparison.json",
+        "positions.png",
+    }
+
+
+def test_the_files_hold_what_was_found(tmp_path: Path) -> None:
+    page = write_comparison(compare(models("vanilla", "derta")), tmp_path / "new")
+    found = json.loads((page.parent / "comparison.json").read_text("utf-8"))
+    assert list(found) == ["models", "notes", "first_tokens", "positions", "terms"]
+    assert found["models"] == models("vanilla", "derta")
+    assert found["first_tokens"]["derta"]["all"] == {
+        "share": pytest.approx(2 / 3),
+        "interval": pytest.approx([0.4878, 0.8077], abs=1e-4),
+        "hits": 20,
+        "trials": 30,
+    }
+    assert found["terms"]["means"] == {"vanilla": 0.875, "derta": 0.625}
+    assert found["terms"]["differences"]["both"]["direct"]["share"] == -0.25
+    for name in ("positions", "attacks"):
+        with Image.open(page.parent / f"{name}.png") as image:
+            assert image.width > 600
+
+
+def test_many_models_with_long_names_are_told_apart(tmp_path: Path) -> None:
+    names = [f"a model with quite a long name, number {nth}" for nth in range(4)]
+    text = write_comparison(compare(models(*names)), tmp_path).read_text("utf-8")
+    assert all(f"{names[0]} → {name}" in text for name in names[1:])
+
+
+def test_text_of_models_is_text(tmp_path: Path) -> None:
+    made = compare(models("a", EVIL), notes=[EVIL])
+    text = write_comparison(made, tmp_path, title=EVIL).read_text("utf-8")
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
+
+
+def test_a_model_that_only_has_other_figures_is_compared_by_none(tmp_path: Path) -> None:
+    made = compare({"a": VariantResult(perplexity=(2.0, 4)).to_dict(), **models("b")})
+    assert re.search(r"^a → b +– +–$", format_comparison(made), re.MULTILINE)
+    assert write_comparison(made, tmp_path).is_file()
+    bare = compare({"a": VariantResult(perplexity=(2.0, 4)).to_dict()})
+    write_comparison(bare, tmp_path / "bare")
+    assert not list((tmp_path / "bare").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"models": {}}, "models must be at least one, got none"),
+        (
+            {"analyses": ["position"]},
+            r"analyses must be of first_tokens, positions, terms, got \['position'\]",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare(**({"models": models("a")} | arguments))
