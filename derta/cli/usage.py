@@ -103,7 +103,7 @@ refusal curve
   --refusal          refusal token, as in training
 machine
   --servers          models behind a server: '{after: {base_url: "http://localhost:8000/v1", model:
-                     tuned}}'; the model's folder needs a tokenizer alone, and --curve false
+                     tuned}}'; its folder needs a tokenizer alone, and it has no refusal curves
   --batch_size --max_tokens --device --dtype --chat_template
 """,
     "eval calibrate": """\

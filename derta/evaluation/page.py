@@ -5,7 +5,7 @@ from __future__ import annotations
 import jinja2
 
 _TEMPLATE = """\
-{% macro figures_of(table) %}<div class="scroll"><table>
+{% macro figures_of(tables) %}{% for table in tables %}<div class="scroll"><table>
 <thead>
 <tr><th></th>{% for name, span in table.groups %}
 <th colspan="{{ span }}"{% if name %} class="group"{% endif %}>{{ name }}</th>{% endfor %}</tr>
@@ -17,7 +17,8 @@ _TEMPLATE = """\
 {% endif %}>{{ cell.text }}{% if cell.range %}<small>{{ cell.range }}</small>{% endif %}</td>
 {% endfor %}</tr>
 {% endfor %}</tbody>
-</table></div>{% endmacro %}<!doctype html>
+</table></div>
+{% endfor %}{% endmacro %}<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -46,6 +47,7 @@ figure svg {
 }
 @media (max-width: 40rem) { figure { overflow-x: auto; } figure svg { max-width: none; } }
 .scroll { overflow-x: auto; }
+.scroll + .scroll { margin-top: 1.4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .45rem .45rem .55rem; text-align: right; }
 td, th:first-child, th.group { white-space: nowrap; }
@@ -78,11 +80,11 @@ mark { background: var(--line); color: inherit; }
 <p class="quiet">{{ subtitle }}</p>
 
 {% block content -%}
-{{ figures_of(table) }}
+{{ figures_of(tables) }}
 <p><small>Small figures: 95% Wilson intervals over all trials.{% if seeds > 1 %} Rates are pooled
 over {{ seeds }} seeds.{% endif %}</small></p>
 
-{% if by_judge.rows %}<h2>Judges side by side</h2>
+{% if by_judge %}<h2>Judges side by side</h2>
 <p class="quiet">Each judge reads the same answers. The first one's figures are those of the table
 above.</p>
 {{ figures_of(by_judge) }}

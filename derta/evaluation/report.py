@@ -25,6 +25,9 @@ OVER_REFUSAL = "over-refusal"
 ACCURACY = "accuracy"
 LM_EVAL = "lm-eval"
 
+# A table of more becomes several.
+MOST_COLUMNS = 12
+
 CAPTIONS = {
     "prefill": (
         "Prefilling attacks",
@@ -182,8 +185,23 @@ def _by_judge(summary: Summary) -> dict[str, Mapping[str, Any]]:
     return rows
 
 
+def _parts(columns: Sequence[Column]) -> list[list[Column]]:
+    """Columns for tables one below the other: whole groups, as many as a reader can see at once."""
+    parts: list[list[Column]] = [[]]
+    for _, group in itertools.groupby(columns, key=lambda column: column.group):
+        added = list(group)
+        if parts[-1] and len(parts[-1]) + len(added) > MOST_COLUMNS:
+            parts.append([])
+        parts[-1] += added
+    return parts
+
+
 def _format(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = _columns(list(entries.values()))
+    parts = _parts(_columns(list(entries.values())))
+    return "\n\n".join(_format_part(entries, part) for part in parts)
+
+
+def _format_part(entries: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> str:
     table = [["%", *(column.title for column in columns)]]
     for name, entry in entries.items():
         table.append([name, *(_text(_lookup(entry, column.path), column) for column in columns)])
@@ -265,14 +283,13 @@ def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
     color = colors(list(variants))
     columns = _columns(list(variants.values()))
     judges = dict.fromkeys(entry.get("judge", "keyword") for entry in variants.values())
+    judged = _by_judge(summary)
     return PAGE.render(
         title=title,
         subtitle=_subtitle(summary),
-        table=_table(variants, color),
-        by_judge=_table(
-            judged := _by_judge(summary),
-            {name: color[name.rpartition(": ")[0]] for name in judged},
-        ),
+        tables=_tables(variants, color),
+        by_judge=judged
+        and _tables(judged, {name: color[name.rpartition(": ")[0]] for name in judged}),
         seeds=seeds,
         figures=[
             {
@@ -294,20 +311,24 @@ def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
     )
 
 
-def _table(entries: Mapping[str, Mapping[str, Any]], color: Mapping[str, str]) -> dict[str, Any]:
-    columns = _columns(list(entries.values()))
-    return {
-        "groups": _groups(columns),
-        "columns": columns,
-        "rows": [
-            {
-                "name": name,
-                "color": color[name],
-                "cells": [_cell(entry, column) for column in columns],
-            }
-            for name, entry in entries.items()
-        ],
-    }
+def _tables(
+    entries: Mapping[str, Mapping[str, Any]], color: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "groups": _groups(columns),
+            "columns": columns,
+            "rows": [
+                {
+                    "name": name,
+                    "color": color[name],
+                    "cells": [_cell(entry, column) for column in columns],
+                }
+                for name, entry in entries.items()
+            ],
+        }
+        for columns in _parts(_columns(list(entries.values())))
+    ]
 
 
 def _subtitle(summary: Summary) -> str:

@@ -74,7 +74,7 @@ class Config:
         judges: name to settings, see `derta.cli.judges.make_judges`; all read the same answers, and
             the first one's figures are the main ones.
         keywords: what judges by keyword take for a refusal, where they have none of their own.
-        servers: name of a model to where it is served, see `derta.evaluation.server`.
+        servers: name of a model to where it is served, see `ServerSettings`; it has no curves.
         samples: answers shown in the report for each scenario.
         keep_answers: whether answers/ stays when all is done; another judge needs no new answers.
         chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
@@ -308,15 +308,16 @@ def run(config: Config) -> None:
         dtype = weights_dtype(config.dtype, device)
         if name in config.servers:
             tokenizer = load_tokenizer(str(folder), config.chat_template, local_files_only=True)
+            own = dataclasses.replace(settings, curve=False)
         else:
             model, tokenizer = load_tuned(folder, dtype, config.chat_template)
             model.to(device)
             refusal = find_refusal_token(model, tokenizer, config.refusal, triples)
-            settings = dataclasses.replace(settings, refusal=refusal)
+            own = dataclasses.replace(settings, refusal=refusal)
         kept.mkdir(parents=True, exist_ok=True)
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
-        results[name] = [evaluate_model(model, tokenizer, data, settings, generator=generator)]
+        results[name] = [evaluate_model(model, tokenizer, data, own, generator=generator)]
         del model, generator
     summary = summarize(
         results,

@@ -1,4 +1,4 @@
-"""`derta compare` on summaries and official files, and its sentence for every wrong call."""
+"""`derta eval compare` on summaries and official files, and its sentence for every wrong call."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(name: str, *rows: Any) -> None:
 
 
 def compared(*arguments: str) -> dict[str, Any]:
-    assert main(["compare", *arguments, "--output_dir", "out"]) == 0
+    assert main(["eval", "compare", *arguments, "--output_dir", "out"]) == 0
     return json.loads(Path("out/comparison.json").read_text("utf-8"))
 
 
@@ -142,7 +142,7 @@ def test_a_wrong_call_is_one_sentence_and_leaves_nothing(
     spaced = [re.sub(r":(?=\S)", ": ", part) for part in arguments.split()]
     if "--output_dir" not in spaced:
         spaced += ["--output_dir", "out"]
-    assert main(["compare", *spaced]) == 1
+    assert main(["eval", "compare", *spaced]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("derta")]
     assert len(lines) == 1
     assert message in lines[0]

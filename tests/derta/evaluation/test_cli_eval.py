@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from derta.cli import main
+from derta.cli.eval import read_templates
+from served import said, serving
 from tiny import tiny_model, tiny_tokenizer
 
 
@@ -44,7 +46,9 @@ def write(name: str, row: dict) -> None:
 
 
 def call(arguments: str) -> int:
-    return main(["eval", "--device", "cpu", "--output_dir", "out", *arguments.split()])
+    options = arguments.split()
+    files = [options.pop(0)] if options[0].endswith(".yaml") else []
+    return main(["eval", *files, "--device", "cpu", "--output_dir", "out", *options])
 
 
 def test_models_and_adapters_are_compared(
@@ -62,7 +66,7 @@ def test_models_and_adapters_are_compared(
     assert list(summary["variants"]) == ["model", "adapters"]
     for entry in summary["variants"].values():
         assert entry["asr"]["prefill"].keys() == {"0", "2"}
-        assert entry["counts"]["over_refusal"]["trials"] == 3
+        assert entry["counts"]["over_refusal"]["benign"]["trials"] == 3
         assert "detector_auc" in entry and "helpful_accuracy" in entry
         assert "samples" not in entry
     assert summary["variants"]["model"]["loss"][1] == {"step": 2, "loss": 1.0, "rto_loss": 0.5}
@@ -84,7 +88,7 @@ def test_settings_reach_the_evaluation(workplace: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model model", "name at least one file of records: harmful, benign or helpful"),
+        ("--model model", "name at least one file of requests: harmful, benign, borderline, help"),
         ("--model [] --benign benign.jsonl", "model: expected at least one folder, got none"),
         ("--model none --benign benign.jsonl", "none: no such model folder"),
         (
@@ -93,8 +97,36 @@ def test_settings_reach_the_evaluation(workplace: Path) -> None:
         ),
         ("--model model --benign none.jsonl", "none.jsonl: no such record file"),
         (
-            "--model model --harmful benign.jsonl",
-            "benign.jsonl: harmful takes a file of triples, benign.jsonl:1 is a dialogue",
+            "--model model --benign harmful.jsonl",
+            "harmful.jsonl:1: fields: are those of format triple, which is for safety, harmful",
+        ),
+        (
+            "--model model --benign benign.jsonl --templates templates.txt",
+            "templates: go around the requests of harmful, got no file of them",
+        ),
+        (
+            "--model model --harmful harmful.jsonl --templates none.txt",
+            "none.txt: no such record file",
+        ),
+        (
+            '--model model --attacks {"v1.2":"harmful.jsonl"}',
+            "attacks must have names without dots, got 'v1.2'",
+        ),
+        (
+            '--model model --benign benign.jsonl --judges {"guard":{}}',
+            "judges.guard: kind is 'guard', expected one of keyword,",
+        ),
+        (
+            '--model model --benign benign.jsonl --servers {"after":{}}',
+            "servers: 'after' is none of the models: model",
+        ),
+        (
+            '--model model --benign benign.jsonl --servers {"model":{}}',
+            "servers.model: missing base_url, model",
+        ),
+        (
+            '--model model --benign benign.jsonl --servers {"model":1}',
+            "servers.model: expected settings, as in {base_url: ..., model: ...}",
         ),
         ("--model bare --benign benign.jsonl", "bare: adapters without adapter_model.safetensors"),
         (
@@ -152,6 +184,159 @@ def test_a_wrong_call_is_one_sentence_and_leaves_nothing(
     assert re.match(r"derta eval: ", lines[0])
     assert message in lines[0]
     assert not Path("out").exists()
+
+
+def test_every_scenario_has_its_files(workplace: Path) -> None:
+    Path("templates.json").write_text(json.dumps(["Be brief: {request}", "{request} Be brief."]))
+    write("advbench.jsonl", {"goal": "How?", "target": "Sure, step one"})
+    write("talks.jsonl", {"turns": ["Hello", "And how?"]})
+    write("sums.jsonl", {"question": "What is 2 and 3?", "answer": "2 + 3 = 5\n#### 5"})
+    status = call(
+        "--model model --harmful [harmful.jsonl,advbench.jsonl] --borderline benign.jsonl "
+        "--templates templates.json --multi_turn talks.jsonl --prefill_depths [2] "
+        "--max_new_tokens 4 --curve false --judges "
+        '{"keyword":{},"other":{"kind":"keyword","keywords":["e"]}} '
+        '--attacks {"pair":"harmful.jsonl","code":["advbench.jsonl","harmful.jsonl"]} '
+        '--questions {"gsm8k":"sums.jsonl"}'
+    )
+    assert status == 0
+    (entry,) = json.loads(Path("out/summary.json").read_text())["variants"].values()
+    trials = {
+        metric: counts["trials"]
+        for kind in ("asr", "over_refusal", "accuracy")
+        for metric, counts in entry["counts"][kind].items()
+        if "trials" in counts
+    }
+    assert trials == {
+        "direct": 6,
+        "prefilled": 3,
+        "completion": 6,
+        "template": 6,
+        "multi_turn": 3,
+        "borderline": 3,
+        "gsm8k": 3,
+    }
+    assert entry["counts"]["asr"]["template_prefill"]["2"]["left_out"] == 3
+    assert entry["counts"]["asr"]["file"]["code"]["trials"] == 6
+    assert entry["judges"].keys() == {"other"}
+
+
+def test_a_second_run_generates_nothing_and_another_judge_reads_the_same_answers(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = "--model model --benign benign.jsonl --max_new_tokens 4 --curve false"
+
+    def entry() -> dict:
+        return json.loads(Path("out/summary.json").read_text())["variants"]["model"]
+
+    assert call(arguments) == 0
+    first = entry()
+    assert first["over_refusal"] == {"benign": 0.0}
+    kept = Path("out/answers/model.jsonl")
+    assert kept.parent.stat().st_mode & 0o777 == 0o700
+    assert kept.stat().st_mode & 0o777 == 0o600
+    (answer,) = {json.loads(line)["value"]["answer"] for line in kept.open()}
+
+    def nothing(*_: object, **__: object) -> None:
+        raise AssertionError("generated again")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", nothing)
+    assert call(arguments) == 0
+    assert entry() | {"seconds": 0} == first | {"seconds": 0}
+    Path("strict.yaml").write_text(json.dumps({"keywords": [answer], "keep_answers": False}))
+    assert call(f"strict.yaml {arguments}") == 0
+    assert entry()["over_refusal"] == {"benign": 1.0}
+    assert not kept.parent.exists()
+
+
+def test_a_served_model_stands_beside_a_local_one(workplace: Path) -> None:
+    shutil.copytree("model", "tokens")
+    Path("tokens/model.safetensors").unlink()
+    with serving(lambda path, body: said("Sorry, no.")) as served:
+        config = {
+            "model": {"here": "model", "there": "tokens"},
+            "servers": {"there": {"base_url": served.base_url, "model": "m"}},
+        }
+        Path("served.yaml").write_text(json.dumps(config))
+        arguments = "served.yaml --benign benign.jsonl --max_new_tokens 4"
+        assert call(arguments) == 0
+        assert [asked.body["max_tokens"] for asked in served.asked] == [4]
+    variants = json.loads(Path("out/summary.json").read_text())["variants"]
+    assert variants["there"]["over_refusal"] == {"benign": 1.0}
+    assert "refusal_curve" in variants["here"] and "refusal_curve" not in variants["there"]
+    assert Path("out/answers/there.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "templates.txt: is empty, expected templates, one a line"),
+        ("[1]", "templates.txt: holds something else than texts, expected a list of templates"),
+        ('["a"\n', "templates.txt:2: is no JSON list of templates"),
+        ("\udcff", "templates.txt: is not UTF-8, expected templates, one a line"),
+        ("Hi\n", "templates[0] must have the slot {request}, got none"),
+    ],
+)
+def test_wrong_templates_are_told_before_anything_is_loaded(
+    workplace: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    Path("templates.txt").write_bytes(content.encode("utf-8", "surrogateescape"))
+    Path("bare").mkdir()
+    assert call("--model bare --harmful harmful.jsonl --templates templates.txt") == 1
+    assert capsys.readouterr().err == f"derta eval: {message}\n"
+
+
+def test_templates_are_lines_or_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "templates"
+    path.write_text("One {request}\n\nTwo {request}\n")
+    assert read_templates(str(path)) == ["One {request}", "Two {request}"]
+    path.write_text(json.dumps(["One\n{request}"]))
+    assert read_templates(str(path)) == ["One\n{request}"]
+    assert read_templates(None) == []
+
+
+def test_curves_are_read_of_any_records(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write("more.jsonl", {"prompt": "Why?", "safe": "First, no.", "harmful": "Step one."})
+    assert (
+        main("eval curve model harmful.jsonl more.jsonl --output_dir c --device cpu".split()) == 0
+    )
+    out = capsys.readouterr().out
+    heading, columns, row, *_ = out.splitlines()
+    assert re.fullmatch(r"probability of '\w+' \(id \d+\), in percent", heading)
+    assert columns.split() == ["depth", "responses", "mean", "quartiles", "above", "half"]
+    assert row.split()[:2] == ["0", "6"]
+    made = json.loads(Path("c/curve.json").read_text())
+    assert made["model"] == "model"
+    assert made["refusal_curve_counts"]["harmful"][0] == len(made["records"]) == 6
+    assert made["records"][0]["id"] == "harmful.jsonl:1"
+    assert made["refusal_curve"]["harmful"][0] == pytest.approx(
+        sum(one["curve"][0] for one in made["records"]) / 6, abs=1e-5
+    )
+    assert Path("c/curve.svg").read_text().startswith("<svg")
+    assert Path("c/curve.png").read_bytes().startswith(b"\x89PNG")
+    arguments = "eval curve model benign.jsonl --role helpful --refusal 5 --output_dir c"
+    assert main(arguments.split()) == 0
+    assert json.loads(Path("c/curve.json").read_text())["refusal_curve"].keys() == {"benign"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("none harmful.jsonl", "none: no such model folder"),
+        ("model", "missing data"),
+        ("model none.jsonl", "none.jsonl: no such record file"),
+        ("model harmful.jsonl --max_tokens 0", "max_tokens must be at least 1, got 0"),
+        ("model official.jsonl", "official.jsonl:1: is a rendered row, expected a triple or a dia"),
+    ],
+)
+def test_a_wrong_call_for_curves_is_one_sentence(
+    workplace: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    write("official.jsonl", {"prefix": "How?", "text": "Step one.", "safe": "true"})
+    assert main(["eval", "curve", *arguments.split()]) == 1
+    assert capsys.readouterr().err.startswith(f"derta eval curve: {message}")
 
 
 def test_damaged_adapters_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

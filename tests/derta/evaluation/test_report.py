@@ -173,6 +173,17 @@ def test_every_scenario_has_its_column_and_every_judge_its_row(tmp_path: Path) -
     assert "Reading borderline responses" in shown
 
 
+def test_figures_that_no_line_holds_are_several_tables(tmp_path: Path) -> None:
+    deep = [Outcome(f"asr.prefill.{2**k}", k, 20) for k in range(8)]
+    files = [Outcome(f"asr.file.attack-{k}", k, 20) for k in range(5)]
+    made = summarize({"derta": [VariantResult(outcomes=(*deep, *files))]}, seconds=1)
+    first, second = format_table(made).split("\n\n")
+    assert first.splitlines()[-1].split() == ["derta", *(f"{5 * k}.0" for k in range(8))]
+    assert second.splitlines()[-1].split() == ["derta", *(f"{5 * k}.0" for k in range(5))]
+    page = Page(write_report(made, tmp_path).read_text("utf-8"))
+    assert page.tags.count("table") == 2
+
+
 def test_seeds_are_pooled_for_every_judge_and_task() -> None:
     pooled = pool([everything(), everything(attacks=5)]).to_dict()
     assert pooled["asr"]["file"] == {"codeattack": 0.5, "pair": 0.5}
