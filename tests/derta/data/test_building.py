@@ -254,7 +254,7 @@ def test_rows_stream_through(tmp_path: Path) -> None:
         ({"eval_share": -0.1}, r"^eval_share must lie in \[0, 1\), got -0.1"),
         ({"near": 0.1}, r"^near must lie in \[0.5, 1\]"),
         ({"refusal_text": " "}, "^refusal_text: is blank, expected text"),
-        ({"eval_share": 0.9999999}, "^no example is left to train on, expected more data or a sm"),
+        ({"eval_share": 0.9999999}, "^no example is left to train on, expected more data or less"),
     ],
 )
 def test_settings_out_of_range_are_named(tmp_path: Path, settings: dict, message: str) -> None:
