@@ -17,7 +17,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,53 +31,11 @@ from derta.data.duplicates import (
     turns_of,
     user_turns,
 )
-from derta.data.records import (
-    Dialogue,
-    Message,
-    Record,
-    Rendered,
-    Triple,
-    check_messages,
-    check_text,
-    check_weight,
-)
+from derta.data.formats import Half
+from derta.data.keywords import opens_with_refusal, refuses
+from derta.data.records import Dialogue, Record, Rendered, Triple, check_text
 
 SUMMARY_FILE = "build.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Half:
-    """One answer to a request, whose counterpart is in another row or another file.
-
-    Args:
-        messages: {"role", "content"} each, the last the user's. A tuple afterwards.
-        response: to them.
-        is_safe: whether it is the response to learn, or the one to break off.
-        id, source, weight: as of a `Triple`.
-
-    Raises:
-        TypeError: a field is not of its type.
-        ValueError: a text is blank or holds NUL or a lone surrogate, a role is unknown, the last
-            message is not the user's, or the weight is not a positive number.
-    """
-
-    messages: Sequence[Message]
-    response: str
-    is_safe: bool
-    id: str
-    source: str = ""
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_text("id", self.id)
-        check_text("response", self.response)
-        check_weight("weight", self.weight)
-        messages = check_messages("messages", self.messages)
-        if messages[-1]["role"] != "user":
-            raise ValueError(
-                f"messages: the last is the {messages[-1]['role']}'s, expected the user's"
-            )
-        object.__setattr__(self, "messages", messages)
 
 
 def build(
@@ -93,8 +50,9 @@ def build(
     """Writes train.ROLE.jsonl, eval.ROLE.jsonl and build.json into a new folder.
 
     Halves of one request are joined in the order in which they come, each used once; a triple made
-    of two has the request, source and weight of the harmful one, and the ids of both. Of examples
-    whose texts are the same once `normalized` the first stays.
+    of two has the request, source and weight of the harmful one, and the ids of both. It is dropped
+    if the texts contradict what they are said to be: the harmful one opens with a refusal, and the
+    safe one holds none. Of examples whose texts are the same once `normalized` the first stays.
 
     Whether an example is held out is decided by its first user message, `normalized`, and nothing
     else: the same one never stands on both sides, whatever its source, and none changes sides when
@@ -104,7 +62,7 @@ def build(
     leaves none. An example whose id is taken gets its source before it.
 
     Args:
-        records: each with its role: safety, helpful or borderline.
+        records: each with its role: safety, helpful or borderline; a half's is safety.
         output_dir: a folder that does not exist yet, or is empty.
         eval_share: share of first messages that are held out, in [0, 1).
         seed: another one holds out others.
@@ -172,7 +130,7 @@ class _Ledger:
             "read": {},
             "joined": 0,
             "completed": 0,
-            "dropped": Counter(duplicates=0, safe_halves=0, harmful_halves=0),
+            "dropped": Counter(duplicates=0, contradicting=0, safe_halves=0, harmful_halves=0),
         }
         # Gone with the build: nothing is gained by a journal.
         self._base = sqlite3.connect(path, isolation_level=None)
@@ -182,7 +140,7 @@ class _Ledger:
             PRAGMA synchronous = OFF;
             CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID;
             CREATE TABLE examples (digest BLOB PRIMARY KEY) WITHOUT ROWID;
-            CREATE TABLE halves (place INTEGER PRIMARY KEY, request BLOB, role TEXT, half TEXT);
+            CREATE TABLE halves (place INTEGER PRIMARY KEY, request BLOB, half TEXT);
             BEGIN;
             """
         )
@@ -195,15 +153,17 @@ class _Ledger:
     ) -> Iterator[tuple[str, Record]]:
         """All that are new: those that came whole, as they come, then those that were joined."""
         for role, record in records:
-            read = self.counts["read"].setdefault(record.source, Counter())
-            read[f"{role}_halves" if isinstance(record, Half) else role] += 1
-            if isinstance(record, Half):
-                self._keep(role, record)
+            is_half = isinstance(record, Half)
+            source = record.origin["source"] if is_half else record.source
+            read = self.counts["read"].setdefault(source, Counter())
+            read[f"{role}_halves" if is_half else role] += 1
+            if is_half:
+                self._keep(record)
             elif self._is_new(role, all_texts(record)):
                 yield role, self._named(record)
-        for role, triple in self._joined(refusal_text):
-            if self._is_new(role, all_texts(triple)):
-                yield role, self._named(triple)
+        for triple in self._joined(refusal_text):
+            if self._is_new("safety", all_texts(triple)):
+                yield "safety", self._named(triple)
 
     def _is_new(self, kind: str, texts: Sequence[str]) -> bool:
         """Whether none of these texts came before, which is counted."""
@@ -228,44 +188,40 @@ class _Ledger:
             )
         return dataclasses.replace(record, id=renamed)
 
-    def _keep(self, role: str, half: Half) -> None:
-        request = [text for turn in half.messages for text in (turn["role"], turn["content"])]
-        kind = "safe half" if half.is_safe else "harmful half"
-        if self._is_new(kind, [*request, half.response]):
+    def _keep(self, half: Half) -> None:
+        if self._is_new("safe half" if half.safe else "harmful half", [half.prompt, half.text]):
             self._base.execute(
-                "INSERT INTO halves (request, role, half) VALUES (?, ?, ?)",
-                (digest(request), role, json.dumps(dataclasses.asdict(half))),
+                "INSERT INTO halves (request, half) VALUES (?, ?)",
+                (digest([half.prompt]), json.dumps(dataclasses.asdict(half))),
             )
 
-    def _joined(self, refusal_text: str | None) -> Iterator[tuple[str, Triple]]:
+    def _joined(self, refusal_text: str | None) -> Iterator[Triple]:
+        dropped = self.counts["dropped"]
         self._base.execute("CREATE INDEX by_request ON halves (request, place)")
-        rows = self._base.execute("SELECT request, role, half FROM halves ORDER BY request, place")
+        rows = self._base.execute("SELECT request, half FROM halves ORDER BY request, place")
         for _, group in itertools.groupby(rows, key=lambda row: row[0]):
-            halves = [(role, Half(**json.loads(half))) for _, role, half in group]
-            safe = [half for _, half in halves if half.is_safe]
-            harmful = [(role, half) for role, half in halves if not half.is_safe]
-            for (role, broken), kept in zip(harmful, safe, strict=False):
+            halves = [Half(**json.loads(half)) for _, half in group]
+            safe = [half for half in halves if half.safe]
+            harmful = [half for half in halves if not half.safe]
+            for broken, kept in zip(harmful, safe, strict=False):
+                if opens_with_refusal(broken.text) and not refuses(kept.text):
+                    dropped["contradicting"] += 1
+                    continue
                 self.counts["joined"] += 1
-                yield role, _triple(broken, kept.response, f"{broken.id}+{kept.id}")
+                yield _completed(broken, kept.text, f"{broken.origin['id']}+{kept.origin['id']}")
+            dropped["safe_halves"] += max(0, len(safe) - len(harmful))
             alone = harmful[len(safe) :]
-            self.counts["dropped"]["safe_halves"] += max(0, len(safe) - len(harmful))
             if refusal_text is None:
-                self.counts["dropped"]["harmful_halves"] += len(alone)
+                dropped["harmful_halves"] += len(alone)
                 continue
-            for role, broken in alone:
+            for broken in alone:
                 self.counts["completed"] += 1
-                yield role, _triple(broken, refusal_text, broken.id)
+                yield _completed(broken, refusal_text, broken.origin["id"])
 
 
-def _triple(harmful: Half, safe: str, id: str) -> Triple:
-    return Triple(
-        messages=harmful.messages,
-        safe=safe,
-        harmful=harmful.response,
-        id=id,
-        source=harmful.source,
-        weight=harmful.weight,
-    )
+def _completed(half: Half, safe: str, id: str) -> Triple:
+    origin = {**half.origin, "id": id}
+    return Triple(prompt=half.prompt, safe=safe, harmful=half.text, **origin)
 
 
 def _drawn(record: Record, seed: int) -> float:

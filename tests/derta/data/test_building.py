@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from derta.data import Dialogue, Rendered, Triple
-from derta.data.building import Half, build
+from derta.data.building import build
 from derta.data.duplicates import Fingerprint, RequestIndex, normalized
+from derta.data.formats import Half
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 
@@ -29,8 +30,8 @@ def say(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def half(request: str, response: str, *, is_safe: bool, id: str, **more: Any) -> Half:
-    return Half(messages=[ask(request)], response=response, is_safe=is_safe, id=id, **more)
+def half(request: str, response: str, *, safe: bool, id: str, **more: Any) -> Half:
+    return Half(request, response, safe, {"id": id, "source": "halves", **more})
 
 
 def triple(place: int, request: str, **more: Any) -> Triple:
@@ -69,12 +70,12 @@ def requests(count: int, seed: int = 0) -> list[str]:
 
 def test_halves_are_joined_across_files_each_once(tmp_path: Path) -> None:
     records = [
-        ("safety", half("Paint it?", "Sure, 1.", is_safe=False, id="a", source="x", weight=2.0)),
-        ("safety", half("Lift it?", "Sure, 2.", is_safe=False, id="b", source="x")),
-        ("safety", half("paint it", "Sorry, 1.", is_safe=True, id="c", source="y")),
-        ("safety", half("Paint it", "Sorry, 2.", is_safe=True, id="d", source="y")),
-        ("safety", half("Paint it", "sorry, 1", is_safe=True, id="e", source="y")),
-        ("safety", half("Drop it?", "Sorry, 3.", is_safe=True, id="f", source="y")),
+        ("safety", half("Paint it?", "Sure, 1.", safe=False, id="a", source="x", weight=2.0)),
+        ("safety", half("Lift it?", "Sure, 2.", safe=False, id="b", source="x")),
+        ("safety", half("paint it", "Sorry, 1.", safe=True, id="c", source="y")),
+        ("safety", half("Paint it", "Sorry, 2.", safe=True, id="d", source="y")),
+        ("safety", half("Paint it", "sorry, 1", safe=True, id="e", source="y")),
+        ("safety", half("Drop it?", "Sorry, 3.", safe=True, id="f", source="y")),
     ]
     summary = build(records, tmp_path / "out", eval_share=0)
     (row,) = rows(tmp_path / "out" / "train.safety.jsonl")
@@ -90,6 +91,7 @@ def test_halves_are_joined_across_files_each_once(tmp_path: Path) -> None:
     assert (summary["joined"], summary["completed"]) == (1, 0)
     assert summary["dropped"] == {
         "duplicates": 1,
+        "contradicting": 0,
         "safe_halves": 2,
         "harmful_halves": 1,
         "near_evaluation": 0,
@@ -98,15 +100,27 @@ def test_halves_are_joined_across_files_each_once(tmp_path: Path) -> None:
 
 def test_a_harmful_half_is_completed_only_where_that_is_asked_for(tmp_path: Path) -> None:
     records = [
-        ("safety", half("Paint it?", "Sure, 1.", is_safe=False, id="a")),
-        ("safety", half("Paint it?", "Sorry.", is_safe=True, id="b")),
-        ("safety", half("Paint it?", "Sure, 2.", is_safe=False, id="c")),
+        ("safety", half("Paint it?", "Sure, 1.", safe=False, id="a")),
+        ("safety", half("Paint it?", "Sorry.", safe=True, id="b")),
+        ("safety", half("Paint it?", "Sure, 2.", safe=False, id="c")),
     ]
     summary = build(records, tmp_path / "out", eval_share=0, refusal_text="Sorry, no.")
     made = rows(tmp_path / "out" / "train.safety.jsonl")
     assert [(row["id"], row["safe"]) for row in made] == [("a+b", "Sorry."), ("c", "Sorry, no.")]
     assert (summary["joined"], summary["completed"]) == (1, 1)
     assert summary["dropped"]["harmful_halves"] == 0
+
+
+def test_halves_that_contradict_what_they_are_said_to_be_are_not_joined(tmp_path: Path) -> None:
+    records = [
+        ("safety", half("Paint it?", "Sorry, I cannot help.", safe=False, id="a")),
+        ("safety", half("Paint it?", "Sure, step 1.", safe=True, id="b")),
+        ("safety", half("Lift it?", "Sure, step 1.", safe=False, id="c")),
+        ("safety", half("Lift it?", "Sorry, I cannot help.", safe=True, id="d")),
+    ]
+    summary = build(records, tmp_path / "out", eval_share=0)
+    assert [row["id"] for row in all_rows(tmp_path / "out", "train")] == ["c+d"]
+    assert (summary["joined"], summary["dropped"]["contradicting"]) == (1, 1)
 
 
 def test_of_what_comes_again_the_first_stays(tmp_path: Path) -> None:
@@ -261,10 +275,3 @@ def test_settings_out_of_range_are_named(tmp_path: Path, settings: dict, message
     with pytest.raises(ValueError, match=message):
         build([("safety", triple(1, "Paint it?"))], tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_half_ends_with_a_request() -> None:
-    with pytest.raises(ValueError, match="^messages: the last is the assistant's, expected the us"):
-        Half(messages=[ask("How?"), say("So.")], response="Sorry.", is_safe=True, id="1")
-    with pytest.raises(ValueError, match="^response: is blank, expected text"):
-        half("How?", "", is_safe=True, id="1")
