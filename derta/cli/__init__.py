@@ -1,4 +1,4 @@
-"""The command line: `derta train | plan | eval | merge | chat | demo | bench | doctor`.
+"""The command line: `derta COMMAND ...`, see `derta.cli.usage`.
 
 Nothing heavy is imported before a command has its arguments, and nothing that takes any time before
 `main` is there to answer an interrupt.
@@ -7,6 +7,7 @@ Nothing heavy is imported before a command has its arguments, and nothing that t
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import os
 import sys
@@ -14,13 +15,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from derta._version import __version__
-from derta.cli.usage import SUMMARY, USAGE
+from derta.cli.usage import ACTIONS, SUMMARY, USAGE
 
 if TYPE_CHECKING:
     import argparse
 
 # What the first argument of a command is, where it is not a configuration file.
 BARE = {"bench": "--what", "merge": "--model", "chat": "--model"}
+# What all arguments before the first key are.
+LISTS = {"data validate": "files"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,9 +49,18 @@ def _run(command: str, arguments: Sequence[str]) -> None:
 
     from derta.cli.arguments import build, read_options, read_yaml
 
-    module = importlib.import_module(f"derta.cli.{command}")
+    if command in ACTIONS:
+        action, *arguments = arguments or [""]
+        if action not in ACTIONS[command]:
+            raise ValueError(f"expected one of {', '.join(ACTIONS[command])}, got {action!r}")
+        command = f"{command} {action}"
+    module = importlib.import_module(f"derta.cli.{command.replace(' ', '.')}")
     sources: dict[str, dict[str, Any]] = {}
-    if arguments and not arguments[0].startswith("--"):
+    if command in LISTS:
+        listed = list(itertools.takewhile(lambda part: not part.startswith("--"), arguments))
+        arguments = arguments[len(listed) :]
+        sources["arguments"] = {LISTS[command]: listed} if listed else {}
+    elif arguments and not arguments[0].startswith("--"):
         first, *arguments = arguments
         if command in BARE:
             arguments = [BARE[command], first, *arguments]
@@ -75,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(options.arguments):
-        print(USAGE[options.command], end="")
+        action = " ".join([options.command, *options.arguments[:1]])
+        print(USAGE.get(action, USAGE[options.command]), end="")
         return 0
     # Nothing is reported to anybody, unless the user has decided otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

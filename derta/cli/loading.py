@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from derta.data import Record, read_records
+from derta.data import Record, Request
+from derta.data.reading import read_placed
 
 
 def load_model(
@@ -170,13 +171,16 @@ def weights_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def read_files(paths: Sequence[str]) -> list[Record]:
-    """All records of the files.
+    """All records of the files, of whichever role each row's format is first of all.
 
     Raises:
         FileNotFoundError: one is not there.
         ValueError: as `read_records`.
     """
-    for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such record file")
-    return list(read_records(*paths))
+    records: list[Record] = []
+    for _, record in read_placed(paths, None):
+        if isinstance(record, ValueError):
+            raise record
+        assert not isinstance(record, Request)
+        records.append(record)
+    return records

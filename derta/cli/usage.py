@@ -11,6 +11,12 @@ SUMMARY = {
     "demo": "train and compare four small models on a harmless world",
     "bench": "what the kernels take of every GPU, compiled here",
     "doctor": "what this machine has, and which path each op takes and why",
+    "data": "what is in record files, and what is amiss with them",
+}
+
+# Commands of several actions, each a module of its own.
+ACTIONS = {
+    "data": {"validate": "every bad row of record files, in one pass"},
 }
 
 USAGE = {
@@ -114,5 +120,24 @@ usage: derta bench resources [--key value ...]
 """,
     "doctor": """\
 usage: derta doctor
+""",
+    "data": """\
+usage: derta data ACTION ...
+
+  validate           every bad row of record files, in one pass
+
+derta data ACTION --help tells more.
+""",
+    "data validate": """\
+usage: derta data validate FILE ... --role ROLE [--key value ...]
+
+  Prints the place, field and reason of every bad row, then what each file has. Exits with 1 if any
+  row is bad.
+
+  --files            JSON Lines, JSON arrays, CSV or parquet, plain, gzip or xz; folders of them, or
+                     as datasets saves them; the first arguments
+  --role             what they are for. In training: safety | helpful | borderline; in evaluation:
+                     harmful | harmless | question
+  --format           name of their format, where their fields leave it open
 """,
 }

@@ -11,6 +11,7 @@ from derta.data.cuts import (
     example_rng,
 )
 from derta.data.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
+from derta.data.formats import FORMATS, KINDS, ROLES
 from derta.data.packing import (
     DertaCollator,
     Drawn,
@@ -22,7 +23,7 @@ from derta.data.packing import (
     sequence_length,
 )
 from derta.data.planning import Plan, plan_packs
-from derta.data.readers import FORMATS, read_records
+from derta.data.reading import Reading, read_records, read_requests
 from derta.data.records import Dialogue, Message, Record, Rendered, Request, Triple
 from derta.data.refusal import RefusalToken, resolve_refusal_token
 from derta.data.show import render_pack
@@ -30,6 +31,8 @@ from derta.data.show import render_pack
 __all__ = [
     "CUT_POLICIES",
     "FORMATS",
+    "KINDS",
+    "ROLES",
     "Chat",
     "DertaCollator",
     "Dialogue",
@@ -42,6 +45,7 @@ __all__ = [
     "PackedBatch",
     "Plan",
     "Record",
+    "Reading",
     "RefusalToken",
     "Rendered",
     "Request",
@@ -56,6 +60,7 @@ __all__ = [
     "packed_length",
     "plan_packs",
     "read_records",
+    "read_requests",
     "render_pack",
     "resolve_refusal_token",
     "sequence_length",

@@ -233,14 +233,19 @@ def check_messages(field: str, value: Any) -> tuple[Message, ...]:
         if not isinstance(message, dict):
             raise TypeError(f"{name}: is {type(message).__name__}, expected role and content")
         if message.keys() != {"role", "content"}:
-            found = ", ".join(sorted(map(str, message))) or "nothing"
-            raise ValueError(f"{name}: has {found}, expected role and content")
+            raise ValueError(f"{name}: has {field_names(message)}, expected role and content")
         if message["role"] not in SPEAKERS:
-            raise ValueError(
-                f"{name}.role: is {message['role']!r}, expected one of {', '.join(SPEAKERS)}"
-            )
+            found = message["role"]
+            found = repr(found[:20]) if isinstance(found, str) else type(found).__name__
+            raise ValueError(f"{name}.role: is {found}, expected one of {', '.join(SPEAKERS)}")
         check_text(f"{name}.content", message["content"])
     return tuple(dict(message) for message in value)
+
+
+def field_names(names: Iterable[Any]) -> str:
+    """What errors show of names that may be anything: few of them, short, on one line."""
+    shown = sorted(f"{name}"[:40].encode("unicode_escape").decode("ascii") for name in names)
+    return ", ".join(shown[:12] + ["..."] * (len(shown) > 12)) or "none"
 
 
 def distinct(placed: Iterable[tuple[str, Record]]) -> Iterator[Record]:

@@ -109,7 +109,7 @@ def test_a_frozen_head_has_neither_gradient_nor_buffer(method: str) -> None:
     DertaTrainer(
         model=model,
         args=config,
-        train_dataset=list(read_records("rows.jsonl")),
+        train_dataset=list(read_records("rows.jsonl", role="safety")),
         processing_class=tiny_tokenizer(),
     ).train()
     assert head.weight.grad is None and not head._buffers

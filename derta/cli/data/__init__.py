@@ -1,0 +1,1 @@
+"""`derta data ACTION`: what can be asked of record files, one module an action."""

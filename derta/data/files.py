@@ -1,0 +1,365 @@
+"""Rows of record files, streamed: JSON Lines, JSON arrays, CSV and parquet, plain, gzip or xz.
+
+What a file is, its content tells, never its name. Memory holds one row, or one batch of parquet's,
+however long the file is. What is amiss with one row is that row's; what makes the rest of a file
+unreadable is raised.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import gzip
+import json
+import lzma
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+GZIP, XZ, PARQUET = b"\x1f\x8b", b"\xfd7zXZ\0", b"PAR1"
+BATCH = 256  # rows of parquet in memory
+CHUNK = 1 << 20
+# Of a line, a cell or an element: a quote or a bracket that is never closed would take in the file.
+LONGEST = 1 << 28
+
+_DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+_SPACE = re.compile(r"[ \t\r\n]*")
+# The longest token that JSON can break off in without saying so by where the error is.
+_TOKEN = 32
+
+# A place in its file, and the row there or what is amiss with it.
+Placed = tuple[str, Any]
+
+
+def data_files(path: Path) -> Iterator[Path]:
+    """The file, or those of a folder and its folders, sorted and without hidden ones.
+
+    A folder that `datasets` saved counts as one file.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: there is no file in the folder, or several splits.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such record file")
+    if not path.is_dir() or _is_dataset(path):
+        yield path
+        return
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(str(folder) for folder in sorted(path.iterdir()) if _is_dataset(folder))
+        raise ValueError(f"{path}: holds the splits of a dataset, expected one of them: {splits}")
+    inside = [child for child in sorted(path.iterdir()) if not child.name.startswith(".")]
+    if not inside:
+        raise ValueError(f"{path}: no file in this folder, expected record files")
+    for child in inside:
+        yield from data_files(child)
+
+
+def read_rows(path: Path, columns: Collection[str], bare: Sequence[str] = ()) -> Iterator[Placed]:
+    """Rows with their places: the line; `line[element]` of an array; `[row]`, from 0, of a table.
+
+    A row that cannot be read comes as a ValueError that tells why, and does not end the file.
+
+    Args:
+        path: of `data_files`.
+        columns: those of which a table is to have one at least; parquet's others are left alone.
+        bare: what the columns are called where CSV has no header.
+
+    Raises:
+        ValueError: `path:line: what is wrong`, and the rest of the file cannot be read.
+        OSError: the file cannot be opened.
+    """
+    if path.is_dir():
+        yield from _dataset_rows(path, columns)
+        return
+    last = "1"
+    with path.open("rb") as raw:
+        try:
+            stream: Any = raw
+            if raw.peek(2).startswith(GZIP):
+                stream = gzip.GzipFile(fileobj=raw)
+            elif raw.peek(6).startswith(XZ):
+                stream = lzma.LZMAFile(raw)
+            if stream.peek(4).startswith(PARQUET):
+                rows = _parquet_rows(path, stream, columns, packed=stream is not raw)
+            else:
+                rows = _text_rows(path, stream, columns, bare)
+            for last, row in rows:
+                yield last, row
+        except _DAMAGED as error:
+            raise ValueError(
+                f"{path}:{last}: what follows cannot be unpacked ({error}), expected the whole of "
+                "a gzip or xz file"
+            ) from error
+
+
+def _text_rows(
+    path: Path, stream: Any, columns: Collection[str], bare: Sequence[str]
+) -> Iterator[Placed]:
+    if stream.peek(3).startswith(codecs.BOM_UTF8):
+        stream.read(3)
+    line = 1
+    while head := stream.peek(1):
+        blank = len(head) - len(head.lstrip())
+        read = head.rfind(b"\n", 0, blank) + 1 or (blank if blank == len(head) else 0)
+        if read == 0:
+            break
+        line += stream.read(read).count(b"\n")
+    mark = head.lstrip()[:1]
+    if mark == b"[":
+        return _array_rows(_Window(path, stream, line))
+    if mark == b"{":
+        return _line_rows(path, stream, line)
+    return _csv_rows(path, stream, line, columns, bare) if mark else iter(())
+
+
+def _lines(path: Path, stream: Any, line: int) -> Iterator[bytes]:
+    while content := stream.readline(LONGEST + 1):
+        if len(content) > LONGEST:
+            raise ValueError(f"{path}:{line}: longer than {LONGEST >> 20} MiB, expected a row")
+        yield content
+        line += 1
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte {error.object[error.start]:#04x} is not UTF-8, expected UTF-8 text"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # JSON leaves open which one counts
+        raise ValueError("an object has a field twice")
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _line_rows(path: Path, stream: Any, first: int) -> Iterator[Placed]:
+    for line, content in enumerate(_lines(path, stream, first), start=first):
+        if content.isspace():
+            continue
+        row: Any
+        try:
+            row = _JSON.decode(content.rstrip(b"\n").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            row = ValueError(_not_utf8(error))
+        except json.JSONDecodeError as error:
+            row = ValueError(
+                f"not JSON at column {error.colno} ({error.msg}), expected one object a line"
+            )
+        except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5000 digits
+            row = ValueError(f"cannot be read ({error}), expected one object a line")
+        yield f"{line}", row
+
+
+class _Window:
+    """The part of a text that is in memory: it grows at its end and is cut off at its start."""
+
+    def __init__(self, path: Path, stream: Any, line: int) -> None:
+        self.path = path
+        self.line = line  # at the position
+        self.text = ""
+        self.position = 0
+        self.at_end = False
+        self._column = 0  # of the first character
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def grow(self) -> None:
+        """Forgets what lies before the position, and doubles what lies behind it."""
+        newline = self.text.rfind("\n", 0, self.position)
+        self._column = self.position - newline - 1 + (self._column if newline < 0 else 0)
+        self.text, self.position = self.text[self.position :], 0
+        if len(self.text) > LONGEST:
+            self.fail(f"an element is longer than {LONGEST >> 20} MiB, expected a row")
+        data = self._stream.read(max(CHUNK, len(self.text)))
+        self.at_end = not data
+        try:
+            self.text += self._decoder.decode(data, self.at_end)
+        except UnicodeDecodeError as error:
+            lines = self.text.count("\n") + error.object.count(b"\n", 0, error.start)
+            raise ValueError(f"{self.path}:{self.line + lines}: {_not_utf8(error)}") from error
+
+    def skip(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            end = _SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]
+            self._advance(end)
+            if end < len(self.text) or self.at_end:
+                return self.text[end : end + 1]
+            self.grow()
+
+    def element(self) -> Any:
+        """The JSON value at the position, which is behind it afterwards."""
+        while True:
+            try:
+                row, end = _JSON.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                cut = error.pos + _TOKEN > len(self.text) or error.msg.startswith("Unterminated")
+                if self.at_end or not cut:
+                    newline = self.text.rfind("\n", 0, error.pos)
+                    column = error.pos - newline + (self._column if newline < 0 else 0)
+                    self.line += self.text.count("\n", self.position, error.pos)
+                    self.fail(
+                        f"not JSON at column {column} ({error.msg}), expected an array of objects"
+                    )
+            except (RecursionError, ValueError) as error:
+                self.fail(f"cannot be read ({error}), expected an array of objects")
+            else:
+                if self.at_end or end + _TOKEN < len(self.text):
+                    self._advance(end)
+                    return row
+            self.grow()
+
+    def fail(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.path}:{self.line}: {message}") from None
+
+    def _advance(self, end: int) -> None:
+        self.line += self.text.count("\n", self.position, end)
+        self.position = end
+
+
+def _array_rows(window: _Window) -> Iterator[Placed]:
+    window.skip()
+    window.position += 1
+    index = 0
+    mark = "]" if window.skip() == "]" else ","
+    while mark == ",":
+        window.skip()
+        line = window.line
+        yield f"{line}[{index}]", window.element()
+        index += 1
+        mark = window.skip()
+        if mark not in (",", "]"):
+            window.fail("the array breaks off, expected ',' or ']'")
+        window.position += mark == ","
+    window.position += 1
+    if window.skip():
+        window.fail("text after the array, expected nothing")
+
+
+def _csv_rows(
+    path: Path, stream: Any, first: int, columns: Collection[str], bare: Sequence[str]
+) -> Iterator[Placed]:
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+    undecodable: list[UnicodeDecodeError] = []
+
+    def texts() -> Iterator[str]:
+        for content in _lines(path, stream, first):
+            try:
+                yield content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                undecodable.append(error)
+                yield content.decode("utf-8", "replace")
+
+    reader = csv.reader(texts(), strict=True)
+    header: Sequence[str] = ()
+    while True:
+        line = first + reader.line_num
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}:{line}: not CSV ({error}), expected cells between commas, quoted where "
+                "they hold commas, quotes or newlines"
+            ) from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if not header:
+            header = cells if not bare or set(cells) & set(columns) else bare[: len(cells)]
+            if not set(header) & set(columns):
+                raise ValueError(
+                    f"{path}:{line}: neither JSON nor CSV with a header that names columns of any "
+                    "format, expected records in JSON, CSV or parquet, plain, gzip or xz"
+                )
+            if len(set(header)) < len(header):
+                raise ValueError(f"{path}:{line}: the header names a column twice")
+            if header is cells:
+                continue
+        if undecodable:
+            yield f"{line}", ValueError(_not_utf8(undecodable[0]))
+            undecodable.clear()
+        elif len(cells) != len(header):
+            yield (
+                f"{line}",
+                ValueError(f"has {len(cells)} cells, expected {len(header)} as the header has"),
+            )
+        else:
+            yield f"{line}", dict(zip(header, cells, strict=True))
+
+
+def _parquet_rows(
+    path: Path, stream: IO[bytes], columns: Collection[str], *, packed: bool
+) -> Iterator[Placed]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with contextlib.ExitStack() as stack:
+        if packed:  # its end is read first, and its columns lie apart
+            unpacked = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(stream, unpacked, CHUNK)
+            stream = unpacked
+        index = 0
+        try:
+            file = pyarrow.parquet.ParquetFile(stream)
+            names = _known(path, file.schema_arrow.names, columns)
+            for batch in file.iter_batches(BATCH, columns=names):
+                for row in _rows_of(batch):
+                    yield f"[{index}]", row
+                    index += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{path}:[{index}]: not parquet ({reason}), expected a whole file"
+            ) from error
+
+
+def _rows_of(batch: Any) -> Iterator[Any]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            try:
+                yield from batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield ValueError(_not_utf8(error))
+
+
+def _known(path: Path, names: Sequence[str], columns: Collection[str]) -> list[str]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}:[0]: the table names a column twice")
+    known = [name for name in names if name in columns]
+    if not known:
+        raise ValueError(f"{path}:[0]: no column of any format in this table")
+    return known
+
+
+def _is_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+
+
+def _dataset_rows(path: Path, columns: Collection[str]) -> Iterator[Placed]:
+    import datasets
+    import pyarrow
+
+    try:
+        table = datasets.load_from_disk(str(path))
+    except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}:[0]: cannot be loaded by datasets ({type(error).__name__}), expected a folder "
+            "as its save_to_disk leaves it"
+        ) from error
+    known = _known(path, table.column_names, columns)
+    index = 0
+    for batch in table.select_columns(known).with_format("arrow").iter(BATCH):
+        for row in _rows_of(batch):
+            yield f"[{index}]", row
+            index += 1
