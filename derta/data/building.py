@@ -49,6 +49,8 @@ def build(
 ) -> dict[str, Any]:
     """Writes train.ROLE.jsonl, eval.ROLE.jsonl and build.json into a new folder.
 
+    Rendered rows go into files of their own, train.ROLE.rendered.jsonl.
+
     Halves of one request are joined in the order in which they come, each used once; a triple made
     of two has the request, source and weight of the harmful one, and the ids of both. It is dropped
     if the texts contradict what they are said to be: the harmful one opens with a refusal, and the
@@ -89,8 +91,9 @@ def build(
         with closing(_Ledger(beside / "ledger.sqlite")) as ledger:
             with closing(_Files(beside)) as files:
                 for role, record in ledger.examples(records, refusal_text):
-                    held_out = _drawn(record, seed) < eval_share
-                    files.write(f"{'eval' if held_out else 'train'}.{role}.jsonl", _row(record))
+                    side = "eval" if _drawn(record, seed) < eval_share else "train"
+                    rendered = ".rendered" if isinstance(record, Rendered) else ""
+                    files.write(f"{side}.{role}{rendered}.jsonl", _row(record))
             counts = ledger.counts
         ledger.path.unlink()
         counts["dropped"]["near_evaluation"] = 0 if near is None else _drop_near(beside, near)
@@ -153,17 +156,19 @@ class _Ledger:
     ) -> Iterator[tuple[str, Record]]:
         """All that are new: those that came whole, as they come, then those that were joined."""
         for role, record in records:
-            is_half = isinstance(record, Half)
-            source = record.origin["source"] if is_half else record.source
-            read = self.counts["read"].setdefault(source, Counter())
-            read[f"{role}_halves" if is_half else role] += 1
-            if is_half:
+            if isinstance(record, Half):
+                self._count(record.origin["source"], f"{role}_halves")
                 self._keep(record)
-            elif self._is_new(role, all_texts(record)):
+                continue
+            self._count(record.source, role)
+            if self._is_new(role, all_texts(record)):
                 yield role, self._named(record)
         for triple in self._joined(refusal_text):
             if self._is_new("safety", all_texts(triple)):
                 yield "safety", self._named(triple)
+
+    def _count(self, source: str, kind: str) -> None:
+        self.counts["read"].setdefault(source, Counter())[kind] += 1
 
     def _is_new(self, kind: str, texts: Sequence[str]) -> bool:
         """Whether none of these texts came before, which is counted."""
@@ -173,9 +178,8 @@ class _Ledger:
 
     def _enter(self, table: str, value: str | bytes) -> bool:
         """Whether a value was not yet in a table."""
-        return (
-            self._base.execute(f"INSERT OR IGNORE INTO {table} VALUES (?)", (value,)).rowcount > 0
-        )
+        entry = self._base.execute(f"INSERT OR IGNORE INTO {table} VALUES (?)", (value,))
+        return entry.rowcount > 0
 
     def _named(self, record: Record) -> Record:
         if self._enter("ids", record.id):

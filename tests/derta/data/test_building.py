@@ -170,7 +170,7 @@ def test_the_same_request_never_stands_on_both_sides(tmp_path: Path) -> None:
     assert set(summary["files"]) == {
         f"{name}.{role}.jsonl"
         for name in ("train", "eval")
-        for role in ("safety", "helpful", "borderline")
+        for role in ("safety", "safety.rendered", "helpful", "borderline")
     }
 
 
