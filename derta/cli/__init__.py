@@ -66,7 +66,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
             arguments = [BARE[command], first, *arguments]
         else:
             sources[first] = read_yaml(Path(first))
-    if command == "plan":
+    if command in ("plan", "data stats"):
         sources = {name: module.of_training(values) for name, values in sources.items()}
     sources["command line"] = read_options(arguments)
     module.run(build(module.Config, sources))

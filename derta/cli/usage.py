@@ -149,7 +149,7 @@ usage: derta data validate FILE ... --role ROLE [--key value ...]
     "data stats": """\
 usage: derta data stats [CONFIG.yaml] --sources SOURCES [--key value ...]
 
-  Shows no text of any record.
+  Shows no text of any record. A training run's CONFIG.yaml will do.
 
   --sources          what a run trains on: '[{path: a.jsonl, role: safety, weight: 2}, ...]', with
                      format and limit as in training

@@ -33,9 +33,33 @@ from derta.data.duplicates import (
 )
 from derta.data.formats import Half
 from derta.data.keywords import opens_with_refusal, refuses
+from derta.data.reading import Reading, read_records
 from derta.data.records import Dialogue, Record, Rendered, Triple, check_text
+from derta.data.sources import Source
 
 SUMMARY_FILE = "build.json"
+
+
+def read_sources(sources: Sequence[Source]) -> Iterator[tuple[str, Record | Half]]:
+    """All records with their roles and weights, and the answers that nothing in their file joins.
+
+    Of a source with a limit these are left out: it is not read to its end.
+
+    Raises:
+        ValueError, OSError: as `read_records`.
+    """
+    for source in sources:
+        alone: list[Half] = []
+        reading = Reading(alone=alone.append)
+        records = read_records(
+            *source.paths, role=source.role, format=source.format, reading=reading
+        )
+        for record in itertools.islice(records, source.limit):
+            weight = source.weight * record.weight
+            yield source.role, dataclasses.replace(record, weight=weight)
+        for half in alone:
+            weight = source.weight * half.origin.get("weight", 1.0)
+            yield source.role, dataclasses.replace(half, origin={**half.origin, "weight": weight})
 
 
 def build(

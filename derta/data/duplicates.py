@@ -105,6 +105,7 @@ class Fingerprint:
 
     @functools.cached_property
     def minhash(self) -> MinHash:
+        """What LSH finds candidates by; made when first asked for."""
         minhash = _empty_minhash().copy()
         minhash.update_batch(self.shingles)
         return minhash

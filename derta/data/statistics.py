@@ -75,7 +75,7 @@ def token_lengths(record: Record, example: Encoded) -> Iterator[tuple[str, int]]
     if isinstance(example, EncodedDialogue):
         yield "rendered" if isinstance(record, Rendered) else "dialogue", len(example.input_ids)
     elif isinstance(record, Rendered):
-        yield "rendered", len(example.prompt) + len(example.harmful)
+        yield "rendered", len(example.prompt) + len(example.harmful) + 1  # the last is a label
     else:
         yield "prompt", len(example.prompt)
         yield "safe", len(example.safe)

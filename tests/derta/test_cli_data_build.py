@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from derta.cli import main
-from derta.cli.data.build import read_sources
 from derta.data import Record, read_records
+from derta.data.building import read_sources
 from derta.data.formats import Half
 from derta.data.sources import Source
 

@@ -49,7 +49,7 @@ def test_all_is_told_in_a_table_and_in_a_file(capsys: pytest.CaptureFixture[str]
     assert sum(sum(terms.values()) for terms in shares.values()) == pytest.approx(1)
     assert shares["fences"]["rto"] > 0 == shares["ladders"]["rto"]
     assert f"{shares['ladders']['next']:.1%}" in told
-    assert found["refusal"]["text"] == "Sorry" and "refusal token: 'Sorry'" in told
+    assert found["refusal"]["text"] == "Sorry" and "refusal token: 'Sorry' (id" in told
     assert found["duplicates"]["example"] == 1
     assert found["leakage"]["leaked"] == 2
     assert "2 of 3 evaluation requests" in told
@@ -57,6 +57,21 @@ def test_all_is_told_in_a_table_and_in_a_file(capsys: pytest.CaptureFixture[str]
     assert "fences.jsonl:3  held.csv:2" in told
     for said in (told, json.dumps(found)):
         assert not [word for word in ("paint", "Step", "painter", "sweeps") if word in said]
+
+
+def test_the_configuration_of_a_training_run_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(
+        "model: model\noutput_dir: out\nlearning_rate: 1e-5\nrto_keep: 0\n"
+        f"sources: {SOURCES}\n"
+        "eval_sources: [{path: fences.jsonl, role: safety, weight: 2, limit: 1}]\n"
+    )
+    assert main(["data", "stats", "run.yaml", "--output", "stats.json"]) == 0
+    found = json.loads(Path("stats.json").read_text())
+    assert found["loss"]["fences"]["rto"] == 0
+    assert found["leakage"]["leaked"] == found["leakage"]["evaluation"] == 5
+    Path("run.yaml").write_text(f"sources: {SOURCES}\nmax_lenght: 3\n")
+    assert main(["data", "stats", "run.yaml"]) == 1
+    assert "run.yaml: unknown key 'max_lenght'; did you mean" in capsys.readouterr().err
 
 
 def test_weights_of_sources_are_in_the_shares(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from derta.config import check_folder
-from derta.data import Reading, Record, read_records
-from derta.data.building import build, check_new
+from derta.data.building import build, check_new, read_sources
 from derta.data.duplicates import NEAR, check_near
-from derta.data.formats import Half
 from derta.data.sources import Source
 
 
@@ -46,26 +42,6 @@ class Config:
         check_folder("output_dir", self.output_dir)
         check_new(Path(self.output_dir))
         check_near(self.near)
-
-
-def read_sources(sources: Sequence[Source]) -> Iterator[tuple[str, Record | Half]]:
-    """All records with their roles and weights, and the answers that nothing in their file joins.
-
-    Raises:
-        ValueError, OSError: as `read_records`.
-    """
-    for source in sources:
-        alone: list[Half] = []
-        reading = Reading(alone=alone.append)
-        records = read_records(
-            *source.paths, role=source.role, format=source.format, reading=reading
-        )
-        for record in itertools.islice(records, source.limit):
-            weight = source.weight * record.weight
-            yield source.role, dataclasses.replace(record, weight=weight)
-        for half in alone:
-            weight = source.weight * half.origin.get("weight", 1.0)
-            yield source.role, dataclasses.replace(half, origin={**half.origin, "weight": weight})
 
 
 def describe(summary: Mapping[str, Any], folder: Path) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +17,9 @@ from derta.data import (
     read_records,
     read_requests,
 )
+from derta.data.building import read_sources
 from derta.data.duplicates import NEAR, check_near
+from derta.data.formats import Half
 from derta.data.sources import Source
 from derta.data.statistics import LISTED, Repeats, RunStatistics, data_statistics
 
@@ -88,16 +88,20 @@ class Config:
             raise ValueError(f"output: {self.output} is there already, choose another file")
 
 
-def training_records(sources: Sequence[Source]) -> Iterator[Record]:
-    """All records of a run, each with its weight in it.
+def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training run's configuration says of its data."""
+    from derta.cli import train
 
-    Raises:
-        ValueError, OSError: as `read_records`.
-    """
-    for source in sources:
-        records = read_records(*source.paths, role=source.role, format=source.format)
-        for record in itertools.islice(records, source.limit):
-            yield dataclasses.replace(record, weight=source.weight * record.weight)
+    def known(given: Any, ours: type, theirs: type) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        mine, others = ({field.name for field in fields(kind)} for kind in (ours, theirs))
+        return {key: one for key, one in given.items() if key in mine or key not in others}
+
+    kept = known(values, Config, train.Config)
+    if isinstance(held := kept.get("eval_sources"), list):
+        kept["eval_sources"] = [known(source, Compared, Source) for source in held]
+    return kept
 
 
 def compared_records(sources: Sequence[Compared]) -> Iterator[Record | Request]:
@@ -157,10 +161,8 @@ def _of_run(found: Mapping[str, Any]) -> list[str]:
     for source, share in found["loss"].items():
         lines.append(f"  {source:<20}{share['next']:>16.1%}{share['rto']:>16.1%}")
     if refusal is not None:
-        lines.append(
-            f"refusal token: {refusal['warning'] or repr(refusal['text'])}"
-            f" (id {refusal['id']}, first of {refusal['safe_start_share']:.0%} of safe responses)"
-        )
+        token = f"{refusal['text']!r} (id {refusal['id']}), with which most safe responses start"
+        lines.append(f"refusal token: {refusal['warning'] or token}")
     return lines
 
 
@@ -194,9 +196,10 @@ def run(config: Config) -> None:
             max_length=config.max_length,
             max_tokens=config.max_tokens,
         )
+    records = (record for _, record in read_sources(config.sources) if not isinstance(record, Half))
     evaluation = compared_records(config.eval_sources)
     found = data_statistics(
-        training_records(config.sources),
+        records,
         Repeats(evaluation, near=config.near, listed=config.listed),
         of_run,
         refusal=config.refusal,

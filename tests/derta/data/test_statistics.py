@@ -14,6 +14,7 @@ import pytest
 from derta.data import (
     DertaCollator,
     Dialogue,
+    EncodedDialogue,
     Encoder,
     Record,
     Rendered,
@@ -109,9 +110,10 @@ def test_a_run_makes_of_the_records_what_is_said(limits: tuple[int, int], loss_n
 
 def test_lengths_are_of_whole_texts_in_tokens_or_in_characters() -> None:
     record = triple(1, words=30)
-    encoded = Encoder(
+    encoder = Encoder(
         tiny_tokenizer(), max_length=1024, max_tokens=4096, branches=1, cuts="uniform"
-    ).encode(record)
+    )
+    encoded = encoder.encode(record)
     in_tokens = data_statistics([record], Repeats(), run_statistics(max_length=80))
     in_characters = data_statistics([record], Repeats())
     assert (in_tokens["unit"], in_characters["unit"]) == ("tokens", "characters")
@@ -124,6 +126,14 @@ def test_lengths_are_of_whole_texts_in_tokens_or_in_characters() -> None:
     parts = data_statistics(mixed(), Repeats())["lengths"]
     assert parts["dialogue"]["rows"] == 11
     assert parts["rendered"] == {"rows": 2, "p5": 25, "p50": 25, "p95": 26, "max": 26}
+    rendered = [
+        Rendered(prefix="Lift it: ", text="Sorry, no.", rto=rto, id=f"{rto}")
+        for rto in (True, False)
+    ]
+    both = data_statistics(rendered, Repeats(), run_statistics())["lengths"]["rendered"]
+    plain = encoder.encode(rendered[1])
+    assert isinstance(plain, EncodedDialogue)
+    assert both["p5"] == both["max"] == len(plain.input_ids)
 
 
 def test_another_token_than_most_refusals_begin_with_is_warned_of() -> None:
