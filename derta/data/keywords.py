@@ -39,14 +39,18 @@ REFUSAL_KEYWORDS = (
 
 # One character for one, so that positions stay those of the text.
 APOSTROPHES = str.maketrans(dict.fromkeys("’‘‛ʼʹ′´`＇", "'"))
-_KEYWORD = re.compile(r"\b(?:" + "|".join(map(re.escape, REFUSAL_KEYWORDS)) + r")\b", re.IGNORECASE)
+_WORDS = [
+    (keyword.lower(), re.compile(rf"\b{re.escape(keyword.lower())}\b"))
+    for keyword in REFUSAL_KEYWORDS
+]
 # Characters within which a refusal that opens a response has begun.
 _OPENING = 60
 
 
 def refuses(text: str) -> bool:
     """Whether a keyword stands anywhere in `text`."""
-    return _KEYWORD.search(text.translate(APOSTROPHES)) is not None
+    text = (text if text.isascii() else text.translate(APOSTROPHES)).lower()
+    return any(word in text and pattern.search(text) for word, pattern in _WORDS)
 
 
 def opens_with_refusal(text: str) -> bool:

@@ -180,6 +180,7 @@ def _read_file(
 ) -> Iterator[tuple[str, Record | Request | ValueError]]:
     pairs = _Pairs()
     place = ""
+    source = path.stem
     bare = FORMATS[named].bare if named else ()
     for within, row in read_rows(path, COLUMNS, bare):
         place = f"{path}:{within}"
@@ -187,7 +188,7 @@ def _read_file(
         try:
             if isinstance(row, ValueError):
                 raise row
-            record = _record(row, purpose, named, pairs, place, path.stem)
+            record = _record(row, purpose, named, pairs, place, source)
         except (TypeError, ValueError) as error:
             record = ValueError(f"{place}: {error}")
         if isinstance(record, Skipped):

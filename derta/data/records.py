@@ -209,7 +209,8 @@ def check_text(field: str, value: Any) -> str:
         raise TypeError(f"{field}: is {type(value).__name__}, expected text")
     if not value.strip():
         raise ValueError(f"{field}: is blank, expected text")
-    if unusable := _UNUSABLE.search(value):
+    # Most texts are ASCII, where only NUL is to be looked for: ten times as fast.
+    if (not value.isascii() or "\0" in value) and (unusable := _UNUSABLE.search(value)):
         raise ValueError(
             f"{field}: has U+{ord(unusable[0]):04X} at character {unusable.start()}, "
             "expected text without NUL and lone surrogates"
