@@ -158,8 +158,8 @@ usage: derta data stats [CONFIG.yaml] --sources SOURCES [--key value ...]
   --output           a JSON file for all that is found
 what a run makes of it
   --model            folder with a tokenizer, or a name on the model hub; without, characters count
-  --refusal --branches --cuts --rto_keep --rto_weight --rto_depth --loss_norm --max_length
-  --max_tokens --seed --chat_template      as in training
+  --recipe --refusal --branches --cuts --rto_keep --rto_weight --rto_depth --loss_norm
+  --max_length --max_tokens --seed --chat_template      as in training
 what comes again
   --near             share of their pairs of words that makes requests near, 0.5 to 1; null looks
                      for the same alone and takes 0.2 KB a request instead of 10

@@ -61,7 +61,7 @@ def test_all_is_told_in_a_table_and_in_a_file(capsys: pytest.CaptureFixture[str]
 
 def test_the_configuration_of_a_training_run_will_do(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run.yaml").write_text(
-        "model: model\noutput_dir: out\nlearning_rate: 1e-5\nrto_keep: 0\n"
+        "model: model\noutput_dir: out\nlearning_rate: 1e-5\nrecipe: vanilla\n"
         f"sources: {SOURCES}\n"
         "eval_sources: [{path: fences.jsonl, role: safety, weight: 2, limit: 1}]\n"
     )

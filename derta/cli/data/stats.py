@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from derta.config import RECIPES, CutPolicy, LossNorm, Recipe, RtoDepth
 from derta.data import (
     KINDS,
     DertaCollator,
@@ -48,6 +49,7 @@ class Config:
         eval_sources: what is not to be trained on.
         model: folder with a tokenizer, or a name on the model hub; null counts characters.
         chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
+        recipe: what branches, cuts and rto_keep are where they are not given; null: as "derta".
         refusal, branches, cuts, rto_keep, rto_weight, rto_depth, loss_norm, max_length, max_tokens,
         seed: as in training.
         near: requests are near that share this part of their pairs of words, in [0.5, 1]; null
@@ -64,12 +66,13 @@ class Config:
     model: str | None = None
     chat_template: str | None = None
     refusal: str | int = "auto"
-    branches: int = 1
-    cuts: Literal["zero", "uniform", "official", "deep"] = "uniform"
-    rto_keep: float = 1.0
+    recipe: Recipe | None = None
+    branches: int | None = None
+    cuts: CutPolicy | None = None
+    rto_keep: float | None = None
     rto_weight: float = 1.0
-    rto_depth: Literal["uniform", "growing"] = "uniform"
-    loss_norm: Literal["tokens", "official", "terms"] = "tokens"
+    rto_depth: RtoDepth = "uniform"
+    loss_norm: LossNorm = "tokens"
     max_length: int = 1024
     max_tokens: int = 4096
     seed: int = 0
@@ -86,6 +89,14 @@ class Config:
             raise ValueError(f"listed must be at least 0, got {self.listed}")
         if self.output is not None and Path(self.output).exists():
             raise ValueError(f"output: {self.output} is there already, choose another file")
+
+    @property
+    def draws(self) -> dict[str, Any]:
+        """Branches, cuts and rto_keep, as the recipe has them where they are not given."""
+        recipe = RECIPES[self.recipe or "derta"]
+        return recipe | {
+            name: given for name in recipe if (given := getattr(self, name)) is not None
+        }
 
 
 def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,13 +197,7 @@ def run(config: Config) -> None:
 
         of_run = RunStatistics(
             load_tokenizer(config.model, config.chat_template),
-            DertaCollator(
-                branches=config.branches,
-                cuts=config.cuts,
-                rto_keep=config.rto_keep,
-                rto_depth=config.rto_depth,
-                seed=config.seed,
-            ),
+            DertaCollator(**config.draws, rto_depth=config.rto_depth, seed=config.seed),
             max_length=config.max_length,
             max_tokens=config.max_tokens,
         )
