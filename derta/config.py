@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_liger_kernel_available
 
-from derta.data.cuts import CUT_POLICIES
+from derta.data.cuts import CUT_POLICIES, RTO_DEPTHS
 
 LossNorm = Literal["tokens", "official", "terms"]
 CutPolicy = Literal["zero", "uniform", "official", "deep"]
+RtoDepth = Literal["uniform", "growing"]
+Recipe = Literal["vanilla", "prefix_only", "rto_only", "derta"]
+
+# The paper's variants (its table 4): with either term of the objective, with both, with neither.
+RECIPES: dict[str, dict[str, Any]] = {
+    "vanilla": dict(branches=1, cuts="zero", rto_keep=0.0),
+    "prefix_only": dict(branches=1, cuts="uniform", rto_keep=0.0),
+    "rto_only": dict(branches=1, cuts="zero", rto_keep=1.0),
+    "derta": dict(branches=1, cuts="uniform", rto_keep=1.0),
+}
+
+# What evaluation makes of refusal curves, see `derta.watch`; less of each is better.
+WATCHED = ("asr", "over_refusal", "over_refusal_borderline", "trade_off")
 
 
 def check_folder(field: str, path: str) -> None:
@@ -39,6 +52,10 @@ class DertaConfig(TrainingArguments):
     Defaults follow the paper (arXiv 2407.09121, appendix A) where it states a value.
 
     Args:
+        recipe: one of the paper's variants, whose branches, cuts and rto_keep (`RECIPES`) are then
+            those that are not given: "vanilla", safe responses alone; "prefix_only", each after a
+            prefix of the harmful response; "rto_only", vanilla and RTO; "derta", both. None: as
+            "derta". What is given may be another number or policy of the same variant.
         refusal: the refusal token: a word ("Sorry"), a token id, or "auto", the commonest first
             token of the safe responses.
         branches: safe responses per triple and epoch, each after its own prefix of the harmful
@@ -48,11 +65,18 @@ class DertaConfig(TrainingArguments):
         rto_keep: share of the harmful response's positions that are RTO targets, in [0, 1], drawn
             anew every epoch. 0 turns RTO off; the official full-parameter recipe is 0.05.
         rto_weight: weight of every RTO target in the loss's numerator.
+        rto_depth: how that weight is spread over a harmful response, its mean staying the same:
+            "uniform", or "growing", linearly towards its end.
         loss_norm: "tokens", the mean over all targets of a step; "official", the mean over each
-            pack, averaged; "terms", each kind of target by its own mean.
+            pack, averaged; "terms", each kind of target by its own mean. Records that weigh more
+            than others weigh so in these means, above and below the line.
         max_length: longest logical sequence, in tokens; harmful responses are cut at their end.
         max_tokens: longest pack, in tokens: what bounds the memory of a forward pass.
         examples_per_step: examples per optimizer step, over all ranks.
+        over_refusal_weight: w of `eval_trade_off`, (1 - w) asr + w over-refusal, in [0, 1]; with
+            metric_for_best_model: trade_off it decides which checkpoint is the best.
+        early_stopping_patience: evaluations in a row without a better metric_for_best_model after
+            which training ends; None: it does not. Needs load_best_model_at_end.
         head_impl: implementation of the head loss, see `derta_kernels.head_loss`.
         attention_impl: implementation of the attention, see `derta_kernels.interval_attention`.
         mlp_tile: tokens of a tile that the layers' MLPs run by, see `tile_mlp`: one more forward
@@ -65,19 +89,23 @@ class DertaConfig(TrainingArguments):
         resume_from_checkpoint: folder of a checkpoint; True becomes the latest of output_dir.
 
     Raises:
-        ValueError: a value is out of its range, asks for batches that this trainer forms itself, or
-            for what is not here: a GPU, a package, a checkpoint.
+        ValueError: a value is out of its range, contradicts the recipe, asks for batches that this
+            trainer forms itself, or for what is not here: a GPU, a package, a checkpoint.
     """
 
+    recipe: Recipe | None = None
     refusal: str | int = "auto"
-    branches: int = 1
-    cuts: CutPolicy = "uniform"
-    rto_keep: float = 1.0
+    branches: int = None  # type: ignore[assignment]  # the recipe's, once it is made
+    cuts: CutPolicy = None  # type: ignore[assignment]
+    rto_keep: float = None  # type: ignore[assignment]
     rto_weight: float = 1.0
+    rto_depth: RtoDepth = "uniform"
     loss_norm: LossNorm = "tokens"
     max_length: int = 1024
     max_tokens: int = 4096
     examples_per_step: int = 128
+    over_refusal_weight: float = 0.5
+    early_stopping_patience: int | None = None
     head_impl: str = "auto"
     attention_impl: str = "auto"
     mlp_tile: int | None = None
@@ -93,6 +121,8 @@ class DertaConfig(TrainingArguments):
     resume_from_checkpoint: bool | str | None = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and self.best_by_watching:
+            self.greater_is_better = False
         super().__post_init__()
         check_folder("output_dir", str(self.output_dir))
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -143,6 +173,7 @@ class DertaConfig(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.mlp_tile is not None and self.mlp_tile < 1:
             raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
+        self._follow_recipe()
         if self.branches < 0:
             raise ValueError(f"branches must be at least 0, got {self.branches}")
         if not 0.0 <= self.rto_keep <= 1.0:
@@ -153,10 +184,46 @@ class DertaConfig(TrainingArguments):
             raise ValueError(f"rto_weight must be at least 0, got {self.rto_weight}")
         if self.cuts not in CUT_POLICIES:
             raise ValueError(f"cuts must be one of {', '.join(CUT_POLICIES)}, got {self.cuts!r}")
+        if self.rto_depth not in RTO_DEPTHS:
+            raise ValueError(
+                f"rto_depth must be one of {', '.join(RTO_DEPTHS)}, got {self.rto_depth!r}"
+            )
         if self.loss_norm not in ("tokens", "official", "terms"):
             raise ValueError(
                 f"loss_norm must be one of tokens, official, terms, got {self.loss_norm!r}"
             )
+        if not 0.0 <= self.over_refusal_weight <= 1.0:
+            raise ValueError(
+                f"over_refusal_weight must lie in [0, 1], got {self.over_refusal_weight}"
+            )
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(
+                    "early_stopping_patience must be at least 1, got "
+                    f"{self.early_stopping_patience}"
+                )
+            if not self.load_best_model_at_end:
+                raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
+
+    @property
+    def best_by_watching(self) -> str | None:
+        """The one of `WATCHED` that decides which checkpoint is the best, if one does."""
+        name = (self.metric_for_best_model or "").removeprefix("eval_")
+        return name if name in WATCHED else None
+
+    def _follow_recipe(self) -> None:
+        """Sets what is not given, and refuses what makes another variant of the recipe."""
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
+        for name, ours in RECIPES[self.recipe or "derta"].items():
+            given = getattr(self, name)
+            if given is None:
+                setattr(self, name, ours)
+            elif self.recipe is not None and (given in (0, "zero")) != (ours in (0, "zero")):
+                raise ValueError(
+                    f"{name} is {given}, which contradicts recipe: {self.recipe} ({name}: {ours}): "
+                    "leave either out"
+                )
 
     @property
     def checkpoints_layers(self) -> bool:

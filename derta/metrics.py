@@ -34,7 +34,10 @@ class StepMetrics:
         self._probability = torch.zeros(TENTHS + 1, device=self.device)
         self._rows = torch.zeros(TENTHS + 1, device=self.device)
         self._live_rows = torch.zeros((), device=self.device)
-        self._next_count = self._rto_count = self._tokens = 0
+        self._benign_probability = torch.zeros((), device=self.device)
+        self._benign_rows = torch.zeros((), device=self.device)
+        self._next_total = self._rto_total = 0.0
+        self._tokens = 0
         self._first_bad = torch.full((), -1, device=self.device)
         self._origins: list[tuple[int, tuple[str, ...]]] = []
         self._since = time.perf_counter()
@@ -50,15 +53,18 @@ class StepMetrics:
         loss, next_nll, refusal_nll = output.loss, output.next_nll, output.refusal_nll
         assert loss is not None and next_nll is not None and refusal_nll is not None
         rto = batch.rto_mask.float()
-        self._next_nll += next_nll.sum()
-        self._rto_nll += (refusal_nll * rto).sum()
+        self._next_nll += (next_nll * batch.loss_weight).sum()
+        self._rto_nll += (refusal_nll * rto * batch.loss_weight * batch.rto_weight).sum()
         slot = (batch.depth_tenth + 1).flatten()
-        probability = torch.exp(-refusal_nll) * rto
+        refusal_probability = torch.exp(-refusal_nll)
+        probability = refusal_probability * rto
         self._probability.scatter_add_(0, slot, probability.flatten().float())
+        self._benign_probability += (refusal_probability * batch.benign).sum()
+        self._benign_rows += batch.benign.sum()
         self._rows.scatter_add_(0, slot, rto.flatten())
         self._live_rows += ((batch.shift_labels != -100) | batch.rto_mask).sum()
-        self._next_count += batch.next_count
-        self._rto_count += batch.rto_count
+        self._next_total += batch.next_total
+        self._rto_total += batch.rto_total
         self._tokens += batch.input_ids.shape[1]
 
         bad = ~torch.isfinite(loss.detach())
@@ -94,34 +100,45 @@ class StepMetrics:
             the figures that `DertaTrainer` names; those without a target are left out.
         """
         host = torch.tensor(
-            [self._next_count, self._rto_count, self._tokens],
+            [self._next_total, self._rto_total, self._tokens],
             dtype=torch.float32,
             device=self.device,
         )
         sums = torch.cat(
             [
-                torch.stack([self._next_nll, self._rto_nll, self._live_rows]),
+                torch.stack(
+                    [
+                        self._next_nll,
+                        self._rto_nll,
+                        self._live_rows,
+                        self._benign_probability,
+                        self._benign_rows,
+                    ]
+                ),
                 host,
                 self._probability[1:],
                 self._rows[1:],
             ]
         )
-        next_nll, rto_nll, live_rows, next_count, rto_count, tokens, *tenths = reduce(sums).tolist()
+        next_nll, rto_nll, live_rows, benign_probability, benign_rows, *rest = reduce(sums).tolist()
+        next_total, rto_total, tokens, *tenths = rest
         seconds = time.perf_counter() - self._since
         self._reset()
 
         figures = {}
-        if next_count:
-            figures["mle_loss"] = next_nll / next_count
-        if rto_count:
-            figures["rto_loss"] = rto_nll / rto_count
+        if next_total:
+            figures["mle_loss"] = next_nll / next_total
+        if rto_total:
+            figures["rto_loss"] = rto_nll / rto_total
         for tenth, (probability, rows) in enumerate(
             zip(tenths[:TENTHS], tenths[TENTHS:], strict=True)
         ):
             if rows:
                 figures[f"refusal_p_{tenth + 1}"] = probability / rows
+        if benign_rows:
+            figures["benign_refusal_p"] = benign_probability / benign_rows
         if tokens:
             figures["live_rows"] = live_rows / tokens
-            figures["rto_targets"] = rto_count / max(next_count + rto_count, 1)
+            figures["rto_targets"] = rto_total / ((next_total + rto_total) or 1.0)
             figures["tokens_per_s"] = tokens / seconds
         return figures

@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -33,65 +34,21 @@ from transformers.utils import logging
 from derta.config import DertaConfig
 from derta.data import (
     DertaCollator,
-    Encoded,
+    EncodedRecords,
     Encoder,
     PackedBatch,
-    Plan,
+    PackedSteps,
     Record,
-    TokenCount,
-    Triple,
-    count_tokens,
-    packed_length,
+    choose_refusal_token,
+    encode_records,
     plan_packs,
-    resolve_refusal_token,
-    sequence_length,
 )
-from derta.data.records import distinct
 from derta.metrics import StepMetrics
 from derta.modeling import apply_derta, context_length
 from derta.tiling import tile_mlp
+from derta.watch import RefusalWatch, check_watched, trunk_steps
 
 logger = logging.get_logger(__name__)
-
-
-class PackedSteps(Dataset):
-    """Item `s` is the list of packs that one rank runs in optimizer step `s`."""
-
-    def __init__(
-        self,
-        examples: Sequence[Encoded],
-        lengths: Sequence[int],
-        plan: Plan,
-        collator: DertaCollator,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.examples = examples
-        self.lengths = lengths
-        self.plan = plan
-        self.collator = collator
-        self.rank = rank
-        self.world_size = world_size
-
-    def __len__(self) -> int:
-        return len(self.plan.steps)
-
-    def __getitem__(self, step: int) -> list[PackedBatch]:
-        epoch = step // self.plan.steps_per_epoch
-        packs = self.plan.rank_packs(step, self.rank, self.world_size)
-        return [self.collator([self.examples[i] for i in pack], epoch) for pack in packs]
-
-    def largest(self) -> PackedBatch:
-        """The pack with the most tokens that any rank runs in any step."""
-        packs = ((step, pack) for step, packs in enumerate(self.plan.steps) for pack in packs)
-        step, pack = max(packs, key=lambda one: sum(self.lengths[i] for i in one[1]))
-        epoch = step // self.plan.steps_per_epoch
-        return self.collator([self.examples[i] for i in pack], epoch)
-
-    @functools.cached_property
-    def tokens(self) -> TokenCount:
-        """Of the first epoch, over all ranks; about 0.1 ms a triple."""
-        return count_tokens(self.collator.draw(example, epoch=0) for example in self.examples)
 
 
 class EpochSteps:
@@ -113,12 +70,26 @@ class EpochSteps:
         return ([step] for step in range(first, first + self.steps_per_epoch))
 
 
-class StepCounts(NamedTuple):
-    """Targets of either kind and filled packs of one step over all ranks, each () float32."""
+class StepTotals(NamedTuple):
+    """Weight of the targets of either kind, and filled packs, of one step over all ranks.
+
+    Each () float32; without weights of their own, targets weigh 1.
+    """
 
     next: Tensor
     rto: Tensor
     packs: Tensor
+
+
+class HeldOut(NamedTuple):
+    """What `evaluate` reads: packs as in training, for the losses, and trunks alone, watched."""
+
+    losses: PackedSteps
+    trunks: PackedSteps
+
+
+def _or_one(total: Tensor) -> Tensor:
+    return total.where(total != 0, 1.0)
 
 
 def _only(items: list[list[PackedBatch]]) -> list[PackedBatch]:
@@ -130,40 +101,42 @@ class DertaTrainer(Trainer):
     """Trains a causal language model on triples and dialogues, one forward pass for all terms.
 
     Encodes the records, finds the refusal token, plans the packs of all epochs and patches the
-    model (`apply_derta`); then it is transformers' `Trainer`.
+    model (`apply_derta`); then it is transformers' `Trainer`. Encoded examples lie in an Arrow file
+    where temporary files go (TMPDIR), one for each rank, and never in memory as a whole.
 
     Logged: `loss`, `mle_loss`, `rto_loss` (means over their own targets), `refusal_p_1` ..
     `refusal_p_10` (mean probability of the refusal token in each tenth of the harmful responses),
-    `live_rows` (share of rows with a target), `rto_targets` (share of RTO among targets),
-    `tokens_per_s` (packed tokens over all ranks).
+    `benign_refusal_p` (that in answers to harmless requests), `live_rows` (share of rows with a
+    target), `rto_targets` (share of RTO in the weight of all targets), `tokens_per_s` (packed
+    tokens over all ranks). `evaluate` adds what `RefusalWatch` reads.
 
     Args:
         model: decoder-only transformers model, plain or under PEFT.
         args: see `DertaConfig`.
-        train_dataset: records to train on.
-        eval_dataset: records whose loss `evaluate` reports.
+        train_dataset: records to train on, read once.
+        eval_dataset: records that `evaluate` reports on.
         processing_class: the model's tokenizer, with a chat template.
         callbacks: as in `Trainer`.
         optimizers: as in `Trainer`.
 
     Raises:
         ValueError: two records have one id, no record fits `max_length`, one exceeds the model's
-            context, the refusal token cannot be resolved, or the model is one that `apply_derta`
-            refuses.
+            context, the refusal token cannot be resolved, what is to decide on the best checkpoint
+            cannot be had of the evaluation records, or the model is one that `apply_derta` refuses.
         FloatingPointError: while training, a loss was NaN or infinite; names step and examples.
     """
 
     args: DertaConfig
     train_dataset: PackedSteps
-    eval_dataset: PackedSteps | None
+    eval_dataset: HeldOut | None
     processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
         args: DertaConfig,
-        train_dataset: Sequence[Record],
-        eval_dataset: Sequence[Record] | None = None,
+        train_dataset: Iterable[Record],
+        eval_dataset: Iterable[Record] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -175,15 +148,25 @@ class DertaTrainer(Trainer):
                 f"one process drives one GPU, got {args.n_gpu} visible: launch with torchrun, or "
                 "set CUDA_VISIBLE_DEVICES"
             )
-        triples = [record for record in train_dataset if isinstance(record, Triple)]
-        self.refusal_token = resolve_refusal_token(processing_class, args.refusal, triples)
-        if self.refusal_token.warning is not None:
-            logger.warning(self.refusal_token.warning)
-
         self.context = context_length(model)
         self.collator = DertaCollator(
-            branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep, seed=args.seed
+            branches=args.branches,
+            cuts=args.cuts,
+            rto_keep=args.rto_keep,
+            rto_depth=args.rto_depth,
+            seed=args.seed,
         )
+        encoder = self._encoder(args, processing_class)
+        examples = self._encode(args, train_dataset, encoder)
+        self.refusal_token = choose_refusal_token(
+            encoder, args.refusal, examples.safe_starts, examples.first_messages
+        )
+        if self.refusal_token.warning is not None:
+            logger.warning(self.refusal_token.warning)
+        held_out = None
+        if eval_dataset is not None:
+            held_out = self._encode(args, eval_dataset, encoder)
+        check_watched(args.best_by_watching, held_out.roles if held_out else ())
         if args.mlp_tile is not None:
             tile_mlp(model, args.mlp_tile)
         apply_derta(
@@ -198,61 +181,69 @@ class DertaTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._packed_steps(args, train_dataset, processing_class),
-            eval_dataset=None
-            if eval_dataset is None
-            else self._packed_steps(args, eval_dataset, processing_class),
+            train_dataset=self._packed_steps(args, examples),
+            eval_dataset=None if held_out is None else self._held_out(args, held_out),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
-    def _packed_steps(
-        self, args: DertaConfig, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
-    ) -> PackedSteps:
-        encoder = Encoder(
+    def _encoder(self, args: DertaConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        return Encoder(
             tokenizer,
             max_length=args.max_length,
             max_tokens=args.max_tokens,
             branches=args.branches,
             cuts=args.cuts,
         )
-        named = distinct((f"record {place}", record) for place, record in enumerate(records))
-        examples = [example for example in encoder.encode_many(named) if example is not None]
-        if encoder.skipped:
+
+    def _encode(
+        self, args: DertaConfig, records: Iterable[Record], encoder: Encoder
+    ) -> EncodedRecords:
+        encoded = encode_records(records, encoder, self.collator, self.context)
+        given = len(encoded.examples) + encoded.skipped
+        if encoded.skipped:
             logger.warning(
                 "%d of %d examples skipped: a prompt with its safe response, or a dialogue, is "
                 "longer than max_length (%d) or max_tokens (%d)",
-                encoder.skipped,
-                len(records),
+                encoded.skipped,
+                given,
                 args.max_length,
                 args.max_tokens,
             )
-        if not examples:
+        if not encoded.examples:
             raise ValueError(
-                f"no example is left to train on: {len(records)} given, {encoder.skipped} longer "
+                f"no example is left to train on: {given} given, {encoded.skipped} longer "
                 f"than max_length ({args.max_length}) or max_tokens ({args.max_tokens})"
             )
-        layout: Any = dict(branches=args.branches, cuts=args.cuts, rto_keep=args.rto_keep)
-        for example in examples:
-            length = sequence_length(example, **layout)
-            if length > self.context:
-                raise ValueError(
-                    f"{example.id}: its {length} tokens exceed the model's context of "
-                    f"{self.context}: --max_length {self.context} cuts or skips what is longer"
-                )
-        steps_per_epoch = math.ceil(len(examples) / args.examples_per_step)
+        return encoded
+
+    def _packed_steps(self, args: DertaConfig, encoded: EncodedRecords) -> PackedSteps:
+        steps_per_epoch = math.ceil(len(encoded.examples) / args.examples_per_step)
         epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs
-        lengths = [packed_length(example, **layout) for example in examples]
         plan = plan_packs(
-            lengths,
+            encoded.lengths,
             max_tokens=args.max_tokens,
             examples_per_step=args.examples_per_step,
             epochs=math.ceil(epochs),
             seed=args.seed,
         )
         return PackedSteps(
-            examples, lengths, plan, self.collator, args.process_index, args.world_size
+            encoded.examples, plan, self.collator, args.process_index, args.world_size
+        )
+
+    def _held_out(self, args: DertaConfig, encoded: EncodedRecords) -> HeldOut:
+        return HeldOut(
+            self._packed_steps(args, encoded),
+            trunk_steps(
+                encoded,
+                max_tokens=args.max_tokens,
+                examples_per_step=args.examples_per_step,
+                rank=args.process_index,
+                world_size=args.world_size,
+            ),
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -306,14 +297,14 @@ class DertaTrainer(Trainer):
         if self.probe_is_due:
             self.probe_is_due = False
             self._probe(model)
-        counts = self._step_counts(inputs)
+        totals = self._step_totals(inputs)
         total = torch.zeros((), device=self.args.device)
         for index, batch in enumerate(inputs):
             last = index == len(inputs) - 1
             # DeepSpeed steps its optimizer when this flag says that the gradients are complete.
             self.accelerator.gradient_state._set_sync_gradients(last)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self._pack_loss(model, batch, counts)
+                loss = self._pack_loss(model, batch, totals)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -337,26 +328,27 @@ class DertaTrainer(Trainer):
             figures["probe_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
         super().log(figures)
 
-    def _step_counts(self, batches: list[PackedBatch]) -> StepCounts:
+    def _step_totals(self, batches: list[PackedBatch]) -> StepTotals:
         """Of the whole step over all ranks."""
-        counts = torch.tensor(
-            [[batch.next_count, batch.rto_count, bool(batch.example_ids)] for batch in batches],
+        totals = torch.tensor(
+            [[batch.next_total, batch.rto_total, bool(batch.example_ids)] for batch in batches],
             dtype=torch.float32,
         ).sum(0)
         if self.args.world_size > 1:
-            counts = self._sum_over_ranks(counts.to(self.args.device))
-        return StepCounts(*counts.unbind())
+            totals = self._sum_over_ranks(totals.to(self.args.device))
+        return StepTotals(*totals.unbind())
 
-    def _pack_loss(self, model: nn.Module, batch: PackedBatch, counts: StepCounts) -> Tensor:
+    def _pack_loss(self, model: nn.Module, batch: PackedBatch, totals: StepTotals) -> Tensor:
         """Loss of one pack; gradients are averaged over ranks and summed over a rank's packs."""
-        num_items, rto_weight = self._normalizer(batch, counts)
+        num_items, rto_weight = self._normalizer(batch, totals)
         # The token of an empty pack has no target, but is routed to experts like any other.
-        router_share = bool(batch.example_ids) / counts.packs
+        router_share = bool(batch.example_ids) / totals.packs
         batch = batch.to(self.args.device, non_blocking=True)
+        inputs = batch.model_inputs()
+        inputs["rto_weight"] = inputs["rto_weight"] * rto_weight
         output = model(
-            **batch.model_inputs(),
+            **inputs,
             num_items=num_items / self.args.world_size,
-            rto_weight=rto_weight,
             router_weight=router_share * self.args.world_size,
         )
         if not hasattr(output, "next_nll"):
@@ -367,49 +359,56 @@ class DertaTrainer(Trainer):
         self.metrics.add(batch, output, self.state.global_step + 1)
         return output.loss
 
-    def _normalizer(self, batch: PackedBatch, counts: StepCounts) -> tuple[Tensor, Tensor | float]:
+    def _normalizer(self, batch: PackedBatch, totals: StepTotals) -> tuple[Tensor, Tensor | float]:
         """What `loss_norm` divides a pack's sum by, and the weight of its RTO targets."""
         weight = self.args.rto_weight
         if self.args.loss_norm == "official":
-            return max(batch.next_count + batch.rto_count, 1) * counts.packs, weight
+            return ((batch.next_total + batch.rto_total) or 1.0) * totals.packs, weight
         if self.args.loss_norm == "tokens":
-            return (counts.next + counts.rto).clamp(min=1), weight
-        next_count = counts.next.clamp(min=1)
-        return next_count, weight * next_count / counts.rto.clamp(min=1)
+            return _or_one(totals.next + totals.rto), weight
+        next_total = _or_one(totals.next)
+        return next_total, weight * next_total / _or_one(totals.rto)
 
     @torch.no_grad()
     def evaluate(  # type: ignore[override]
         self,
-        eval_dataset: Sequence[Record] | None = None,
+        eval_dataset: Iterable[Record] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Loss of held-out records, with the cuts of epoch 0 every time.
+        """Loss of held-out records, with the cuts of epoch 0 every time, and refusal curves.
 
         Returns:
-            the figures that training logs, their names prefixed.
+            the figures that training logs and those of `RefusalWatch.read`, their names prefixed.
 
         Raises:
             ValueError: there are no records to evaluate on.
         """
         if eval_dataset is not None:
-            steps = self._packed_steps(self.args, eval_dataset, self.processing_class)
+            encoder = self._encoder(self.args, self.processing_class)
+            records = self._encode(self.args, eval_dataset, encoder)
+            held_out = self._held_out(self.args, records)
         elif self.eval_dataset is not None:
-            steps = self.eval_dataset
+            held_out = self.eval_dataset
         else:
             raise ValueError("evaluate needs records: eval_dataset is None here and in the trainer")
         model = self.model_wrapped
         model.eval()
-        metrics = StepMetrics(self.args.device)
-        for step in range(steps.plan.steps_per_epoch):
-            for batch in steps[step]:
+        metrics, watch = StepMetrics(self.args.device), RefusalWatch()
+        for step in range(held_out.losses.plan.steps_per_epoch):
+            for batch in held_out.losses[step]:
                 batch = batch.to(self.args.device, non_blocking=True)
                 metrics.add(batch, model(**batch.model_inputs()), self.state.global_step)
+        for step in range(len(held_out.trunks)):
+            for batch in held_out.trunks[step]:
+                batch = batch.to(self.args.device, non_blocking=True)
+                watch.add(batch, model(**batch.model_inputs()))
         figures = metrics.read(self._sum_over_ranks)
         share = figures["rto_targets"]
         figures["loss"] = (1 - share) * figures.get("mle_loss", 0.0) + (
             self.args.rto_weight * share * figures.get("rto_loss", 0.0)
         )
+        figures |= watch.read(self.args.over_refusal_weight)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

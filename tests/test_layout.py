@@ -23,6 +23,7 @@ LAYERS = [
         "derta.metrics",
         "derta.progress",
         "derta.trainer",
+        "derta.watch",
         "derta.evaluation",
         "derta.memory",
     },

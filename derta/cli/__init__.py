@@ -77,7 +77,7 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     else:
         count = 0
     arguments = arguments[count:]
-    if command == "plan":
+    if command in ("plan", "data stats"):
         sources = {name: module.of_training(values) for name, values in sources.items()}
     sources["command line"] = read_options(arguments)
     module.run(build(module.Config, sources))

@@ -109,29 +109,40 @@ def build(config_class: type[Config], sources: Mapping[str, Mapping[str, Any]]) 
     Raises:
         ValueError: a key is unknown (names the nearest), of the wrong type, or missing.
     """
-    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}  # type: ignore[arg-type]
+    return _made(
+        config_class,
+        {
+            key: (value, f"{origin}: ", f"{origin}: {key}")
+            for origin, values in sources.items()
+            for key, value in values.items()
+        },
+    )
+
+
+def _made(config_class: Any, given: Mapping[str, tuple[Any, str, str]], within: str = "") -> Any:
+    """A dataclass from values, each with what messages call its origin and its place.
+
+    Args:
+        within: what messages call the place of the whole, where it is part of another.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     hints = typing.get_type_hints(config_class)
-    given = {
-        key: (value, origin) for origin, values in sources.items() for key, value in values.items()
-    }
     typed = {}
-    for key, (value, origin) in given.items():
+    for key, (value, origin, place) in given.items():
         if key not in fields:
             nearest = difflib.get_close_matches(str(key), fields, n=1)
             advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{origin}: unknown key {key!r}{advice}")
+            raise ValueError(f"{origin}unknown key {key!r}{advice}")
         hint = hints[key]
         try:
             if isinstance(value, Text):
                 value = _read(value, hint)
-            typed[key] = _typed(value, hint)
+            part = _part(hint)
+            typed[key] = _typed(value, hint) if part is None else _parts(value, part, place)
         except yaml.YAMLError:
-            raise ValueError(
-                f"{origin}: {key}: {value!r} is not a value that YAML can read"
-            ) from None
+            raise ValueError(f"{place}: {value!r} is not a value that YAML can read") from None
         except ValidationError:
-            expected = hint.__name__ if isinstance(hint, type) else hint
-            raise ValueError(f"{origin}: {key}: expected {expected}, got {value!r}") from None
+            raise ValueError(f"{place}: expected {_expected(hint)}, got {value!r}") from None
     missing = [
         name
         for name, field in fields.items()
@@ -140,8 +151,42 @@ def build(config_class: type[Config], sources: Mapping[str, Mapping[str, Any]]) 
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"missing {', '.join(missing)}")
-    return config_class(**typed)
+        raise ValueError(f"{within and f'{within}: '}missing {', '.join(missing)}")
+    try:
+        return config_class(**typed)
+    except ValueError as error:
+        raise ValueError(f"{within and f'{within}.'}{error}") from error
+
+
+def _part(hint: Any) -> Any:
+    """The dataclass that `hint` is a list of, if it is one."""
+    (element,) = typing.get_args(hint) if typing.get_origin(hint) is list else (None,)
+    return element if dataclasses.is_dataclass(element) else None
+
+
+def _parts(values: Any, part: Any, place: str) -> list[Any]:
+    """Dataclasses from a list of mappings, or from one; messages say which and which of its keys.
+
+    Raises:
+        ValueError: as `build`, or what the dataclass itself refuses.
+    """
+    made = []
+    for index, value in enumerate(values if isinstance(values, list) else [values]):
+        here = f"{place}[{index}]"
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{here}: expected {', '.join(field.name for field in dataclasses.fields(part))}, "
+                f"got {value!r}"
+            )
+        given = {key: (one, f"{here}: ", f"{here}.{key}") for key, one in value.items()}
+        made.append(_made(part, given, within=here))
+    return made
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _read(text: Text, hint: Any) -> Any:

@@ -16,7 +16,11 @@ SUMMARY = {
 
 # Commands of several actions, each a module of its own.
 ACTIONS = {
-    "data": {"validate": "every bad row of record files, in one pass"},
+    "data": {
+        "validate": "every bad row of record files, in one pass",
+        "stats": "lengths, what a run makes of them, duplicates, leaks into evaluation",
+        "build": "one data set out of many, with a part held out",
+    },
     "eval": {
         "calibrate": "how judges agree with people's labels",
         "compare": "the paper's analyses over result files of any number of models",
@@ -183,6 +187,8 @@ usage: derta doctor
 usage: derta data ACTION ...
 
   validate           every bad row of record files, in one pass
+  stats              lengths, what a run makes of them, duplicates, leaks into evaluation
+  build              one data set out of many, with a part held out
 
 derta data ACTION --help tells more.
 """,
@@ -197,5 +203,40 @@ usage: derta data validate FILE ... --role ROLE [--key value ...]
   --role             what they are for. In training: safety | helpful | borderline; in evaluation:
                      harmful | harmless | question
   --format           name of their format, where their fields leave it open
+""",
+    "data stats": """\
+usage: derta data stats [CONFIG.yaml] --sources SOURCES [--key value ...]
+
+  Shows no text of any record. A training run's CONFIG.yaml will do.
+
+  --sources          what a run trains on: '[{path: a.jsonl, role: safety, weight: 2}, ...]', with
+                     format and limit as in training
+  --eval_sources     what is not to be in it: '[{path: b.csv, role: harmful}, ...]', of a role in
+                     training or harmful | harmless | question
+  --output           a JSON file for all that is found
+what a run makes of it
+  --model            folder with a tokenizer, or a name on the model hub; without, characters count
+  --recipe --refusal --branches --cuts --rto_keep --rto_weight --rto_depth --loss_norm
+  --max_length --max_tokens --seed --chat_template      as in training
+what comes again
+  --near             share of their pairs of words that makes requests near, 0.5 to 1; null looks
+                     for the same alone and takes 0.2 KB a request instead of 10
+  --listed           how many of each kind are named, by id or place
+""",
+    "data build": """\
+usage: derta data build [CONFIG.yaml] --sources SOURCES --output_dir FOLDER [--key value ...]
+
+  Joins safe and harmful answers to one prompt, drops duplicates, holds a part out, and writes
+  train.ROLE.jsonl, eval.ROLE.jsonl and build.json, readable by their owner alone. Prints the
+  sources that train on it.
+
+  --sources          what it is made of: '[{path: a.jsonl, role: safety, weight: 2}, ...]', with
+                     format and limit as in training; weights go into the rows
+  --output_dir       a folder that is not there yet, or is empty
+  --eval_share       share of requests that are held out; the same one is never on both sides
+  --seed             another one holds out others
+  --near             training records whose request is as near as this to one that is held out are
+                     left out, 0.5 to 1; null leaves them
+  --refusal_text     completes harmful answers without a safe one, for trying things out
 """,
 }

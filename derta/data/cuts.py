@@ -10,6 +10,7 @@ import numpy as np
 from derta.data.encoding import EncodedTriple
 
 DEEP_REACH = 100
+RTO_DEPTHS = ("uniform", "growing")
 
 
 def _zero(example: EncodedTriple) -> np.ndarray:
@@ -52,7 +53,7 @@ CUT_POLICIES: dict[str, Callable[[EncodedTriple], np.ndarray]] = {
 
 
 def cut_probabilities(example: EncodedTriple, policy: str) -> np.ndarray:
-    """Probability of each cut, (cut_limit + 1,) float64.
+    """Probability of each cut, (cut_limit + 1,) float64; of none where there is no safe response.
 
     Args:
         example: the triple.
@@ -66,6 +67,8 @@ def cut_probabilities(example: EncodedTriple, policy: str) -> np.ndarray:
     """
     if policy not in CUT_POLICIES:
         raise ValueError(f"cuts must be one of {', '.join(CUT_POLICIES)}, got {policy!r}")
+    if example.cut_limit < 0:
+        return np.zeros(0)
     return CUT_POLICIES[policy](example)
 
 
@@ -82,6 +85,8 @@ def draw_cuts(
     """
     probabilities = cut_probabilities(example, policy)
     count = min(branches, int(np.count_nonzero(probabilities)))
+    if not count:
+        return np.zeros(0, np.int64)
     cuts = rng.choice(len(probabilities), size=count, replace=False, p=probabilities)
     return np.sort(cuts)[::-1]
 
@@ -98,6 +103,26 @@ def draw_rto_rows(harmful_length: int, *, keep: float, rng: np.random.Generator)
         count = max(1, round(keep * len(rows)))
         rows[rng.choice(len(rows), size=count, replace=False)] = True
     return rows
+
+
+def rto_depth_weights(harmful_length: int, policy: str) -> np.ndarray:
+    """How much the RTO target at each depth of a harmful response weighs; 1 on average.
+
+    Args:
+        harmful_length: |h|.
+        policy: "uniform": 1 everywhere. "growing": linear in the depth t, 2 (t + 1) / (|h| + 2).
+
+    Returns:
+        (|h| + 1,) float64.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    if policy == "uniform":
+        return np.ones(harmful_length + 1)
+    if policy == "growing":
+        return 2 * np.arange(1, harmful_length + 2) / (harmful_length + 2)
+    raise ValueError(f"rto_depth must be one of {', '.join(RTO_DEPTHS)}, got {policy!r}")
 
 
 def example_rng(seed: int, epoch: int, example_id: str) -> np.random.Generator:

@@ -6,12 +6,13 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
 from derta.data.chat import BATCH, Answer, Chat, batched
-from derta.data.records import Message, Record, Triple, naming
+from derta.data.records import Dialogue, Message, Record, Rendered, Triple, naming
+from derta.data.sources import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,16 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class EncodedTriple:
-    """A triple as token ids.
+    """A triple as token ids; or a rendered row whose targets are the refusal token, all of them.
 
     Attributes:
-        id: the triple's.
+        id: the record's.
         prompt: (|q|,) int32, up to where the model writes.
         harmful: (|h|,) int32, without the token that closes it; cut at its end if it was too long.
-        safe: (|r|,) int32, with the token that closes it.
-        cut_limit: the largest cut after which the safe response still fits, at most |h|.
+        safe: (|r|,) int32, with the token that closes it; empty in a rendered row.
+        cut_limit: the largest cut after which the safe response still fits, at most |h|; -1 where
+            there is none, and no branch ever.
         word_ends: (words - 2,) int64 or None: after how many harmful tokens each word ends, the
             last two words and all beyond `cut_limit` left out. Only for cuts "official".
+        source, weight: the record's.
     """
 
     id: str
@@ -37,22 +40,31 @@ class EncodedTriple:
     safe: np.ndarray
     cut_limit: int
     word_ends: np.ndarray | None = None
+    source: str = ""
+    weight: float = 1.0
+    role: ClassVar[Role] = "safety"
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedDialogue:
-    """A dialogue as token ids.
+    """A dialogue as token ids; or a rendered row whose targets are its own tokens.
 
     Attributes:
-        id: the dialogue's.
+        id: the record's.
         input_ids: (n,) int32.
         is_target: (n,) bool, the tokens to be predicted: what the assistant says and closes with,
             as far as a later turn has not joined them to other tokens than the model would write.
+        source, weight: the record's.
+        role: what its answers answer: a harmless request, a borderline one, or, in a rendered row,
+            nobody knows: "safety".
     """
 
     id: str
     input_ids: np.ndarray
     is_target: np.ndarray
+    source: str = ""
+    weight: float = 1.0
+    role: Role = "helpful"
 
 
 Encoded = EncodedTriple | EncodedDialogue
@@ -67,8 +79,13 @@ class _Turn(NamedTuple):
 class Encoder(Chat):
     """Encodes records through the model's chat template.
 
-    A triple that is too long is cut at the end of its harmful response. What does not fit even so
-    (prompt and safe response, or a dialogue) is skipped and counted.
+    A triple that is too long is cut at the end of its harmful response, and so is a rendered row of
+    RTO. What does not fit even so (prompt and safe response, a dialogue, other rendered rows) is
+    skipped and counted.
+
+    A rendered row is tokenized as the authors' code does it: after the token that begins a sequence
+    if the tokenizer puts one there, and with nothing that closes it. `prefix` keeps the tokens that
+    it has alone; where `text` would join them, it too is tokenized alone.
 
     Args:
         tokenizer: with a chat template.
@@ -104,6 +121,7 @@ class Encoder(Chat):
                 "cuts='official' falls between words and needs the token offsets of a fast "
                 f"tokenizer, got {type(tokenizer).__name__}: choose cuts='uniform'"
             )
+        self.bos_ids = [id for id in tokenizer("")["input_ids"] if id == tokenizer.bos_token_id]
         self.skipped = 0
 
     def encode(self, record: Record) -> Encoded | None:
@@ -126,13 +144,21 @@ class Encoder(Chat):
             ids = iter(self.answer_ids(list(itertools.chain.from_iterable(answers))))
             for record, group in zip(batch, answers, strict=True):
                 turns = [_Turn(answer, *next(ids)) for answer in group]
-                encode = self._triple if isinstance(record, Triple) else self._dialogue
-                encoded = encode(record.id, turns)
+                encoded = self._encode(record, turns)
                 self.skipped += encoded is None
                 yield encoded
 
+    def _encode(self, record: Record, turns: list[_Turn]) -> Encoded | None:
+        if isinstance(record, Triple):
+            return self._triple(record, turns)
+        if isinstance(record, Dialogue):
+            return self._dialogue(record, turns)
+        return self._rendered(record, turns)
+
     def _answers(self, record: Record) -> list[Answer]:
-        """All that is said in answer: harmful and safe response, or a dialogue's turns."""
+        """All that is said in answer: harmful and safe response, a dialogue's turns, or a text."""
+        if isinstance(record, Rendered):
+            return [Answer(record.prefix, record.text)]
         with naming(record):
             if isinstance(record, Triple):
                 return [
@@ -157,7 +183,7 @@ class Encoder(Chat):
         prompt, response = self.render(messages, text)
         return Answer(prompt, response + self.closing_text)
 
-    def _triple(self, id: str, turns: list[_Turn]) -> EncodedTriple | None:
+    def _triple(self, triple: Triple, turns: list[_Turn]) -> EncodedTriple | None:
         harmful, safe = turns
         prompt = harmful.prompt_ids
         safe_ids = safe.response_ids + self.appended_ids
@@ -175,12 +201,14 @@ class Encoder(Chat):
             word_ends = self._word_ends(harmful)
             word_ends = word_ends[word_ends <= cut_limit]
         return EncodedTriple(
-            id=id,
+            id=triple.id,
             prompt=np.array(prompt, np.int32),
             harmful=np.array(harmful_ids, np.int32),
             safe=np.array(safe_ids, np.int32),
             cut_limit=cut_limit,
             word_ends=word_ends,
+            source=triple.source,
+            weight=triple.weight,
         )
 
     def _word_ends(self, turn: _Turn) -> np.ndarray:
@@ -204,10 +232,10 @@ class Encoder(Chat):
         )
         return encoding["input_ids"], np.array(encoding["offset_mapping"])[:, 1]
 
-    def _dialogue(self, id: str, turns: list[_Turn]) -> EncodedDialogue | None:
+    def _dialogue(self, dialogue: Dialogue, turns: list[_Turn]) -> EncodedDialogue | None:
         *inner, last = turns
         ids = last.prompt_ids + last.response_ids + self.appended_ids
-        if len(ids) > self.max_length or len(ids) - 1 > self.max_tokens:
+        if not self._fits(ids):
             return None
         # The prompt of the last turn holds all others, read as the model will be shown them.
         is_target = np.zeros(len(ids), bool)
@@ -215,7 +243,48 @@ class Encoder(Chat):
         for turn in inner:
             written = turn.prompt_ids + turn.response_ids
             is_target[len(turn.prompt_ids) : _common(written, ids)] = True
-        return EncodedDialogue(id=id, input_ids=np.array(ids, np.int32), is_target=is_target)
+        return EncodedDialogue(
+            id=dialogue.id,
+            input_ids=np.array(ids, np.int32),
+            is_target=is_target,
+            source=dialogue.source,
+            weight=dialogue.weight,
+            role="borderline" if dialogue.borderline else "helpful",
+        )
+
+    def _rendered(self, row: Rendered, turns: list[_Turn]) -> Encoded | None:
+        (turn,) = turns
+        prompt, text = turn.prompt_ids, turn.response_ids
+        if prompt[:1] != self.bos_ids:
+            prompt = self.bos_ids + prompt
+        if row.rto:
+            room = min(self.max_length, self.max_tokens) - len(prompt)
+            if room < 0:
+                return None
+            return EncodedTriple(
+                id=row.id,
+                prompt=np.array(prompt, np.int32),
+                harmful=np.array(text[:-1][:room], np.int32),
+                safe=np.zeros(0, np.int32),
+                cut_limit=-1,
+                source=row.source,
+                weight=row.weight,
+            )
+        ids = prompt + text
+        if not self._fits(ids):
+            return None
+        return EncodedDialogue(
+            id=row.id,
+            input_ids=np.array(ids, np.int32),
+            is_target=np.arange(len(ids)) >= len(prompt),
+            source=row.source,
+            weight=row.weight,
+            role="safety",
+        )
+
+    def _fits(self, ids: list[int]) -> bool:
+        """Whether a plain sequence does, whose last token is a label alone."""
+        return len(ids) <= self.max_length and len(ids) - 1 <= self.max_tokens
 
 
 def _common(first: list[int], second: list[int]) -> int:

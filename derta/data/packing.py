@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from derta.data.cuts import cut_probabilities, draw_cuts, draw_rto_rows, example_rng
+from derta.data.cuts import (
+    cut_probabilities,
+    draw_cuts,
+    draw_rto_rows,
+    example_rng,
+    rto_depth_weights,
+)
 from derta.data.encoding import Encoded, EncodedDialogue, EncodedTriple
 
 IGNORE_INDEX = -100
@@ -39,11 +45,16 @@ class PackedBatch:
         depth: (1, N) int32, how much of the harmful response this row of the trunk has read,
             0..|h|; -1 on every other row.
         depth_tenth: (1, N) int64, floor(10 * depth / (|h| + 1)); -1 where depth is.
-        loss_weight: (1, N) float32, ones.
+        loss_weight: (1, N) float32, its example's weight.
+        rto_weight: (1, N) float32, what an RTO target here weighs by its depth, 1 elsewhere; a
+            factor beside loss_weight.
+        benign: (1, N) bool, whether this row has a target and answers what is no harmful request.
         example_ids: ids of the packed examples.
+        example_roles: of each example "safety", "helpful" or "borderline", see `EncodedDialogue`.
         example_bounds: start and end of each example.
         branch_bounds: start and end of each branch of each example.
         next_count, rto_count: targets of each kind.
+        next_total, rto_total: the loss_weight of all targets of each kind.
     """
 
     input_ids: Tensor
@@ -55,11 +66,16 @@ class PackedBatch:
     depth: Tensor
     depth_tenth: Tensor
     loss_weight: Tensor
+    rto_weight: Tensor
+    benign: Tensor
     example_ids: tuple[str, ...]
+    example_roles: tuple[str, ...]
     example_bounds: Bounds
     branch_bounds: tuple[Bounds, ...]
     next_count: int
     rto_count: int
+    next_total: float
+    rto_total: float
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same pack with its tensors on `device`."""
@@ -72,8 +88,8 @@ class PackedBatch:
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a patched model, see `derta.apply_derta`."""
-        names = "input_ids position_ids visible_until shift_labels rto_mask loss_weight".split()
-        inputs = {name: getattr(self, name) for name in names}
+        names = "input_ids position_ids visible_until shift_labels rto_mask loss_weight rto_weight"
+        inputs = {name: getattr(self, name) for name in names.split()}
         return inputs | {"example_bounds": (self.example_bounds,)}  # one batch row
 
 
@@ -85,6 +101,7 @@ class Drawn:
         example: the example.
         cuts: (branches,) int64, distinct, descending, each in 0..cut_limit; empty for a dialogue.
         rto_rows: (|h| + 1,) bool, the depths with an RTO target; empty for a dialogue.
+        rto_depth: how RTO targets weigh by depth, see `rto_depth_weights`.
 
     Raises:
         ValueError: cuts or RTO rows are not such.
@@ -93,6 +110,7 @@ class Drawn:
     example: Encoded
     cuts: np.ndarray
     rto_rows: np.ndarray
+    rto_depth: str = "uniform"
 
     def __post_init__(self) -> None:
         limit, rows = -1, 0
@@ -119,12 +137,15 @@ class _Layout(NamedTuple):
     visible_until: np.ndarray
     shift_labels: np.ndarray
     rto_mask: np.ndarray
+    rto_weight: np.ndarray
     depth: np.ndarray
     depth_tenth: np.ndarray
     branches: list[tuple[int, int]]
 
 
-def _lay_triple(triple: EncodedTriple, cuts: np.ndarray, rto_rows: np.ndarray) -> _Layout:
+def _lay_triple(
+    triple: EncodedTriple, cuts: np.ndarray, rto_rows: np.ndarray, rto_depth: str
+) -> _Layout:
     start, full, branch = len(triple.prompt), len(triple.harmful), len(triple.safe) - 1
     reach = _reach(cuts, rto_rows)
     trunk = start + reach
@@ -141,10 +162,12 @@ def _lay_triple(triple: EncodedTriple, cuts: np.ndarray, rto_rows: np.ndarray) -
         ]
     )
     shift_labels = np.full(length, IGNORE_INDEX)
-    shift_labels[start - 1 + cuts] = triple.safe[0]
+    shift_labels[start - 1 + cuts] = triple.safe[:1]
     shift_labels[trunk:] = np.tile(triple.safe[1:], len(cuts))
     rto_mask = np.zeros(length, dtype=bool)
     rto_mask[start - 1 + np.flatnonzero(rto_rows)] = True
+    rto_weight = np.ones(length)
+    rto_weight[start - 1 : trunk] = rto_depth_weights(full, rto_depth)[: reach + 1]
     depth = np.full(length, -1)
     depth[start - 1 : trunk] = np.arange(reach + 1)
     return _Layout(
@@ -157,6 +180,7 @@ def _lay_triple(triple: EncodedTriple, cuts: np.ndarray, rto_rows: np.ndarray) -
         visible_until=visible_until,
         shift_labels=shift_labels,
         rto_mask=rto_mask,
+        rto_weight=rto_weight,
         depth=depth,
         depth_tenth=np.where(depth < 0, -1, 10 * depth // (full + 1)),
         branches=[(int(row), int(row) + branch) for row in first_rows],
@@ -177,6 +201,7 @@ def _lay_dialogue(dialogue: EncodedDialogue) -> _Layout:
         visible_until=np.full(length, length),
         shift_labels=labels,
         rto_mask=np.zeros(length, dtype=bool),
+        rto_weight=np.ones(length),
         depth=np.full(length, -1),
         depth_tenth=np.full(length, -1),
         branches=[],
@@ -194,6 +219,7 @@ _EMPTY = _Layout(
     visible_until=np.ones(1),
     shift_labels=np.full(1, IGNORE_INDEX),
     rto_mask=np.zeros(1),
+    rto_weight=np.ones(1),
     depth=np.full(1, -1),
     depth_tenth=np.full(1, -1),
     branches=[],
@@ -214,7 +240,7 @@ def pack(examples: Sequence[Drawn]) -> PackedBatch:
         the pack, its tensors on the CPU.
     """
     layouts = [
-        _lay_triple(drawn.example, drawn.cuts, drawn.rto_rows)
+        _lay_triple(drawn.example, drawn.cuts, drawn.rto_rows, drawn.rto_depth)
         if isinstance(drawn.example, EncodedTriple)
         else _lay_dialogue(drawn.example)
         for drawn in examples
@@ -229,26 +255,38 @@ def pack(examples: Sequence[Drawn]) -> PackedBatch:
     def row(columns: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.concatenate(columns)).to(dtype)[None]
 
+    def each(values: Sequence[Any] | np.ndarray, dtype: torch.dtype) -> Tensor:
+        """One value for every row of an example."""
+        return row([np.repeat(values, lengths)], dtype)
+
+    roles = tuple(drawn.example.role for drawn in examples)
     labels = row([layout.shift_labels for layout in layouts], torch.int64)
+    has_next = labels != IGNORE_INDEX
     rto_mask = row([layout.rto_mask for layout in layouts], torch.bool)
+    weight = each([drawn.example.weight for drawn in examples] or [1.0], torch.float32)
     return PackedBatch(
         input_ids=row([layout.input_ids for layout in layouts], torch.int64),
         position_ids=row([layout.position_ids for layout in layouts], torch.int64),
         visible_until=row(visible_until, torch.int32),
         shift_labels=labels,
         rto_mask=rto_mask,
-        example_index=row([np.repeat(np.arange(len(layouts)), lengths)], torch.int32),
+        example_index=each(np.arange(len(layouts)), torch.int32),
         depth=row([layout.depth for layout in layouts], torch.int32),
         depth_tenth=row([layout.depth_tenth for layout in layouts], torch.int64),
-        loss_weight=torch.ones(labels.shape, dtype=torch.float32),
+        loss_weight=weight,
+        rto_weight=row([layout.rto_weight for layout in layouts], torch.float32),
+        benign=each([role != "safety" for role in roles] or [False], torch.bool) & has_next,
         example_ids=tuple(drawn.example.id for drawn in examples),
+        example_roles=roles,
         example_bounds=tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
         branch_bounds=tuple(
             tuple((start + first, start + last) for first, last in layout.branches)
             for layout, start in zip(layouts, starts.tolist(), strict=True)
         ),
-        next_count=int((labels != IGNORE_INDEX).sum()),
+        next_count=int(has_next.sum()),
         rto_count=int(rto_mask.sum()),
+        next_total=float(weight[has_next].double().sum()),
+        rto_total=float(weight[rto_mask].double().sum()),
     )
 
 
@@ -326,6 +364,7 @@ class DertaCollator:
         branches: safe responses per triple, each after a cut of its own; 0 for RTO alone.
         cuts: how cuts are drawn, see `derta.data.cuts`.
         rto_keep: share of the harmful response's positions with an RTO target, in [0, 1].
+        rto_depth: how RTO targets weigh by depth, see `derta.data.cuts`.
         seed: with the epoch and an example's id, all that the draws depend on.
 
     Raises:
@@ -333,7 +372,13 @@ class DertaCollator:
     """
 
     def __init__(
-        self, *, branches: int = 1, cuts: str = "uniform", rto_keep: float = 1.0, seed: int = 0
+        self,
+        *,
+        branches: int = 1,
+        cuts: str = "uniform",
+        rto_keep: float = 1.0,
+        rto_depth: str = "uniform",
+        seed: int = 0,
     ) -> None:
         if branches < 0:
             raise ValueError(f"branches must be at least 0, got {branches}")
@@ -344,6 +389,7 @@ class DertaCollator:
         self.branches = branches
         self.cuts = cuts
         self.rto_keep = rto_keep
+        self.rto_depth = rto_depth
         self.seed = seed
 
     def __call__(self, examples: Sequence[Encoded], epoch: int = 0) -> PackedBatch:
@@ -359,4 +405,5 @@ class DertaCollator:
             example,
             cuts=draw_cuts(example, policy=self.cuts, branches=self.branches, rng=rng),
             rto_rows=draw_rto_rows(len(example.harmful), keep=self.rto_keep, rng=rng),
+            rto_depth=self.rto_depth,
         )

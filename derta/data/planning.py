@@ -1,26 +1,30 @@
-"""Which examples go into which pack and step, for all epochs, before training starts."""
+"""Which examples go into which pack and step, for all epochs, known before training starts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
 Pack = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The packs of every optimizer step.
 
     Attributes:
-        steps: for each step of all epochs in order its packs, each a tuple of example indices.
+        steps: for each step of all epochs in order its packs, each a tuple of example indices;
+            packed when it is asked for, the same whenever that is.
         steps_per_epoch: how many of the steps make an epoch.
+        lengths: (examples,) int64, tokens of each example, at most.
     """
 
-    steps: list[list[Pack]]
+    steps: Sequence[list[Pack]]
     steps_per_epoch: int
+    lengths: np.ndarray
 
     def rank_packs(self, step: int, rank: int, world_size: int) -> list[Pack]:
         """The packs of `step` that `rank` runs: as many on every rank, () for an empty pack.
@@ -33,12 +37,17 @@ class Plan:
 
 
 def plan_packs(
-    lengths: Sequence[int], *, max_tokens: int, examples_per_step: int, epochs: int, seed: int
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    max_tokens: int,
+    examples_per_step: int,
+    epochs: int,
+    seed: int,
 ) -> Plan:
     """Shuffles the examples of every epoch, cuts them into steps and packs each step.
 
     A step is packed first-fit decreasing: the longest example first, each into the first pack that
-    has room.
+    has room. What is kept is the lengths and the order of one epoch.
 
     Args:
         lengths: tokens of each example, at most; see `packed_length`.
@@ -53,29 +62,60 @@ def plan_packs(
     for name, value in (("examples_per_step", examples_per_step), ("epochs", epochs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for index, length in enumerate(lengths):
-        if length > max_tokens:
-            raise ValueError(
-                f"lengths[{index}] must be at most max_tokens ({max_tokens}), got {length}: raise "
-                "max_tokens, or encode with it"
-            )
-    steps = []
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
-        for first in range(0, len(order), examples_per_step):
-            steps.append(
-                _first_fit_decreasing(order[first : first + examples_per_step], lengths, max_tokens)
-            )
-    return Plan(steps, len(steps) // epochs)
+    sizes = np.asarray(lengths, np.int64)
+    if len(too_long := np.flatnonzero(sizes > max_tokens)):
+        index = int(too_long[0])
+        raise ValueError(
+            f"lengths[{index}] must be at most max_tokens ({max_tokens}), got {sizes[index]}: "
+            "raise max_tokens, or encode with it"
+        )
+    steps = _Steps(sizes, max_tokens, examples_per_step, epochs, seed)
+    return Plan(steps, steps.steps_per_epoch, sizes)
 
 
-def _first_fit_decreasing(
-    examples: Sequence[int], lengths: Sequence[int], max_tokens: int
-) -> list[Pack]:
+class _Steps(Sequence[list[Pack]]):
+    """The steps of `plan_packs`, each packed when it is asked for."""
+
+    def __init__(
+        self, lengths: np.ndarray, max_tokens: int, examples_per_step: int, epochs: int, seed: int
+    ) -> None:
+        self.lengths = lengths
+        self.max_tokens = max_tokens
+        self.examples_per_step = examples_per_step
+        self.steps_per_epoch = -(-len(lengths) // examples_per_step)
+        self.epochs = epochs
+        self.seed = seed
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @overload
+    def __getitem__(self, step: int) -> list[Pack]: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[list[Pack]]: ...
+    def __getitem__(self, step: int | slice) -> list[Pack] | list[list[Pack]]:
+        if isinstance(step, slice):
+            return [self[one] for one in range(*step.indices(len(self)))]
+        epoch, place = divmod(range(len(self))[step], self.steps_per_epoch)
+        first = place * self.examples_per_step
+        examples = self._order_of(epoch)[first : first + self.examples_per_step]
+        return _first_fit_decreasing(examples, self.lengths[examples], self.max_tokens)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+            self._epoch, self._order = epoch, order
+        return self._order
+
+
+def _first_fit_decreasing(examples: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[Pack]:
     packs: list[list[int]] = []
     room: list[int] = []
-    for example in sorted(examples, key=lambda index: -lengths[index]):
-        length = lengths[example]
+    longest_first = np.argsort(-lengths, kind="stable")
+    for example, length in zip(
+        examples[longest_first].tolist(), lengths[longest_first].tolist(), strict=True
+    ):
         place = next((i for i, free in enumerate(room) if free >= length), len(packs))
         if place == len(packs):
             packs.append([])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -57,11 +58,15 @@ class FileReading:
 class Reading:
     """What was read: fills up while `read_records` or `read_requests` is iterated over.
 
+    Args:
+        alone: called with each answer that none of its file completes to a triple, at its end.
+
     Attributes:
         files: by the path of each file.
     """
 
-    files: dict[str, FileReading] = field(default_factory=dict)
+    alone: Callable[[Half], object] | None = None
+    files: dict[str, FileReading] = field(init=False, default_factory=dict)
 
 
 def read_records(
@@ -150,7 +155,8 @@ def read_placed(
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    files = (Reading() if reading is None else reading).files
+    reading = reading or Reading()
+    files = reading.files
     ids = _Ids()
     for path in map(Path, paths):
         place = f"{path}"
@@ -158,14 +164,19 @@ def read_placed(
             for file in data_files(path):
                 place = f"{file}"
                 counts = files.setdefault(place, FileReading())
-                yield from _read_file(file, purpose, format, counts, ids)
+                yield from _read_file(file, purpose, format, counts, ids, reading.alone)
         except ValueError as error:
             files.setdefault(place, FileReading()).bad += 1
             yield place, error
 
 
 def _read_file(
-    path: Path, purpose: str | None, named: str | None, counts: FileReading, ids: _Ids
+    path: Path,
+    purpose: str | None,
+    named: str | None,
+    counts: FileReading,
+    ids: _Ids,
+    alone: Callable[[Half], object] | None,
 ) -> Iterator[tuple[str, Record | Request | ValueError]]:
     pairs = _Pairs()
     place = ""
@@ -193,6 +204,9 @@ def _read_file(
             f"{path}:1: no record, expected JSON Lines, a JSON array, CSV or parquet with records"
         )
     counts.skipped.update(pairs.left())
+    if alone is not None:
+        for half in pairs.waiting():
+            alone(half)
 
 
 def _record(
@@ -333,9 +347,12 @@ class _Pairs:
         """How many answers wait in vain, by kind."""
         return Counter(
             "safe without a harmful one" if half.safe else "harmful without a safe one"
-            for waiting in self._waiting.values()
-            for half in waiting
+            for half in self.waiting()
         )
+
+    def waiting(self) -> Iterator[Half]:
+        """The answers that wait."""
+        return itertools.chain.from_iterable(self._waiting.values())
 
 
 class _Twice(ValueError):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from derta.data.chat import BATCH, PROBE, Chat, batched
-from derta.data.records import Triple, naming
+from derta.data.records import Message, Triple, naming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,24 +74,40 @@ def resolve_refusal_token(
 
     Source: arXiv 2407.09121, section 3.3, where the token is a fixed "Sorry".
     """
+    chat = Chat(tokenizer)
+    starts = _safe_starts(chat, triples)
+    return choose_refusal_token(chat, refusal, starts, triples[0].messages if triples else PROBE)
+
+
+def choose_refusal_token(
+    chat: Chat, refusal: str | int, starts: Counter[int], messages: Sequence[Message] | None = None
+) -> RefusalToken:
+    """`resolve_refusal_token` where the safe responses have been counted already.
+
+    Args:
+        chat: the model's.
+        refusal: as there.
+        starts: how many safe responses start with each token.
+        messages: what a word is looked up as the response to; None: any will do.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
     if not isinstance(refusal, str | int) or isinstance(refusal, bool):
         raise TypeError(
             f"refusal must be a word, a token id or 'auto', got {type(refusal).__name__}"
         )
-    chat = Chat(tokenizer)
-    starts = _safe_starts(chat, triples)
     if refusal == "auto":
         if not starts:
             raise ValueError("refusal='auto' needs triples to read: give a word or a token id")
         id = starts.most_common(1)[0][0]
     elif isinstance(refusal, str):
-        id = _word_id(chat, refusal, triples[0].messages if triples else PROBE)
+        id = _word_id(chat, refusal, messages or PROBE)
     else:
         id = refusal
-        if not 0 <= id < len(tokenizer):
-            raise ValueError(
-                f"refusal must be a token id in 0..{len(tokenizer) - 1}, got {refusal}"
-            )
+        size = len(chat.tokenizer)
+        if not 0 <= id < size:
+            raise ValueError(f"refusal must be a token id in 0..{size - 1}, got {refusal}")
     common, count = starts.most_common(1)[0] if starts else (None, 0)
     total = max(starts.total(), 1)
     return RefusalToken(
@@ -104,7 +120,7 @@ def resolve_refusal_token(
     )
 
 
-def _safe_starts(chat: Chat, triples: Sequence[Triple]) -> Counter[int]:
+def _safe_starts(chat: Chat, triples: Iterable[Triple]) -> Counter[int]:
     """How many safe responses start with each token."""
     starts: Counter[int] = Counter()
     for batch in batched(triples, BATCH):
@@ -116,7 +132,7 @@ def _safe_starts(chat: Chat, triples: Sequence[Triple]) -> Counter[int]:
     return starts
 
 
-def _word_id(chat: Chat, word: str, messages: Sequence[dict[str, str]]) -> int:
+def _word_id(chat: Chat, word: str, messages: Sequence[Message]) -> int:
     if not word or word != word.strip():
         raise ValueError(
             f"refusal must be a word without spaces around it, got {word!r}: the chat template "

@@ -283,6 +283,8 @@ def test_dtypes_are_those_that_models_and_kernels_expect() -> None:
         "depth": torch.int32,
         "depth_tenth": torch.int64,
         "loss_weight": torch.float32,
+        "rto_weight": torch.float32,
+        "benign": torch.bool,
     }
     for batch in (pack(()), DertaCollator()([example_triple()])):
         tensors = {name: t for name, t in vars(batch).items() if isinstance(t, torch.Tensor)}
@@ -323,6 +325,7 @@ def test_a_pack_moves_as_one() -> None:
         "shift_labels",
         "rto_mask",
         "loss_weight",
+        "rto_weight",
         "example_bounds",
     }
 

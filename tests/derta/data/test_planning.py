@@ -57,8 +57,8 @@ def test_ranks_run_every_pack_once_and_equally_many(lengths, **settings) -> None
 def test_the_plan_depends_on_the_seed_and_changes_every_epoch() -> None:
     settings = dict(lengths=list(range(1, 41)), max_tokens=60, examples_per_step=8, epochs=2)
     plan = plan_packs(**settings, seed=1)
-    assert plan == plan_packs(**settings, seed=1)
-    assert plan != plan_packs(**settings, seed=2)
+    assert list(plan.steps) == list(plan_packs(**settings, seed=1).steps)
+    assert list(plan.steps) != list(plan_packs(**settings, seed=2).steps)
     half = plan.steps_per_epoch
     assert plan.steps[:half] != plan.steps[half:]
 

@@ -1,0 +1,51 @@
+"""Where a run's records come from, what each file is taken for, and how much it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from derta.data.records import check_weight
+
+Role = Literal["safety", "helpful", "borderline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Record files of one role.
+
+    Args:
+        path: of a file, or of several.
+        role: "safety", triples and rendered rows; "helpful", dialogues; "borderline", dialogues
+            whose requests look harmful and are not.
+        weight: of its targets in the loss, relative to other sources'; a factor beside the weight
+            that a row has of its own.
+        format: of the rows, where their fields do not tell; None: they do.
+        limit: how many of its records are read, the first ones; None: all.
+
+    Raises:
+        TypeError: the weight is no number.
+        ValueError: there is no path or no such role, the weight is not above 0, or the limit is
+            below 1.
+    """
+
+    path: str | list[str]
+    role: Role
+    weight: float = 1.0
+    format: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("path: is empty, expected the path of a file, or of several")
+        if self.role not in get_args(Role):
+            raise ValueError(f"role: is {self.role!r}, expected one of {', '.join(get_args(Role))}")
+        check_weight("weight", self.weight)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: is {self.limit}, expected at least 1")
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Its files, of which there may be one."""
+        return [self.path] if isinstance(self.path, str) else self.path

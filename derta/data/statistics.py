@@ -1,0 +1,316 @@
+"""What a data set is made of: lengths, what a run makes of it, requests that come again.
+
+Records stream through. What is remembered of them does not grow with their number, but for the
+index of requests, of which `RequestIndex` says what a row takes, and 0.1 KB of every example.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from derta.data.chat import BATCH, batched
+from derta.data.duplicates import (
+    NEAR,
+    Fingerprint,
+    Match,
+    RequestIndex,
+    all_texts,
+    digest,
+    user_turns,
+)
+from derta.data.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
+from derta.data.packing import DertaCollator, Drawn, count_tokens
+from derta.data.records import Dialogue, Message, Record, Rendered, Request, Triple
+from derta.data.refusal import choose_refusal_token
+from derta.data.shares import loss_shares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LISTED = 20
+
+
+class Lengths:
+    """The distribution of a length, exact; what it remembers is each length that there is."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, length: int) -> None:
+        self._counts[length] += 1
+
+    def summary(self) -> dict[str, int]:
+        """How many there are, and the length that 5%, half, 95% and all of them do not exceed."""
+        ordered = sorted(self._counts)
+        reached = np.cumsum([self._counts[length] for length in ordered])
+        rows = int(reached[-1])
+        summary = {"rows": rows}
+        for name, percent in (("p5", 5), ("p50", 50), ("p95", 95), ("max", 100)):
+            place = np.searchsorted(100 * reached, percent * rows)
+            summary[name] = ordered[place]
+        return summary
+
+
+def character_lengths(record: Record) -> Iterator[tuple[str, int]]:
+    """The parts of an example and their characters, without those of a chat template."""
+    if isinstance(record, Rendered):
+        yield "rendered", len(record.prefix) + len(record.text)
+        return
+    said = sum(len(turn["content"]) for turn in record.messages)
+    if isinstance(record, Dialogue):
+        yield "dialogue", said
+    else:
+        yield "prompt", said
+        yield "safe", len(record.safe)
+        yield "harmful", len(record.harmful)
+
+
+def token_lengths(record: Record, example: Encoded) -> Iterator[tuple[str, int]]:
+    """The parts of an example and their tokens, with those of the chat template."""
+    if isinstance(example, EncodedDialogue):
+        yield "rendered" if isinstance(record, Rendered) else "dialogue", len(example.input_ids)
+    elif isinstance(record, Rendered):
+        yield "rendered", len(example.prompt) + len(example.harmful) + 1  # the last is a label
+    else:
+        yield "prompt", len(example.prompt)
+        yield "safe", len(example.safe)
+        yield "harmful", len(example.harmful)
+
+
+class RunStatistics:
+    """What a training run makes of records: tokens, targets of each kind, the refusal token.
+
+    Args:
+        tokenizer: with a chat template.
+        collator: what draws cuts and RTO rows, here those of the first epoch.
+        max_length, max_tokens: as of a `DertaConfig`.
+
+    Raises:
+        ValueError: the tokenizer cannot be used, see `Encoder`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        collator: DertaCollator,
+        *,
+        max_length: int,
+        max_tokens: int,
+    ) -> None:
+        draws: Any = {"branches": collator.branches, "cuts": collator.cuts}
+        self.collator = collator
+        self.whole = Encoder(tokenizer, max_length=sys.maxsize, max_tokens=sys.maxsize, **draws)
+        self.fitting = Encoder(tokenizer, max_length=max_length, max_tokens=max_tokens, **draws)
+        self.one_pass = self.apart = self.shortened = 0
+        self.lengths: dict[str, Lengths] = defaultdict(Lengths)
+        self._safe_starts: Counter[int] = Counter()
+        self._first_messages: Sequence[Message] | None = None
+
+    def drawn(self, records: Iterable[Record]) -> Iterator[Drawn]:
+        """Counts records as they come, and gives what the run would train on."""
+        for batch in batched(records, BATCH):
+            for record, example in zip(batch, self.whole.encode_many(batch), strict=True):
+                assert example is not None  # everything fits
+                for part, tokens in token_lengths(record, example):
+                    self.lengths[part].add(tokens)
+                if isinstance(record, Triple) and isinstance(example, EncodedTriple):
+                    self._safe_starts[int(example.safe[0])] += 1
+                    self._first_messages = self._first_messages or record.messages
+                if (fitted := self._fitted(record, example)) is not None:
+                    drawn = self.collator.draw(fitted, epoch=0)
+                    one_pass, apart = count_tokens([drawn])
+                    self.one_pass += one_pass
+                    self.apart += apart
+                    yield drawn
+
+    def _fitted(self, record: Record, whole: Encoded) -> Encoded | None:
+        """The record as the run encodes it, which seldom differs from all of it."""
+        limit = min(self.fitting.max_length, self.fitting.max_tokens)
+        if isinstance(whole, EncodedDialogue):
+            longest = len(whole.input_ids)
+        else:
+            safe = len(whole.safe) * max(1, self.collator.branches)
+            longest = len(whole.prompt) + len(whole.harmful) + safe
+        if longest <= limit:
+            return whole
+        fitted = self.fitting.encode(record)
+        if isinstance(fitted, EncodedTriple) and isinstance(whole, EncodedTriple):
+            self.shortened += len(fitted.harmful) < len(whole.harmful)
+        return fitted
+
+    def refusal(self, refusal: str | int) -> dict[str, Any] | None:
+        """The refusal token and what is amiss with it; None without triples.
+
+        Raises:
+            TypeError, ValueError: as `resolve_refusal_token`.
+        """
+        if not self._safe_starts:
+            return None
+        token = choose_refusal_token(self.whole, refusal, self._safe_starts, self._first_messages)
+        return {
+            "id": token.id,
+            "text": token.text,
+            "safe_start_share": token.safe_start_share,
+            "warning": token.warning,
+        }
+
+
+class Repeats:
+    """Requests of training records that come again, in training or evaluation.
+
+    A training record counts once as each of "example", all of its texts came before; else "same",
+    its request did; else "near", one near to it did. Against evaluation it counts as "same" or
+    "near". Ids are listed, texts never.
+
+    Args:
+        evaluation: what is held against training; it is read at once.
+        near: least similarity of near requests, see `RequestIndex`; None looks for the same alone.
+        listed: how many of each kind are listed.
+
+    Raises:
+        ValueError: `near` is out of its range.
+    """
+
+    def __init__(
+        self,
+        evaluation: Iterable[Record | Request] = (),
+        *,
+        near: float | None = NEAR,
+        listed: int = LISTED,
+    ) -> None:
+        self._near = near
+        self._examples: set[bytes] = set()
+        self._train = RequestIndex(near)
+        self._evaluation = RequestIndex(near)
+        for record in evaluation:
+            self._evaluation.add(_name(record), Fingerprint(user_turns(record)))
+        self._within = _Found(("example", "same", "near"), listed)
+        self._across = _Found(("same", "near"), listed)
+        self._leaked: set[str] = set()
+
+    def add(self, record: Record) -> None:
+        """Counts a training record."""
+        request, name = Fingerprint(user_turns(record)), _name(record)
+        if leaks := self._evaluation.matches(request):
+            self._leaked.update(match.id for match in leaks)
+            self._across.add(_kind(leaks[0]), name, leaks[0])
+        matches = self._train.matches(request)
+        example = digest([type(record).__name__, *all_texts(record)])
+        if example in self._examples:
+            self._within.add("example", name, matches[0])
+        elif matches:
+            self._within.add(_kind(matches[0]), name, matches[0])
+        self._examples.add(example)
+        self._train.add(name, request)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, and the first of each kind."""
+        return {
+            "near": self._near,
+            "duplicates": self._within.summary(),
+            "leakage": {
+                **self._across.summary(),
+                "evaluation": len(self._evaluation),
+                "leaked": len(self._leaked),
+            },
+        }
+
+
+class _Found:
+    """Records of each kind: how many, and the first of them."""
+
+    def __init__(self, kinds: Sequence[str], listed: int) -> None:
+        self._counts = dict.fromkeys(kinds, 0)
+        self._listed = listed
+        self._first: list[dict[str, Any]] = []
+
+    def add(self, kind: str, name: str, match: Match) -> None:
+        self._counts[kind] += 1
+        if self._counts[kind] <= self._listed:
+            similarity = round(match.similarity, 4)
+            found = {"kind": kind, "id": name, "of": match.id, "similarity": similarity}
+            self._first.append(found)
+
+    def summary(self) -> dict[str, Any]:
+        return {**self._counts, "listed": self._first}
+
+
+def _kind(match: Match) -> str:
+    return "same" if match.exact else "near"
+
+
+def _name(record: Record | Request) -> str:
+    """The id, after the source unless it holds it, as a place does."""
+    return record.id if record.source in record.id else f"{record.source}: {record.id}"
+
+
+def _kind_of(record: Record) -> str:
+    if isinstance(record, Dialogue):
+        return "borderline" if record.borderline else "helpful"
+    return "rendered" if isinstance(record, Rendered) else "triples"
+
+
+def data_statistics(
+    records: Iterable[Record],
+    repeats: Repeats,
+    run: RunStatistics | None = None,
+    *,
+    refusal: str | int = "auto",
+    rto_weight: float = 1.0,
+    loss_norm: str = "tokens",
+) -> dict[str, Any]:
+    """What training records are made of, and what a run makes of them.
+
+    Args:
+        records: those of training, read once.
+        repeats: what counts those that come again, evaluation records in it.
+        run: None: lengths are in characters, and nothing is said of a run.
+        refusal, rto_weight, loss_norm: as of a `DertaConfig`.
+
+    Returns:
+        plain values, none of them a text of a record: "rows" by source and kind, "unit" and
+        "lengths" by part, with a run "tokens", "loss" by source and term, and "refusal"; "near",
+        "duplicates" and "leakage", see `Repeats`.
+
+    Raises:
+        ValueError: as `RunStatistics`, or the refusal token cannot be resolved.
+    """
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def counted() -> Iterator[Record]:
+        for record in records:
+            rows[record.source][_kind_of(record)] += 1
+            repeats.add(record)
+            yield record
+
+    of_run: dict[str, Any] = {}
+    if run is None:
+        lengths: dict[str, Lengths] = defaultdict(Lengths)
+        for record in counted():
+            for part, characters in character_lengths(record):
+                lengths[part].add(characters)
+    else:
+        shares = loss_shares(run.drawn(counted()), rto_weight=rto_weight, loss_norm=loss_norm)
+        lengths = run.lengths
+        of_run = {
+            "tokens": {
+                "one_pass": run.one_pass,
+                "apart": run.apart,
+                "shortened": run.shortened,
+                "skipped": run.fitting.skipped,
+            },
+            "loss": {source: share._asdict() for source, share in shares.items()},
+            "refusal": run.refusal(refusal),
+        }
+    return {
+        "rows": {source: dict(kinds) for source, kinds in rows.items()},
+        "unit": "characters" if run is None else "tokens",
+        "lengths": {part: found.summary() for part, found in lengths.items()},
+        **of_run,
+        **repeats.summary(),
+    }
