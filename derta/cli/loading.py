@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from derta.data import Record, read_records
+from derta.data import Dialogue, Record, Source, read_records
 
 
 def load_model(
@@ -180,3 +182,47 @@ def read_files(paths: Sequence[str]) -> list[Record]:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such record file")
     return list(read_records(*paths))
+
+
+class SourceRecords(Iterable[Record]):
+    """The records of sources, read anew whenever they are gone through.
+
+    Args:
+        sources: where they are; a record's weight is that of its row times its source's.
+
+    Raises:
+        FileNotFoundError: a source has no file.
+        ValueError: as `read_records`, while they are gone through.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        for source in sources:
+            for path in source.paths:
+                if not Path(path).exists():
+                    raise FileNotFoundError(f"{path}: no such record file")
+
+    def __iter__(self) -> Iterator[Record]:
+        for source in self.sources:
+            records = _read_records(source)
+            for record in itertools.islice(records, source.limit):
+                if source.weight != 1.0:
+                    record = dataclasses.replace(record, weight=record.weight * source.weight)
+                yield record
+
+    def check(self) -> None:
+        """Reads all of them once, so that a bad row is found before anything is made of the rest.
+
+        Raises:
+            ValueError: as `read_records`.
+        """
+        for _ in self:
+            pass
+
+
+def _read_records(source: Source) -> Iterator[Record]:
+    """Becomes `read_records(*source.paths, role=source.role, format=source.format)`."""
+    for record in read_records(*source.paths):
+        if source.role == "borderline" and isinstance(record, Dialogue):
+            record = dataclasses.replace(record, borderline=True)
+        yield record

@@ -66,7 +66,8 @@ def test_it_leaves_a_base_model_and_records_for_runs_of_ones_own(
     folder, _ = written
     world = make_world(0, TINY.gadgets)
     triples, dialogues = tuning_records(world, 0)
-    assert list(read_records(folder / "data/tuning.jsonl")) == [*triples, *dialogues]
+    assert list(read_records(folder / "data/tuning-safety.jsonl")) == triples
+    assert list(read_records(folder / "data/tuning-helpful.jsonl")) == dialogues
     held_out = list(read_records(folder / "data/held-out-harmful.jsonl"))
     assert len(held_out) == TINY.held_out
     assert all(record in world.triples(HELD_OUT_WORDINGS) for record in held_out)
