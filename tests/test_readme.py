@@ -50,7 +50,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data/safety.jsonl": triples,
         "held-out.jsonl": triples,
         "helpful.jsonl": dialogues,
-        "outputs/demo/data/tuning.jsonl": triples + dialogues,
+        "outputs/demo/data/tuning-safety.jsonl": triples,
+        "outputs/demo/data/tuning-helpful.jsonl": dialogues,
         "outputs/demo/data/held-out-harmful.jsonl": triples,
         "outputs/demo/data/held-out-helpful.jsonl": dialogues,
     }.items():

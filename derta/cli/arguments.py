@@ -109,30 +109,29 @@ def build(config_class: type[Config], sources: Mapping[str, Mapping[str, Any]]) 
     Raises:
         ValueError: a key is unknown (names the nearest), of the wrong type, or missing.
     """
-    return _made(
-        config_class,
-        {
-            key: (value, f"{origin}: ", f"{origin}: {key}")
-            for origin, values in sources.items()
-            for key, value in values.items()
-        },
-    )
+    given = {
+        key: (value, origin) for origin, values in sources.items() for key, value in values.items()
+    }
+    return config_class(**_arguments(config_class, given))
 
 
-def _made(config_class: Any, given: Mapping[str, tuple[Any, str, str]], within: str = "") -> Any:
-    """A dataclass from values, each with what messages call its origin and its place.
+def _arguments(
+    config_class: Any, given: Mapping[str, tuple[Any, str]], within: str = ""
+) -> dict[str, Any]:
+    """Arguments of a dataclass from values and their origins.
 
     Args:
-        within: what messages call the place of the whole, where it is part of another.
+        within: which part of its origin the dataclass is, where it is not the whole.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     hints = typing.get_type_hints(config_class)
     typed = {}
-    for key, (value, origin, place) in given.items():
+    for key, (value, origin) in given.items():
+        place = f"{within}.{key}" if within else f"{origin}: {key}"
         if key not in fields:
             nearest = difflib.get_close_matches(str(key), fields, n=1)
             advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{origin}unknown key {key!r}{advice}")
+            raise ValueError(f"{within or origin}: unknown key {key!r}{advice}")
         hint = hints[key]
         try:
             if isinstance(value, Text):
@@ -151,11 +150,8 @@ def _made(config_class: Any, given: Mapping[str, tuple[Any, str, str]], within: 
         and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{within and f'{within}: '}missing {', '.join(missing)}")
-    try:
-        return config_class(**typed)
-    except ValueError as error:
-        raise ValueError(f"{within and f'{within}.'}{error}") from error
+        raise ValueError(f"{within}{': ' if within else ''}missing {', '.join(missing)}")
+    return typed
 
 
 def _part(hint: Any) -> Any:
@@ -178,8 +174,12 @@ def _parts(values: Any, part: Any, place: str) -> list[Any]:
                 f"{here}: expected {', '.join(field.name for field in dataclasses.fields(part))}, "
                 f"got {value!r}"
             )
-        given = {key: (one, f"{here}: ", f"{here}.{key}") for key, one in value.items()}
-        made.append(_made(part, given, within=here))
+        given = {key: (one, "") for key, one in value.items()}
+        arguments = _arguments(part, given, within=here)
+        try:
+            made.append(part(**arguments))
+        except ValueError as error:
+            raise ValueError(f"{here}.{error}") from error
     return made
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from derta.data import Record, Request
-from derta.data.reading import read_placed
+from derta.data import Record, Source, source_records
 
 
 def load_model(
@@ -170,17 +170,32 @@ def weights_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_bfloat16 else torch.float32
 
 
-def read_files(paths: Sequence[str]) -> list[Record]:
-    """All records of the files, of whichever role each row's format is first of all.
+class SourceRecords(Iterable[Record]):
+    """The records of sources, read anew whenever they are gone through.
+
+    Args:
+        sources: where they are; a record's weight is that of its row times its source's.
 
     Raises:
-        FileNotFoundError: one is not there.
-        ValueError: as `read_records`.
+        FileNotFoundError: a source has no file.
+        ValueError: as `read_records`, while they are gone through.
     """
-    records: list[Record] = []
-    for _, record in read_placed(paths, None):
-        if isinstance(record, ValueError):
-            raise record
-        assert not isinstance(record, Request)
-        records.append(record)
-    return records
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        for source in sources:
+            for path in source.paths:
+                if not Path(path).exists():
+                    raise FileNotFoundError(f"{path}: no such record file")
+
+    def __iter__(self) -> Iterator[Record]:
+        return itertools.chain.from_iterable(map(source_records, self.sources))
+
+    def check(self) -> None:
+        """Reads all of them once, so that a bad row is found before anything is made of the rest.
+
+        Raises:
+            ValueError: as `read_records`.
+        """
+        for _ in self:
+            pass

@@ -65,7 +65,9 @@ class Config(Method):
 def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a training run's configuration says of its memory."""
     from derta.cli import train
+    from derta.config import RECIPES
 
+    values = {**RECIPES.get(values.get("recipe", ""), {}), **values}
     ours = {field.name for field in fields(Config)}
     theirs = {field.name for field in fields(train.Config)}
     return {key: value for key, value in values.items() if key in ours or key not in theirs}

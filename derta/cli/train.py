@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from derta.cli import loading
 from derta.config import DertaConfig
-from derta.data import render_pack
+from derta.data import LossShare, Source, render_pack
 from derta.methods import Method, adapt, quantization
 from derta.progress import Progress
 from derta.trainer import DertaTrainer
@@ -28,8 +28,8 @@ class Config(Method, DertaConfig):
 
     Args:
         model: model folder, or a name on the model hub; weights are read from safetensors only.
-        train_files: record files to train on.
-        eval_files: record files whose loss is reported.
+        sources: what to train on, see `Source`.
+        eval_sources: what losses and refusal curves are reported of, likewise.
         chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
         dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
         dry_run: shows one pack and what its rows are trained to say, and trains nothing.
@@ -39,9 +39,9 @@ class Config(Method, DertaConfig):
     """
 
     model: str
-    train_files: list[str]
+    sources: list[Source]
     output_dir: str = field()
-    eval_files: list[str] = field(default_factory=list)
+    eval_sources: list[Source] = field(default_factory=list)
     chat_template: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     dry_run: bool = False
@@ -71,13 +71,31 @@ def load_model(config: Config) -> PreTrainedModel | PeftModel:
 
 
 def describe(trainer: DertaTrainer) -> str:
-    """What is about to be trained on, how long it takes, and what one pass saves."""
+    """What is about to be trained on, how much each source counts, and what one pass saves."""
     steps = trainer.train_dataset
-    packs = [pack for step in steps.plan.steps for pack in step]
+    shares = steps.shares(trainer.args.rto_weight, trainer.args.loss_norm)
     return (
         f"refusal token {trainer.refusal_token.text!r} (id {trainer.refusal_token.id}); "
-        f"{len(steps.examples)} examples, {len(steps)} steps, {len(packs)} packs of at most "
-        f"{trainer.args.max_tokens} tokens\n{steps.tokens}"
+        f"{len(steps.examples)} examples, {len(steps)} steps, {steps.packs} packs of at most "
+        f"{trainer.args.max_tokens} tokens\n{describe_shares(shares)}\n{steps.tokens}"
+    )
+
+
+def describe_shares(shares: dict[str, LossShare], rows: int = 10) -> str:
+    """A table of what `loss_shares` finds, the largest sources first, the rest in one row."""
+    named = [(source or "(unnamed)", share) for source, share in shares.items()]
+    if rest := [share for _, share in named[rows:]]:
+        total = LossShare(sum(share.next for share in rest), sum(share.rto for share in rest))
+        named = [*named[:rows], (f"{len(rest)} others", total)]
+    width = max(len(source) for source, _ in named)
+    return "\n".join(
+        [
+            "effective share of the loss's weight:",
+            *(
+                f"  {source:<{width}}  next token {share.next:6.1%}   RTO {share.rto:6.1%}"
+                for source, share in named
+            ),
+        ]
     )
 
 
@@ -139,14 +157,16 @@ def advice(trainer: DertaTrainer, config: Config) -> str:
 
 def run(config: Config) -> None:
     """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
-    records = loading.read_files(config.train_files)
-    eval_records = loading.read_files(config.eval_files)
+    records = loading.SourceRecords(config.sources)
+    eval_records = loading.SourceRecords(config.eval_sources)
+    records.check()
+    eval_records.check()
     tokenizer = loading.load_tokenizer(config.model, config.chat_template)
     trainer = DertaTrainer(
         model=load_model(config),
         args=config,
         train_dataset=records,
-        eval_dataset=eval_records or None,
+        eval_dataset=eval_records if config.eval_sources else None,
         processing_class=tokenizer,
         callbacks=[Progress("train")],
     )

@@ -33,17 +33,23 @@ USAGE = {
 usage: derta train [CONFIG.yaml] [--key value ...]
 
   --model            model folder, or a name on the model hub
-  --train_files      records to train on: JSON or JSONL, a.jsonl or [a.jsonl, b.jsonl]
-  --eval_files       records whose loss is reported while training
+  --sources          what to train on: '[{path: a.jsonl, role: safety}, ...]'; role: safety |
+                     helpful | borderline; also weight, format, limit
+  --eval_sources     what losses and refusal curves are reported of, likewise
   --output_dir       where checkpoints and the tuned model go
   --dry_run          show one pack and what its rows learn, train nothing
 objective
+  --recipe           vanilla | prefix_only | rto_only | derta: sets branches, cuts and rto_keep
   --refusal          refusal token: a word, a token id, or auto
   --branches         safe responses per triple and epoch, each after its own harmful prefix
   --cuts             zero | uniform | official | deep
   --rto_keep         share of harmful positions that are RTO targets, 0 to 1
   --rto_weight       weight of RTO in the loss
+  --rto_depth        uniform | growing, towards the end of the harmful response
   --loss_norm        tokens | official | terms
+best checkpoint, by refusal curves of eval_sources: --metric_for_best_model trade_off
+  --over_refusal_weight       w of trade_off, (1 - w) attack success + w over-refusal
+  --early_stopping_patience   evaluations without a better one
 batches
   --max_length       longest sequence in tokens
   --max_tokens       longest pack in tokens: what bounds memory

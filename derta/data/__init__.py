@@ -30,7 +30,7 @@ from derta.data.records import Dialogue, Message, Record, Rendered, Request, Tri
 from derta.data.refusal import RefusalToken, choose_refusal_token, resolve_refusal_token
 from derta.data.shares import LossShare, loss_shares
 from derta.data.show import render_pack
-from derta.data.sources import Source
+from derta.data.sources import Source, source_records
 from derta.data.steps import EncodedRecords, PackedSteps, encode_records
 from derta.data.store import ExampleStore
 
@@ -81,4 +81,5 @@ __all__ = [
     "resolve_refusal_token",
     "rto_depth_weights",
     "sequence_length",
+    "source_records",
 ]

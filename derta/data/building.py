@@ -33,9 +33,9 @@ from derta.data.duplicates import (
 )
 from derta.data.formats import Half
 from derta.data.keywords import opens_with_refusal, refuses
-from derta.data.reading import Reading, read_records
+from derta.data.reading import Reading
 from derta.data.records import Dialogue, Record, Rendered, Triple, check_text
-from derta.data.sources import Source
+from derta.data.sources import Source, source_records
 
 SUMMARY_FILE = "build.json"
 
@@ -51,12 +51,8 @@ def read_sources(sources: Sequence[Source]) -> Iterator[tuple[str, Record | Half
     for source in sources:
         alone: list[Half] = []
         reading = Reading(alone=alone.append)
-        records = read_records(
-            *source.paths, role=source.role, format=source.format, reading=reading
-        )
-        for record in itertools.islice(records, source.limit):
-            weight = source.weight * record.weight
-            yield source.role, dataclasses.replace(record, weight=weight)
+        for record in source_records(source, reading):
+            yield source.role, record
         for half in alone:
             weight = source.weight * half.origin.get("weight", 1.0)
             yield source.role, dataclasses.replace(half, origin={**half.origin, "weight": weight})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-from derta.data.records import check_weight
-
-Role = Literal["safety", "helpful", "borderline"]
+from derta.data.formats import ROLES, Role
+from derta.data.reading import Reading, read_records
+from derta.data.records import Record, check_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class Source:
     def __post_init__(self) -> None:
         if not self.paths:
             raise ValueError("path: is empty, expected the path of a file, or of several")
-        if self.role not in get_args(Role):
-            raise ValueError(f"role: is {self.role!r}, expected one of {', '.join(get_args(Role))}")
+        if self.role not in ROLES:
+            raise ValueError(f"role: is {self.role!r}, expected one of {', '.join(ROLES)}")
         check_weight("weight", self.weight)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: is {self.limit}, expected at least 1")
@@ -49,3 +50,18 @@ class Source:
     def paths(self) -> Sequence[str]:
         """Its files, of which there may be one."""
         return [self.path] if isinstance(self.path, str) else self.path
+
+
+def source_records(source: Source, reading: Reading | None = None) -> Iterator[Record]:
+    """The records of a source; each weighs what its row does, times what its source does.
+
+    Args:
+        source: where they are.
+        reading: filled with what was read and what was skipped.
+
+    Raises:
+        ValueError, OSError: as `read_records`.
+    """
+    records = read_records(*source.paths, role=source.role, format=source.format, reading=reading)
+    for record in itertools.islice(records, source.limit):
+        yield dataclasses.replace(record, weight=record.weight * source.weight)

@@ -30,8 +30,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from derta.config import DertaConfig
-from derta.data import Chat, Record, Triple, as_request
+from derta.config import RECIPES, DertaConfig
+from derta.data import Chat, Dialogue, Record, Triple, as_request
 from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
 from derta.demo.world import World, held_out_records, make_world, tuning_records
 from derta.evaluation import (
@@ -48,12 +48,7 @@ from derta.evaluation import (
 from derta.progress import Progress
 from derta.trainer import DertaTrainer
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "vanilla": dict(cuts="zero", rto_keep=0.0),
-    "prefix_only": dict(cuts="uniform", rto_keep=0.0),
-    "rto_only": dict(cuts="zero", rto_keep=1.0),
-    "derta": dict(cuts="uniform", rto_keep=1.0),
-}
+VARIANTS: dict[str, dict[str, Any]] = {name: dict(recipe=name) for name in RECIPES}
 PREFILL_DEPTHS = (0, 4, 8, 16)
 # Shares of the tuning tokens: most is learnt early.
 CHECKPOINTS = (1 / 16, 1 / 8, 1 / 4, 1)
@@ -311,7 +306,8 @@ def _save_for_own_runs(stage: Stage, folder: Path) -> None:
     (folder / "data").mkdir()
     harmful, helpful = held_out_records(stage.world, stage.scale.held_out, stage.seed)
     for name, records in (
-        ("tuning", stage.tuning),
+        ("tuning-safety", [one for one in stage.tuning if isinstance(one, Triple)]),
+        ("tuning-helpful", [one for one in stage.tuning if isinstance(one, Dialogue)]),
         ("held-out-harmful", harmful),
         ("held-out-helpful", helpful),
     ):

@@ -19,11 +19,14 @@ from derta.cli import main
 from derta.cli.arguments import build, read_options, read_yaml
 from derta.cli.train import Config
 from derta.cli.usage import USAGE
+from derta.config import RECIPES
+from derta.data import Source
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
-BASE = {"model": "m", "train_files": ["t"], "output_dir": "o", "use_cpu": True}
+SOURCE = {"path": "t", "role": "safety"}
+BASE = {"model": "m", "sources": [SOURCE], "output_dir": "o", "use_cpu": True}
 
 
 def from_file(**values: object) -> Config:
@@ -35,10 +38,10 @@ def from_options(*arguments: str) -> Config:
 
 
 def test_options_are_yaml_values_and_a_bare_key_is_true() -> None:
-    arguments = "--branches 2 --train_files=[x,y] --max_steps -1 --save_strategy no --dry-run"
+    arguments = "--branches 2 --label_names=[x,y] --max_steps -1 --save_strategy no --dry-run"
     config = from_options(*arguments.split(), "--rto_keep", "1e-4", "--disable_tqdm", "false")
     assert config.branches == 2
-    assert config.train_files == ["x", "y"]
+    assert config.label_names == ["x", "y"]
     assert config.max_steps == -1
     assert config.save_strategy == "no"
     assert config.dry_run is True
@@ -60,8 +63,8 @@ def test_a_key_of_text_has_what_was_typed() -> None:
     [
         (["stray"], "expected --key value, got 'stray'"),
         (
-            ["--train_files", "[1,"],
-            "command line: train_files: '[1,' is not a value that YAML can read",
+            ["--sources", "[1,"],
+            "command line: sources: '[1,' is not a value that YAML can read",
         ),
         (["--max_step", "3"], "command line: unknown key 'max_step'; did you mean 'max_steps'?"),
         (["--max_steps", "few"], "command line: max_steps: expected int, got 'few'"),
@@ -124,8 +127,10 @@ def test_numbers_that_yaml_reads_as_text_become_numbers() -> None:
 
 
 def test_one_value_where_several_may_stand_is_a_list_of_one() -> None:
-    assert from_options("--train_files", "a.jsonl").train_files == ["a.jsonl"]
-    assert from_file(eval_files="a.jsonl", label_names="a").eval_files == ["a.jsonl"]
+    assert from_options("--sources", "{path: a, role: helpful, limit: 3}").sources == [
+        Source(path="a", role="helpful", limit=3)
+    ]
+    assert from_file(eval_sources=SOURCE).eval_sources == [Source(path="t", role="safety")]
     assert from_file(label_names="a").label_names == ["a"]
     assert from_file(lora_target_modules="q_proj").lora_target_modules == "q_proj"
     bench = importlib.import_module("derta.cli.bench").Config
@@ -142,11 +147,11 @@ def test_one_value_where_several_may_stand_is_a_list_of_one() -> None:
         ),
         ({"branches": "two"}, "run.yaml: branches: expected int, got 'two'"),
         ({"cuts": "random"}, "run.yaml: cuts: expected"),
-        ({"train_files": 5}, "run.yaml: train_files: expected list[str], got 5"),
-        ({"train_files": True}, "run.yaml: train_files: expected list[str], got True"),
+        ({"label_names": 5}, "run.yaml: label_names: expected list[str] | None, got 5"),
+        ({"label_names": True}, "run.yaml: label_names: expected list[str] | None, got True"),
         (
-            {"train_files": ["a", None]},
-            "run.yaml: train_files: expected list[str], got ['a', None]",
+            {"label_names": ["a", None]},
+            "run.yaml: label_names: expected list[str] | None, got ['a', None]",
         ),
         ({1: 2}, "run.yaml: unknown key 1"),
         ({"refusal": True}, "run.yaml: refusal: expected str | int, got True"),
@@ -157,6 +162,14 @@ def test_one_value_where_several_may_stand_is_a_list_of_one() -> None:
         ({"branches": -1}, "branches must be at least 0, got -1"),
         ({"branches": 0, "rto_keep": 0}, "a triple would train nothing"),
         ({"rto_weight": -1}, "rto_weight must be at least 0, got -1.0"),
+        ({"rto_depth": "deep"}, "rto_depth: expected one of uniform, growing, got 'deep'"),
+        ({"recipe": "sorry"}, "run.yaml: recipe: expected"),
+        ({"over_refusal_weight": 2}, "over_refusal_weight must lie in [0, 1], got 2.0"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience must be at least 1, got 0"),
+        (
+            {"early_stopping_patience": 2},
+            "early_stopping_patience needs load_best_model_at_end: true",
+        ),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps must stay 1, got 4"),
@@ -180,7 +193,91 @@ def test_wrong_settings_are_refused_by_name(values: dict, message: str) -> None:
 
 def test_missing_settings_are_listed() -> None:
     with pytest.raises(ValueError, match="^missing output_dir, model$"):
-        build(Config, {"run.yaml": {"train_files": ["t"]}})
+        build(Config, {"run.yaml": {"sources": [SOURCE]}})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a.jsonl", "expected path, role, weight, format, limit, got 'a.jsonl'"),
+        ({"path": "a"}, "missing role"),
+        ({**SOURCE, "rol": 1}, "unknown key 'rol'; did you mean 'role'?"),
+        ({**SOURCE, "role": "x"}, ".role: expected one of safety, helpful, borderline, got 'x'"),
+        ({**SOURCE, "path": 5}, ".path: expected str | list[str], got 5"),
+        ({**SOURCE, "path": []}, ".path: is empty, expected the path of a file, or of several"),
+        ({**SOURCE, "weight": "much"}, ".weight: expected float, got 'much'"),
+        ({**SOURCE, "weight": True}, ".weight: expected float, got True"),
+        ({**SOURCE, "weight": 0}, ".weight: is 0.0, expected a number above 0"),
+        ({**SOURCE, "limit": 0}, ".limit: is 0, expected at least 1"),
+    ],
+)
+def test_a_wrong_source_is_named_by_its_place_and_key(source: object, message: str) -> None:
+    place = "run.yaml: sources[1]" + (": " if message[0] != "." else "")
+    with pytest.raises(ValueError, match="^" + re.escape(place + message)):
+        from_file(sources=[SOURCE, source])
+    with pytest.raises(ValueError, match="^" + re.escape(place.replace("1", "0") + message)):
+        from_file(sources=source)
+
+
+def test_a_source_made_in_python_has_a_role_that_exists() -> None:
+    with pytest.raises(ValueError, match="^role: is 'x', expected one of safety, helpful, border"):
+        Source(path="a", role="x")  # type: ignore[arg-type]
+    assert Source(path=["a", "b"], role="safety").paths == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        (None, {}, (1, "uniform", 1.0)),
+        ("vanilla", {}, (1, "zero", 0.0)),
+        ("vanilla", {"cuts": "zero", "rto_keep": 0}, (1, "zero", 0.0)),
+        ("prefix_only", {"cuts": "official", "branches": 4}, (4, "official", 0.0)),
+        ("rto_only", {"rto_keep": 0.5}, (1, "zero", 0.5)),
+        ("derta", {"rto_keep": 0.05}, (1, "uniform", 0.05)),
+    ],
+)
+def test_a_recipe_sets_what_is_not_given(recipe: object, given: dict, expected: tuple) -> None:
+    config = from_file(**({"recipe": recipe} if recipe else {}), **given)
+    assert (config.branches, config.cuts, config.rto_keep) == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "value"),
+    [
+        ("vanilla", "cuts", "uniform"),
+        ("vanilla", "rto_keep", 1.0),
+        ("prefix_only", "cuts", "zero"),
+        ("rto_only", "cuts", "deep"),
+        ("derta", "rto_keep", 0.0),
+        ("derta", "branches", 0),
+    ],
+)
+def test_a_key_that_contradicts_its_recipe_is_refused_by_name(
+    recipe: str, key: str, value: object
+) -> None:
+    message = (
+        f"{key} is {value}, which contradicts recipe: {recipe} ({key}: {RECIPES[recipe][key]})"
+    )
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        from_file(recipe=recipe, **{key: value})
+
+
+def test_a_plan_of_a_training_run_follows_its_recipe() -> None:
+    plan = importlib.import_module("derta.cli.plan")
+    assert plan.of_training({"recipe": "vanilla", "model": "m"}) == {
+        "model": "m",
+        "branches": 1,
+        "rto_keep": 0.0,
+    }
+    given = plan.of_training({"recipe": "derta", "rto_keep": 0.05})
+    assert given["rto_keep"] == 0.05
+
+
+def test_less_is_better_of_what_is_watched() -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    for metric in ("trade_off", "eval_asr"):
+        assert from_file(metric_for_best_model=metric, **best).greater_is_better is False
+    assert from_file(metric_for_best_model="live_rows", **best).greater_is_better is True
 
 
 def test_what_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,11 +366,14 @@ def test_a_wrong_call_is_one_sentence_and_a_status(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "safe": "b", "harmful": "c"}\n{"prompt": "a", "safe": "b"}\n')
     missing = tmp_path / "none"
-    train = ["--model", "m", "--output_dir", str(tmp_path), "--use_cpu", "--train_files"]
+    train = ["--model", "m", "--output_dir", str(tmp_path), "--use_cpu", "--sources"]
     for arguments, message in (
         ([f"{missing}.yaml"], f"{missing}.yaml: no such configuration file\n"),
-        ([*train, f"[{missing}]"], f"{missing}: no such record file\n"),
-        ([*train, f"[{rows}]"], f"{rows}:2: fields: found prompt, safe, which is no known format"),
+        ([*train, f"{{path: {missing}, role: safety}}"], f"{missing}: no such record file\n"),
+        (
+            [*train, f"{{path: {rows}, role: safety}}"],
+            f"{rows}:2: fields: found prompt, safe, which is no known format",
+        ),
     ):
         assert main(["train", *arguments]) == 1
         assert capsys.readouterr().err.startswith(f"derta train: {message}")

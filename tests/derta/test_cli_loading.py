@@ -28,8 +28,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def train(*arguments: str) -> int:
     return main(
-        ["train", "--model", "model", "--train_files", "rows.jsonl", "--output_dir", "out"]
-        + ["--use_cpu", "--save_steps", "1", *arguments]
+        ["train", "--model", "model", "--sources", "{path: rows.jsonl, role: safety}"]
+        + ["--output_dir", "out", "--use_cpu", "--save_steps", "1", *arguments]
     )
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from derta.cli import main
 from derta.cli.loading import load_tuned
 from derta.cli.train import Config, load_model
-from derta.data import read_records
+from derta.data import Source, read_records
 from derta.trainer import DertaTrainer
 from tiny import tiny_model, tiny_tokenizer
 
@@ -49,7 +49,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(*arguments: str) -> int:
     given = {
         "--model": "model",
-        "--train_files": "rows.jsonl",
+        "--sources": "{path: rows.jsonl, role: safety}",
         "--output_dir": "out",
         "--max_steps": "2",
         "--logging_steps": "1",
@@ -94,7 +94,7 @@ def test_adapters_become_a_plain_model(options: tuple[str, ...] | str) -> None:
 def test_a_frozen_head_has_neither_gradient_nor_buffer(method: str) -> None:
     config = Config(
         model="model",
-        train_files=["rows.jsonl"],
+        sources=[Source(path="rows.jsonl", role="safety")],
         output_dir="out",
         method=method,  # type: ignore[arg-type]
         use_cpu=True,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from derta.cli import main
 from derta.cli.train import Config, load_model
+from derta.data import Source
 from derta.trainer import DertaTrainer
 from tiny import tiny_model, tiny_tokenizer
 
@@ -34,7 +35,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def train(*arguments: str) -> int:
     given = {
         "--model": "model",
-        "--train_files": "rows.jsonl",
+        "--sources": "{path: rows.jsonl, role: safety}",
         "--output_dir": "out",
         "--max_steps": "1",
         "--logging_steps": "1",
@@ -52,7 +53,7 @@ def test_adapters_are_those_of_the_seed() -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
         config = Config(
             model="model",
-            train_files=["rows.jsonl"],
+            sources=[Source(path="rows.jsonl", role="safety")],
             output_dir="out",
             method="lora",
             seed=seed,

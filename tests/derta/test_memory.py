@@ -207,7 +207,10 @@ def test_a_training_configuration_will_do(
 ) -> None:
     AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
     path = tmp_path / "run.yaml"
-    path.write_text("train_files: [a]\noutput_dir: b\nmethod: lora\nlora_r: 4\n", encoding="utf-8")
+    path.write_text(
+        "sources: {path: a, role: safety}\noutput_dir: b\nmethod: lora\nlora_r: 4\n",
+        encoding="utf-8",
+    )
     assert main(["plan", str(path), "--model", str(tmp_path), "--gpu", "8"]) == 0
     assert "it fits" in capsys.readouterr().out
     path.write_text("lora_rank: 4\n", encoding="utf-8")

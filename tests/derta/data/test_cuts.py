@@ -7,11 +7,13 @@ import pytest
 
 from derta.data import (
     CUT_POLICIES,
+    RTO_DEPTHS,
     EncodedTriple,
     cut_probabilities,
     draw_cuts,
     draw_rto_rows,
     example_rng,
+    rto_depth_weights,
 )
 
 DRAWS = 20_000
@@ -114,3 +116,18 @@ def test_official_cuts_need_words() -> None:
     example = EncodedTriple("t", np.ones(1), np.ones(1), np.ones(1), cut_limit=1)
     with pytest.raises(ValueError, match="^t: cuts='official' needs word_ends, got None: encode"):
         draw_cuts(example, policy="official", branches=1, rng=np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("policy", RTO_DEPTHS)
+@pytest.mark.parametrize("length", [0, 1, 7, 100])
+def test_rto_weighs_1_on_average_however_it_is_spread(policy: str, length: int) -> None:
+    weights = rto_depth_weights(length, policy)
+    assert weights.shape == (length + 1,)
+    assert weights.mean() == pytest.approx(1)
+    steps = np.diff(weights)
+    assert np.allclose(steps, 0 if policy == "uniform" else 2 / (length + 2))
+
+
+def test_an_unknown_spread_is_refused() -> None:
+    with pytest.raises(ValueError, match="^rto_depth must be one of uniform, growing, got 'deep'"):
+        rto_depth_weights(3, "deep")

@@ -7,8 +7,19 @@ import itertools
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
-from derta.data import Chat, Dialogue, EncodedDialogue, EncodedTriple, Encoder, Triple
+from derta.data import (
+    Chat,
+    DertaCollator,
+    Dialogue,
+    EncodedDialogue,
+    EncodedTriple,
+    Encoder,
+    Rendered,
+    Triple,
+    packed_length,
+)
 from derta.data.chat import BATCH
 
 SYSTEM = {"role": "system", "content": "You are the wizards."}
@@ -222,6 +233,90 @@ def test_what_does_not_fit_is_skipped_and_counted(templated) -> None:
     assert not fits(triple(), branches=3, max_tokens=room - 1)
     assert fits(dialogue, max_length=n) and not fits(dialogue, max_length=n - 1)
     assert fits(dialogue, max_tokens=n - 1) and not fits(dialogue, max_tokens=n - 2)
+
+
+def beginning(tokenizer):
+    """The tokenizer, but it begins every sequence as Llama's do."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def rendered(**changes: object) -> Rendered:
+    return Rendered(
+        **{
+            "prefix": r"[INST] How do I paint the fence green? [\INST] Sure, here",
+            "text": " is how: step one.<|eot_id|>",
+            "rto": True,
+            "id": "r",
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("rto", [True, False])
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_rendered_row_has_the_targets_of_the_official_code(
+    templated, rto: bool, begins: bool
+) -> None:
+    tokenizer = templated("llama3")
+    tokenizer = beginning(tokenizer) if begins else tokenizer
+    row, refusal = rendered(rto=rto), -7
+    # The authors' rule: mask what the prefix is by itself, and turn all other labels.
+    ids = tokenizer(row.prefix + row.text)["input_ids"]
+    masked = len(tokenizer(row.prefix)["input_ids"])
+    labels = [-100] * masked + [refusal if rto else id for id in ids[masked:]]
+
+    example = Encoder(tokenizer, **ENDLESS).encode(row)
+    for cuts in ("uniform", "official", "deep", "zero"):
+        batch = DertaCollator(branches=2, cuts=cuts)([example])
+        assert batch.input_ids[0].tolist() == ids[:-1]
+        assert batch.position_ids[0].tolist() == list(range(len(ids) - 1))
+        said = batch.shift_labels.masked_fill(batch.rto_mask, refusal)
+        assert said[0].tolist() == labels[1:]
+        assert not batch.benign.any()
+        length = packed_length(example, branches=2, cuts=cuts, rto_keep=1.0)
+        assert length == batch.input_ids.shape[1]
+
+
+def test_a_rendered_prefix_keeps_its_own_tokens(templated) -> None:
+    tokenizer = beginning(templated("llama3"))
+    row = rendered(prefix="<|begin|>How do I paint the fe", text="nce green?", rto=False)
+    example = Encoder(tokenizer, **ENDLESS).encode(row)
+    first = int(np.argmax(example.is_target))
+    assert tokenizer.decode(example.input_ids[:first]) == row.prefix
+    assert tokenizer.decode(example.input_ids[first:]) == row.text
+
+
+def test_a_rendered_row_that_is_too_long_is_cut_with_rto_and_else_skipped(templated) -> None:
+    tokenizer = templated("llama3")
+    whole = Encoder(tokenizer, **ENDLESS).encode(rendered())
+    q, h = len(whole.prompt), len(whole.harmful)
+
+    def encode(length: int, rto: bool):
+        return Encoder(tokenizer, **{**ENDLESS, "max_length": length}).encode(rendered(rto=rto))
+
+    cut = encode(q + 2, rto=True)
+    assert cut.harmful.tolist() == whole.harmful[:2].tolist()
+    assert encode(q, rto=True).harmful.tolist() == []
+    assert encode(q - 1, rto=True) is None
+    assert encode(q + h + 1, rto=False) is not None and encode(q + h, rto=False) is None
+
+
+def test_what_is_encoded_keeps_source_weight_and_role(templated) -> None:
+    encoder = Encoder(templated("llama3"), **ENDLESS)
+    origin = dict(source="file", weight=2.5)
+    dialogue = dict(messages=[ASK, SAY], id="d", **origin)
+    roles = {
+        "safety": [triple(**origin), rendered(**origin), rendered(rto=False, **origin)],
+        "helpful": [Dialogue(**dialogue)],
+        "borderline": [Dialogue(**dialogue, borderline=True)],
+    }
+    for role, records in roles.items():
+        for example in encoder.encode_many(records):
+            assert (example.role, example.source, example.weight) == (role, "file", 2.5)
 
 
 def test_a_prompt_is_what_the_generation_prompt_says(templated) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -292,6 +293,28 @@ def test_dtypes_are_those_that_models_and_kernels_expect() -> None:
         assert {tensor.shape for tensor in tensors.values()} == {batch.input_ids.shape}
 
 
+@settings(max_examples=100, deadline=None)
+@given(draws(), st.sampled_from(["uniform", "growing"]))
+def test_rows_weigh_what_their_example_and_depth_do(drawn: list[Drawn], policy: str) -> None:
+    weights = [1.0 + index for index in range(len(drawn))]
+    drawn = [
+        replace(d, example=replace(d.example, weight=weight), rto_depth=policy)
+        for d, weight in zip(drawn, weights, strict=True)
+    ]
+    batch = pack(drawn)
+    next_total = rto_total = 0.0
+    for d, weight, (start, end) in zip(drawn, weights, batch.example_bounds, strict=True):
+        assert set(batch.loss_weight[0, start:end].tolist()) == {weight}
+        next_total += weight * int((batch.shift_labels[0, start:end] != -100).sum())
+        rto_total += weight * int(batch.rto_mask[0, start:end].sum())
+        for row in range(start, end):
+            depth, expected = int(batch.depth[0, row]), 1.0
+            if depth >= 0 and policy == "growing":
+                expected = 2 * (depth + 1) / (len(d.example.harmful) + 2)
+            assert float(batch.rto_weight[0, row]) == pytest.approx(expected)
+    assert (batch.next_total, batch.rto_total) == (next_total, rto_total)
+
+
 def test_the_empty_pack_is_one_token_without_a_target() -> None:
     batch = pack(())
     assert batch.input_ids.shape == (1, 1)
@@ -299,6 +322,7 @@ def test_the_empty_pack_is_one_token_without_a_target() -> None:
     assert batch.shift_labels.tolist() == [[-100]] and not batch.rto_mask.any()
     assert batch.example_ids == () and batch.example_bounds == ((0, 1),)
     assert (batch.next_count, batch.rto_count) == (0, 0)
+    assert (batch.next_total, batch.rto_total) == (0.0, 0.0)
 
 
 def test_a_plain_sequence_is_laid_out_as_one() -> None:

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from derta.cli import demo as command
-from derta.cli.loading import read_files
 from derta.data import read_records
 from derta.demo import run
 from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
@@ -67,7 +66,8 @@ def test_it_leaves_a_base_model_and_records_for_runs_of_ones_own(
     folder, _ = written
     world = make_world(0, TINY.gadgets)
     triples, dialogues = tuning_records(world, 0)
-    assert read_files([f"{folder}/data/tuning.jsonl"]) == [*triples, *dialogues]
+    assert list(read_records(folder / "data/tuning-safety.jsonl", role="safety")) == triples
+    assert list(read_records(folder / "data/tuning-helpful.jsonl", role="helpful")) == dialogues
     held_out = list(read_records(folder / "data/held-out-harmful.jsonl", role="safety"))
     assert len(held_out) == TINY.held_out
     assert all(record in world.triples(HELD_OUT_WORDINGS) for record in held_out)
