@@ -29,6 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from derta.loss import derta_loss
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
+from derta.offloading import Lane, Offloading
 from derta.tiling import tile_mlp
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
@@ -195,15 +196,17 @@ def _run(step: Step, adapted: nn.Module, tokens: int, live: float) -> Counter[st
                 tracker.count([parameter.grad], "gradients")
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            tracker.count(args[:1], "checkpoints", size=0 if step.offload else None)
+            tracker.count(args[:1], "checkpoints")
 
         if step.checkpointing:
             for layer in _layers(model):
                 hooks.enter_context(layer.register_forward_pre_hook(keep))
+        offloading = Offloading(model, _Lane(tracker)) if step.offload else contextlib.nullcontext()
         with tracker:
             ids = torch.zeros(1, tokens, dtype=torch.long)
             with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
-                body = model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
+                with offloading:
+                    body = model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
                 head = model.get_output_embeddings()
                 loss = derta_loss(
                     body.last_hidden_state,
@@ -216,10 +219,32 @@ def _run(step: Step, adapted: nn.Module, tokens: int, live: float) -> Counter[st
             del body
             loss.backward()
             del loss
-    if step.offload:
-        one = tokens * step.config.get_text_config().hidden_size * step.dtype.itemsize
-        tracker.peak["checkpoints"] += one  # of the layer that is computed again
     return tracker.peak
+
+
+class _NoStream(contextlib.nullcontext[None]):
+    def wait_stream(self, other: _NoStream) -> None: ...
+
+    def wait_event(self, event: None) -> None: ...
+
+    def record_event(self) -> None: ...
+
+
+class _Lane(Lane):
+    """Copies of which only what they hold on the device is real."""
+
+    def __init__(self, tracker: MemoryTracker) -> None:
+        super().__init__(torch.device("cpu"), _NoStream(), _NoStream)
+        self.tracker = tracker
+
+    def empty_on_host(self, tensor: Tensor) -> Tensor:
+        with self.tracker.elsewhere():
+            return super().empty_on_host(tensor)
+
+    def empty_on_device(self, host: Tensor) -> Tensor:
+        tensor = super().empty_on_device(host)
+        self.tracker.count([tensor], "checkpoints")
+        return tensor
 
 
 def _on_cpu(module: nn.Module) -> None:
