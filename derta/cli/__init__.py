@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 # What the first argument of a command is, where it is not a configuration file.
 BARE = {"bench": "--what", "merge": "--model", "chat": "--model"}
+# transformers and PEFT import torchao and bitsandbytes where they are installed, which say what they
+# lack on this machine or will change, to nobody who asked.
+TALKATIVE = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,8 +86,9 @@ def _main(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Packs differ in length: segments that grow leave fewer gaps in a GPU's memory.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # PEFT imports bitsandbytes, which says on some CPUs that it has found no kernels on the hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         _run(options.command, options.arguments)
     except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:

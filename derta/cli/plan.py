@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from derta.memory import Step
+from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
-from derta.memory.step import STATE_BYTES, Step
 from derta.methods import Method
 
 PROMPT_TOKENS, SAFE_TOKENS = 40, 70  # of the official data, about

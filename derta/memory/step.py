@@ -27,6 +27,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from derta.loss import derta_loss
+from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
 from derta.offloading import Lane, Offloading
@@ -40,19 +41,6 @@ PARTS = {
     "derta::interval_attention_backward": "attention",
     "derta::head_loss": "head",
     "derta::scale_gradients": "head",
-}
-# Bytes of optimizer state for each trained parameter of `size` bytes. 8-bit states have a float32
-# scale for every 256 of them.
-STATE_BYTES = {
-    "adamw_torch": lambda size: 2 * size,
-    "adamw_torch_fused": lambda size: 2 * size,
-    "adamw_bnb_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_torch_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
-    "paged_adamw_32bit": lambda size: 0.0,  # on the host, when the device is full
-    "paged_adamw_8bit": lambda size: 0.0,
-    "sgd": lambda size: 0.0,
 }
 FAR = 16384
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and that scale's own
@@ -101,12 +89,7 @@ class StepMemory:
         self.layers = len(layers)
         alike = len({_shapes(layer) for layer in layers}) == 1 and self.layers > 3
         self._models = [_without_storage(step, count) for count in (2, 3)] if alike else [whole]
-        state_bytes = STATE_BYTES.get(step.optim, STATE_BYTES["adamw_torch"])
-        self._optimizer = sum(
-            int(parameter.numel() * state_bytes(parameter.itemsize))
-            for parameter in whole.parameters()
-            if parameter.requires_grad
-        )
+        self._optimizer = state_bytes(whole, step.optim, step.device_type)
         self._whole = functools.cache(self._run_models)
         self._mode = FakeTensorMode()
         with self._mode:
