@@ -56,8 +56,7 @@ class DertaConfig(TrainingArguments):
         head_impl: implementation of the head loss, see `derta_kernels.head_loss`.
         attention_impl: implementation of the attention, see `derta_kernels.interval_attention`.
         mlp_tile: tokens of a tile that the layers' MLPs run by, see `tile_mlp`. Saves what MLPs
-            hold of all but one tile; costs one more forward pass of them. None: the
-            whole pack.
+            hold of all but one tile; costs one more forward pass of them. None: the whole pack.
         offload_checkpoints: whether what checkpointed layers keep waits on the host, see
             `Offloading`. Saves all but two layers' share of `layers x tokens x width`; costs as
             much of the host's pinned memory, and two copies over the bus, which run while layers

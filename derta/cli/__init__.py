@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # What the first argument of a command is, where it is not a configuration file.
 BARE = {"bench": "--what", "merge": "--model", "chat": "--model"}
-# transformers and PEFT import torchao and bitsandbytes where they are installed, which say what they
-# lack on this machine or will change, to nobody who asked.
+# transformers and PEFT import torchao and bitsandbytes where these are installed, which then say
+# what they lack on this machine or will change.
 TALKATIVE = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
 
 

@@ -11,6 +11,8 @@ import contextlib
 import copy
 import functools
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,9 +117,28 @@ class StepMemory:
             {part: full[part] + int(beyond * (full[part] - half[part])) for part in full}
         )
 
+    def loss(self, model: Any, tokens: int, offloading: AbstractContextManager[None]) -> Tensor:
+        """What is run of a pack: the body, and our loss on its hidden states.
+
+        Args:
+            model: without storage, in a `FakeTensorMode`.
+            offloading: what the body runs in.
+        """
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with offloading:
+            body = model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
+        return derta_loss(
+            body.last_hidden_state,
+            model.get_output_embeddings().weight,
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            refusal_token_id=0,
+            num_items=1,
+        )
+
     def _run_models(self, tokens: int, live: float) -> Counter[str]:
         with self._mode:
-            peaks = [_run(self.step, model, tokens, live) for model in self._models]
+            peaks = [_run(self.step, model, tokens, live, self.loss) for model in self._models]
         peak = peaks[-1]
         if len(peaks) == 2:
             more = self.layers - 3
@@ -156,7 +177,13 @@ def _shapes(layer: nn.Module) -> tuple[Any, ...]:
     return tuple((name, x.shape, x.dtype) for name, x in layer.named_parameters())
 
 
-def _run(step: Step, adapted: nn.Module, tokens: int, live: float) -> Counter[str]:
+def _run(
+    step: Step,
+    adapted: nn.Module,
+    tokens: int,
+    live: float,
+    loss_of: Callable[[Any, int, AbstractContextManager[None]], Tensor],
+) -> Counter[str]:
     """The peak of a pack that meets the gradients of a former one."""
     model: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
 
@@ -186,20 +213,8 @@ def _run(step: Step, adapted: nn.Module, tokens: int, live: float) -> Counter[st
                 hooks.enter_context(layer.register_forward_pre_hook(keep))
         offloading = Offloading(model, _Lane(tracker)) if step.offload else contextlib.nullcontext()
         with tracker:
-            ids = torch.zeros(1, tokens, dtype=torch.long)
             with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
-                with offloading:
-                    body = model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
-                head = model.get_output_embeddings()
-                loss = derta_loss(
-                    body.last_hidden_state,
-                    head.weight,
-                    ids,
-                    torch.ones_like(ids, dtype=torch.bool),
-                    refusal_token_id=0,
-                    num_items=1,
-                )
-            del body
+                loss = loss_of(model, tokens, offloading)
             loss.backward()
             del loss
     return tracker.peak
