@@ -117,31 +117,33 @@ def measured(
 
 def quantize(model: nn.Module) -> None:
     """The frozen linear layers in 4 bits, as `method: qlora` loads them, the head apart."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
     from peft.tuners.lora import LoraLayer
 
+    from derta.memory.probe import quantized
+
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
-        linear: Any = layer.base_layer
-        small = Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            compute_dtype=torch.bfloat16,
-            quant_type="nf4",
-            device="meta",
-        )
-        weight, device = linear.weight.data, linear.weight.device
-        small.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
-        layer.base_layer = small.to(device)
+        layer.base_layer = quantized(layer.base_layer)  # type: ignore[arg-type]
 
 
-def projected(method: Literal["lora", "qlora"], memories: Sequence[int]) -> Iterator[Record]:
-    """What `derta plan` says of ours."""
+def projected(
+    method: Literal["lora", "qlora"], recipe: str, memories: Sequence[int]
+) -> Iterator[Record]:
+    """What `derta plan` says of ours, and what the same arithmetic says of the official recipe."""
     from transformers import LlamaConfig
 
     from derta.memory import Step, StepMemory
     from derta.memory.plan import GIB, Triples, longest_pack
     from derta.methods import Method
+
+    class OfficialMemory(StepMemory):
+        """Of two samples, padded to one length, through transformers' attention and loss."""
+
+        def loss(self, model: Any, tokens: int, offloading: Any) -> torch.Tensor:
+            model.set_attn_implementation("sdpa")
+            ids = torch.zeros(2, tokens, dtype=torch.long)
+            return model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False
+            ).loss
 
     settings = Step(
         config=LlamaConfig(**LLAMA_3_8B),
@@ -149,15 +151,18 @@ def projected(method: Literal["lora", "qlora"], memories: Sequence[int]) -> Iter
         autocast=True,
         optim="sgd",  # no states: the step is forward and backward
         checkpointing=True,
-        offload=True,
-        mlp_tile=MLP_TILE,
+        offload=recipe == OURS,
+        mlp_tile=MLP_TILE if recipe == OURS else None,
     )
-    memory = StepMemory(settings)
-    triples = Triples(1, 1.0, MEAN_LENGTHS[0], MEAN_LENGTHS[2])
+    prompt, _, safe = MEAN_LENGTHS
+    if recipe == OURS:
+        memory, triples = StepMemory(settings), Triples(1, 1.0, prompt, safe)
+    else:  # the longer of the two samples has no safe response, and one token that closes it
+        memory, triples = OfficialMemory(settings), Triples(0, 1.0, prompt + 1, 0)
     for gib in memories:
         settings.capacity = gib * GIB
         harmful = triples.harmful(longest_pack(memory, triples))
-        yield Record(gib, method, OURS, harmful, "projected")
+        yield Record(gib, method, recipe, harmful, "projected")
 
 
 def table(machine: dict[str, Any], records: list[Record]) -> str:
@@ -214,7 +219,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(options.device)
     machine = describe_machine(device, torch.get_num_threads())
-    runs = [projected(method, MEMORIES_GIB) for method in METHODS]
+    runs = [
+        projected(method, recipe, MEMORIES_GIB) for method in METHODS for recipe in (OFFICIAL, OURS)
+    ]
     if device.type == "cuda":
         runs += [
             measured(method, recipe, options.memories, device)

@@ -79,13 +79,28 @@ class DertaConfig(TrainingArguments):
             which training ends; None: it does not. Needs load_best_model_at_end.
         head_impl: implementation of the head loss, see `derta_kernels.head_loss`.
         attention_impl: implementation of the attention, see `derta_kernels.interval_attention`.
-        mlp_tile: tokens of a tile that the layers' MLPs run by, see `tile_mlp`: one more forward
-            pass of them, and their memory no longer grows with the pack. None: the whole pack.
-        offload_checkpoints: whether what checkpointed layers keep, `layers x tokens x width`, waits
-            on the host: two copies over the bus a step. Needs gradient_checkpointing.
+        mlp_tile: tokens of a tile that the layers' MLPs run by, see `tile_mlp`. Saves what MLPs
+            hold of all but one tile; costs one more forward pass of them. None: the whole pack.
+        offload_checkpoints: whether what checkpointed layers keep waits on the host, see
+            `Offloading`. Saves all but two layers' share of `layers x tokens x width`; costs as
+            much of the host's pinned memory, and two copies over the bus, which run while layers
+            are computed. Needs gradient_checkpointing; a CPU keeps them where they are.
         probe: whether the first step is preceded by a forward and a backward pass of the largest
             pack of the whole run, so that memory runs out at once if it ever does. Changes nothing
             else of the run.
+        gradient_checkpointing: whether layers keep their inputs alone. Saves all else that they
+            hold; costs one more forward pass of them.
+        optim: saves states of the optimizer, per trained weight of "adamw_torch" two of the
+            weights' own dtype: 8 bytes of float32 weights, 4 of `dtype: bfloat16` ones.
+            "adamw_torch_8bit" and "adamw_torch_4bit" (torchao) have 2 and 1 bytes and cost a
+            compilation at the first step; "adamw_bnb_8bit" (bitsandbytes) has 2, of embeddings 8;
+            "paged_adamw_8bit" has none on a full GPU, and costs copies over the bus. All of them
+            cost precision of the states.
+        optim_args: "bf16_stochastic_round=True" lets torchao's round updates of bfloat16 weights at
+            random, where small ones would be lost otherwise. Costs random numbers, saves what
+            float32 weights would take.
+        use_liger_kernel: whether Liger's norms, rotary embeddings and MLPs replace the model's.
+            Saves copies that these hold, and time; costs the package, and needs a GPU.
         resume_from_checkpoint: folder of a checkpoint; True becomes the latest of output_dir.
 
     Raises:

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from derta.attention import packed_mask, register_attention, scope_of
 from derta.loss import derta_loss_with_rows
+from derta.offloading import offloading
 from derta_kernels.attention import Bounds
 
 IGNORE_INDEX = -100
@@ -113,8 +113,9 @@ def apply_derta(
         refusal_token_id: in [0, vocabulary).
         impl: of the head loss, see `derta_kernels.head_loss.head_loss`.
         attention: of packs, see `derta_kernels.attention.interval_attention`.
-        offload: whether what the body keeps for the backward pass of a pack waits on the host; with
-            gradient checkpointing that is the layers' inputs.
+        offload: whether what the body keeps for the backward pass of a pack waits on the host, see
+            `derta.offloading`; with gradient checkpointing that is the layers' inputs. Changes
+            nothing on a CPU.
 
     Returns:
         `model`.
@@ -325,7 +326,8 @@ def _forward_packed(
     if shift_labels is None:
         shift_labels = torch.full(visible_until.shape, IGNORE_INDEX, device=visible_until.device)
 
-    with _on_the_host(visible_until.device) if patch.offload else contextlib.nullcontext():
+    device = visible_until.device
+    with offloading(model, device) if patch.offload else contextlib.nullcontext():
         body = _run_body(model, *args, **inputs)
     head = _head(model)
     rows = derta_loss_with_rows(
@@ -371,11 +373,6 @@ def _run_body(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     if _has_router_loss(model):
         inputs["output_router_logits"] = True
     return model.base_model(*args, **inputs)
-
-
-def _on_the_host(device: torch.device) -> save_on_cpu:
-    """Copies what the backward pass needs to the host, which waits for none of them."""
-    return save_on_cpu(pin_memory=device.type == "cuda", device_type=device.type)
 
 
 def _has_router_loss(model: PreTrainedModel) -> bool:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Later layers may import earlier ones; see "Who imports whom" in kernels/README.md.
 LAYERS = [
     {"derta_kernels"},
-    {"derta._version", "derta.loss", "derta.labels", "derta.attention"},
+    {"derta._version", "derta.loss", "derta.labels", "derta.attention", "derta.offloading"},
     {"derta.data", "derta.modeling", "derta.methods", "derta.tiling"},
     {
         "derta.config",

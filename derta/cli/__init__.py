@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ BARE = {
 }
 # Which of those take all that are left.
 LISTS = {"files", "data", "results"}
+# transformers and PEFT import torchao and bitsandbytes where these are installed, which then say
+# what they lack on this machine or will change.
+TALKATIVE = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,8 +121,9 @@ def _main(options: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Packs differ in length: segments that grow leave fewer gaps in a GPU's memory.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    # PEFT imports bitsandbytes, which says on some CPUs that it has found no kernels on the hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         _run(command, arguments)
     except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:

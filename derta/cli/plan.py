@@ -12,8 +12,11 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from derta.cli.loading import find_device
+from derta.memory import Step
+from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
-from derta.memory.step import STATE_BYTES, Step
+from derta.memory.probe import probe
 from derta.methods import Method
 
 PROMPT_TOKENS, SAFE_TOKENS = 40, 70  # of the official data, about
@@ -29,6 +32,8 @@ class Config(Method):
         dtype, bf16, optim, gradient_checkpointing, offload_checkpoints, mlp_tile, max_tokens,
         branches, rto_keep: as in training.
         prompt_tokens, safe_tokens: of a triple, on average.
+        probe: whether one such pack is then run, forward and backward, by a model of that shape
+            with random weights: on the GPU if there is one, with what it took at its peak.
 
     Raises:
         ValueError: a number is out of its range.
@@ -47,6 +52,7 @@ class Config(Method):
     rto_keep: float = 1.0
     prompt_tokens: int = PROMPT_TOKENS
     safe_tokens: int = SAFE_TOKENS
+    probe: bool = False
 
     def __post_init__(self) -> None:
         if not self.gpu > 0:
@@ -68,7 +74,7 @@ def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
     from derta.config import RECIPES
 
     values = {**RECIPES.get(values.get("recipe", ""), {}), **values}
-    ours = {field.name for field in fields(Config)}
+    ours = {field.name for field in fields(Config)} - {"probe"}  # there it precedes the training
     theirs = {field.name for field in fields(train.Config)}
     return {key: value for key, value in values.items() if key in ours or key not in theirs}
 
@@ -78,24 +84,28 @@ def run(config: Config) -> None:
 
     Raises:
         OSError: there is no such model.
-        ValueError: its config is not one of a causal language model.
+        ValueError: its config is not one of a causal language model, or the probe asks for what is
+            not there, see `derta.memory.probe.probe`.
+        MemoryError: the probe does not fit the GPU.
     """
     logging.set_verbosity_error()
     model = Path(config.model)
     model_config = AutoConfig.from_pretrained(
         model.parent if model.name == "config.json" else config.model, trust_remote_code=False
     )
-    text = answer(
+    triples = Triples(config.branches, config.rto_keep, config.prompt_tokens, config.safe_tokens)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    step = make_step(
         model_config,
         config,
-        weights_dtype=torch.float32 if config.dtype == "float32" else torch.bfloat16,
+        dtype=dtype,
         checkpointing=config.gradient_checkpointing,
-        tokens=config.max_tokens,
         device_type="cuda",
         memory=int(config.gpu * GIB),
-        lengths=(config.prompt_tokens, config.safe_tokens),
     )
-    print(text)
+    print(describe(step, config.max_tokens, triples))
+    if config.probe:
+        print(probe(step, config.max_tokens, triples, find_device("auto")))
 
 
 def answer(
@@ -107,19 +117,39 @@ def answer(
     tokens: int,
     device_type: str,
     memory: int,
-    lengths: tuple[int, int] = (PROMPT_TOKENS, SAFE_TOKENS),
 ) -> str:
-    """`describe` for the keys that this command and a training run have in common.
+    """`describe` for a training run, see `make_step`."""
+    step = make_step(
+        model_config,
+        config,
+        dtype=weights_dtype,
+        checkpointing=checkpointing,
+        device_type=device_type,
+        memory=memory,
+    )
+    triples = Triples(config.branches, config.rto_keep, PROMPT_TOKENS, SAFE_TOKENS)
+    return describe(step, tokens, triples)
+
+
+def make_step(
+    model_config: PreTrainedConfig,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    device_type: str,
+    memory: int,
+) -> Step:
+    """A step as the keys say that this command and a training run have in common.
 
     Args:
         config: a `Method` with these keys.
         memory: bytes of the device.
-        lengths: of a prompt and of a safe response.
     """
-    step = Step(
+    return Step(
         config=model_config,
         method=Method(**{key.name: getattr(config, key.name) for key in fields(Method)}),
-        dtype=weights_dtype,
+        dtype=dtype,
         autocast=config.bf16,
         optim=config.optim,
         checkpointing=checkpointing,
@@ -128,7 +158,6 @@ def answer(
         device_type=device_type,
         capacity=memory,
     )
-    return describe(step, tokens, Triples(config.branches, config.rto_keep, *lengths))
 
 
 def physical_memory(device: torch.device) -> int:

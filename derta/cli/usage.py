@@ -76,6 +76,7 @@ usage: derta plan [CONFIG.yaml] [--key value ...]
   --gpu              memory of the GPU in GiB: 24
   --max_tokens       longest pack in tokens
   --branches --rto_keep --prompt_tokens --safe_tokens     what packs are made of
+  --probe            then run such a pack, with random weights
 
 As in training: --method, --lora_r, --lora_alpha, --lora_dropout, --lora_target_modules,
 --lora_modules_to_save, --lora_dora, --dtype, --bf16, --optim, --gradient_checkpointing,

@@ -11,6 +11,8 @@ import contextlib
 import copy
 import functools
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +29,10 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from derta.loss import derta_loss
+from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
+from derta.offloading import Lane, Offloading
 from derta.tiling import tile_mlp
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
@@ -39,19 +43,6 @@ PARTS = {
     "derta::interval_attention_backward": "attention",
     "derta::head_loss": "head",
     "derta::scale_gradients": "head",
-}
-# Bytes of optimizer state for each trained parameter of `size` bytes. 8-bit states have a float32
-# scale for every 256 of them.
-STATE_BYTES = {
-    "adamw_torch": lambda size: 2 * size,
-    "adamw_torch_fused": lambda size: 2 * size,
-    "adamw_bnb_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_torch_8bit": lambda size: 2 * (1 + 4 / 256),
-    "adamw_torch_4bit": lambda size: 2 * (0.5 + 4 / 128),
-    "paged_adamw_32bit": lambda size: 0.0,  # on the host, when the device is full
-    "paged_adamw_8bit": lambda size: 0.0,
-    "sgd": lambda size: 0.0,
 }
 FAR = 16384
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and that scale's own
@@ -100,12 +91,7 @@ class StepMemory:
         self.layers = len(layers)
         alike = len({_shapes(layer) for layer in layers}) == 1 and self.layers > 3
         self._models = [_without_storage(step, count) for count in (2, 3)] if alike else [whole]
-        state_bytes = STATE_BYTES.get(step.optim, STATE_BYTES["adamw_torch"])
-        self._optimizer = sum(
-            int(parameter.numel() * state_bytes(parameter.itemsize))
-            for parameter in whole.parameters()
-            if parameter.requires_grad
-        )
+        self._optimizer = state_bytes(whole, step.optim, step.device_type)
         self._whole = functools.cache(self._run_models)
         self._mode = FakeTensorMode()
         with self._mode:
@@ -131,9 +117,28 @@ class StepMemory:
             {part: full[part] + int(beyond * (full[part] - half[part])) for part in full}
         )
 
+    def loss(self, model: Any, tokens: int, offloading: AbstractContextManager[None]) -> Tensor:
+        """What is run of a pack: the body, and our loss on its hidden states.
+
+        Args:
+            model: without storage, in a `FakeTensorMode`.
+            offloading: what the body runs in.
+        """
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with offloading:
+            body = model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
+        return derta_loss(
+            body.last_hidden_state,
+            model.get_output_embeddings().weight,
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            refusal_token_id=0,
+            num_items=1,
+        )
+
     def _run_models(self, tokens: int, live: float) -> Counter[str]:
         with self._mode:
-            peaks = [_run(self.step, model, tokens, live) for model in self._models]
+            peaks = [_run(self.step, model, tokens, live, self.loss) for model in self._models]
         peak = peaks[-1]
         if len(peaks) == 2:
             more = self.layers - 3
@@ -172,7 +177,13 @@ def _shapes(layer: nn.Module) -> tuple[Any, ...]:
     return tuple((name, x.shape, x.dtype) for name, x in layer.named_parameters())
 
 
-def _run(step: Step, adapted: nn.Module, tokens: int, live: float) -> Counter[str]:
+def _run(
+    step: Step,
+    adapted: nn.Module,
+    tokens: int,
+    live: float,
+    loss_of: Callable[[Any, int, AbstractContextManager[None]], Tensor],
+) -> Counter[str]:
     """The peak of a pack that meets the gradients of a former one."""
     model: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
 
@@ -195,31 +206,43 @@ def _run(step: Step, adapted: nn.Module, tokens: int, live: float) -> Counter[st
                 tracker.count([parameter.grad], "gradients")
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            tracker.count(args[:1], "checkpoints", size=0 if step.offload else None)
+            tracker.count(args[:1], "checkpoints")
 
         if step.checkpointing:
             for layer in _layers(model):
                 hooks.enter_context(layer.register_forward_pre_hook(keep))
+        offloading = Offloading(model, _Lane(tracker)) if step.offload else contextlib.nullcontext()
         with tracker:
-            ids = torch.zeros(1, tokens, dtype=torch.long)
             with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
-                body = model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
-                head = model.get_output_embeddings()
-                loss = derta_loss(
-                    body.last_hidden_state,
-                    head.weight,
-                    ids,
-                    torch.ones_like(ids, dtype=torch.bool),
-                    refusal_token_id=0,
-                    num_items=1,
-                )
-            del body
+                loss = loss_of(model, tokens, offloading)
             loss.backward()
             del loss
-    if step.offload:
-        one = tokens * step.config.get_text_config().hidden_size * step.dtype.itemsize
-        tracker.peak["checkpoints"] += one  # of the layer that is computed again
     return tracker.peak
+
+
+class _NoStream(contextlib.nullcontext[None]):
+    def wait_stream(self, other: _NoStream) -> None: ...
+
+    def wait_event(self, event: None) -> None: ...
+
+    def record_event(self) -> None: ...
+
+
+class _Lane(Lane):
+    """Copies of which only what they hold on the device is real."""
+
+    def __init__(self, tracker: MemoryTracker) -> None:
+        super().__init__(torch.device("cpu"), _NoStream(), _NoStream)
+        self.tracker = tracker
+
+    def empty_on_host(self, tensor: Tensor) -> Tensor:
+        with self.tracker.elsewhere():
+            return super().empty_on_host(tensor)
+
+    def empty_on_device(self, host: Tensor) -> Tensor:
+        tensor = super().empty_on_device(host)
+        self.tracker.count([tensor], "checkpoints")
+        return tensor
 
 
 def _on_cpu(module: nn.Module) -> None:

@@ -6,9 +6,10 @@ the storage of what it returns, and freed with it.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +42,22 @@ class MemoryTracker(TorchDispatchMode):
         self.working = working
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self._counts = True
         self._known: weakref.WeakKeyDictionary[UntypedStorage, _Allocation] = (
             weakref.WeakKeyDictionary()
         )
 
-    def count(self, tensors: Iterable[Tensor], part: str, size: int | None = None) -> None:
-        """Counts the tensors' storages as that part's, whatever they were counted as before.
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Counts nothing of what is allocated within: it lies on another device."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
 
-        Args:
-            size: bytes of each; None: what it has.
-        """
+    def count(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Counts the tensors' storages as that part's, whatever they were counted as before."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             known = self._known.get(storage)
@@ -58,7 +65,7 @@ class MemoryTracker(TorchDispatchMode):
                 known = self._known[storage] = _Allocation(part, 0)
                 weakref.finalize(storage, self._free, known)
             self._free(known)
-            known.part, known.size = part, storage.nbytes() if size is None else size
+            known.part, known.size = part, storage.nbytes() if self._counts else 0
             self.now[part] += known.size
 
     def _free(self, allocation: _Allocation) -> None:
