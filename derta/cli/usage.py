@@ -8,7 +8,7 @@ SUMMARY = {
     "eval": "attack success, over-refusal and refusal curves of a model",
     "merge": "fold adapters into the model that they were trained on",
     "chat": "ask a model, and see where it refuses",
-    "demo": "train and compare four small models on a harmless world",
+    "demo": "train and compare small models on a harmless world",
     "bench": "what the kernels take of every GPU, compiled here",
     "doctor": "what this machine has, and which path each op takes and why",
     "data": "what is in record files, and what is amiss with them",
@@ -178,6 +178,8 @@ usage: derta demo [--key value ...]
 
   --seeds            worlds and trainings to average over
   --output_dir       where report.html, summary.json and the pictures go
+  --variants         vanilla, prefix_only, rto_only, derta, derta_balanced; not run unless
+                     named: rto_only_growing, derta_growing, derta_balanced_growing
 """,
     "bench": """\
 usage: derta bench resources [--key value ...]

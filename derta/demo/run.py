@@ -1,7 +1,7 @@
-"""The demo's main job: one base model, four tunings of equal length, and what attacks make of them.
+"""The demo's main job: one base model, tunings of equal length, and what attacks make of them.
 
 For every seed a world is invented, a tokenizer and a base model are trained on it, copies of that
-base are tuned with `DertaTrainer`, and all five models are evaluated on held-out requests. Nothing
+base are tuned with `DertaTrainer`, and all models are evaluated on held-out requests. Nothing
 is cached between runs. Everything runs on the CPU, where such a small model is at home.
 """
 
@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,31 +33,60 @@ from transformers import (
 from derta.config import RECIPES, DertaConfig
 from derta.data import Chat, Dialogue, Record, Triple, as_request
 from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
-from derta.demo.world import World, held_out_records, make_world, tuning_records
+from derta.demo.world import (
+    BORDERLINE_TUNING_WORDINGS,
+    TEMPLATES,
+    HeldOut,
+    World,
+    held_out_records,
+    make_world,
+    tuning_records,
+)
 from derta.evaluation import (
     EvaluationData,
     EvaluationSettings,
     VariantResult,
     evaluate_model,
-    forced_rates,
-    refusal_curve,
-    response,
     summarize,
     write_report,
 )
 from derta.progress import Progress
 from derta.trainer import DertaTrainer
 
-VARIANTS: dict[str, dict[str, Any]] = {name: dict(recipe=name) for name in RECIPES}
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to tune.
+
+    Attributes:
+        settings: of `DertaConfig`.
+        borderline: whether borderline dialogues are among what it is tuned on.
+    """
+
+    settings: dict[str, Any]
+    borderline: bool = False
+
+
+VARIANTS = {
+    **{name: Variant(dict(recipe=name)) for name in RECIPES},
+    "derta_balanced": Variant(dict(recipe="derta"), borderline=True),
+}
+# Run only if asked for.
+ABLATIONS = {
+    "rto_only_growing": Variant(dict(recipe="rto_only", rto_depth="growing")),
+    "derta_growing": Variant(dict(recipe="derta", rto_depth="growing")),
+    "derta_balanced_growing": Variant(dict(recipe="derta", rto_depth="growing"), borderline=True),
+}
 PREFILL_DEPTHS = (0, 4, 8, 16)
 # Shares of the tuning tokens: most is learnt early.
 CHECKPOINTS = (1 / 16, 1 / 8, 1 / 4, 1)
+RATES = ("asr", "over_refusal", "over_refusal_borderline")
 EPOCHS = 16  # planned; tuning ends within them, at its number of tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large everything is; as it stands, a seed takes some three minutes on two cores.
+    """How large everything is; as it stands, a seed takes some six minutes on two cores.
 
     Args:
         gadgets: of the world, a third of them forbidden.
@@ -85,7 +114,8 @@ class Stage:
         tokenizer: trained on the world.
         base: trained to answer everything.
         tuning: records, a triple for every dialogue.
-        held_out: requests in wordings that tuning never meets.
+        borderline: dialogues, for the variants that are tuned on them too.
+        held_out: triples, dialogues and borderline ones in wordings that tuning never meets.
     """
 
     seed: int
@@ -94,7 +124,8 @@ class Stage:
     tokenizer: PreTrainedTokenizerFast
     base: LlamaForCausalLM
     tuning: list[Record]
-    held_out: EvaluationData
+    borderline: list[Dialogue]
+    held_out: HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,24 +145,15 @@ class Tuned:
     result: VariantResult
 
 
-class Checkpoints(TrainerCallback):
-    """Teacher-forced attack success and over-refusal after given steps.
+class EvaluateAfter(TrainerCallback):
+    """Has held-out records evaluated after given steps.
 
     Args:
-        tokens: by step, how many tokens have then been trained on.
-        stage: with the held-out responses to read.
-        refusal_token_id: of the model that is trained.
+        steps: after which.
     """
 
-    def __init__(self, tokens: dict[int, int], stage: Stage, refusal_token_id: int) -> None:
-        chat = Chat(stage.tokenizer)
-        self.tokens = tokens
-        self.refusal_token_id = refusal_token_id
-        self.harmful, self.benign = (
-            [response(chat, one.id, one.messages, one.response) for one in requests]
-            for requests in (stage.held_out.harmful, stage.held_out.benign)
-        )
-        self.rows: list[dict[str, float]] = []
+    def __init__(self, steps: Collection[int]) -> None:
+        self.steps = steps
 
     def on_step_end(
         self,
@@ -140,29 +162,30 @@ class Checkpoints(TrainerCallback):
         control: TrainerControl,
         **objects: Any,
     ) -> None:
-        if state.global_step in self.tokens:
-            model = objects["model"]
-            curves = refusal_curve(model, self.harmful + self.benign, self.refusal_token_id)
-            count = len(self.harmful)
-            rates = forced_rates(curves[:count], curves[count:], PREFILL_DEPTHS)
-            self.rows.append({"tokens": self.tokens[state.global_step], **rates})
+        control.should_evaluate = state.global_step in self.steps
 
 
-def run_demo(output_dir: Path, seeds: Sequence[int], scale: Scale = Scale()) -> dict[str, Any]:
+def run_demo(
+    output_dir: Path,
+    seeds: Sequence[int],
+    scale: Scale = Scale(),
+    variants: Sequence[str] = tuple(VARIANTS),
+) -> dict[str, Any]:
     """Trains and compares the models, and writes report and summary.
 
     Args:
         output_dir: gets report.html, summary.json and PNGs; and of the first seed `base/`, the
             base model, and `data/`, the records, for runs of one's own. Files appear at the end.
-        seeds: one world and five models each.
+        seeds: one world each, with a base model and one a variant.
         scale: see `Scale`.
+        variants: of `VARIANTS` and `ABLATIONS`.
 
     Returns:
         the content of summary.json, see `derta.evaluation.summarize`.
     """
     started = time.perf_counter()
     bases: list[VariantResult] = []
-    tunings: dict[str, list[Tuned]] = {name: [] for name in VARIANTS}
+    tunings: dict[str, list[Tuned]] = {name: [] for name in variants}
     with _appearing_at_the_end(output_dir) as scratch:
         for seed in seeds:
             stage = _set_stage(seed, scale)
@@ -201,9 +224,6 @@ def _set_stage(seed: int, scale: Scale) -> Stage:
         title=f"{'base':<12}",
     )
     triples, dialogues = tuning_records(world, seed)
-    harmful, benign, borderline = (
-        list(map(as_request, records)) for records in held_out_records(world, scale.held_out, seed)
-    )
     return Stage(
         seed=seed,
         scale=scale,
@@ -211,9 +231,8 @@ def _set_stage(seed: int, scale: Scale) -> Stage:
         tokenizer=tokenizer,
         base=base,
         tuning=[*triples, *dialogues],
-        held_out=EvaluationData(
-            harmful=harmful, benign=benign, borderline=borderline, helpful=benign
-        ),
+        borderline=world.borderline(BORDERLINE_TUNING_WORDINGS),
+        held_out=held_out_records(world, scale.held_out, seed),
     )
 
 
@@ -222,15 +241,17 @@ def _tune(name: str, stage: Stage) -> Tuned:
     with tempfile.TemporaryDirectory() as unused:
         trainer, tokens = tuning(name, stage, model, unused)
         steps = [max(1, round(share * len(tokens))) for share in CHECKPOINTS]
-        checkpoints = Checkpoints(
-            {step: tokens[step - 1] for step in steps}, stage, trainer.refusal_token.id
-        )
-        trainer.add_callback(checkpoints)
+        trainer.add_callback(EvaluateAfter(steps))
         trainer.train()
+    history = trainer.state.log_history
     return Tuned(
         tokens=tokens[-1],
-        history=trainer.state.log_history,
-        checkpoints=checkpoints.rows,
+        history=history,
+        checkpoints=[
+            {"tokens": tokens[row["step"] - 1], **{rate: row[f"eval_{rate}"] for rate in RATES}}
+            for row in history
+            if "eval_asr" in row
+        ],
         result=_evaluate(model, stage),
     )
 
@@ -246,11 +267,12 @@ def tuning(
     Returns:
         the trainer, and the packed tokens trained on after each of its steps.
     """
+    variant = {**VARIANTS, **ABLATIONS}[name]
     trainer = DertaTrainer(
         model=model,
         args=DertaConfig(
             output_dir=output_dir,
-            **VARIANTS[name],
+            **variant.settings,
             num_train_epochs=EPOCHS,
             examples_per_step=32,
             learning_rate=1e-3,
@@ -264,7 +286,8 @@ def tuning(
             logging_steps=5,
             save_strategy="no",
         ),
-        train_dataset=stage.tuning,
+        train_dataset=[*stage.tuning, *(stage.borderline if variant.borderline else ())],
+        eval_dataset=list(itertools.chain(*stage.held_out)),
         processing_class=stage.tokenizer,
         callbacks=[Progress(f"{name:<12}", lines=False)],
     )
@@ -287,12 +310,14 @@ def _histories(runs: Sequence[Tuned]) -> list[list[dict[str, float]]]:
 def _evaluate(model: LlamaForCausalLM, stage: Stage) -> VariantResult:
     chat = Chat(stage.tokenizer)
     longest = max(len(chat.tokenizer.tokenize(recipe)) for recipe in stage.world.recipes.values())
+    harmful, benign, borderline = (list(map(as_request, records)) for records in stage.held_out)
     return evaluate_model(
         model,
         stage.tokenizer,
-        stage.held_out,
+        EvaluationData(harmful=harmful, benign=benign, borderline=borderline, helpful=benign),
         EvaluationSettings(
             prefill_depths=PREFILL_DEPTHS,
+            templates=TEMPLATES,
             max_new_tokens=longest + 8,
             batch_size=256,
             samples=2,
@@ -304,12 +329,13 @@ def _save_for_own_runs(stage: Stage, folder: Path) -> None:
     stage.base.save_pretrained(folder / "base")
     stage.tokenizer.save_pretrained(folder / "base")
     (folder / "data").mkdir()
-    harmful, helpful = held_out_records(stage.world, stage.scale.held_out, stage.seed)
     for name, records in (
         ("tuning-safety", [one for one in stage.tuning if isinstance(one, Triple)]),
         ("tuning-helpful", [one for one in stage.tuning if isinstance(one, Dialogue)]),
-        ("held-out-harmful", harmful),
-        ("held-out-helpful", helpful),
+        ("tuning-borderline", stage.borderline),
+        ("held-out-harmful", stage.held_out.harmful),
+        ("held-out-helpful", stage.held_out.helpful),
+        ("held-out-borderline", stage.held_out.borderline),
     ):
         lines = (json.dumps(_row(record)) + "\n" for record in records)
         (folder / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

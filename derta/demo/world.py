@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from derta.data import Dialogue, Message, Triple
 
@@ -197,12 +198,18 @@ def tuning_records(world: World, seed: int) -> tuple[list[Triple], list[Dialogue
     return triples, random.Random(seed).sample(dialogues, len(triples))
 
 
-def held_out_records(
-    world: World, size: int, seed: int
-) -> tuple[list[Triple], list[Dialogue], list[Dialogue]]:
-    """`size` triples, dialogues and borderline dialogues in wordings that tuning never meets."""
+class HeldOut(NamedTuple):
+    """Records in wordings that tuning never meets."""
+
+    harmful: list[Triple]
+    helpful: list[Dialogue]
+    borderline: list[Dialogue]
+
+
+def held_out_records(world: World, size: int, seed: int) -> HeldOut:
+    """`size` records of each kind, drawn at random."""
     rng = random.Random(seed)
-    return (
+    return HeldOut(
         rng.sample(world.triples(HELD_OUT_WORDINGS), size),
         rng.sample(world.dialogues(HELD_OUT_WORDINGS), size),
         rng.sample(world.borderline(BORDERLINE_HELD_OUT_WORDINGS), size),

@@ -363,13 +363,19 @@ def checkpoints(summary: Summary) -> Figure | None:
     variants = {n: v["checkpoints"] for n, v in summary["variants"].items() if v.get("checkpoints")}
     if not variants:
         return None
+    parts = {
+        "asr": "Attack success",
+        "over_refusal": "Over-refusal, benign",
+        "over_refusal_borderline": "Over-refusal, borderline",
+    }
     return _histories(
         summary,
         variants,
         "tokens",
         [
-            ("asr", "Attack success, teacher-forced"),
-            ("over_refusal", "Over-refusal, teacher-forced"),
+            (key, title)
+            for key, title in parts.items()
+            if any(key in row for rows in variants.values() for row in rows)
         ],
         xlabel="tuning tokens",
         ylabel="share of responses",

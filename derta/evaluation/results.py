@@ -224,8 +224,8 @@ def summarize(
         tokens: name to tokens that it was tuned on.
         loss: name to a training's history for every seed, as in `trainer.state.log_history`: rows
             with "step", "loss" and, if there, "mle_loss" and "rto_loss".
-        checkpoints: name to rows for every seed, each with "tokens", "asr" and "over_refusal", see
-            `forced_rates`.
+        checkpoints: name to rows for every seed, each with "tokens", "asr", "over_refusal" and,
+            if there, "over_refusal_borderline", see `forced_rates`.
 
     Returns:
         {"variants": {NAME: {"asr": {"direct": x, "prefill": {"0": x, ...}, "file": {NAME: x, ...},
@@ -249,7 +249,7 @@ def summarize(
             entry["checkpoints"] = _mean_rows(
                 checkpoints[name],
                 "tokens",
-                ("asr", "over_refusal"),
+                ("asr", "over_refusal", "over_refusal_borderline"),
                 origin=f"checkpoints of {name}",
             )
         entries[name] = entry

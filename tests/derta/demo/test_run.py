@@ -14,9 +14,14 @@ from derta.cli import demo as command
 from derta.data import read_records
 from derta.demo import run
 from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
-from derta.demo.run import VARIANTS, Scale, Stage, run_demo, tuning
-from derta.demo.world import HELD_OUT_WORDINGS, make_world, tuning_records
-from derta.evaluation import EvaluationData
+from derta.demo.run import ABLATIONS, RATES, VARIANTS, Scale, Stage, run_demo, tuning
+from derta.demo.world import (
+    BORDERLINE_TUNING_WORDINGS,
+    HELD_OUT_WORDINGS,
+    held_out_records,
+    make_world,
+    tuning_records,
+)
 
 TINY = Scale(gadgets=12, hidden_size=8, base_steps=2, tuning_tokens=30_000, held_out=8)
 
@@ -30,14 +35,18 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_the_summary_has_its_fixed_structure(written: tuple[Path, dict[str, Any]]) -> None:
     folder, summary = written
     assert json.loads((folder / "summary.json").read_text()) == summary
-    assert list(summary["variants"]) == ["base", "vanilla", "prefix_only", "rto_only", "derta"]
+    tuned = ["vanilla", "prefix_only", "rto_only", "derta", "derta_balanced"]
+    assert list(summary["variants"]) == ["base", *tuned]
     assert summary["seeds"] == [0]
     assert list(summary["tokens"]) == list(VARIANTS)
     assert summary["seconds"] > 0
     for entry in summary["variants"].values():
-        assert set(entry["asr"]) == {"direct", "prefill", "completion"}
-        assert set(entry["asr"]["prefill"]) == {"0", "4", "8", "16"}
-        assert {"over_refusal", "helpful_accuracy"} <= entry.keys()
+        attacks = {"direct", "prefill", "completion", "template", "template_prefill"}
+        assert set(entry["asr"]) == attacks
+        for prefilled in ("prefill", "template_prefill"):
+            assert set(entry["asr"][prefilled]) == {"0", "4", "8", "16"}
+        assert set(entry["over_refusal"]) == {"benign", "borderline"}
+        assert "helpful_accuracy" in entry
         assert set(entry["refusal_curve"]) == {"harmful", "benign"}
 
 
@@ -50,7 +59,7 @@ def test_every_tuning_is_watched_at_four_checkpoints(
         tokens = [row["tokens"] for row in rows]
         assert tokens == sorted(set(tokens)) and len(tokens) == 4
         assert tokens[-1] == summary["tokens"][name]
-        assert all(0 <= row[rate] <= 1 for row in rows for rate in ("asr", "over_refusal"))
+        assert all(0 <= row[rate] <= 1 for row in rows for rate in RATES)
 
 
 def test_the_report_comes_with_its_pictures(written: tuple[Path, dict[str, Any]]) -> None:
@@ -104,9 +113,10 @@ def test_variants_are_tuned_on_equally_many_tokens(tmp_path: Path) -> None:
         tokenizer=tokenizer,
         base=new_model(tokenizer, hidden_size=8, seed=0),
         tuning=[*triples, *dialogues],
-        held_out=EvaluationData(),
+        borderline=world.borderline(BORDERLINE_TUNING_WORDINGS),
+        held_out=held_out_records(world, 8, 0),
     )
-    for name in VARIANTS:
+    for name in (*VARIANTS, *ABLATIONS):
         trainer, tokens = tuning(name, stage, stage.base, str(tmp_path))
         assert trainer.args.max_steps == len(tokens)
         assert 0.98 * Scale.tuning_tokens <= tokens[-1] <= Scale.tuning_tokens
@@ -144,6 +154,11 @@ def test_a_demo_without_seeds_is_refused() -> None:
         command.Config(seeds=0)
 
 
+def test_an_unknown_variant_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"variants must be of vanilla, .*, got 'nothing'"):
+        command.Config(variants=["nothing"])
+
+
 def test_the_command_prints_the_table_and_where_the_report_is(
     written: tuple[Path, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -152,10 +167,10 @@ def test_the_command_prints_the_table_and_where_the_report_is(
     folder, summary = written
     asked = []
     monkeypatch.setattr(
-        command, "run_demo", lambda folder, seeds: asked.append((folder, list(seeds))) or summary
+        command, "run_demo", lambda *args, **kwargs: asked.append((args, kwargs)) or summary
     )
-    command.run(command.Config(seeds=3, output_dir=str(folder)))
-    assert asked == [(folder, [0, 1, 2])]
+    command.run(command.Config(seeds=3, output_dir=str(folder), variants=["derta"]))
+    assert asked == [((folder, range(3)), {"variants": ["derta"]})]
     printed = capsys.readouterr().out
     assert "prefix_only" in printed
     assert printed.endswith(f"report: {folder}/report.html\n")

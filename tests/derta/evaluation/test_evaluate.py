@@ -351,9 +351,7 @@ def test_what_takes_a_model_is_refused_where_it_is_not_here(chat: Chat) -> None:
         ({}, "curve"),
         ({"curve": False, "helpful": "perplexity"}, "helpful: perplexity"),
     ):
-        with pytest.raises(
-            ValueError, match=f"{key} takes a model on this machine"
-        ):
+        with pytest.raises(ValueError, match=f"{key} takes a model on this machine"):
             evaluate_model(None, chat.tokenizer, DATA, settings(**changes))
 
 
