@@ -222,6 +222,7 @@ def test_an_array_is_the_same_wherever_its_pieces_end(
     """Where an element ends, what it is, and where an error is: as if all were in memory."""
     rows = [{**OWN, "id": f"{n}", "prompt": f"ä\n\\ {n}" + "\U0001f600" * n} for n in range(9)]
     texts: list[str | bytes] = [json.dumps(rows, indent=3), json.dumps(rows, ensure_ascii=False)]
+    texts += [f"[{json.dumps(OWN)}, {{broken}}]", "[12.5e3, 3]"]
     texts += [text for text, _ in BAD if text[:1] in ("[", b"[") and len(text) < 1000]
 
     def outcome(text: str | bytes) -> Any:
