@@ -28,6 +28,7 @@ _HOME = {
     "Encoder": "derta.data",
     "Triple": "derta.data",
     "read_records": "derta.data",
+    "read_requests": "derta.data",
     "resolve_refusal_token": "derta.data",
 }
 

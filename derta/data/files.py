@@ -274,6 +274,8 @@ def _csv_rows(
         if not cells:
             continue
         if not header:
+            if undecodable:
+                raise ValueError(f"{path}:{line}: {_not_utf8(undecodable[0])}")
             header = cells if not bare or set(cells) & set(columns) else bare[: len(cells)]
             if not set(header) & set(columns):
                 raise ValueError(

@@ -157,7 +157,7 @@ def read_placed(
         try:
             for file in data_files(path):
                 place = f"{file}"
-                counts = files[place] = FileReading()
+                counts = files.setdefault(place, FileReading())
                 yield from _read_file(file, purpose, format, counts, ids)
         except ValueError as error:
             files.setdefault(place, FileReading()).bad += 1

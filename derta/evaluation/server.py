@@ -141,8 +141,8 @@ class Server:
                         },
                         title,
                     )
-                finally:
-                    pool.shutdown(cancel_futures=True)
+                finally:  # nothing is under way any more, but after a second interrupt
+                    pool.shutdown(wait=False, cancel_futures=True)
         return [self.replies[key] for key in keys]
 
     def _body(self, query: Query) -> dict[str, Any]:
