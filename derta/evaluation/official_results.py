@@ -77,13 +77,16 @@ def read_answers(path: str | Path, prompts: Sequence[str] = ()) -> list[Answered
 
     Raises:
         ValueError: names file and line of a row of no known shape, or that begins with none of the
-            prompts; the file has no row, is not UTF-8, or is a pickle.
+            prompts; the file has no row, or some with a right answer and some without; it is not
+            UTF-8, or a pickle.
         OSError: the file cannot be read.
     """
     known = [_bare(prompt) for prompt in prompts]
     rows = [_answered(place, row, known) for place, row in _json_lines(Path(path))]
     if not rows:
         raise ValueError(f"{path}: no row, expected JSON Lines of questions and responses")
+    if len({row.is_harmless for row in rows}) > 1:
+        raise ValueError(f"{path}: some rows have a right answer and some none, expected one kind")
     return rows
 
 

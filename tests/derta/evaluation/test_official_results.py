@@ -44,23 +44,22 @@ def answers(path: Path, *prompts: str) -> list[str | None]:
 
 
 def test_every_shape_of_rows_is_read_under_any_name(write: Write) -> None:
-    rows = [
+    attacks = [
         {"question": "How to paint a fence?", "response": "Take a brush."},
         {"instruction": "How to paint a wall?", "response": "Sorry, I cannot."},
-        {"question": "What is 2 + 2?", "response": "It is 4.", "answer": "4"},
         "To paint a fence: Take a brush.",
+    ]
+    read = read_answers(write(*attacks, name="attack/anything.txt"))
+    assert [row.answer for row in read] == ["Take a brush.", "Sorry, I cannot.", attacks[-1]]
+    assert [row.is_placed for row in read] == [True, True, False]
+    assert not any(row.is_harmless for row in read)
+    sums = [
+        {"question": "What is 2 + 2?", "response": "It is 4.", "answer": "4"},
         "[INST] What is 2 + 2? [\\INST] It is 4.---answer---4",
     ]
-    read = read_answers(write(*rows, name="attack/anything.txt"))
-    assert [row.answer for row in read] == [
-        "Take a brush.",
-        "Sorry, I cannot.",
-        "It is 4.",
-        "To paint a fence: Take a brush.",
-        " It is 4.",
-    ]
-    assert [row.is_harmless for row in read] == [False, False, True, False, True]
-    assert [row.is_placed for row in read] == [True, True, True, False, True]
+    read = read_answers(write(*sums))
+    assert [row.answer for row in read] == ["It is 4.", " It is 4."]
+    assert all(row.is_placed and row.is_harmless for row in read)
 
 
 def test_what_a_model_wrote_comes_after_the_longest_prompt_white_space_apart(write: Write) -> None:
@@ -175,6 +174,10 @@ def test_pickles_are_refused_unopened(tmp_path: Path) -> None:
         (b'{"question": "a", "response": null}', r"m\.json:1: response: expected text, got None"),
         (b'"a"\n{"question"\n', r"m\.json:2: not JSON, expected a row a line"),
         (b'"a"\n\xff', r"m\.json:2: byte 0xff is not UTF-8"),
+        (
+            b'"a"\n{"question": "a", "response": "a", "answer": "a"}',
+            r"m\.json: some rows have a right answer and some none, expected one kind",
+        ),
         (b"\n", r"m\.json: no row, expected JSON Lines"),
     ],
 )
