@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="derta",
         description="Decoupled refusal training (arXiv 2407.09121).",
         epilog="commands:\n"
-        + "".join(f"  {name:10}{summary}\n" for name, summary in SUMMARY.items())
+        + "".join(f"  {name:8}{summary}\n" for name, summary in SUMMARY.items())
         + "\nderta COMMAND --help tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -105,7 +105,7 @@ attacks
   --max_new_tokens   longest answer
 judges
   --judges           by name, the first is the main one: '{keyword: {}, guard: {kind: wildguard,
-                     path: models/wildguard}}', see derta eval calibrate --help
+                     path: models/wildguard}}', see derta eval calibrate
   --keywords         what a judge by keyword takes for a refusal: [sorry, I cannot]
   --samples          answers shown in the report for each scenario; none by default
   --keep_answers     whether answers/ stays when all is done: true | false

@@ -39,7 +39,8 @@ class EvaluationSettings:
         max_new_tokens: longest answer.
         batch_size: prompts a batch.
         max_tokens: tokens a pack of the refusal curve.
-        curve: whether to read refusal curves, which need a model that `apply_derta` takes.
+        curve: whether to read refusal curves, which need harmful responses and a model that
+            `apply_derta` takes.
         helpful: "exact_match" of generated answers, or "perplexity" of the given ones.
         judges: name to who decides which answers refuse; all of them read the same answers, and
             the first one's figures are the main ones.
@@ -164,7 +165,7 @@ class _Answer(NamedTuple):
 
 def _refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings) -> None:
     asked = {
-        "curve": settings.curve and bool(data.harmful or data.benign or data.borderline),
+        "curve": settings.curve and any(request.response for request in data.harmful),
         "helpful: perplexity": settings.helpful == "perplexity",
         "lm_eval": bool(settings.lm_eval),
     }
@@ -268,12 +269,12 @@ def _sample(
 def _curves(
     model: PreTrainedModel, chat: Chat, data: EvaluationData, settings: EvaluationSettings
 ) -> list[tuple[np.ndarray, ...]]:
-    """Of the harmful, the benign and the borderline responses that there are."""
+    """Of harmful responses, and of benign and borderline ones to compare them with."""
     kinds = [
         [request for request in requests if request.response]
         for requests in (data.harmful, data.benign, data.borderline)
     ]
-    if not settings.curve or not any(kinds):
+    if not settings.curve or not kinds[0]:
         return [()] * len(kinds)
     refusal_id = find_refusal_token(model, chat.tokenizer, settings.refusal)
     curves = iter(

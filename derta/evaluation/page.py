@@ -85,8 +85,8 @@ mark { background: var(--line); color: inherit; }
 over {{ seeds }} seeds.{% endif %}</small></p>
 
 {% if by_judge %}<h2>Judges side by side</h2>
-<p class="quiet">Each judge reads the same answers. The first one's figures are those of the table
-above.</p>
+<p class="quiet">Each judge reads the same answers. The first one's figures are those at the
+top.</p>
 {{ figures_of(by_judge) }}
 {% endif %}
 {% for figure in figures %}<h2>{{ figure.title }}</h2>

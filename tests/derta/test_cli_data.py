@@ -38,7 +38,7 @@ def test_every_bad_row_of_every_file_is_named_in_one_pass(
         "c.gz: 0 records, 1 errors, 0 skipped",
         "b.csv: 1 records, 0 errors, 1 skipped (1 harmful without a safe one)",
     ]
-    assert err == "derta data: errors: 3 in 3 files\n"
+    assert err == "derta data validate: errors: 3 in 3 files\n"
 
 
 def test_good_files_are_a_success_in_every_role(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,4 +73,5 @@ def test_a_wrong_call_is_one_sentence(
 ) -> None:
     assert main(["data", *arguments.split()]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"derta data: {message}")
+    command = "derta data validate" if arguments.startswith("validate") else "derta data"
+    assert line.startswith(f"{command}: {message}")

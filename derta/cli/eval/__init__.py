@@ -69,7 +69,8 @@ class Config:
         max_new_tokens: longest answer.
         batch_size: prompts a batch.
         max_tokens: tokens a pack of the refusal curve.
-        curve: whether to read refusal curves, which need a model that `apply_derta` takes.
+        curve: whether to read refusal curves, which need harmful responses and a model that
+            `apply_derta` takes.
         helpful_metric: "exact_match" of generated answers, or "perplexity" of the given ones.
         judges: name to settings, see `derta.cli.judges.make_judges`; all read the same answers, and
             the first one's figures are the main ones.
@@ -294,6 +295,7 @@ def run(config: Config) -> None:
         max_new_tokens=config.max_new_tokens,
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
+        refusal=config.refusal,
         curve=config.curve,
         helpful=config.helpful_metric,
         lm_eval=config.lm_eval,
@@ -301,7 +303,7 @@ def run(config: Config) -> None:
     )
     kept = answers_folder(config)
     settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
-    triples = safe_responses(config.harmful) if config.refusal == "auto" else []
+    triples = safe_responses(config.harmful)
     results: dict[str, list[VariantResult]] = {}
     for name, folder in folders.items():
         model: Any = None
@@ -312,9 +314,11 @@ def run(config: Config) -> None:
         else:
             model, tokenizer = load_tuned(folder, dtype, config.chat_template)
             model.to(device)
-            refusal = find_refusal_token(model, tokenizer, config.refusal, triples)
-            own = dataclasses.replace(settings, refusal=refusal)
-        kept.mkdir(parents=True, exist_ok=True)
+            own = settings
+            if config.curve and triples:
+                refusal = find_refusal_token(model, tokenizer, config.refusal, triples)
+                own = dataclasses.replace(settings, refusal=refusal)
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
         results[name] = [evaluate_model(model, tokenizer, data, own, generator=generator)]

@@ -47,7 +47,7 @@ def test_the_summary_has_its_fixed_structure(written: tuple[Path, dict[str, Any]
             assert set(entry["asr"][prefilled]) == {"0", "4", "8", "16"}
         assert set(entry["over_refusal"]) == {"benign", "borderline"}
         assert "helpful_accuracy" in entry
-        assert set(entry["refusal_curve"]) == {"harmful", "benign"}
+        assert set(entry["refusal_curve"]) == {"harmful", "benign", "borderline"}
 
 
 def test_every_tuning_is_watched_at_four_checkpoints(

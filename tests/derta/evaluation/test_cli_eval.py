@@ -258,9 +258,10 @@ def test_a_served_model_stands_beside_a_local_one(workplace: Path) -> None:
             "servers": {"there": {"base_url": served.base_url, "model": "m"}},
         }
         Path("served.yaml").write_text(json.dumps(config))
-        arguments = "served.yaml --benign benign.jsonl --max_new_tokens 4"
-        assert call(arguments) == 0
-        assert [asked.body["max_tokens"] for asked in served.asked] == [4]
+        options = "--harmful harmful.jsonl --benign benign.jsonl --prefill_depths []"
+        assert call(f"served.yaml {options} --max_new_tokens 4") == 0
+        # Each file has one request three times over, and both the same: in a chat and as raw text.
+        assert [asked.body["max_tokens"] for asked in served.asked] == [4, 4]
     variants = json.loads(Path("out/summary.json").read_text())["variants"]
     assert variants["there"]["over_refusal"] == {"benign": 1.0}
     assert "refusal_curve" in variants["here"] and "refusal_curve" not in variants["there"]

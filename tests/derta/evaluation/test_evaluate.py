@@ -136,8 +136,6 @@ def test_a_kind_of_records_that_is_missing_leaves_its_figures_out(
         "over_refusal",
         "intervals",
         "counts",
-        "refusal_curve",
-        "refusal_curve_counts",
         "refusal_positions",
         "judge",
         "seconds",
@@ -301,10 +299,11 @@ def test_names_must_fit_into_a_metric(kind: str, name: str) -> None:
 
 
 def test_borderline_requests_are_kept_apart(model: PreTrainedModel, chat: Chat) -> None:
-    data = EvaluationData(benign=DATA.benign, borderline=[harmless("x", "It jumps."), asked("y")])
+    borderline = [harmless("x", "It jumps."), asked("y")]
+    data = EvaluationData(harmful=DATA.harmful, benign=DATA.benign, borderline=borderline)
     result = evaluate_model(model, chat.tokenizer, data, settings())
     assert result.to_dict()["over_refusal"] == {"benign": 1.0, "borderline": 1.0}
-    assert result.to_dict()["refusal_curve"].keys() == {"benign", "borderline"}
+    assert result.to_dict()["refusal_curve"].keys() == {"harmful", "benign", "borderline"}
     assert [len(result.benign_curves), len(result.borderline_curves)] == [1, 2]
 
 
