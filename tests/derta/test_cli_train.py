@@ -159,7 +159,9 @@ def test_many_sources_share_the_last_row_of_the_table() -> None:
     assert table[-1].split() == ["2", "others", "next", "token", "40.0%", "RTO", "10.0%"]
 
 
-def test_what_is_left_is_the_checkpoint_with_the_best_trade_off() -> None:
+def test_what_is_left_is_the_checkpoint_with_the_best_trade_off(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Attack success falls to 0 and stays there: the first checkpoint with 0 is the best."""
     say = {"role": "assistant", "content": "A brush."}
     row = {"messages": [{"role": "user", "content": "What paints?"}, say]}
@@ -184,6 +186,10 @@ def test_what_is_left_is_the_checkpoint_with_the_best_trade_off() -> None:
     trade_offs = {row["step"]: row["eval_trade_off"] for row in history if "eval_asr" in row}
     best = min(trade_offs, key=lambda step: (trade_offs[step], step))
     assert trade_offs[best] == 0 < trade_offs[2]
+    said = capsys.readouterr().out
+    pattern = r"step +2  held out:  loss \S+  attack success 1.0000  over-refusal \S+  trade-off 1."
+    assert re.search(pattern, said)
+    assert re.search(r"last  0\.\d\d harmless  lr", said)
     last = max(trade_offs)
     assert last == best + 4 < 40  # two evaluations that were no better
     left, *others = (

@@ -81,16 +81,20 @@ def trainer(
 
 
 def one_step(
-    directory: Path, architecture: str = "llama", **changes: object
+    directory: Path,
+    architecture: str = "llama",
+    held_out: list[Record] | None = None,
+    **changes: object,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The gradient of one step, as what plain SGD at rate 1 subtracts, and the step's log."""
+    """The gradient of one step, as what plain SGD at rate 1 subtracts, and what was logged."""
     tuned = trainer(directory, tiny_model(architecture, dtype=torch.float64), **changes)
     before = {name: value.detach().clone() for name, value in tuned.model.named_parameters()}
     tuned.train()
     after = dict(tuned.model.named_parameters())
-    return {name: before[name] - after[name].detach() for name in before}, tuned.state.log_history[
-        0
-    ]
+    log = dict(tuned.state.log_history[0])
+    if held_out is not None:
+        log |= tuned.evaluate(held_out)
+    return {name: before[name] - after[name].detach() for name in before}, log
 
 
 def mean_loss(tuned: DertaTrainer, pack: PackedBatch) -> float:
@@ -128,9 +132,9 @@ import os
 import sys
 import torch
 from pathlib import Path
-from test_trainer import one_step
+from test_trainer import RECORDS, one_step
 changes = dict(max_tokens=int(sys.argv[2]), loss_norm=sys.argv[3], ddp_backend="gloo")
-gradient, log = one_step(Path(sys.argv[1]), sys.argv[4], **changes)
+gradient, log = one_step(Path(sys.argv[1]), sys.argv[4], held_out=RECORDS, **changes)
 rank = torch.distributed.get_rank()
 torch.save({"gradient": gradient, "log": log}, Path(sys.argv[1]) / f"rank{rank}.pt")
 torch.distributed.barrier()
@@ -149,7 +153,7 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(
     max_tokens = 260
     changes = {"loss_norm": loss_norm, "max_tokens": max_tokens}
     assert len(trainer(tmp_path, **changes).train_dataset[0]) % 2 == 1
-    expected, log = one_step(tmp_path, architecture, **changes)
+    expected, log = one_step(tmp_path, architecture, RECORDS, **changes)
     script = tmp_path / "rank.py"
     script.write_text(RANK_SCRIPT)
     tests = Path(__file__).parent
@@ -169,7 +173,8 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(
     for rank in range(2):
         result = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert_same(result["gradient"], expected)
-        for figure in ("loss", "mle_loss", "rto_loss", "rto_targets"):
+        watched = ("eval_loss", "eval_asr", "eval_over_refusal", "eval_trade_off")
+        for figure in ("loss", "mle_loss", "rto_loss", "rto_targets", *watched):
             assert result["log"][figure] == pytest.approx(log[figure], rel=1e-5), figure
 
 
