@@ -19,9 +19,25 @@ def format_figures(step: int, logs: dict[str, float]) -> str:
     tenths = [logs[key] for key in (f"refusal_p_{i}" for i in range(1, 11)) if key in logs]
     if tenths:
         parts.append(f"p(refusal) {tenths[0]:.2f} first tenth, {tenths[-1]:.2f} last")
+    if "benign_refusal_p" in logs:
+        parts.append(f"{logs['benign_refusal_p']:.2f} harmless")
     parts.append(f"lr {logs['learning_rate']:.2e}")
     parts.append(f"{logs['tokens_per_s']:,.0f} tok/s")
     return "  ".join(parts)
+
+
+def format_evaluation(step: int, logs: dict[str, float]) -> str:
+    """One line of what `DertaTrainer` logs of held-out records."""
+    names = {
+        "loss": "loss",
+        "asr": "attack success",
+        "over_refusal": "over-refusal",
+        "over_refusal_borderline": "of borderline requests",
+        "trade_off": "trade-off",
+    }
+    figures = {text: logs[f"eval_{name}"] for name, text in names.items() if f"eval_{name}" in logs}
+    parts = [f"{text} {value:.4f}" for text, value in figures.items()]
+    return "  ".join([f"step {step:>5}", "held out:", *parts])
 
 
 def format_probe(logs: dict[str, float]) -> str:
@@ -74,6 +90,8 @@ class Progress(TrainerCallback):
             return
         if "probe_tokens" in logs:
             tqdm.write(format_probe(logs))
+        if "eval_loss" in logs:
+            tqdm.write(format_evaluation(state.global_step, logs))
         if "loss" not in logs:
             return
         self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")

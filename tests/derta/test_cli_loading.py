@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from derta.cli import main
-from derta.cli.loading import find_device, intact_weights, load_model, load_tokenizer
+from derta.cli.loading import (
+    SourceRecords,
+    find_device,
+    intact_weights,
+    load_model,
+    load_tokenizer,
+)
+from derta.data import Source, Triple
 from tiny import LLAMA3_TEMPLATE, tiny_model, tiny_tokenizer
 
 
@@ -56,6 +63,37 @@ def test_a_device_is_one_that_is_here() -> None:
         expected = f"device must be auto, cpu or a GPU that is here, got {name!r}"
         with pytest.raises(ValueError, match=re.escape(expected)):
             find_device(name)
+
+
+def test_records_of_sources_come_with_their_weights_roles_and_limits(workplace: Path) -> None:
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    text = "".join(json.dumps({"messages": messages, "id": name}) + "\n" for name in "abcd")
+    Path("first.jsonl").write_text(text, encoding="utf-8")
+    Path("second.jsonl").write_text(text.replace('"id": "', '"id": "2'), encoding="utf-8")
+    paths = ["first.jsonl", "second.jsonl"]
+    records = SourceRecords(
+        [
+            Source(path=paths, role="borderline", weight=0.5, limit=5),
+            Source(path="rows.jsonl", role="safety", limit=1),
+        ]
+    )
+    for _ in range(2):  # read anew every time
+        *dialogues, triple = records
+        assert [one.id for one in dialogues] == ["a", "b", "c", "d", "2a"]
+        assert all(one.borderline and one.weight == 0.5 for one in dialogues)
+        assert isinstance(triple, Triple) and triple.weight == 1.0
+    with pytest.raises(FileNotFoundError, match="^none.jsonl: no such record file"):
+        SourceRecords([Source(path=["rows.jsonl", "none.jsonl"], role="safety")])
+
+
+def test_a_bad_row_is_found_before_a_model_is_loaded(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write("not JSON\n")
+    monkeypatch.delattr("derta.cli.train.load_model")
+    assert train() == 1
+    assert capsys.readouterr().err.startswith("derta train: rows.jsonl:3: not JSON at column 1")
 
 
 def test_a_chat_template_is_jinja_text_or_a_file(workplace: Path) -> None:

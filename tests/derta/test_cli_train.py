@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from derta.cli import main
-from derta.cli.train import Config, load_model
-from derta.data import Source
+from derta.cli.train import Config, describe_shares, load_model
+from derta.data import LossShare, Source
 from derta.trainer import DertaTrainer
 from tiny import tiny_model, tiny_tokenizer
 
@@ -136,6 +137,67 @@ def test_a_run_begins_with_the_tokens_that_one_pass_saves(
     one_pass, apart = (int(said[group].replace(",", "")) for group in (1, 3))
     assert one_pass < apart and said[2] == f"{apart / one_pass:.2f}"
     assert said[0] in caplog.text
+
+
+def test_a_run_begins_with_what_each_source_counts_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    say = {"role": "assistant", "content": "A brush."}
+    for name in "ab":
+        row = {"messages": [{"role": "user", "content": "What?"}, say], "id": name}
+        Path(f"{name}.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    sources = "[{path: a.jsonl, role: helpful}, {path: b.jsonl, role: borderline, weight: 3}]"
+    assert train("--sources", sources, "--refusal", "Sorry", "--dry_run") == 0
+    said = capsys.readouterr().out
+    assert "  b  next token  75.0%   RTO   0.0%\n  a  next token  25.0%   RTO   0.0%\n" in said
+
+
+def test_many_sources_share_the_last_row_of_the_table() -> None:
+    shares = {f"{n}": LossShare(0.2, 0.05) for n in range(4)}
+    table = describe_shares(shares, rows=2).splitlines()
+    assert len(table) == 4
+    assert table[-1].split() == ["2", "others", "next", "token", "40.0%", "RTO", "10.0%"]
+
+
+def test_what_is_left_is_the_checkpoint_with_the_best_trade_off(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Attack success falls to 0 and stays there: the first checkpoint with 0 is the best."""
+    say = {"role": "assistant", "content": "A brush."}
+    row = {"messages": [{"role": "user", "content": "What paints?"}, say]}
+    Path("helpful.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    both = "[{path: rows.jsonl, role: safety}, {path: helpful.jsonl, role: helpful}]"
+    watching = {
+        "--sources": both,
+        "--eval_sources": both,
+        "--over_refusal_weight": "0",
+        "--metric_for_best_model": "trade_off",
+        "--load_best_model_at_end": "true",
+        "--early_stopping_patience": "2",
+        "--eval_strategy": "steps",
+        "--save_strategy": "steps",
+        "--eval_steps": "2",
+        "--save_steps": "2",
+        "--max_steps": "40",
+        "--learning_rate": "1e-2",
+    }
+    assert train(*(part for pair in watching.items() for part in pair)) == 0
+    history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    trade_offs = {row["step"]: row["eval_trade_off"] for row in history if "eval_asr" in row}
+    best = min(trade_offs, key=lambda step: (trade_offs[step], step))
+    assert trade_offs[best] == 0 < trade_offs[2]
+    said = capsys.readouterr().out
+    pattern = r"step +2  held out:  loss \S+  attack success 1.0000  over-refusal \S+  trade-off 1."
+    assert re.search(pattern, said)
+    assert re.search(r"last  0\.\d\d harmless  lr", said)
+    last = max(trade_offs)
+    assert last == best + 4 < 40  # two evaluations that were no better
+    left, *others = (
+        load_file(f"{folder}/model.safetensors")
+        for folder in ("out", f"out/checkpoint-{best}", f"out/checkpoint-{last}")
+    )
+    assert all(torch.equal(left[name], value) for name, value in others[0].items())
+    assert any(not torch.equal(left[name], value) for name, value in others[1].items())
 
 
 def test_the_record_of_the_training_lies_beside_its_model() -> None:

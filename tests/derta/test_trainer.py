@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 
@@ -14,15 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from derta import DertaConfig, DertaTrainer, Dialogue, Triple
-from derta.data import sequence_length
+from derta.data import Chat, PackedBatch, Record, Rendered, sequence_length
+from derta.evaluation import EvaluationSettings, forced_rates, refusal_curve, response
 from tiny import tiny_model, tiny_tokenizer
 
-RECORDS = [
+RECORDS: list[Record] = [
     Triple(
         prompt=f"How do I paint the {colour} fence?",
         harmful="Sure, here is how: " + "step one, take the ladder. " * (1 + index % 4),
         safe="Sorry, I cannot help with that.",
         id=f"triple-{index}",
+        weight=0.5 + index % 3,
     )
     for index, colour in enumerate(["green", "brown", "quiet", "seven", "lazy", "quick"])
 ] + [
@@ -32,6 +35,8 @@ RECORDS = [
             {"role": "assistant", "content": "The quick brown fox jumps. " * (index + 1)},
         ],
         id=f"dialogue-{index}",
+        borderline=index == 2,
+        weight=0.25 * (1 + index),
     )
     for index in range(3)
 ]
@@ -61,26 +66,41 @@ def settings(directory: Path, **changes: object) -> DertaConfig:
     )
 
 
-def trainer(directory: Path, model: PreTrainedModel | None = None, **changes: object):
+def trainer(
+    directory: Path,
+    model: PreTrainedModel | None = None,
+    records: list[Record] = RECORDS,
+    **changes: object,
+) -> DertaTrainer:
     return DertaTrainer(
         model=model or tiny_model("llama", dtype=torch.float64),
         args=settings(directory, **changes),
-        train_dataset=RECORDS,
+        train_dataset=iter(records),
         processing_class=tiny_tokenizer(),
     )
 
 
 def one_step(
-    directory: Path, architecture: str = "llama", **changes: object
+    directory: Path,
+    architecture: str = "llama",
+    held_out: list[Record] | None = None,
+    **changes: object,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """The gradient of one step, as what plain SGD at rate 1 subtracts, and the step's log."""
+    """The gradient of one step, as what plain SGD at rate 1 subtracts, and what was logged."""
     tuned = trainer(directory, tiny_model(architecture, dtype=torch.float64), **changes)
     before = {name: value.detach().clone() for name, value in tuned.model.named_parameters()}
     tuned.train()
     after = dict(tuned.model.named_parameters())
-    return {name: before[name] - after[name].detach() for name in before}, tuned.state.log_history[
-        0
-    ]
+    log = dict(tuned.state.log_history[0])
+    if held_out is not None:
+        log |= tuned.evaluate(held_out)
+    return {name: before[name] - after[name].detach() for name in before}, log
+
+
+def mean_loss(tuned: DertaTrainer, pack: PackedBatch) -> float:
+    """The weighted mean over all targets of a pack."""
+    total = torch.tensor(pack.next_total + pack.rto_total)
+    return tuned.model(**pack.model_inputs(), num_items=total).loss.item()
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -112,9 +132,9 @@ import os
 import sys
 import torch
 from pathlib import Path
-from test_trainer import one_step
+from test_trainer import RECORDS, one_step
 changes = dict(max_tokens=int(sys.argv[2]), loss_norm=sys.argv[3], ddp_backend="gloo")
-gradient, log = one_step(Path(sys.argv[1]), sys.argv[4], **changes)
+gradient, log = one_step(Path(sys.argv[1]), sys.argv[4], held_out=RECORDS, **changes)
 rank = torch.distributed.get_rank()
 torch.save({"gradient": gradient, "log": log}, Path(sys.argv[1]) / f"rank{rank}.pt")
 torch.distributed.barrier()
@@ -133,7 +153,7 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(
     max_tokens = 260
     changes = {"loss_norm": loss_norm, "max_tokens": max_tokens}
     assert len(trainer(tmp_path, **changes).train_dataset[0]) % 2 == 1
-    expected, log = one_step(tmp_path, architecture, **changes)
+    expected, log = one_step(tmp_path, architecture, RECORDS, **changes)
     script = tmp_path / "rank.py"
     script.write_text(RANK_SCRIPT)
     tests = Path(__file__).parent
@@ -153,7 +173,8 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(
     for rank in range(2):
         result = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert_same(result["gradient"], expected)
-        for figure in ("loss", "mle_loss", "rto_loss", "rto_targets"):
+        watched = ("eval_loss", "eval_asr", "eval_over_refusal", "eval_trade_off")
+        for figure in ("loss", "mle_loss", "rto_loss", "rto_targets", *watched):
             assert result["log"][figure] == pytest.approx(log[figure], rel=1e-5), figure
 
 
@@ -161,7 +182,7 @@ def test_official_norm_is_the_mean_of_pack_means(tmp_path: Path) -> None:
     tuned = trainer(tmp_path, loss_norm="official", max_tokens=500)
     packs = tuned.train_dataset[0]
     assert len(packs) > 1
-    losses = [tuned.model(**pack.model_inputs()).loss.item() for pack in packs]
+    losses = [mean_loss(tuned, pack) for pack in packs]
     tuned.train()
     assert tuned.state.log_history[0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
@@ -171,6 +192,12 @@ def test_terms_are_weighed_by_their_own_means(tmp_path: Path) -> None:
     assert log["loss"] == pytest.approx(log["mle_loss"] + 0.5 * log["rto_loss"], rel=1e-5)
 
 
+def answers(pack: PackedBatch) -> list[tuple[int, int]]:
+    """Where the dialogues of a pack are."""
+    pairs = zip(pack.example_ids, pack.example_bounds, strict=True)
+    return [bounds for id, bounds in pairs if id.startswith("dialogue")]
+
+
 def test_logged_figures_are_those_of_the_batch(tmp_path: Path) -> None:
     tuned = trainer(tmp_path)
     (pack,) = tuned.train_dataset[0]
@@ -178,10 +205,16 @@ def test_logged_figures_are_those_of_the_batch(tmp_path: Path) -> None:
     tuned.train()
     log = tuned.state.log_history[0]
     rto, live = pack.rto_mask, pack.rto_mask | (pack.shift_labels != -100)
-    assert log["mle_loss"] == pytest.approx(output.next_nll.sum().item() / pack.next_count)
-    assert log["rto_loss"] == pytest.approx(output.refusal_nll[rto].mean().item())
+    weight = pack.loss_weight
+    mle = (weight * output.next_nll).sum() / weight[pack.shift_labels != -100].sum()
+    assert log["mle_loss"] == pytest.approx(mle.item())
+    refusal = (weight * output.refusal_nll)[rto].sum() / weight[rto].sum()
+    assert log["rto_loss"] == pytest.approx(refusal.item())
+    assert pack.benign.sum() == sum(pack.shift_labels[0, a:b].ge(0).sum() for a, b in answers(pack))
+    benign = torch.exp(-output.refusal_nll[pack.benign]).mean()
+    assert log["benign_refusal_p"] == pytest.approx(benign.item(), rel=1e-5)
     assert log["live_rows"] == pytest.approx(live.float().mean().item())
-    share = pack.rto_count / (pack.rto_count + pack.next_count)
+    share = pack.rto_total / (pack.rto_total + pack.next_total)
     assert log["rto_targets"] == pytest.approx(share)
     assert log["loss"] == pytest.approx(
         (1 - share) * log["mle_loss"] + share * log["rto_loss"], rel=1e-5
@@ -191,6 +224,54 @@ def test_logged_figures_are_those_of_the_batch(tmp_path: Path) -> None:
         expected = torch.exp(-output.refusal_nll[rows]).mean().item()
         assert log[f"refusal_p_{tenth + 1}"] == pytest.approx(expected, rel=1e-5)
     assert log["tokens_per_s"] > 0
+
+
+def test_a_record_that_weighs_twice_is_as_good_as_two(tmp_path: Path) -> None:
+    def like(index: int, id: str, weight: float) -> Record:
+        return replace(RECORDS[index], id=id, weight=weight)
+
+    changes = dict(branches=1, cuts="zero", loss_norm="terms")  # whose draws are all alike
+    twice = [like(0, "a", 2.0), like(6, "b", 2.0), like(1, "c", 1.0)]
+    two = [like(i, f"{i}{n}", 1.0) for i, n in ((0, 1), (0, 2), (6, 1), (6, 2), (1, 1))]
+    first, second = (one_step(tmp_path, records=these, **changes) for these in (twice, two))
+    assert_same(first[0], second[0])
+    assert first[1]["loss"] == pytest.approx(second[1]["loss"], rel=1e-6)
+
+
+def test_weights_below_one_are_weights_too(tmp_path: Path) -> None:
+    """The mean is over weights, however small they all are; not over at least one target."""
+    records = [replace(record, weight=1e-4) for record in RECORDS]
+    equal = [replace(record, weight=1.0) for record in RECORDS]
+    assert_same(one_step(tmp_path, records=records)[0], one_step(tmp_path, records=equal)[0])
+
+
+def test_rto_grows_with_depth_where_it_is_told_to(tmp_path: Path) -> None:
+    tuned = trainer(tmp_path, rto_depth="growing", rto_weight=0.5, loss_norm="terms")
+    (pack,) = tuned.train_dataset[0]
+    output = tuned.model(**pack.model_inputs())
+    tuned.train()
+    log = tuned.state.log_history[0]
+    sums, totals = 0.0, 0.0
+    for start, end in pack.example_bounds:
+        rows = torch.nonzero(pack.rto_mask[0, start:end]).flatten() + start
+        ramp = torch.arange(1, len(rows) + 1) * 2 / (len(rows) + 1)
+        weight = pack.loss_weight[0, rows]
+        sums += float((ramp * weight * output.refusal_nll[0, rows]).sum())
+        totals += float(weight.sum())
+    assert log["rto_loss"] == pytest.approx(sums / totals, rel=1e-5)
+    assert log["loss"] == pytest.approx(log["mle_loss"] + 0.5 * log["rto_loss"], rel=1e-5)
+
+
+def test_rendered_rows_train_beside_triples_and_dialogues(tmp_path: Path) -> None:
+    rows = [
+        Rendered(prefix="[INST] How? Sure,", text=" step one.", rto=rto, id=f"rendered-{rto}")
+        for rto in (True, False)
+    ]
+    tuned = trainer(tmp_path, records=[*RECORDS, *rows])
+    tuned.train()
+    assert tuned.state.global_step == 1
+    with pytest.raises(ValueError, match="^rendered-True: rto_keep is 0, and a rendered row of"):
+        trainer(tmp_path, records=[*RECORDS, *rows], rto_keep=0)
 
 
 def test_steps_and_schedule_are_known_before_training(tmp_path: Path) -> None:
@@ -259,12 +340,68 @@ def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path: Path) -> None:
 def test_evaluation_reports_the_loss_of_held_out_records(tmp_path: Path) -> None:
     tuned = trainer(tmp_path)
     (pack,) = tuned.train_dataset[0]
-    expected = tuned.model(**pack.model_inputs()).loss.item()
+    expected = mean_loss(tuned, pack)
     figures = tuned.evaluate(RECORDS)
     assert figures["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert not tuned.model.training
     with pytest.raises(ValueError, match="evaluate needs records"):
         tuned.evaluate()
+
+
+def test_evaluation_watches_refusal_curves(tmp_path: Path) -> None:
+    """Whatever is trained, all positions are watched, of every role apart."""
+    model = tiny_model("llama")
+    tuned = trainer(tmp_path, model, recipe="vanilla", max_tokens=260, over_refusal_weight=0.25)
+    chat, token = Chat(tiny_tokenizer()), tuned.refusal_token.id
+    told = {"harmful": [], "benign": [], "borderline": []}
+    for one in RECORDS:
+        if isinstance(one, Triple):
+            told["harmful"].append(response(chat, one.id, one.messages, one.harmful))
+        else:
+            read = response(chat, one.id, one.messages[:-1], one.messages[-1]["content"])
+            told["borderline" if one.borderline else "benign"].append(read)
+    curves = {kind: refusal_curve(model, read, token) for kind, read in told.items()}
+    # Some responses are to be stopped and some are not, whatever the tiny model makes of them.
+    peaks = sorted(float(curve.max()) for kind in curves for curve in curves[kind])
+    depths = EvaluationSettings().prefill_depths
+    for certain in ((peaks[4] + peaks[5]) / 2, 2.0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("derta.evaluation.curve.CERTAIN", certain)
+            figures = tuned.evaluate(RECORDS)
+            expected = forced_rates(curves["harmful"], curves["benign"], depths)
+            borderline = forced_rates([], curves["borderline"], depths)["over_refusal"]
+        assert figures["eval_asr"] == expected["asr"]
+        assert figures["eval_over_refusal"] == expected["over_refusal"]
+        assert figures["eval_over_refusal_borderline"] == borderline
+        refused = (expected["over_refusal"] + borderline) / 2
+        assert figures["eval_trade_off"] == pytest.approx(0.75 * expected["asr"] + 0.25 * refused)
+    assert "eval_trade_off" not in tuned.evaluate(RECORDS[:6])
+    assert "eval_asr" not in tuned.evaluate(RECORDS[6:])
+
+
+@pytest.mark.parametrize(
+    ("metric", "records", "needed"),
+    [
+        ("trade_off", RECORDS[:6], "borderline or helpful"),
+        ("trade_off", RECORDS[6:], "safety"),
+        ("eval_asr", RECORDS[6:], "safety"),
+        ("over_refusal", RECORDS[:6], "helpful"),
+        ("over_refusal_borderline", RECORDS[:7], "borderline"),
+    ],
+)
+def test_what_decides_on_the_best_checkpoint_has_its_records(
+    tmp_path: Path, metric: str, records: list[Record], needed: str
+) -> None:
+    name = metric.removeprefix("eval_")
+    message = f"^metric_for_best_model: {name} needs evaluation records of role {needed}, there"
+    with pytest.raises(ValueError, match=message):
+        DertaTrainer(
+            model=tiny_model("llama"),
+            args=settings(tmp_path, metric_for_best_model=metric),
+            train_dataset=RECORDS,
+            eval_dataset=records,
+            processing_class=tiny_tokenizer(),
+        )
 
 
 def test_router_loss_is_averaged_over_the_packs_of_a_step(tmp_path: Path) -> None:
