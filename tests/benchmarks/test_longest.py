@@ -44,7 +44,9 @@ def test_the_triple_is_as_long_as_asked() -> None:
 
 
 def test_projections_grow_with_memory_and_the_table_says_what_they_are() -> None:
-    records = list(longest.projected("qlora", (8, 24)))
+    records = list(longest.projected("qlora", OURS, (8, 24)))
+    (official,) = longest.projected("qlora", OFFICIAL, (24,))
+    assert 0 < 10 * official.tokens < records[1].tokens
     small, large = (record.tokens for record in records)
     assert 0 < small < large
     machine = {"date": "today", "commit": "c", "versions": {"torch": "2"}}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,3 +192,16 @@ def test_a_chat_answers_line_by_line(
     assert all(answer.startswith("Sure, here is") for answer in (first, then))
     assert main(["chat", "nowhere"]) == 1
     assert "nowhere: no such model folder" in capsys.readouterr().err
+
+
+def test_a_command_is_silent_on_what_others_import() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "derta", "chat", "model", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+    )
+    assert done.returncode == 0
+    for said in ("torchao", "bitsandbytes", "deprecated", "Warning"):
+        assert said not in done.stderr

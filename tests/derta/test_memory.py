@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,21 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from allocated import peak_bytes
+from benchmarks.plans import MODELS
 from derta import apply_derta, derta_loss
 from derta.cli import main
 from derta.memory import Step, StepMemory
 from derta.memory.plan import GIB, Triples, describe, longest_pack, needed
+from derta.memory.probe import probe, random_model
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
 from derta.tiling import tile_mlp
 from tiny import ARCHITECTURES, tiny_model
 
+QLORA = pytest.param(
+    "qlora", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+)
+CPU = torch.device("cpu")
 TOKENS = 1024
 TINY = dict(
     vocab_size=2000,
@@ -157,52 +164,12 @@ def test_what_cannot_be_turned_is_not_advised() -> None:
         assert ("mlp_tile: 1024" in said) == advised
 
 
-LLAMA = dict(num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192)
-MODELS: dict[str, tuple[float, dict[str, Any]]] = {  # billions of parameters, config.json
-    "llama-3-8b": (
-        8.030,
-        dict(
-            model_type="llama",
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            **LLAMA,
-        ),
-    ),
-    "qwen2.5-7b": (
-        7.616,
-        dict(
-            model_type="qwen2",
-            vocab_size=152064,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-        ),
-    ),
-    "gemma-2-2b": (
-        2.614,
-        dict(
-            model_type="gemma2",
-            vocab_size=256000,
-            hidden_size=2304,
-            intermediate_size=9216,
-            num_hidden_layers=26,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=256,
-            query_pre_attn_scalar=256,
-        ),
-    ),
-}
+BILLIONS = {"Llama-3-8B": 8.030, "Qwen2.5-7B": 7.616, "Gemma-2-2B": 2.614}  # of parameters
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_plans_of_known_models(name: str) -> None:
-    billions, settings = MODELS[name]
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**MODELS[name])
     triples = Triples(branches=1, rto_keep=1.0, prompt=40, safe=70)
     step = Step(config=config, method=Method(method="qlora"), checkpointing=True)
     memory, longest = StepMemory(step), []
@@ -211,7 +178,7 @@ def test_plans_of_known_models(name: str) -> None:
         longest.append(longest_pack(memory, triples))
     assert 0 < longest[0] < longest[1] < longest[2]
     weights = StepMemory(Step(config=config)).peak(128)["weights"]
-    assert weights / 2e9 == pytest.approx(billions, rel=1e-3)
+    assert weights / 2e9 == pytest.approx(BILLIONS[name], rel=1e-3)
 
 
 def test_a_training_configuration_will_do(
@@ -228,6 +195,64 @@ def test_a_training_configuration_will_do(
     path.write_text("lora_rank: 4\n", encoding="utf-8")
     assert main(["plan", str(path), "--model", str(tmp_path), "--gpu", "8"]) == 1
     assert f"{path}: unknown key 'lora_rank'; did you mean 'lora_r'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["full", QLORA])
+def test_a_config_is_enough_to_probe(method: Any) -> None:
+    config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=2))
+    step = Step(
+        config=config, method=Method(method=method), autocast=True, checkpointing=True, mlp_tile=128
+    )
+    said = probe(step, 300, Triples(2, 0.5, 40, 70), CPU)
+    # Both branches' first tokens are said by rows of the trunk.
+    assert "probe: a pack of 298 tokens through random weights, forward and backward, runs" in said
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (111, r"probe: max_tokens must leave room .* prompt_tokens \(40\) and 1 x safe_tokens"),
+        (5000, "probe: max_tokens exceeds the model's context of 4096, got 5000"),
+    ],
+)
+def test_a_pack_that_cannot_be_probed_is_said(tokens: int, message: str) -> None:
+    step = Step(config=AutoConfig.for_model("llama", **TINY))
+    with pytest.raises(ValueError, match=message):
+        probe(step, tokens, Triples(1, 1.0, 40, 70), CPU)
+
+
+@pytest.mark.parametrize("method", ["lora", QLORA])
+def test_random_weights_are_those_of_the_method(method: Any) -> None:
+    config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=1))
+    model: Any = random_model(config, Method(method=method), torch.bfloat16, CPU)
+    fresh = AutoModelForCausalLM.from_config(config)
+    for (name, buffer), (_, drawn) in zip(
+        fresh.named_buffers(), model.named_buffers(), strict=True
+    ):
+        assert torch.equal(buffer, drawn), name
+    assert float(model.lm_head.weight.std()) == pytest.approx(config.initializer_range, rel=0.1)
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.weight.dtype == torch.uint8) == (method == "qlora")
+    adapted: Any = adapt(model, Method(method=method))
+    planned = StepMemory(Step(config=config, method=Method(method=method))).peak(128)["weights"]
+    held = {p.untyped_storage().data_ptr(): p.nbytes for p in adapted.parameters()}
+    assert sum(held.values()) == pytest.approx(planned, rel=0.05)
+
+
+def test_a_plan_is_probed_when_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("derta.cli.plan.describe", lambda *_: "the plan")
+    AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: b\nprobe: true\n", encoding="utf-8")  # of the training run
+    arguments = ["--model", str(tmp_path / "config.json"), "--gpu", "8", "--max_tokens", "200"]
+    assert main(["plan", str(path), *arguments]) == 0
+    assert capsys.readouterr().out == "the plan\n"
+    assert main(["plan", str(path), *arguments, "--probe"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "the plan\nprobe: a pack of 199 tokens through random"
+    )
 
 
 @pytest.mark.parametrize(
