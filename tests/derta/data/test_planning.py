@@ -63,6 +63,25 @@ def test_the_plan_depends_on_the_seed_and_changes_every_epoch() -> None:
     assert plan.steps[:half] != plan.steps[half:]
 
 
+@given(**PLANS)
+def test_a_step_is_the_same_whenever_it_is_asked_for(lengths, **settings) -> None:
+    steps = plan_packs(lengths, **settings).steps
+    forwards = [steps[index] for index in range(len(steps))]
+    assert [steps[index] for index in reversed(range(len(steps)))] == forwards[::-1]
+    assert list(steps) == steps[:] == forwards and steps[-1] == forwards[-1]
+    with pytest.raises(IndexError):
+        steps[len(steps)]
+
+
+def test_a_million_examples_are_planned_at_once_and_packed_in_their_turn() -> None:
+    lengths = np.full(1_000_000, 100)
+    started = time.process_time()
+    plan = plan_packs(lengths, max_tokens=1024, examples_per_step=128, epochs=100, seed=0)
+    assert len(plan.steps) == 100 * math.ceil(1_000_000 / 128)
+    assert sum(map(len, plan.steps[500_000])) == 128
+    assert time.process_time() - started < 2
+
+
 def test_packs_are_nearly_full() -> None:
     lengths = np.random.default_rng(0).integers(50, 800, size=2_000).tolist()
     plan = plan_packs(lengths, max_tokens=4096, examples_per_step=128, epochs=1, seed=0)
