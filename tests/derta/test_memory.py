@@ -111,7 +111,8 @@ def test_what_is_held_is_counted_by_what_it_is_for() -> None:
         del view, other
         tracker.count([x], "kept")
         assert tracker.now.total() == tracker.now["kept"] == 400
-    assert tracker.peak == {"rest": 400, "products": 1400}
+    assert tracker.peaks["products"] == {"rest": 400, "products": 1400}
+    assert tracker.peaks["rest"] == {"rest": 400, "products": 400}
 
 
 def test_offloading_takes_all_checkpoints_but_two() -> None:
