@@ -115,7 +115,7 @@ class StepMemory:
         else:
             half, full = self._whole(far // 2, live), self._whole(far, live)
             peaks = _beyond(half, full, (tokens - far) / (far - far // 2))
-        peak = Counter(max(peaks.values(), key=Counter.total))
+        peak = Counter(max(peaks.values(), key=lambda peak: peak.total()))
         peak["optimizer"] = self._optimizer
         return peak
 
@@ -141,7 +141,7 @@ class StepMemory:
     def _run_models(self, tokens: int, live: float) -> Peaks:
         with self._mode:
             runs = [_run(self.step, model, tokens, live, self.loss) for model in self._models]
-        return _beyond(*runs, self.layers - 3) if len(runs) == 2 else runs[-1]
+        return runs[0] if len(runs) == 1 else _beyond(runs[0], runs[1], self.layers - 3)
 
 
 def _beyond(less: Peaks, more: Peaks, steps: float) -> Peaks:
