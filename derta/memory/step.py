@@ -115,7 +115,7 @@ class StepMemory:
         else:
             half, full = self._whole(far // 2, live), self._whole(far, live)
             peaks = _beyond(half, full, (tokens - far) / (far - far // 2))
-        peak = Counter(max(peaks.values(), key=lambda peak: peak.total()))
+        peak = max(peaks.values(), key=lambda one: one.total()).copy()
         peak["optimizer"] = self._optimizer
         return peak
 
