@@ -202,6 +202,7 @@ def plot(records: list[Record], path: Path) -> None:
         )
     axes.set(xlabel="GiB", ylabel="tokens of a harmful response", xscale="log", yscale="log")
     axes.set_xticks(MEMORIES_GIB, [str(memory) for memory in MEMORIES_GIB])
+    axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

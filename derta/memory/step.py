@@ -44,6 +44,7 @@ PARTS = {
     "derta::head_loss": "head",
     "derta::scale_gradients": "head",
 }
+Peaks = dict[str, Counter[str]]
 FAR = 16384
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and that scale's own
 
@@ -110,12 +111,13 @@ class StepMemory:
         """
         far = max(FAR, 8 * (self.step.mlp_tile or 0))
         if tokens <= far:
-            return self._whole(tokens, live)
-        half, full = self._whole(far // 2, live), self._whole(far, live)
-        beyond = (tokens - far) / (far - far // 2)
-        return Counter(
-            {part: full[part] + int(beyond * (full[part] - half[part])) for part in full}
-        )
+            peaks = self._whole(tokens, live)
+        else:
+            half, full = self._whole(far // 2, live), self._whole(far, live)
+            peaks = _beyond(half, full, (tokens - far) / (far - far // 2))
+        peak = max(peaks.values(), key=lambda one: one.total()).copy()
+        peak["optimizer"] = self._optimizer
+        return peak
 
     def loss(self, model: Any, tokens: int, offloading: AbstractContextManager[None]) -> Tensor:
         """What is run of a pack: the body, and our loss on its hidden states.
@@ -136,17 +138,23 @@ class StepMemory:
             num_items=1,
         )
 
-    def _run_models(self, tokens: int, live: float) -> Counter[str]:
+    def _run_models(self, tokens: int, live: float) -> Peaks:
         with self._mode:
-            peaks = [_run(self.step, model, tokens, live, self.loss) for model in self._models]
-        peak = peaks[-1]
-        if len(peaks) == 2:
-            more = self.layers - 3
-            peak = Counter(
-                {part: peak[part] + more * (peak[part] - peaks[0][part]) for part in peak}
-            )
-        peak["optimizer"] = self._optimizer
-        return peak
+            runs = [_run(self.step, model, tokens, live, self.loss) for model in self._models]
+        return runs[0] if len(runs) == 1 else _beyond(runs[0], runs[1], self.layers - 3)
+
+
+def _beyond(less: Peaks, more: Peaks, steps: float) -> Peaks:
+    """What comes so many steps, each as large as that from `less` to `more`, after the latter.
+
+    By what is running, each by itself: what is largest in the end need not be so from the start.
+    """
+    return {
+        running: Counter(
+            {part: peak[part] + int(steps * (peak[part] - less[running][part])) for part in peak}
+        )
+        for running, peak in more.items()
+    }
 
 
 def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
@@ -183,8 +191,8 @@ def _run(
     tokens: int,
     live: float,
     loss_of: Callable[[Any, int, AbstractContextManager[None]], Tensor],
-) -> Counter[str]:
-    """The peak of a pack that meets the gradients of a former one."""
+) -> Peaks:
+    """The peaks of a pack that meets the gradients of a former one, see `MemoryTracker`."""
     model: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
 
     def working(name: str, *args: Any) -> int:
@@ -217,7 +225,7 @@ def _run(
                 loss = loss_of(model, tokens, offloading)
             loss.backward()
             del loss
-    return tracker.peak
+    return tracker.peaks
 
 
 class _NoStream(contextlib.nullcontext[None]):

@@ -33,7 +33,8 @@ class MemoryTracker(TorchDispatchMode):
 
     Attributes:
         now: bytes by part.
-        peak: the same at the moment when their sum was largest.
+        peaks: for each part, the same at the moment when their sum was largest of all moments at
+            which an operation of that part ran.
     """
 
     def __init__(self, part: Callable[[str], str], working: Callable[..., int]) -> None:
@@ -41,7 +42,7 @@ class MemoryTracker(TorchDispatchMode):
         self.part = part
         self.working = working
         self.now: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
+        self.peaks: dict[str, Counter[str]] = {}
         self._counts = True
         self._known: weakref.WeakKeyDictionary[UntypedStorage, _Allocation] = (
             weakref.WeakKeyDictionary()
@@ -80,6 +81,6 @@ class MemoryTracker(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         self.count([x for x in made if x.untyped_storage() not in self._known], part)
         working = self.working(name, *args)
-        if self.now.total() + working > self.peak.total():
-            self.peak = self.now + Counter({part: working})
+        if part not in self.peaks or self.now.total() + working > self.peaks[part].total():
+            self.peaks[part] = self.now + Counter({part: working})
         return results

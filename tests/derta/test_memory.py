@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from derta.cli import main
 from derta.memory import Step, StepMemory
 from derta.memory.plan import GIB, Triples, describe, longest_pack, needed
 from derta.memory.probe import probe, random_model
+from derta.memory.step import FAR
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
 from derta.tiling import tile_mlp
@@ -111,7 +113,8 @@ def test_what_is_held_is_counted_by_what_it_is_for() -> None:
         del view, other
         tracker.count([x], "kept")
         assert tracker.now.total() == tracker.now["kept"] == 400
-    assert tracker.peak == {"rest": 400, "products": 1400}
+    assert tracker.peaks["products"] == {"rest": 400, "products": 1400}
+    assert tracker.peaks["rest"] == {"rest": 400, "products": 400}
 
 
 def test_offloading_takes_all_checkpoints_but_two() -> None:
@@ -146,6 +149,17 @@ def test_what_long_packs_take_follows_from_shorter_ones(monkeypatch: pytest.Monk
     followed = StepMemory(step).peak(40_000)
     monkeypatch.setattr("derta.memory.step.FAR", 10**6)
     assert followed.total() == pytest.approx(StepMemory(step).peak(40_000).total(), rel=1e-3)
+
+
+def test_what_is_largest_in_a_long_pack_need_not_be_so_in_a_short_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = {"head": Counter(head=100), "layers": Counter(layers=10)}
+    full = {"head": Counter(head=110), "layers": Counter(layers=60)}
+    memory = StepMemory(Step(config=AutoConfig.for_model("llama", **TINY), optim="sgd"))
+    monkeypatch.setattr(memory, "_whole", lambda tokens, _: full if tokens == FAR else half)
+    assert memory.peak(FAR) == Counter(head=110)
+    assert memory.peak(3 * FAR) == Counter(layers=60 + 4 * 50)
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
