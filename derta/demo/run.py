@@ -248,7 +248,10 @@ def _tune(name: str, stage: Stage) -> Tuned:
         tokens=tokens[-1],
         history=history,
         checkpoints=[
-            {"tokens": tokens[int(row["step"]) - 1], **{rate: row[f"eval_{rate}"] for rate in RATES}}
+            {
+                "tokens": tokens[int(row["step"]) - 1],
+                **{rate: row[f"eval_{rate}"] for rate in RATES},
+            }
             for row in history
             if "eval_asr" in row
         ],
