@@ -54,6 +54,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "outputs/demo/data/tuning-helpful.jsonl": dialogues,
         "outputs/demo/data/held-out-harmful.jsonl": triples,
         "outputs/demo/data/held-out-helpful.jsonl": dialogues,
+        "outputs/demo/data/held-out-borderline.jsonl": dialogues,
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -88,7 +89,7 @@ def test_commands_run(workplace: Path) -> None:
     # The examples' sizes are for a GPU; these make the same commands last seconds.
     small = {
         "derta train": "--max_steps 2 --save_strategy no --use_cpu true --lora_r 2",
-        "derta eval": "--max_new_tokens 8 --device cpu",
+        "derta eval --model": "--max_new_tokens 8 --device cpu",
     }
     assert len(commands()) >= 6
     for command in commands():
@@ -96,6 +97,7 @@ def test_commands_run(workplace: Path) -> None:
         done = subprocess.run(
             [sys.executable, "-m", *shlex.split(command), *shlex.split(extra)],
             capture_output=True,
+            stdin=subprocess.DEVNULL,
             text=True,
             env={"PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "2"},
         )
@@ -118,9 +120,13 @@ def demo_table() -> list[str]:
         attacks = entry["asr"]
         shares = [
             attacks["direct"],
-            *(attacks["prefill"][depth] for depth in ("4", "8", "16")),
+            attacks["prefill"]["4"],
+            attacks["prefill"]["16"],
             attacks["completion"],
+            attacks["template"],
+            attacks["template_prefill"]["4"],
             entry["over_refusal"]["benign"],
+            entry["over_refusal"]["borderline"],
             entry["helpful_accuracy"],
         ]
         rows.append(f"| {name} | " + " | ".join(f"{100 * share:.1f}" for share in shares) + " |")
