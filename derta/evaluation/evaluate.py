@@ -128,7 +128,10 @@ def evaluate_model(
         )
     written = iter(_answers(generator, chat, list(itertools.chain(*trials))))
     answers = [list(itertools.islice(written, len(made))) for made in trials]
-    verdicts = {name: _verdicts(judge, chosen, answers) for name, judge in settings.judges.items()}
+    verdicts = {
+        name: _verdicts(judge, chosen, answers, tokenizer)
+        for name, judge in settings.judges.items()
+    }
     main, *others = settings.judges
     return VariantResult(
         outcomes=tuple(
@@ -200,13 +203,16 @@ def _write(generator: Generator, trials: Sequence[Trial]) -> list[Written]:
 
 
 def _verdicts(
-    judge: Judge, chosen: Sequence[Scenario], answers: Sequence[Sequence[_Answer]]
+    judge: Judge,
+    chosen: Sequence[Scenario],
+    answers: Sequence[Sequence[_Answer]],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[Verdict]]:
     """For each scenario; those that take no judge are not shown to it."""
     exchanges = [
-        Exchange(trial.messages, written.text)
+        Exchange(answer.trial.messages, answer.written.text, _prefilled(answer, tokenizer))
         for scenario, made in zip(chosen, answers, strict=True)
-        for trial, written in made
+        for answer in made
         if scenario.is_judged
     ]
     verdicts = iter(judge(exchanges))
@@ -216,6 +222,15 @@ def _verdicts(
         )
         for scenario, made in zip(chosen, answers, strict=True)
     ]
+
+
+def _prefilled(answer: _Answer, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text before the answer, from the response as a whole: tokens alone may lose a space."""
+    trial, (text, ids) = answer.trial, (answer.written.text, answer.written.ids)
+    start = trial.prompt[len(trial.prompt) - trial.depth :]
+    whole = decode(tokenizer, [*start, *ids])
+    # A character of which either has a part is in neither text.
+    return whole.removesuffix(text) if whole.endswith(text) else decode(tokenizer, start)
 
 
 def _outcome(
@@ -260,7 +275,7 @@ def _sample(
         metric=scenario.metric,
         id=trial.id,
         request=trial.messages[-1]["content"],
-        prefilled=decode(tokenizer, trial.prompt[len(trial.prompt) - trial.depth :]),
+        prefilled=_prefilled(answer, tokenizer),
         answer=written.text,
         counted=scenario.counts(trial, written.text, verdict),
     )

@@ -127,6 +127,7 @@ def test_rows_that_even_out_the_shares_of_processes_count_once(write: Write) -> 
         "trials": 50,
         "left_out": 2,
         "empty": 0,
+        "undecided": 0,
     }
     assert notes == ["autodan: 2 of 52 rows repeat a request and are left out"]
     entry, notes = official_entry({"autodan": path}, KeywordJudge(), keep_repeats=True)
