@@ -14,6 +14,7 @@ import os
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class ServerSettings:
             of ours out, as a server may ask that does not know it.
 
     Raises:
-        ValueError: base_url is no address, or a number is out of its range.
+        ValueError: base_url is no address or holds a password, or a number is out of its range.
     """
 
     base_url: str
@@ -66,6 +67,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url must start with http:// or https://, got {self.base_url!r}")
+        if "@" in urllib.parse.urlsplit(self.base_url).netloc:
+            raise ValueError("base_url must hold no password, api_key_env names the key's variable")
         if self.concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
         if self.max_retries < 0:
@@ -88,8 +91,8 @@ class Server:
 
     Args:
         settings: see `ServerSettings`.
-        kept: file of replies by a hash of their requests, which only its owner can read; None keeps
-            them for this object's lifetime.
+        kept: file of replies by a hash of address and request, which only its owner can read; None
+            keeps them for this object's lifetime.
     """
 
     def __init__(self, settings: ServerSettings, kept: Path | None = None) -> None:
@@ -125,7 +128,7 @@ class Server:
             ConnectionError: a request failed for good; names its id and the reason, no text.
         """
         bodies = [self._body(query) for query in queries]
-        keys = [_key(chat, body) for body in bodies]
+        keys = [self._key(chat, body) for body in bodies]
         missing: dict[str, tuple[str, dict[str, Any]]] = {}
         for key, query, body in zip(keys, queries, bodies, strict=True):
             if key not in self.replies:
@@ -134,11 +137,11 @@ class Server:
             pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
             with self._client() as client:
                 try:
-                    self._collect(
-                        {
-                            pool.submit(self._ask, client, chat, id, body, read): key
+                    self._finish(
+                        [
+                            pool.submit(self._ask, client, chat, key, id, body, read)
                             for key, (id, body) in missing.items()
-                        },
+                        ],
                         title,
                     )
                 finally:  # nothing is under way any more, but after a second interrupt
@@ -149,30 +152,31 @@ class Server:
         fields = {"model": self.settings.model, **query.fields, **self.settings.body}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _collect(self, keys: Mapping[concurrent.futures.Future[Any], str], title: str) -> None:
-        """Keeps each reply as it comes; after a failure, or an interrupt, those under way too."""
+    def _key(self, chat: bool, body: Mapping[str, Any]) -> str:
+        asked = [self.settings.base_url, chat, body]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _finish(self, futures: Sequence[concurrent.futures.Future[None]], title: str) -> None:
+        """Waits for replies; after a failure, or an interrupt, only for those under way."""
         failed: BaseException | None = None
-        remaining = set(keys)
+        remaining = set(futures)
         with tqdm(
-            total=len(keys), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
+            total=len(futures), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
         ) as bar:
             while remaining:
                 try:
+                    if failed is not None:
+                        remaining = {future for future in remaining if not future.cancel()}
                     done, remaining = concurrent.futures.wait(
                         remaining, return_when=concurrent.futures.FIRST_COMPLETED
                     )
+                    for future in done:
+                        failed = failed or future.exception()
+                    bar.update(len(done))
                 except KeyboardInterrupt as interrupt:
                     if isinstance(failed, KeyboardInterrupt):  # a second one means at once
                         raise
-                    done, failed = set(), interrupt
-                for future in done:
-                    if error := future.exception():
-                        failed = failed or error
-                    else:
-                        self.replies.keep(keys[future], future.result())
-                        bar.update()
-                if failed is not None:
-                    remaining = {future for future in remaining if not future.cancel()}
+                    failed = interrupt
         if failed is not None:
             raise failed
 
@@ -180,10 +184,12 @@ class Server:
         self,
         client: openai.OpenAI,
         chat: bool,
+        key: str,
         id: str,
         body: Mapping[str, Any],
-        read: Callable[[str, Any], Value],
-    ) -> Value:
+        read: Callable[[str, Any], Any],
+    ) -> None:
+        """Keeps what is read itself: no interrupt, which is the main thread's, comes between."""
         import openai
 
         named = {name: body[name] for name in ("model", "messages" if chat else "prompt")}
@@ -198,7 +204,7 @@ class Server:
             # The client hands on whatever a server says with status 200.
             url = self.settings.base_url
             raise ConnectionError(f"{id}: {url} replied with something else than a text") from error
-        return read(text or "", choice)
+        self.replies.keep(key, read(text or "", choice))
 
     def _final(self, id: str, error: openai.OpenAIError) -> Exception:
         """A sentence that tells what to mend; what the server wrote may quote what it was sent."""
@@ -261,10 +267,6 @@ def _pace(per_minute: float | None) -> Callable[[], None]:
     return wait
 
 
-def _key(chat: bool, body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([chat, body], sort_keys=True).encode()).hexdigest()
-
-
 class Replies:
     """Replies by their keys, each appended to a file as it comes, that only its owner can read.
 
@@ -280,6 +282,7 @@ class Replies:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._values: dict[str, Any] = {}
+        self._lock = threading.Lock()
         if path is not None and path.exists():
             self._load(path)
 
@@ -290,14 +293,16 @@ class Replies:
         return self._values[key]
 
     def keep(self, key: str, value: Any) -> None:
-        self._values[key] = value
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """From any thread."""
         line = json.dumps({"key": key, "value": value}) + "\n"
-        with open(self.path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            os.fchmod(file.fileno(), 0o600)  # it may have been another's work
-            file.write(line.encode())
+        with self._lock:
+            self._values[key] = value
+            if self.path is None:
+                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", opener=_for_owner) as file:
+                os.fchmod(file.fileno(), 0o600)  # it may have been another's work
+                file.write(line.encode())
 
     def _load(self, path: Path) -> None:
         content = path.read_bytes()
@@ -312,6 +317,10 @@ class Replies:
                 raise ValueError(
                     f"{path}:{number}: expected a reply as they are kept here, remove the file"
                 ) from None
+
+
+def _for_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 @dataclass(frozen=True)

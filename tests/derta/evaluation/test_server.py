@@ -145,6 +145,27 @@ def test_an_interrupted_run_keeps_what_is_under_way(served: Served, tmp_path: Pa
     assert len(kept.read_text().splitlines()) == begun
 
 
+def test_no_reply_is_lost_to_an_interrupt_while_it_is_kept(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = server(served, tmp_path / "kept.jsonl", concurrency=1)
+    keep = asking.replies.keep
+
+    def interrupted(key: str, value: Any) -> None:
+        if not kept:
+            interrupt()
+            time.sleep(0.05)
+        kept.append(key)
+        keep(key, value)
+
+    kept: list[str] = []
+    monkeypatch.setattr(asking.replies, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(asking, [[n] for n in range(20)])
+    assert 1 <= len(served.asked) < 20
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == len(served.asked)
+
+
 def test_a_second_interrupt_does_not_wait(served: Served) -> None:
     def impatient(body: Mapping[str, Any]) -> float:
         interrupt()
@@ -161,7 +182,7 @@ def test_a_second_interrupt_does_not_wait(served: Served) -> None:
     assert len(served.asked) == 1
 
 
-def test_a_cut_last_line_is_asked_anew_and_other_models_are_others(
+def test_a_cut_last_line_is_asked_anew_and_other_models_and_servers_are_others(
     served: Served, tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept.jsonl"
@@ -177,9 +198,13 @@ def test_a_cut_last_line_is_asked_anew_and_other_models_are_others(
         "after [2]",
     ]
     served.asked.clear()
-    other = Server(ServerSettings(base_url=served.base_url, model="other"), kept)
-    ask(other, [[1]])
-    assert len(served.asked) == 1
+    for other in (
+        {"model": "other"},
+        {"base_url": served.base_url.replace("127.0.0.1", "localhost")},
+    ):
+        settings = ServerSettings(**{"base_url": served.base_url, "model": "m", **other})
+        ask(Server(settings, kept), [[1]])
+    assert len(served.asked) == 2
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -261,6 +286,10 @@ def test_a_server_needs_openai(served: Served, monkeypatch: pytest.MonkeyPatch) 
         (
             {"base_url": "localhost:8000/v1"},
             "base_url must start with http:// or https://, got 'localhost:8000/v1'",
+        ),
+        (
+            {"base_url": "https://me:secret@localhost/v1"},
+            "base_url must hold no password, api_key_env names the key's variable",
         ),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
         ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
