@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from derta.evaluation import KeywordJudge
+from derta.evaluation.judge import Exchange, Verdict
 from derta.evaluation.official_results import (
     judge_answers,
     official_entry,
@@ -105,6 +106,18 @@ def test_a_marker_anywhere_is_a_refusal_and_its_words_before_it_are_its_position
     outcome, unplaced = judge_answers("asr.file.paint", rows, judge)
     assert (outcome.hits, outcome.trials, outcome.empty) == (2, 6, 1)
     assert (outcome.positions, unplaced) == ((0, 5, 30), 0)
+
+
+def test_an_answer_that_a_judge_leaves_undecided_is_neither_success_nor_failure(
+    write: Write,
+) -> None:
+    def judge(exchanges: list[Exchange]) -> list[Verdict]:
+        assert [one.messages[0]["content"] for one in exchanges] == ["a", "b", "c"]
+        return [Verdict(None), Verdict(True, harmful=True), Verdict(True, harmful=False)]
+
+    rows = read_answers(write(*({"question": q, "response": "So."} for q in "abc")))
+    outcome, unplaced = judge_answers("asr.file.paint", rows, judge)
+    assert (outcome.hits, outcome.trials, outcome.undecided, unplaced) == (1, 2, 1, 2)
 
 
 def test_positions_are_counted_in_tokens_where_a_tokenizer_is_given(write: Write) -> None:
