@@ -14,13 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
 from derta.data.records import Request, naming
-from derta.evaluation.answers import ModelGenerator
-from derta.evaluation.generate import decode
+from derta.evaluation.generate import Generator, ModelGenerator, Written, decode
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from derta.evaluation.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
-from derta.evaluation.server import Generator, Written
 from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
 from derta.modeling import context_length
 
@@ -78,6 +76,22 @@ class EvaluationSettings:
                 raise ValueError(f"{name} must be at least {limit}, got {getattr(self, name)}")
 
 
+def refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings) -> None:
+    """Makes sure that a model behind a server, of which there are answers alone, is enough.
+
+    Raises:
+        ValueError: curves, perplexity or tasks of lm-eval are asked for.
+    """
+    asked = {
+        "curve": settings.curve and any(request.response for request in data.harmful),
+        "helpful: perplexity": settings.helpful == "perplexity",
+        "lm_eval": bool(settings.lm_eval),
+    }
+    for key, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(f"{key} takes a model on this machine, got one behind a server")
+
+
 def evaluate_model(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,7 +130,7 @@ def evaluate_model(
     curves: list[tuple[np.ndarray, ...]] = [(), (), ()]
     nll, lm_figures = (0.0, 0), {}
     if model is None:
-        _refuse_what_takes_a_model(data, settings)
+        refuse_what_takes_a_model(data, settings)
     else:
         curves = _curves(model, chat, data, settings)
         nll = _perplexity(model, tokenizer, data, settings)
@@ -164,17 +178,6 @@ def evaluate_model(
 class _Answer(NamedTuple):
     trial: Trial
     written: Written
-
-
-def _refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings) -> None:
-    asked = {
-        "curve": settings.curve and any(request.response for request in data.harmful),
-        "helpful: perplexity": settings.helpful == "perplexity",
-        "lm_eval": bool(settings.lm_eval),
-    }
-    for key, is_asked in asked.items():
-        if is_asked:
-            raise ValueError(f"{key} takes a model on this machine, got one behind a server")
 
 
 def _trials(scenario: Scenario, chat: Chat) -> list[Trial]:

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from derta.data import Chat
-from derta.evaluation.generate import SHOWN_AFTER_S
+from derta.evaluation.generate import SHOWN_AFTER_S, Written
+from derta.evaluation.replies import Replies
 
 if TYPE_CHECKING:
     import openai
@@ -135,15 +136,18 @@ class Server:
                 missing.setdefault(key, (query.id, body))
         if missing:
             pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
-            with self._client() as client:
+            with (
+                self._client() as client,
+                tqdm(
+                    total=len(missing), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
+                ) as bar,
+            ):
                 try:
-                    self._finish(
-                        [
-                            pool.submit(self._ask, client, chat, key, id, body, read)
-                            for key, (id, body) in missing.items()
-                        ],
-                        title,
-                    )
+                    futures = {
+                        pool.submit(self._ask, client, chat, key, id, body, read)
+                        for key, (id, body) in missing.items()
+                    }
+                    self._finish(futures, bar)
                 finally:  # nothing is under way any more, but after a second interrupt
                     pool.shutdown(wait=False, cancel_futures=True)
         return [self.replies[key] for key in keys]
@@ -156,27 +160,23 @@ class Server:
         asked = [self.settings.base_url, chat, body]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def _finish(self, futures: Sequence[concurrent.futures.Future[None]], title: str) -> None:
+    def _finish(self, remaining: set[concurrent.futures.Future[None]], bar: tqdm) -> None:
         """Waits for replies; after a failure, or an interrupt, only for those under way."""
         failed: BaseException | None = None
-        remaining = set(futures)
-        with tqdm(
-            total=len(futures), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
-        ) as bar:
-            while remaining:
-                try:
-                    if failed is not None:
-                        remaining = {future for future in remaining if not future.cancel()}
-                    done, remaining = concurrent.futures.wait(
-                        remaining, return_when=concurrent.futures.FIRST_COMPLETED
-                    )
-                    for future in done:
-                        failed = failed or future.exception()
-                    bar.update(len(done))
-                except KeyboardInterrupt as interrupt:
-                    if isinstance(failed, KeyboardInterrupt):  # a second one means at once
-                        raise
-                    failed = interrupt
+        while remaining:
+            try:
+                if failed is not None:
+                    remaining = {future for future in remaining if not future.cancel()}
+                done, remaining = concurrent.futures.wait(
+                    remaining, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    failed = failed or future.exception()
+                bar.update(len(done))
+            except KeyboardInterrupt as interrupt:
+                if isinstance(failed, KeyboardInterrupt):  # a second one means at once
+                    raise
+                failed = interrupt
         if failed is not None:
             raise failed
 
@@ -267,83 +267,6 @@ def _pace(per_minute: float | None) -> Callable[[], None]:
     return wait
 
 
-class Replies:
-    """Replies by their keys, each appended to a file as it comes, that only its owner can read.
-
-    A last line that was cut short, as by a crash, is written anew.
-
-    Args:
-        path: of the file, made with its folder when there is something to keep; None: no file.
-
-    Raises:
-        ValueError: another line of it is not a reply; names file and line.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self._values: dict[str, Any] = {}
-        self._lock = threading.Lock()
-        if path is not None and path.exists():
-            self._load(path)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def keep(self, key: str, value: Any) -> None:
-        """From any thread."""
-        line = json.dumps({"key": key, "value": value}) + "\n"
-        with self._lock:
-            self._values[key] = value
-            if self.path is None:
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", opener=_for_owner) as file:
-                os.fchmod(file.fileno(), 0o600)  # it may have been another's work
-                file.write(line.encode())
-
-    def _load(self, path: Path) -> None:
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                self._values[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}:{number}: expected a reply as they are kept here, remove the file"
-                ) from None
-
-
-def _for_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a model wrote after a prompt.
-
-    Attributes:
-        text: without special tokens.
-        ids: its tokens, without the one that ended it.
-    """
-
-    text: str
-    ids: list[int]
-
-
-class Generator(Protocol):
-    """Writes greedily after many prompts at once: a model on this machine, or a server's."""
-
-    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
-        """What is written after each prompt of token ids, in order; `ids` name them in errors."""
-        ...
-
-
 class ServerGenerator:
     """Greedy answers of any OpenAI-compatible server that takes prompts of token ids, as vLLM does.
 
@@ -371,7 +294,7 @@ class ServerGenerator:
         self._ends = self.stop_ids | set(self.tokenizer.all_special_ids)
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
-        """See `Generator`.
+        """See `derta.evaluation.generate.Generator`.
 
         Raises:
             ValueError: a prompt is empty, or does not fit the model's context together with its
