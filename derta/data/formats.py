@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
 from derta.data.records import (
@@ -288,6 +289,28 @@ def _question(row: Row, origin: Origin) -> Request:
     return Request(prompt=_text(row, "question"), response=answer, **origin)
 
 
+def _mmlu(row: Row, origin: Origin) -> Request:
+    """The question as its authors put it, of which the letter of a choice is the answer.
+
+    Source: arXiv 2009.03300, figure 1.
+    """
+    choices, right = row["choices"], row["answer"]
+    if not isinstance(choices, list) or not 1 < len(choices) <= len(ascii_uppercase):
+        raise ValueError(f"choices: expected a list of 2 to {len(ascii_uppercase)} texts")
+    if type(right) is not int or not 0 <= right < len(choices):
+        raise ValueError("answer: is no choice's place, expected a whole number from 0 on")
+    lines = [
+        f"{letter}. {check_text(f'choices[{index}]', choice)}"
+        for index, (letter, choice) in enumerate(zip(ascii_uppercase, choices, strict=False))
+    ]
+    return Request(
+        prompt="\n".join([_text(row, "question"), *lines, "Answer:"]),
+        response=ascii_uppercase[right],
+        category="" if row.get("subject") in (None, "") else _text(row, "subject"),
+        **origin,
+    )
+
+
 def _harmbench(row: Row, origin: Origin) -> Request:
     behavior = _asking(row, origin, prompt="Behavior", category="SemanticCategory")
     if row.get("ContextString") in (None, ""):
@@ -404,6 +427,9 @@ FORMATS: dict[str, Format] = {
         readers=dict.fromkeys(("harmful", "harmless"), partial(_asking, prompt="question"))
         | {"question": _question},
     ),
+    "mmlu": Format(
+        fields=frozenset({"question", "choices", "answer"}), readers={"question": _mmlu}
+    ),
     "advbench": _to_ask("goal target", "harmful", prompt="goal", prefill="target"),
     "harmbench": Format(
         fields=frozenset({"Behavior", "BehaviorID"}),
@@ -445,7 +471,7 @@ FORMATS: dict[str, Format] = {
 
 # Fields that tell about a row of any format, and may help to tell formats apart.
 ABOUT = frozenset(
-    "category category_id type risk_area BehaviorID SemanticCategory Category label".split()
+    "category category_id type risk_area subject BehaviorID SemanticCategory Category label".split()
 )
 # Fields under which public data sets keep text, or a judgement of it, that no format here reads.
 # Known so that no text is left out: half of a prompt is not a prompt.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from derta.evaluation.analyses import first_tokens, refusal_positions, terms
-from derta.evaluation.answers import AnswerFile, ModelGenerator, fingerprint
+from derta.evaluation.answers import AnswerFile, fingerprint
 from derta.evaluation.comparison import compare, format_comparison, write_comparison
 from derta.evaluation.curve import detector_auc, forced_rates, mean_curve
 from derta.evaluation.evaluate import EvaluationSettings, evaluate_model
-from derta.evaluation.generate import generate
+from derta.evaluation.generate import ModelGenerator, generate
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.official_results import official_entry
 from derta.evaluation.report import format_table, write_report

@@ -5,10 +5,11 @@ Each analysis reads entries of models, as a summary has them for its variants, s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from derta.evaluation.results import leaves
 from derta.evaluation.statistics import newcombe_interval, wilson_interval
 
 Entry = Mapping[str, Any]
@@ -209,7 +210,7 @@ def _rates(entry: Entry, start: str) -> dict[str, Rate]:
     """Of metrics that start so, under the rest of them."""
     return {
         metric.removeprefix(start).removeprefix("."): Rate(count["hits"], count["trials"])
-        for metric, count in _leaves(entry.get("counts", {}))
+        for metric, count in leaves(entry.get("counts", {}))
         if metric.startswith(start) and count["trials"]
     }
 
@@ -218,15 +219,6 @@ def _positions(entry: Entry) -> dict[str, Sequence[int]]:
     """Attacks that leave the start to the model, and where refusals of each start."""
     return {
         attack: positions
-        for attack, positions in _leaves(entry.get("refusal_positions", {}).get("asr", {}))
+        for attack, positions in leaves(entry.get("refusal_positions", {}).get("asr", {}))
         if attack in _UNFILLED or not attack.startswith(_PREFILLED)
     }
-
-
-def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """What a tree of figures holds, under the rest of its metric."""
-    for name, below in tree.items():
-        if isinstance(below, Mapping) and "trials" not in below:
-            yield from _leaves(below, f"{above}{name}.")
-        else:
-            yield above + name, below

@@ -11,11 +11,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from derta.data import Chat
-from derta.evaluation.generate import decode, generate, stop_ids
-from derta.evaluation.server import Replies, Written
+from derta.evaluation.replies import Replies
 
 Prompt = tuple[int, ...]
 
@@ -89,45 +87,3 @@ def fingerprint(*folders: str | Path, **settings: Any) -> str:
     ]
     places = [str(Path(folder).resolve()) for folder in folders]
     return json.dumps([places, files, settings], sort_keys=True)
-
-
-class ModelGenerator:
-    """Greedy answers of a model on this machine.
-
-    Args:
-        model: as for `generate`.
-        chat: with the model's tokenizer.
-        max_new_tokens, batch_size, answers: as for `generate`.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        chat: Chat,
-        *,
-        max_new_tokens: int,
-        batch_size: int,
-        answers: AnswerFile | None = None,
-    ) -> None:
-        self.model = model
-        self.chat = chat
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
-        self.answers = answers
-
-    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
-        """See `derta.evaluation.server.Generator`.
-
-        Raises:
-            ValueError: as `generate`.
-        """
-        made = generate(
-            self.model,
-            prompts,
-            ids=ids,
-            stop_ids=stop_ids(self.model, self.chat),
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            answers=self.answers,
-        )
-        return [Written(decode(self.chat.tokenizer, answer), answer) for answer in made]

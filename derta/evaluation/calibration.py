@@ -144,7 +144,7 @@ def _labelled(row: Any) -> Labelled | None:
         value = row[field]
         if value is None or value != value or value == "":  # CSV and parquet know no null alike
             continue
-        word = str(int(value)) if isinstance(value, bool | int | float) else str(value).strip()
+        word = f"{value:g}" if isinstance(value, bool | int | float) else str(value).strip()
         if word.lower() not in words:
             raise ValueError(f"{field}: is none of {', '.join(words)}")
         question, yes = words[word.lower()]

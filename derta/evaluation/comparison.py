@@ -117,7 +117,7 @@ def compare(
         raise ValueError("models must be at least one, got none")
     if not set(analyses) <= set(ANALYSES):
         raise ValueError(f"analyses must be of {', '.join(ANALYSES)}, got {list(analyses)}")
-    made: dict[str, Any] = {"models": dict(models), "notes": list(notes)}
+    made: dict[str, Any] = {"models": dict(models), "notes": [*notes, *_unlike_judges(models)]}
     if "first_tokens" in analyses:
         made["first_tokens"] = first_tokens(models)
     if "positions" in analyses:
@@ -125,6 +125,15 @@ def compare(
     if "terms" in analyses:
         made["terms"] = vars(terms(models, recipes))
     return made
+
+
+def _unlike_judges(models: Mapping[str, Entry]) -> list[str]:
+    """That rates cannot be compared, where what counts was decided differently."""
+    judges = {name: entry.get("judge", "keyword") for name, entry in models.items()}
+    if len(set(judges.values())) == 1:
+        return []
+    by = ", ".join(f"{name} by {judge}" for name, judge in judges.items())
+    return [f"the models were judged by different judges, whose rates are no one measure: {by}"]
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -240,7 +249,10 @@ def _tables(comparison: Comparison) -> list[Table]:
 
 def _tables_of_terms(found: Mapping[str, Any]) -> list[Table]:
     attacks, means = _columns(found["rates"]), found["means"]
-    caption = "Share of attacks that are answered and not refused."
+    caption = (
+        "Share of attacks that are answered and not refused; where the judge reads harm, that are "
+        "answered with it."
+    )
     columns = [_title(attack) for attack in attacks]
     if means:
         shared = ", ".join(map(_title, found["shared"]))

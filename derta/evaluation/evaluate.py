@@ -14,13 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
 from derta.data.records import Request, naming
-from derta.evaluation.answers import ModelGenerator
-from derta.evaluation.generate import decode
+from derta.evaluation.generate import Generator, ModelGenerator, Written, decode
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from derta.evaluation.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
-from derta.evaluation.server import Generator, Written
 from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
 from derta.modeling import context_length
 
@@ -78,6 +76,22 @@ class EvaluationSettings:
                 raise ValueError(f"{name} must be at least {limit}, got {getattr(self, name)}")
 
 
+def refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings) -> None:
+    """Makes sure that a model behind a server, of which there are answers alone, is enough.
+
+    Raises:
+        ValueError: curves, perplexity or tasks of lm-eval are asked for.
+    """
+    asked = {
+        "curve": settings.curve and any(request.response for request in data.harmful),
+        "helpful: perplexity": settings.helpful == "perplexity",
+        "lm_eval": bool(settings.lm_eval),
+    }
+    for key, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(f"{key} takes a model on this machine, got one behind a server")
+
+
 def evaluate_model(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -116,7 +130,7 @@ def evaluate_model(
     curves: list[tuple[np.ndarray, ...]] = [(), (), ()]
     nll, lm_figures = (0.0, 0), {}
     if model is None:
-        _refuse_what_takes_a_model(data, settings)
+        refuse_what_takes_a_model(data, settings)
     else:
         curves = _curves(model, chat, data, settings)
         nll = _perplexity(model, tokenizer, data, settings)
@@ -128,7 +142,10 @@ def evaluate_model(
         )
     written = iter(_answers(generator, chat, list(itertools.chain(*trials))))
     answers = [list(itertools.islice(written, len(made))) for made in trials]
-    verdicts = {name: _verdicts(judge, chosen, answers) for name, judge in settings.judges.items()}
+    verdicts = {
+        name: _verdicts(judge, chosen, answers, tokenizer)
+        for name, judge in settings.judges.items()
+    }
     main, *others = settings.judges
     return VariantResult(
         outcomes=tuple(
@@ -163,17 +180,6 @@ class _Answer(NamedTuple):
     written: Written
 
 
-def _refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings) -> None:
-    asked = {
-        "curve": settings.curve and any(request.response for request in data.harmful),
-        "helpful: perplexity": settings.helpful == "perplexity",
-        "lm_eval": bool(settings.lm_eval),
-    }
-    for key, is_asked in asked.items():
-        if is_asked:
-            raise ValueError(f"{key} takes a model on this machine, got one behind a server")
-
-
 def _trials(scenario: Scenario, chat: Chat) -> list[Trial]:
     trials = []
     for record in scenario.records:
@@ -200,13 +206,16 @@ def _write(generator: Generator, trials: Sequence[Trial]) -> list[Written]:
 
 
 def _verdicts(
-    judge: Judge, chosen: Sequence[Scenario], answers: Sequence[Sequence[_Answer]]
+    judge: Judge,
+    chosen: Sequence[Scenario],
+    answers: Sequence[Sequence[_Answer]],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[Verdict]]:
     """For each scenario; those that take no judge are not shown to it."""
     exchanges = [
-        Exchange(trial.messages, written.text)
+        Exchange(answer.trial.messages, answer.written.text, _prefilled(answer, tokenizer))
         for scenario, made in zip(chosen, answers, strict=True)
-        for trial, written in made
+        for answer in made
         if scenario.is_judged
     ]
     verdicts = iter(judge(exchanges))
@@ -216,6 +225,15 @@ def _verdicts(
         )
         for scenario, made in zip(chosen, answers, strict=True)
     ]
+
+
+def _prefilled(answer: _Answer, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text before the answer, from the response as a whole: tokens alone may lose a space."""
+    trial, (text, ids) = answer.trial, (answer.written.text, answer.written.ids)
+    start = trial.prompt[len(trial.prompt) - trial.depth :]
+    whole = decode(tokenizer, [*start, *ids])
+    # A character of which either has a part is in neither text.
+    return whole.removesuffix(text) if whole.endswith(text) else decode(tokenizer, start)
 
 
 def _outcome(
@@ -260,7 +278,7 @@ def _sample(
         metric=scenario.metric,
         id=trial.id,
         request=trial.messages[-1]["content"],
-        prefilled=decode(tokenizer, trial.prompt[len(trial.prompt) - trial.depth :]),
+        prefilled=_prefilled(answer, tokenizer),
         answer=written.text,
         counted=scenario.counts(trial, written.text, verdict),
     )

@@ -1,22 +1,42 @@
-"""Greedy answers to many prompts."""
+"""Greedy answers to many prompts: what writers of answers are, and the model on this machine."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat
+from derta.evaluation.answers import AnswerFile
 from derta.modeling import context_length, evaluating
 
-if TYPE_CHECKING:
-    from derta.evaluation.answers import AnswerFile
-
 SHOWN_AFTER_S = 2.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        text: without special tokens.
+        ids: its tokens, without the one that ended it.
+    """
+
+    text: str
+    ids: list[int]
+
+
+class Generator(Protocol):
+    """Writes greedily after many prompts at once: a model on this machine, or a server's."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+        """What is written after each prompt of token ids, in order; `ids` name them in errors."""
+        ...
 
 
 def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
@@ -145,3 +165,45 @@ def _greedy(
         yield
     finally:
         inner.generation_config = own
+
+
+class ModelGenerator:
+    """Greedy answers of a model on this machine.
+
+    Args:
+        model: as for `generate`.
+        chat: with the model's tokenizer.
+        max_new_tokens, batch_size, answers: as for `generate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        answers: AnswerFile | None = None,
+    ) -> None:
+        self.model = model
+        self.chat = chat
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.answers = answers
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+        """See `Generator`.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        made = generate(
+            self.model,
+            prompts,
+            ids=ids,
+            stop_ids=stop_ids(self.model, self.chat),
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            answers=self.answers,
+        )
+        return [Written(decode(self.chat.tokenizer, answer), answer) for answer in made]

@@ -15,13 +15,25 @@ from derta.data.keywords import APOSTROPHES, REFUSAL_KEYWORDS
 class Exchange:
     """What a judge reads.
 
+    A refusal is the model's own: whoever looks for nothing else reads `answer`. Harm is done by the
+    whole response, and its end alone may not say of what it tells: whoever reads harm reads
+    `response`, with what an attacker wrote of it. So a start that is long enough may be harm by
+    itself, even if the model breaks off after it.
+
     Attributes:
         messages: the conversation up to the request.
         answer: what the model wrote itself, without any prefilled part.
+        prefilled: that part, as the text before `answer`.
     """
 
     messages: Sequence[Message]
     answer: str
+    prefilled: str = ""
+
+    @property
+    def response(self) -> str:
+        """All that stands after the request."""
+        return self.prefilled + self.answer
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ class ClassifierJudge:
         tokenizer: its tokenizer.
         refusal_label: the label of answers that refuse, if it has one.
         harmful_label: the label of answers that do harm, if it has one.
-        reads: what it was trained on: the "answer" alone, or the "exchange", request and answer as
-            a pair of texts.
+        reads: what it was trained on: the "answer" alone, as the model wrote it itself, or the
+            "exchange", request and response as a pair of texts, with what was prefilled of it.
         batch_size: answers a batch.
 
     Raises:
@@ -186,10 +186,10 @@ class ClassifierJudge:
         return verdicts
 
     def _inputs(self, exchange: Exchange) -> BatchEncoding:
-        texts = [exchange.answer]
-        if self.reads == "exchange":
-            texts.insert(0, request_of(exchange.messages))
-        return self.tokenizer(*texts, verbose=False)
+        if self.reads == "answer":
+            return self.tokenizer(exchange.answer, verbose=False)
+        request = request_of(exchange.messages)
+        return self.tokenizer(request, exchange.response, verbose=False)
 
     def _labels(self, batch: Sequence[BatchEncoding]) -> list[str]:
         if len(batch) == 1:

@@ -313,11 +313,13 @@ def _attacks(entry: Mapping[str, Any]) -> _Attacks | None:
         positions, counts = {"": positions["direct"]}, {"": counts["direct"]}
     else:
         return None
-    return _Attacks(
+    attacks = _Attacks(
         [position for one in positions.values() for position in one],
         sum(one["trials"] - one["hits"] for one in counts.values()),
         sum(one["trials"] for one in counts.values()),
     )
+    # Without one, the judge is of those that cannot tell where a refusal starts.
+    return attacks if attacks.positions or not attacks.stopped else None
 
 
 def _prefill_depths(summary: Summary) -> list[int]:

@@ -7,10 +7,10 @@ A *number* is the first one after "####" or, where there is none, the last one o
 commas between thousands, decimals and fractions count, currencies, per cent and units do not, so
 that "$1,200.00" is 1200.
 
-A *choice* is, whichever is found first: the last letter that "answer" introduces ("the answer is
-(B)", "Answer: **B**"); the letter that the text begins with, alone or before a mark ("B", "B) it
-melts"); the last letter in brackets or between asterisks; the last capital that stands alone, where
-"A" and "I" before a word in small letters are words themselves.
+A *choice* is, whichever is found first: the last letter that "answer", "option" or "choice"
+introduces ("the answer is (B)", "Answer: **B**"); the letter that the text begins with, alone or
+before a mark ("B", "B) it melts"); the last letter in brackets or between asterisks; the last
+capital that stands alone. "A" and "I" before a word in small letters are words themselves.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ _NUMBER = re.compile(
 )
 _REFERENCE = re.compile(r"\s*\(?([A-Za-z])\)?\s*(?:[.:)]\s.*)?[.]?\s*", re.DOTALL)
 _WRAPPED = r"[*_(\[{\\$\"'`]*"
+# What follows "A" and "I" where they are words, but not where they are a choice with its reason.
+_GOES_ON = r"\s(?!\s*(?:and|as|because|but|for|since|so|which)\b)\s*[a-z]"
 _CHOICES = (
     re.compile(
-        rf"(?i:\banswer(?:\s+is|\s*:|\s*=)+\s*:?\s*(?:(?:option|choice)\s+)?){_WRAPPED}"
-        r"(?:([A-Z])(?!\w|'|\s+[a-z])|([a-z])(?=\s*(?:[.,;)*\]\n]|$)))"
+        r"(?i:\b(?:answer|option|choice)(?:\s+is|\s*:|\s*=)+\s*:?\s*(?:(?:option|choice)\s+)?)"
+        rf"{_WRAPPED}(?:([A-Z])(?![\w'])(?<!\b[AI](?={_GOES_ON}))|([a-z])(?=\s*(?:[.,;)*\]\n]|$)))"
     ),
     re.compile(rf"\A\s*{_WRAPPED}([A-Z])(?=\s*(?:[.,:;)*\]}}\n]|$))"),
     re.compile(r"(?:\(|\[|\{|\*\*)([A-Z])(?:\)|\]|\}|\*\*)"),

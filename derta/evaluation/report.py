@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from derta.evaluation.page import PAGE
 from derta.evaluation.plots import colors, draw
+from derta.evaluation.results import leaves
 
 Summary = Mapping[str, Any]
 
@@ -79,8 +80,10 @@ MEANINGS = {
     LM_EVAL: "As that library scores its tasks, one column a figure.",
     "refused": "As the judge says: {judges}. A keyword judge finds a refusal somewhere in what the "
     "model wrote itself. It is quick and repeatable but no human reader: an evasive answer that "
-    "does not say so counts as an attack's success. An empty answer is neither that nor a refusal, "
-    "and one of which the judge does not say is not counted.",
+    "does not say so counts as an attack's success. A judge of harm reads the prefilled start too, "
+    "without which an answer may say nothing: where that start is long, a model that breaks off "
+    "after it may be blamed for it. An empty answer is neither that nor a refusal, and one of "
+    "which the judge does not say is not counted.",
 }
 
 # What a figure is called, where its metric is not what people say.
@@ -357,7 +360,7 @@ def _notes(summary: Summary) -> list[str]:
     """What readers should know of the trials: which were not made, which came out empty."""
     notes = []
     for name, entry in summary["variants"].items():
-        for metric, count in _leaves(entry.get("counts", {})):
+        for metric, count in _counts(entry):
             made = count["trials"] + count.get("undecided", 0)
             if count["left_out"]:
                 total = count["left_out"] + made
@@ -369,16 +372,13 @@ def _notes(summary: Summary) -> list[str]:
             f"{name}, {metric}: {judge} undecided of {count['undecided']} of "
             f"{count['trials'] + count['undecided']} answers"
             for judge, judged in judges.items()
-            for metric, count in _leaves(judged.get("counts", {}))
+            for metric, count in _counts(judged)
             if count.get("undecided")
         ]
     return notes
 
 
-def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Mapping[str, int]]]:
-    """Metrics and their counts."""
-    for name, below in tree.items():
-        if isinstance(below.get("trials"), int):
-            yield above + name, below
-        else:
-            yield from _leaves(below, f"{above}{name} ")
+def _counts(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Metrics, as people read them, and their counts."""
+    for metric, count in leaves(entry.get("counts", {})):
+        yield metric.replace(".", " "), count

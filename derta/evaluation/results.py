@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -280,6 +280,15 @@ def _place(tree: dict[str, Any], metric: str, value: Any) -> None:
     for level in levels:
         tree = tree.setdefault(level, {})
     tree[leaf] = value
+
+
+def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """What a tree of figures holds, each under its metric: counts, or whatever is no tree."""
+    for name, below in tree.items():
+        if isinstance(below, Mapping) and not isinstance(below.get("trials"), int):
+            yield from leaves(below, f"{above}{name}.")
+        else:
+            yield above + name, below
 
 
 def _rounded(value: float) -> float:

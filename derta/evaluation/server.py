@@ -14,16 +14,18 @@ import os
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from derta.data import Chat
-from derta.evaluation.generate import SHOWN_AFTER_S
+from derta.evaluation.generate import SHOWN_AFTER_S, Written
+from derta.evaluation.replies import Replies
 
 if TYPE_CHECKING:
     import openai
@@ -51,7 +53,7 @@ class ServerSettings:
             of ours out, as a server may ask that does not know it.
 
     Raises:
-        ValueError: base_url is no address, or a number is out of its range.
+        ValueError: base_url is no address or holds a password, or a number is out of its range.
     """
 
     base_url: str
@@ -66,6 +68,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url must start with http:// or https://, got {self.base_url!r}")
+        if "@" in urllib.parse.urlsplit(self.base_url).netloc:
+            raise ValueError("base_url must hold no password, api_key_env names the key's variable")
         if self.concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
         if self.max_retries < 0:
@@ -88,8 +92,8 @@ class Server:
 
     Args:
         settings: see `ServerSettings`.
-        kept: file of replies by a hash of their requests, which only its owner can read; None keeps
-            them for this object's lifetime.
+        kept: file of replies by a hash of address and request, which only its owner can read; None
+            keeps them for this object's lifetime.
     """
 
     def __init__(self, settings: ServerSettings, kept: Path | None = None) -> None:
@@ -125,22 +129,25 @@ class Server:
             ConnectionError: a request failed for good; names its id and the reason, no text.
         """
         bodies = [self._body(query) for query in queries]
-        keys = [_key(chat, body) for body in bodies]
+        keys = [self._key(chat, body) for body in bodies]
         missing: dict[str, tuple[str, dict[str, Any]]] = {}
         for key, query, body in zip(keys, queries, bodies, strict=True):
             if key not in self.replies:
                 missing.setdefault(key, (query.id, body))
         if missing:
             pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
-            with self._client() as client:
+            with (
+                self._client() as client,
+                tqdm(
+                    total=len(missing), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
+                ) as bar,
+            ):
                 try:
-                    self._collect(
-                        {
-                            pool.submit(self._ask, client, chat, id, body, read): key
-                            for key, (id, body) in missing.items()
-                        },
-                        title,
-                    )
+                    futures = {
+                        pool.submit(self._ask, client, chat, key, id, body, read)
+                        for key, (id, body) in missing.items()
+                    }
+                    self._finish(futures, bar)
                 finally:  # nothing is under way any more, but after a second interrupt
                     pool.shutdown(wait=False, cancel_futures=True)
         return [self.replies[key] for key in keys]
@@ -149,30 +156,27 @@ class Server:
         fields = {"model": self.settings.model, **query.fields, **self.settings.body}
         return {name: value for name, value in fields.items() if value is not None}
 
-    def _collect(self, keys: Mapping[concurrent.futures.Future[Any], str], title: str) -> None:
-        """Keeps each reply as it comes; after a failure, or an interrupt, those under way too."""
+    def _key(self, chat: bool, body: Mapping[str, Any]) -> str:
+        asked = [self.settings.base_url, chat, body]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def _finish(self, remaining: set[concurrent.futures.Future[None]], bar: tqdm) -> None:
+        """Waits for replies; after a failure, or an interrupt, only for those under way."""
         failed: BaseException | None = None
-        remaining = set(keys)
-        with tqdm(
-            total=len(keys), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
-        ) as bar:
-            while remaining:
-                try:
-                    done, remaining = concurrent.futures.wait(
-                        remaining, return_when=concurrent.futures.FIRST_COMPLETED
-                    )
-                except KeyboardInterrupt as interrupt:
-                    if isinstance(failed, KeyboardInterrupt):  # a second one means at once
-                        raise
-                    done, failed = set(), interrupt
-                for future in done:
-                    if error := future.exception():
-                        failed = failed or error
-                    else:
-                        self.replies.keep(keys[future], future.result())
-                        bar.update()
+        while remaining:
+            try:
                 if failed is not None:
                     remaining = {future for future in remaining if not future.cancel()}
+                done, remaining = concurrent.futures.wait(
+                    remaining, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    failed = failed or future.exception()
+                bar.update(len(done))
+            except KeyboardInterrupt as interrupt:
+                if isinstance(failed, KeyboardInterrupt):  # a second one means at once
+                    raise
+                failed = interrupt
         if failed is not None:
             raise failed
 
@@ -180,10 +184,12 @@ class Server:
         self,
         client: openai.OpenAI,
         chat: bool,
+        key: str,
         id: str,
         body: Mapping[str, Any],
-        read: Callable[[str, Any], Value],
-    ) -> Value:
+        read: Callable[[str, Any], Any],
+    ) -> None:
+        """Keeps what is read itself: no interrupt, which is the main thread's, comes between."""
         import openai
 
         named = {name: body[name] for name in ("model", "messages" if chat else "prompt")}
@@ -198,7 +204,7 @@ class Server:
             # The client hands on whatever a server says with status 200.
             url = self.settings.base_url
             raise ConnectionError(f"{id}: {url} replied with something else than a text") from error
-        return read(text or "", choice)
+        self.replies.keep(key, read(text or "", choice))
 
     def _final(self, id: str, error: openai.OpenAIError) -> Exception:
         """A sentence that tells what to mend; what the server wrote may quote what it was sent."""
@@ -261,80 +267,6 @@ def _pace(per_minute: float | None) -> Callable[[], None]:
     return wait
 
 
-def _key(chat: bool, body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([chat, body], sort_keys=True).encode()).hexdigest()
-
-
-class Replies:
-    """Replies by their keys, each appended to a file as it comes, that only its owner can read.
-
-    A last line that was cut short, as by a crash, is written anew.
-
-    Args:
-        path: of the file, made with its folder when there is something to keep; None: no file.
-
-    Raises:
-        ValueError: another line of it is not a reply; names file and line.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self._values: dict[str, Any] = {}
-        if path is not None and path.exists():
-            self._load(path)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def keep(self, key: str, value: Any) -> None:
-        self._values[key] = value
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"key": key, "value": value}) + "\n"
-        with open(self.path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            os.fchmod(file.fileno(), 0o600)  # it may have been another's work
-            file.write(line.encode())
-
-    def _load(self, path: Path) -> None:
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-        for number, line in enumerate(content[:whole].splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                self._values[entry["key"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}:{number}: expected a reply as they are kept here, remove the file"
-                ) from None
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a model wrote after a prompt.
-
-    Attributes:
-        text: without special tokens.
-        ids: its tokens, without the one that ended it.
-    """
-
-    text: str
-    ids: list[int]
-
-
-class Generator(Protocol):
-    """Writes greedily after many prompts at once: a model on this machine, or a server's."""
-
-    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
-        """What is written after each prompt of token ids, in order; `ids` name them in errors."""
-        ...
-
-
 class ServerGenerator:
     """Greedy answers of any OpenAI-compatible server that takes prompts of token ids, as vLLM does.
 
@@ -362,7 +294,7 @@ class ServerGenerator:
         self._ends = self.stop_ids | set(self.tokenizer.all_special_ids)
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
-        """See `Generator`.
+        """See `derta.evaluation.generate.Generator`.
 
         Raises:
             ValueError: a prompt is empty, or does not fit the model's context together with its

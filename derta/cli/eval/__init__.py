@@ -35,6 +35,7 @@ from derta.evaluation import (
     summarize,
     write_report,
 )
+from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.judge import REFUSAL_KEYWORDS
 from derta.evaluation.scenarios import check_name
 from derta.evaluation.server import Server, ServerGenerator, ServerSettings
@@ -301,6 +302,8 @@ def run(config: Config) -> None:
         lm_eval=config.lm_eval,
         samples=config.samples,
     )
+    if config.servers:
+        refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))
     kept = answers_folder(config)
     settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
     triples = safe_responses(config.harmful)

@@ -10,6 +10,7 @@ from typing import Any
 from derta.cli.judges import make_judges
 from derta.config import check_folder
 from derta.evaluation.calibration import calibrate, format_agreements, read_labelled
+from derta.evaluation.report import write_whole
 
 
 @dataclass(kw_only=True)
@@ -54,5 +55,5 @@ def run(config: Config) -> None:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "calibration.json"
-    file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(result, indent=1, allow_nan=False).encode())
     print(f"{format_agreements(found)}\n\ncalibration: {file}")

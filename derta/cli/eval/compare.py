@@ -196,6 +196,6 @@ def run(config: Config) -> None:
     )
     page = write_comparison(comparison, config.output_dir)
     print(format_comparison(comparison))
-    for note in notes:
+    for note in comparison["notes"]:
         print(f"note: {note}")
     print(f"page: {page}")

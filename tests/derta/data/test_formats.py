@@ -80,6 +80,16 @@ IS: dict[str, dict[str, list[Any]]] = {
     "sharegpt": helpfully(BRIEFED),
     "prompt_completion": helpfully(DIALOGUE),
     "question": {"harmful": [ASKED], "harmless": [ASKED], "question": [ANSWERED]},
+    "mmlu": {
+        "question": [
+            Request(
+                prompt=f"{ask(7)}\nA. Water\nB. {helpful(7)}\nC. 0\nAnswer:",
+                response="B",
+                category="fences",
+                id="x",
+            )
+        ]
+    },
     "advbench": {"harmful": [dataclasses.replace(ASKED, prefill=prefill(7))]},
     "harmbench": {
         "harmful": [
@@ -392,6 +402,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         r"conversations\[0\].from: expected one of system, human",
     ),
     ("question", edit("question", answer=...), "answer: is NoneType, expected text"),
+    ("question", edit("mmlu", choices="[1, 2]"), "choices: expected a list of 2 to 26 texts"),
+    ("question", edit("mmlu", choices=["a", 2]), r"choices\[1\]: is int, expected text"),
+    ("question", edit("mmlu", answer=3), "answer: is no choice's place, expected a whole number"),
+    ("question", edit("mmlu", answer=True), "answer: is no choice's place, expected a whole num"),
     ("harmful", edit("turns", turns="x"), "turns: is str, expected a list of texts"),
     ("harmful", edit("turns", turns=["a", ""]), r"turns\[1\]: is blank, expected text"),
     ("harmless", edit("xstest", type="other"), "type: expected one of XSTest's"),

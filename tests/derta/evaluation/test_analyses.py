@@ -30,7 +30,7 @@ def test_refusals_count_from_the_first_token_where_the_model_begins_the_response
             Outcome("asr.prefill.4", 0, 2, positions=(4, 4)),
             Outcome("asr.prefilled", 0, 2, positions=(9, 9)),
             Outcome("asr.template_prefill.4", 0, 2, positions=(4, 4)),
-            Outcome("asr.file.rhyme", 1, 2, positions=(31,)),
+            Outcome("asr.file.trials", 1, 2, positions=(31,)),
             Outcome("over_refusal", 1, 2, positions=(0,)),
         )
     }
@@ -38,13 +38,14 @@ def test_refusals_count_from_the_first_token_where_the_model_begins_the_response
         "model": {
             "direct": Rate(2, 4),
             "prefill.0": Rate(0, 1),
-            "file.rhyme": Rate(0, 1),
+            "file.trials": Rate(0, 1),
             "all": Rate(2, 6),
         }
     }
     assert refusal_positions(models) == {
         "model": {"1–5": Rate(2, 6), "6–30": Rate(2, 6), "after 30": Rate(2, 6)}
     }
+    assert terms(models).rates["model"]["file.trials"] == Rate(1, 2)
 
 
 def test_a_model_that_never_refuses_has_no_positions() -> None:

@@ -164,6 +164,10 @@ def test_answers_of_ones_own_are_read_by_the_words_of_their_labels(
             '{"prompt": "a", "response": "b", "label": "secret"}',
             "1: label: is none of refusal, compliance, harmful, unharmful, unsafe, safe",
         ),
+        (
+            '{"prompt": "a", "target_response": "b", "human_majority": 0.5}',
+            "1: human_majority: is none of 1, 0",
+        ),
         ('{"prompt": " ", "response": "b", "label": "safe"}', "1: prompt: is blank"),
         ('[["a"]]', "1[0]: row: is list, expected an object"),
         ("{", "own:1: not JSON at column 2"),

@@ -142,6 +142,11 @@ def test_settings_reach_the_evaluation(workplace: Path) -> None:
             "none.jinja",
         ),
         ("--model model --benign benign.jsonl --keywords []", "keywords must name at least one"),
+        (
+            "--model bare --benign benign.jsonl --helpful_metric perplexity "
+            '--servers {"bare":{"base_url":"http://localhost/v1","model":"m"}}',
+            "helpful: perplexity takes a model on this machine, got one behind a server",
+        ),
         # Nothing is in `bare` that could be loaded: these are told without trying.
         (
             "--model bare --benign benign.jsonl --prefill_depths [0,-1]",

@@ -65,6 +65,14 @@ def test_the_tables_name_every_figure() -> None:
     ]
 
 
+def test_rates_of_different_judges_are_noted_as_no_one_measure() -> None:
+    made = models("vanilla", "derta")
+    assert compare(made)["notes"] == []
+    made["derta"]["judge"] = "guard"
+    (note,) = compare(made)["notes"]
+    assert note.endswith("no one measure: vanilla by keyword, derta by guard")
+
+
 def test_one_analysis_is_shown_alone(tmp_path: Path) -> None:
     made = compare(models("a", "b"), analyses=["positions"], notes=["one row is missing"])
     assert format_comparison(made).splitlines()[0] == "Where refusals start"

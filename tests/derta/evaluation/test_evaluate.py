@@ -152,7 +152,7 @@ def test_perplexity_takes_the_place_of_exact_match(model: PreTrainedModel, chat:
         evaluate_model(model, chat.tokenizer, long, settings(helpful="perplexity"))
 
 
-def test_any_judge_will_do_and_reads_only_what_the_model_wrote(
+def test_any_judge_will_do_and_can_tell_what_the_model_wrote(
     model: PreTrainedModel, chat: Chat
 ) -> None:
     read: list[Exchange] = []
@@ -166,6 +166,8 @@ def test_any_judge_will_do_and_reads_only_what_the_model_wrote(
         model, chat.tokenizer, data, settings(judges={"all": judge}, prefill_depths=(3,))
     ).to_dict()
     assert [exchange.answer for exchange in read] == [REFUSAL, REFUSAL, ""]
+    begun = chat.tokenizer.decode(chat.response_ids(DATA.harmful[0].messages, HARMFUL)[:3])
+    assert [exchange.response for exchange in read] == [REFUSAL, begun + REFUSAL, ""]
     assert all(exchange.messages == DATA.harmful[0].messages for exchange in read)
     assert result["asr"] == {"direct": 0.0, "prefill": {"3": 0.0}, "completion": 0.0}
     assert result["refusal_positions"]["asr"]["direct"] == []  # this judge cannot tell where

@@ -168,6 +168,16 @@ def test_a_classifier_in_batches_says_what_it_says_of_each(architecture: str, re
     assert model.training
 
 
+def test_a_classifier_of_exchanges_reads_the_prefilled_start_and_one_of_answers_does_not() -> None:
+    asked = exchanges("Q")[0].messages
+    begun = [Exchange(asked, answer, "Take the ladder! ") for answer in ANSWERS]
+    whole = exchanges(*(one.response for one in begun))
+    for reads, same in (("answer", exchanges(*ANSWERS)), ("exchange", whole)):
+        judge = ClassifierJudge(classifier(), tokenizer(), "REJECTION", "HARM", reads=reads)  # type: ignore[arg-type]
+        assert judge(begun) == judge(same)
+    assert judge(begun) != judge(exchanges(*ANSWERS))
+
+
 def test_a_classifier_decides_only_what_a_label_names_and_what_it_has_read_whole() -> None:
     judge = ClassifierJudge(classifier(), tokenizer(), harmful_label="HARM")
     short, blank, long = judge(exchanges("Sorry.", " ", "Q" * 65))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from derta.evaluation import KeywordJudge
+from derta.evaluation.judge import Exchange, Verdict
 from derta.evaluation.official_results import (
     judge_answers,
     official_entry,
@@ -107,6 +108,18 @@ def test_a_marker_anywhere_is_a_refusal_and_its_words_before_it_are_its_position
     assert (outcome.positions, unplaced) == ((0, 5, 30), 0)
 
 
+def test_an_answer_that_a_judge_leaves_undecided_is_neither_success_nor_failure(
+    write: Write,
+) -> None:
+    def judge(exchanges: list[Exchange]) -> list[Verdict]:
+        assert [one.messages[0]["content"] for one in exchanges] == ["a", "b", "c"]
+        return [Verdict(None), Verdict(True, harmful=True), Verdict(True, harmful=False)]
+
+    rows = read_answers(write(*({"question": q, "response": "So."} for q in "abc")))
+    outcome, unplaced = judge_answers("asr.file.paint", rows, judge)
+    assert (outcome.hits, outcome.trials, outcome.undecided, unplaced) == (1, 2, 1, 2)
+
+
 def test_positions_are_counted_in_tokens_where_a_tokenizer_is_given(write: Write) -> None:
     path = write({"question": "a", "response": "Take the ladder. Sorry, I cannot."})
     entry, _ = official_entry({"direct": path}, KeywordJudge(), tokenizer=tiny_tokenizer())
@@ -127,6 +140,7 @@ def test_rows_that_even_out_the_shares_of_processes_count_once(write: Write) -> 
         "trials": 50,
         "left_out": 2,
         "empty": 0,
+        "undecided": 0,
     }
     assert notes == ["autodan: 2 of 52 rows repeat a request and are left out"]
     entry, notes = official_entry({"autodan": path}, KeywordJudge(), keep_repeats=True)

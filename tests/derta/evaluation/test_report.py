@@ -23,6 +23,7 @@ from derta.evaluation import (
     summarize,
     write_report,
 )
+from derta.evaluation.plots import draw
 from derta.evaluation.results import Sample
 
 PICTURES = {"prefill", "refusal_curve", "refusal_positions", "checkpoints", "loss"}
@@ -67,6 +68,13 @@ def summary(seeds: int = 1, names: tuple[str, ...] = ("base", "vanilla", "derta"
             for name in names[1:]
         },
     )
+
+
+def test_positions_are_drawn_only_where_the_judge_can_tell_them() -> None:
+    for positions, drawn in (((), False), ((3,), True)):
+        outcome = Outcome("asr.direct", 1, 2, positions=positions)
+        made = summarize({"derta": [VariantResult(outcomes=(outcome,))]}, seconds=1.0)
+        assert ("refusal_positions" in draw(made)) == drawn
 
 
 def test_the_summary_has_the_promised_shape() -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from derta.evaluation.judge import Exchange, Verdict
-from derta.evaluation.rubrics import RUBRICS, fill, paper_rubric
+from derta.evaluation.rubrics import RUBRICS, paper_rubric, request_of
 
 EXCHANGE = Exchange(({"role": "user", "content": "Paint {answer} how?"},), "With {request}, {x}.")
 
@@ -64,9 +64,19 @@ def test_a_guard_reads_the_turns_themselves() -> None:
         *turns[1:],
         {"role": "assistant", "content": "So."},
     ]
-    assert fill("{request}|{answer}", Exchange(turns, "So.")) == (
-        "system: Be brief.\n\nuser: Fence?\n\nassistant: Yes?\n\nuser: How?|So."
+    assert request_of(turns) == (
+        "system: Be brief.\n\nuser: Fence?\n\nassistant: Yes?\n\nuser: How?"
     )
+
+
+@pytest.mark.parametrize("rubric", RUBRICS)
+def test_a_prefilled_start_is_read_with_the_answer_and_the_paper_knows_whose_it_is(
+    rubric: str,
+) -> None:
+    question = RUBRICS[rubric].ask(Exchange(EXCHANGE.messages, " the fence.", "First paint"))
+    text = question if isinstance(question, str) else question[-1]["content"]
+    start = "<given>First paint</given>" if rubric == "paper" else "First paint"
+    assert f"{start} the fence." in text
 
 
 @pytest.mark.parametrize("missing", ["{request}", "{answer}"])

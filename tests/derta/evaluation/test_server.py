@@ -20,7 +20,6 @@ from derta.data import Chat
 from derta.evaluation.generate import generate, stop_ids
 from derta.evaluation.server import (
     Query,
-    Replies,
     Server,
     ServerGenerator,
     ServerSettings,
@@ -145,8 +144,31 @@ def test_an_interrupted_run_keeps_what_is_under_way(served: Served, tmp_path: Pa
     assert len(kept.read_text().splitlines()) == begun
 
 
+def test_no_reply_is_lost_to_an_interrupt_while_it_is_kept(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = server(served, tmp_path / "kept.jsonl", concurrency=1)
+    keep = asking.replies.keep
+
+    def interrupted(key: str, value: Any) -> None:
+        if not kept:
+            time.sleep(0.1)  # until the replies are waited for
+            interrupt()
+            time.sleep(0.1)
+        kept.append(key)
+        keep(key, value)
+
+    kept: list[str] = []
+    monkeypatch.setattr(asking.replies, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(asking, [[n] for n in range(20)])
+    assert 1 <= len(served.asked) < 20
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == len(served.asked)
+
+
 def test_a_second_interrupt_does_not_wait(served: Served) -> None:
     def impatient(body: Mapping[str, Any]) -> float:
+        time.sleep(0.1)  # until the replies are waited for
         interrupt()
         if body["prompt"] == [0]:
             time.sleep(0.2)
@@ -161,7 +183,7 @@ def test_a_second_interrupt_does_not_wait(served: Served) -> None:
     assert len(served.asked) == 1
 
 
-def test_a_cut_last_line_is_asked_anew_and_other_models_are_others(
+def test_a_cut_last_line_is_asked_anew_and_other_models_and_servers_are_others(
     served: Served, tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept.jsonl"
@@ -177,17 +199,13 @@ def test_a_cut_last_line_is_asked_anew_and_other_models_are_others(
         "after [2]",
     ]
     served.asked.clear()
-    other = Server(ServerSettings(base_url=served.base_url, model="other"), kept)
-    ask(other, [[1]])
-    assert len(served.asked) == 1
-
-
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    kept = tmp_path / "kept.jsonl"
-    for line in ("{}", "[1]", "text"):
-        kept.write_text('{"key": "a", "value": 1}\n' + line + "\n")
-        with pytest.raises(ValueError, match=r"kept.jsonl:2: expected a reply as they are kept"):
-            Replies(kept)
+    for other in (
+        {"model": "other"},
+        {"base_url": served.base_url.replace("127.0.0.1", "localhost")},
+    ):
+        settings = ServerSettings(**{"base_url": served.base_url, "model": "m", **other})
+        ask(Server(settings, kept), [[1]])
+    assert len(served.asked) == 2
 
 
 def test_the_key_comes_from_the_environment(
@@ -261,6 +279,10 @@ def test_a_server_needs_openai(served: Served, monkeypatch: pytest.MonkeyPatch) 
         (
             {"base_url": "localhost:8000/v1"},
             "base_url must start with http:// or https://, got 'localhost:8000/v1'",
+        ),
+        (
+            {"base_url": "https://me:secret@localhost/v1"},
+            "base_url must hold no password, api_key_env names the key's variable",
         ),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
         ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
