@@ -161,6 +161,7 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
         text=True,
         env={
             "PATH": "",
+            "TMPDIR": str(tmp_path),  # so abrupt an end leaves its examples behind
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{tests}:{tests.parent}:{root}:{root / 'kernels'}",
         },
