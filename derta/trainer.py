@@ -378,6 +378,9 @@ class DertaTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss of held-out records, with the cuts of epoch 0 every time, and refusal curves.
 
+        The loss is as `loss_norm` has it in a step of all of them; "official" is taken for
+        "tokens", from which it differs by how full packs are.
+
         Returns:
             the figures that training logs and those of `RefusalWatch.read`, their names prefixed.
 
@@ -401,12 +404,13 @@ class DertaTrainer(Trainer):
                 metrics.add(batch, model(**batch.model_inputs()), self.state.global_step)
         for step in range(len(held_out.trunks)):
             for batch in held_out.trunks[step]:
-                batch = batch.to(self.args.device, non_blocking=True)
-                watch.add(batch, model(**batch.model_inputs()))
+                inputs = batch.to(self.args.device, non_blocking=True).model_inputs()
+                watch.add(batch, model(**inputs))
         figures = metrics.read(self._sum_over_ranks)
         share = figures["rto_targets"]
-        figures["loss"] = (1 - share) * figures.get("mle_loss", 0.0) + (
-            self.args.rto_weight * share * figures.get("rto_loss", 0.0)
+        mle_share, rto_share = (1, 1) if self.args.loss_norm == "terms" else (1 - share, share)
+        figures["loss"] = mle_share * figures.get("mle_loss", 0.0) + (
+            self.args.rto_weight * rto_share * figures.get("rto_loss", 0.0)
         )
         figures |= watch.read(self.args.over_refusal_weight)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}

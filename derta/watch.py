@@ -11,6 +11,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from derta.data import DertaCollator, EncodedRecords, PackedBatch, PackedSteps, packed_length
 from derta.data.planning import plan_packs
@@ -72,25 +73,38 @@ def trunk_steps(
 
 
 class RefusalWatch:
-    """Gathers refusal curves by the role of what they are of."""
+    """Gathers refusal curves by the role of what they are of.
+
+    `add` never waits for the device, which keeps 4 bytes a token; `read` costs one host transfer.
+    """
 
     def __init__(self) -> None:
-        self.curves: list[tuple[str, np.ndarray]] = []
+        self._probabilities: list[Tensor] = []
+        self._rows: list[tuple[str, np.ndarray]] = []
+        self._tokens = 0
 
     def add(self, batch: PackedBatch, output: DertaOutput) -> None:
         """Adds the curves of one pack of `trunk_steps`.
 
         Args:
-            batch: the pack, on any device.
-            output: what the patched model returned for it.
+            batch: the pack, on the CPU.
+            output: what the patched model returned for it, on any device.
         """
         assert output.refusal_nll is not None
-        probability = torch.exp(-output.refusal_nll.float())[0].cpu().numpy()
-        watched = (batch.rto_mask | batch.benign)[0].cpu().numpy()
+        self._probabilities.append(torch.exp(-output.refusal_nll[0].float()))
+        watched = (batch.rto_mask | batch.benign)[0].numpy()
         # strict=False: the empty pack has bounds and no example.
         for role, (start, end) in zip(batch.example_roles, batch.example_bounds, strict=False):
-            if watched[start:end].any():
-                self.curves.append((role, probability[start:end][watched[start:end]]))
+            rows = start + np.flatnonzero(watched[start:end])
+            if len(rows):
+                self._rows.append((role, self._tokens + rows))
+        self._tokens += len(watched)
+
+    def _curves(self) -> list[tuple[str, np.ndarray]]:
+        if not self._rows:
+            return []
+        probability = torch.cat(self._probabilities).cpu().numpy()
+        return [(role, probability[rows]) for role, rows in self._rows]
 
     def read(self, over_refusal_weight: float) -> dict[str, float]:
         """What the curves of all ranks come to.
@@ -102,7 +116,7 @@ class RefusalWatch:
             curves for is left out.
         """
         curves: dict[str, list[np.ndarray]] = {"safety": [], "helpful": [], "borderline": []}
-        for role, curve in gather_object(self.curves):
+        for role, curve in gather_object(self._curves()):
             curves[role].append(curve)
         figures = forced_rates(curves["safety"], curves["helpful"], PREFILL_DEPTHS)
         borderline = forced_rates([], curves["borderline"], PREFILL_DEPTHS)

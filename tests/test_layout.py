@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -41,15 +43,19 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> set[str]:
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, f"relative import of {node.module}"
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
+
+
+def imports(path: Path) -> set[str]:
+    return imported(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def layer(module: str) -> int | None:
@@ -88,6 +94,18 @@ def test_the_drop_in_loss_needs_torch_alone(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_training_run_needs_nothing_that_draws() -> None:
+    found, waiting = modules(), ["derta.trainer"]
+    loaded: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        loaded.add(name)
+        at_once = imported(ast.parse(found[name].read_text("utf-8")).body) if name in found else ()
+        waiting.extend({*at_once, name.rpartition(".")[0] or "derta"} - loaded)
+    assert "derta.evaluation.curve" in loaded
+    assert not [name for name in loaded if name.startswith("matplotlib")]
+
+
 def test_kernels_shadows_no_package_of_that_name() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     spec = importlib.util.find_spec("kernels")
@@ -96,13 +114,13 @@ def test_kernels_shadows_no_package_of_that_name() -> None:
         assert not (ROOT / "kernels" / "derta_kernels" / name).exists()
 
 
-def test_public_names_resolve() -> None:
-    import derta
-
-    for name in derta.__all__:
-        assert getattr(derta, name) is not None
+@pytest.mark.parametrize("module", ["derta", "derta.data", "derta.evaluation"])
+def test_public_names_resolve(module: str) -> None:
+    package = importlib.import_module(module)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = derta.nothing
+        _ = package.nothing
 
 
 def test_paths_named_in_documents_exist() -> None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from derta.data import Record, Source, source_records
+from derta.data.reading import Ids
 
 
 def load_model(
@@ -195,7 +196,13 @@ class SourceRecords(Iterable[Record]):
         """Reads all of them once, so that a bad row is found before anything is made of the rest.
 
         Raises:
-            ValueError: as `read_records`.
+            ValueError: as `read_records`, or two sources have one id.
         """
-        for _ in self:
-            pass
+        ids = Ids()
+        for source in self.sources:
+            for record in source_records(source):
+                if not ids.add(record.id):
+                    raise ValueError(
+                        f"{', '.join(source.paths)}: id: {record.id!r} is that of a record of "
+                        "another source too, expected one of its own, as derta data build gives it"
+                    )

@@ -73,7 +73,7 @@ def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
     from derta.cli import train
     from derta.config import RECIPES
 
-    values = {**RECIPES.get(values.get("recipe", ""), {}), **values}
+    values = {**RECIPES.get(str(values.get("recipe")), {}), **values}
     ours = {field.name for field in fields(Config)} - {"probe"}  # there it precedes the training
     theirs = {field.name for field in fields(train.Config)}
     return {key: value for key, value in values.items() if key in ours or key not in theirs}

@@ -171,7 +171,8 @@ def run(config: Config) -> None:
         callbacks=[Progress("train")],
     )
     trainer.remove_callback(PrinterCallback)
-    print(describe(trainer))
+    if trainer.is_world_process_zero():
+        print(describe(trainer))
     if config.dry_run:
         batch = trainer.train_dataset[0][0]
         print(render_pack(batch, tokenizer, trainer.refusal_token.id, color=sys.stdout.isatty()))

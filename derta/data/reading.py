@@ -157,7 +157,7 @@ def read_placed(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     reading = reading or Reading()
     files = reading.files
-    ids = _Ids()
+    ids = Ids()
     for path in map(Path, paths):
         place = f"{path}"
         try:
@@ -175,7 +175,7 @@ def _read_file(
     purpose: str | None,
     named: str | None,
     counts: FileReading,
-    ids: _Ids,
+    ids: Ids,
     alone: Callable[[Half], object] | None,
 ) -> Iterator[tuple[str, Record | Request | ValueError]]:
     pairs = _Pairs()
@@ -363,7 +363,7 @@ class _Twice(ValueError):
         self.id = id
 
 
-class _Ids:
+class Ids:
     """The ids met so far, by 64 bits of each: ten million take 100 MB."""
 
     def __init__(self) -> None:

@@ -249,23 +249,6 @@ def field_names(names: Iterable[Any]) -> str:
     return ", ".join(shown[:12] + ["..."] * (len(shown) > 12)) or "none"
 
 
-def distinct(placed: Iterable[tuple[str, Record]]) -> Iterator[Record]:
-    """The records as they come, each given with the place that it is from.
-
-    Raises:
-        ValueError: two have one id, and would be cut at the same places; names both.
-    """
-    places: dict[str, str] = {}
-    for place, record in placed:
-        if record.id in places:
-            raise ValueError(
-                f"{place}: id: {record.id!r} is that of {places[record.id]} too, expected one of "
-                "its own"
-            )
-        places[record.id] = place
-        yield record
-
-
 class Named(Protocol):
     """Whatever is called by an id."""
 

@@ -64,4 +64,6 @@ def source_records(source: Source, reading: Reading | None = None) -> Iterator[R
     """
     records = read_records(*source.paths, role=source.role, format=source.format, reading=reading)
     for record in itertools.islice(records, source.limit):
-        yield dataclasses.replace(record, weight=record.weight * source.weight)
+        if source.weight != 1.0:  # a copy is checked like any other record, which takes time
+            record = dataclasses.replace(record, weight=record.weight * source.weight)
+        yield record

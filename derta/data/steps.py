@@ -28,7 +28,7 @@ from derta.data.shares import LossShare, loss_shares
 from derta.data.store import ROWS_AT_ONCE, ExampleStore
 
 # What is told of an epoch before it begins is told of so many examples and steps, of all evenly.
-SURVEYED_EXAMPLES = 100_000
+SURVEYED_EXAMPLES = 20_000
 SURVEYED_STEPS = 1_000
 
 

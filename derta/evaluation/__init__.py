@@ -1,16 +1,21 @@
-"""Evaluation: attack success, over-refusal, refusal curves, and a report of them."""
+"""Evaluation: attack success, over-refusal, refusal curves, and a report of them.
+
+What draws is loaded on first use, so that a training run, which reads curves, needs no matplotlib.
+The other names are not: some are those of modules here too, which would be found in their place.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from derta.evaluation.analyses import first_tokens, refusal_positions, terms
 from derta.evaluation.answers import AnswerFile, fingerprint
-from derta.evaluation.comparison import compare, format_comparison, write_comparison
 from derta.evaluation.curve import detector_auc, forced_rates, mean_curve
 from derta.evaluation.evaluate import EvaluationSettings, evaluate_model
 from derta.evaluation.generate import ModelGenerator, generate
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.official_results import official_entry
-from derta.evaluation.report import format_table, write_report
 from derta.evaluation.results import Outcome, VariantResult, pool, summarize
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
 from derta.evaluation.statistics import newcombe_interval, roc_auc, wilson_interval
@@ -21,6 +26,18 @@ from derta.evaluation.teacher_forcing import (
     refusal_curves,
     response,
 )
+
+if TYPE_CHECKING:
+    from derta.evaluation.comparison import compare, format_comparison, write_comparison
+    from derta.evaluation.report import format_table, write_report
+
+_DRAWING = {
+    "compare": "derta.evaluation.comparison",
+    "format_comparison": "derta.evaluation.comparison",
+    "write_comparison": "derta.evaluation.comparison",
+    "format_table": "derta.evaluation.report",
+    "write_report": "derta.evaluation.report",
+}
 
 __all__ = [
     "AnswerFile",
@@ -62,3 +79,9 @@ __all__ = [
     "write_comparison",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _DRAWING:
+        raise AttributeError(f"module 'derta.evaluation' has no attribute {name!r}")
+    return getattr(importlib.import_module(_DRAWING[name]), name)

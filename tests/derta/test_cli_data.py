@@ -59,8 +59,8 @@ def test_an_id_given_twice_is_an_error_of_the_later_row(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "expected one of validate, got ''"),
-        ("inspect a.jsonl", "expected one of validate, got 'inspect'"),
+        ("", "expected one of validate, stats, build, got ''"),
+        ("inspect a.jsonl", "expected one of validate, stats, build, got 'inspect'"),
         ("validate --role safety", "missing files"),
         ("validate a.jsonl", "missing role"),
         ("validate none --role safety", "none: no such record file"),

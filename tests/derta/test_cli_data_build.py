@@ -148,5 +148,5 @@ def test_what_cannot_be_built_is_said(
     Path("full/mine.txt").write_text("mine")
     sources = "[{path: rows.jsonl, role: safety}]"
     assert main(["data", "build", "--sources", sources, *arguments]) == 1
-    assert capsys.readouterr().err.startswith(f"derta data: {message}")
+    assert capsys.readouterr().err.startswith(f"derta data build: {message}")
     assert sorted(path.name for path in Path().iterdir()) == ["full", "rows.jsonl"]

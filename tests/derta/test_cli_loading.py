@@ -82,6 +82,10 @@ def test_records_of_sources_come_with_their_weights_roles_and_limits(workplace: 
         assert [one.id for one in dialogues] == ["a", "b", "c", "d", "2a"]
         assert all(one.borderline and one.weight == 0.5 for one in dialogues)
         assert isinstance(triple, Triple) and triple.weight == 1.0
+    records.check()
+    twice = SourceRecords([*records.sources, Source(path="second.jsonl", role="helpful")])
+    with pytest.raises(ValueError, match="^second.jsonl: id: '2a' is that of a record of another"):
+        twice.check()
     with pytest.raises(FileNotFoundError, match="^none.jsonl: no such record file"):
         SourceRecords([Source(path=["rows.jsonl", "none.jsonl"], role="safety")])
 

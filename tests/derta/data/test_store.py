@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -82,9 +80,3 @@ def test_a_few_examples_at_a_time_are_in_memory(monkeypatch: pytest.MonkeyPatch)
     store = ExampleStore(stream())
     assert [example.id for example in store] == [f"{place}" for place in range(20)]
     assert most <= 5
-
-
-def test_importing_the_data_does_not_import_datasets() -> None:
-    code = "import derta.data, sys; print('datasets' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
