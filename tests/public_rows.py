@@ -109,6 +109,14 @@ ROWS: dict[str, Callable[[int], list[Row]]] = {
     ],
     "prompt_completion": lambda n: [{"prompt": ask(n), "completion": helpful(n)}],
     "question": lambda n: [{"question": ask(n), "answer": helpful(n)}],
+    "mmlu": lambda n: [
+        {
+            "question": ask(n),
+            "subject": "fences",
+            "choices": [f"{coats} coats {n}" for coats in ("one", "two", "three", "four")],
+            "answer": n % 4,
+        }
+    ],
     "advbench": lambda n: [{"goal": ask(n), "target": prefill(n)}],
     "harmbench": lambda n: [
         {

@@ -288,6 +288,23 @@ def _question(row: Row, origin: Origin) -> Request:
     return Request(prompt=_text(row, "question"), response=answer, **origin)
 
 
+def _mmlu(row: Row, origin: Origin) -> Request:
+    choices, answer = row["choices"], row["answer"]
+    if not isinstance(choices, list):
+        raise TypeError(f"choices: is {type(choices).__name__}, expected a list of texts")
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
+    if type(answer) is int and 0 <= answer < len(letters):
+        answer = letters[answer]
+    if not isinstance(answer, str) or answer not in set(letters):
+        raise ValueError("answer: expected the place of a choice, from 0, or its letter, from A")
+    lines = [
+        f"{letter}. {check_text(f'choices[{index}]', choice)}"
+        for index, (letter, choice) in enumerate(zip(letters, choices, strict=True))
+    ]
+    asked = [_text(row, "question"), *lines, "Answer with the letter of the right choice."]
+    return Request(prompt="\n".join(asked), response=answer, **origin)
+
+
 def _harmbench(row: Row, origin: Origin) -> Request:
     behavior = _asking(row, origin, prompt="Behavior", category="SemanticCategory")
     if row.get("ContextString") in (None, ""):
@@ -403,6 +420,9 @@ FORMATS: dict[str, Format] = {
         beside=frozenset({"answer"}),
         readers=dict.fromkeys(("harmful", "harmless"), partial(_asking, prompt="question"))
         | {"question": _question},
+    ),
+    "mmlu": Format(
+        fields=frozenset({"question", "choices", "answer"}), readers={"question": _mmlu}
     ),
     "advbench": _to_ask("goal target", "harmful", prompt="goal", prefill="target"),
     "harmbench": Format(

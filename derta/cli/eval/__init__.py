@@ -167,7 +167,7 @@ def read_data(config: Config) -> EvaluationData:
         harmful=read(config.harmful, "harmful"),
         benign=read(config.benign, "harmless"),
         borderline=read(config.borderline, "harmless"),
-        helpful=read(config.helpful, "harmless"),
+        helpful=read(config.helpful, "question"),
         multi_turn=read(config.multi_turn, "harmful"),
         attacks={name: read(paths, "harmful") for name, paths in config.attacks.items()},
         questions={name: read(paths, "question") for name, paths in config.questions.items()},

@@ -80,6 +80,16 @@ IS: dict[str, dict[str, list[Any]]] = {
     "sharegpt": helpfully(BRIEFED),
     "prompt_completion": helpfully(DIALOGUE),
     "question": {"harmful": [ASKED], "harmless": [ASKED], "question": [ANSWERED]},
+    "mmlu": {
+        "question": [
+            Request(
+                prompt=f"{ask(7)}\nA. one coats 7\nB. two coats 7\nC. three coats 7\n"
+                "D. four coats 7\nAnswer with the letter of the right choice.",
+                response="D",
+                id="x",
+            )
+        ]
+    },
     "advbench": {"harmful": [dataclasses.replace(ASKED, prefill=prefill(7))]},
     "harmbench": {
         "harmful": [
@@ -392,6 +402,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         r"conversations\[0\].from: expected one of system, human",
     ),
     ("question", edit("question", answer=...), "answer: is NoneType, expected text"),
+    ("question", edit("mmlu", choices="x"), "choices: is str, expected a list of texts"),
+    ("question", edit("mmlu", choices=["x", 3]), r"answer: expected the place of a choice"),
+    ("question", edit("mmlu", answer=0, choices=["x", 3]), r"choices\[1\]: is int, expected text"),
+    ("question", edit("mmlu", answer=True), "answer: expected the place of a choice, from 0, or"),
+    ("question", edit("mmlu", answer="E"), "answer: expected the place of a choice, from 0, or"),
     ("harmful", edit("turns", turns="x"), "turns: is str, expected a list of texts"),
     ("harmful", edit("turns", turns=["a", ""]), r"turns\[1\]: is blank, expected text"),
     ("harmless", edit("xstest", type="other"), "type: expected one of XSTest's"),
