@@ -10,7 +10,7 @@ from derta.evaluation.evaluate import EvaluationSettings, evaluate_model
 from derta.evaluation.generate import generate
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.official_results import official_entry
-from derta.evaluation.report import format_table, write_report
+from derta.evaluation.report import format_table, format_undecided, write_report
 from derta.evaluation.results import Outcome, VariantResult, pool, summarize
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
 from derta.evaluation.statistics import newcombe_interval, roc_auc, wilson_interval
@@ -44,6 +44,7 @@ __all__ = [
     "forced_rates",
     "format_comparison",
     "format_table",
+    "format_undecided",
     "generate",
     "mean_curve",
     "newcombe_interval",
