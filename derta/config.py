@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from transformers.utils import is_liger_kernel_available
 
 from derta.data.cuts import CUT_POLICIES, RTO_DEPTHS
@@ -138,6 +138,12 @@ class DertaConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.greater_is_better is None and self.best_by_watching:
             self.greater_is_better = False
+        evaluated, saved = SaveStrategy(self.eval_strategy), SaveStrategy(self.save_strategy)
+        if self.load_best_model_at_end and saved not in (evaluated, SaveStrategy.BEST):
+            raise ValueError(
+                "load_best_model_at_end needs save_strategy to be as eval_strategy, or best, got "
+                f"{saved.value} and {evaluated.value}"
+            )
         super().__post_init__()
         check_folder("output_dir", str(self.output_dir))
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

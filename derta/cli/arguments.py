@@ -186,6 +186,10 @@ def _parts(values: Any, part: Any, place: str) -> list[Any]:
 def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Union:  # of Literal and None, which typing spells out
+        return " or ".join(
+            "null" if one is type(None) else _expected(one) for one in typing.get_args(hint)
+        )
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

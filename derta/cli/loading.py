@@ -45,7 +45,7 @@ def load_model(
         ValueError: its weights are damaged.
         OSError: there is no model in safetensors.
     """
-    with intact_weights(folder):
+    with intact_weights(folder), loading("the model", folder):
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -55,6 +55,27 @@ def load_model(
             trust_remote_code=False,
             local_files_only=local_files_only,
         )
+
+
+@contextmanager
+def loading(what: str, folder: str) -> Iterator[None]:
+    """Says in one sentence what of which model cannot be loaded inside.
+
+    Args:
+        what: is loaded: the model, its tokenizer.
+        folder: of the model, or its name on the model hub.
+
+    Raises:
+        OSError, ValueError: as transformers raises them, of whatever kind they are to it.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        if not Path(folder).is_dir():
+            said = f"is no folder, and the model hub and its local cache lack it: {said}"
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{folder}: {what} cannot be loaded: {said}") from error
 
 
 @contextmanager
@@ -100,9 +121,10 @@ def load_tokenizer(
         FileNotFoundError: chat_template is neither Jinja text nor a file.
         OSError: there is no tokenizer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=local_files_only
-    )
+    with loading("the tokenizer", folder):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=local_files_only
+        )
     if chat_template is not None:
         if "{" not in chat_template:
             path = Path(chat_template)

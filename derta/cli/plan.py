@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from derta.cli.loading import find_device
+from derta.cli.loading import find_device, loading
 from derta.memory import Step
 from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
@@ -90,9 +90,9 @@ def run(config: Config) -> None:
     """
     logging.set_verbosity_error()
     model = Path(config.model)
-    model_config = AutoConfig.from_pretrained(
-        model.parent if model.name == "config.json" else config.model, trust_remote_code=False
-    )
+    folder = str(model.parent) if model.name == "config.json" else config.model
+    with loading("the configuration", folder):
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     triples = Triples(config.branches, config.rto_keep, config.prompt_tokens, config.safe_tokens)
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     step = make_step(

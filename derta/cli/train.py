@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
 from derta.cli import loading
 from derta.config import DertaConfig
@@ -35,7 +36,8 @@ class Config(Method, DertaConfig):
         dry_run: shows one pack and what its rows are trained to say, and trains nothing.
 
     Raises:
-        ValueError: as `DertaConfig`, or adapters would take the place of the model they are for.
+        ValueError: as `DertaConfig`, one of eval_sources and eval_strategy is given without the
+            other, or adapters would take the place of the model they are for.
     """
 
     model: str
@@ -50,6 +52,15 @@ class Config(Method, DertaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.eval_sources and self.eval_strategy == "no":
+            raise ValueError(
+                "eval_sources: nothing would be reported of them while eval_strategy is no, "
+                "expected steps or epoch"
+            )
+        if self.eval_strategy != "no" and not self.eval_sources:
+            raise ValueError(
+                f"eval_strategy: {SaveStrategy(self.eval_strategy).value} needs eval_sources"
+            )
         if self.method != "full" and Path(self.output_dir).resolve() == Path(self.model).resolve():
             raise ValueError(
                 f"output_dir: {self.output_dir} holds the model that the adapters are for, choose "
@@ -109,6 +120,20 @@ MODEL_FILES = (
 )
 
 
+def outcome(trainer: DertaTrainer) -> str:
+    """Where a run ended if not at its last step, and whose model it has if not that step's."""
+    state, args = trainer.state, trainer.args
+    parts = []
+    if state.global_step < state.max_steps:
+        parts.append(f", stopped at step {state.global_step:,} of {state.max_steps:,}")
+    if args.load_best_model_at_end and state.best_metric is not None:
+        parts.append(
+            f", of step {state.best_global_step:,}: the best by {args.metric_for_best_model}, "
+            f"{state.best_metric:.4f}"
+        )
+    return "".join(parts)
+
+
 def save(trainer: DertaTrainer, directory: Path) -> None:
     """Puts the tuned model, and the record of its training, in the place of a former one.
 
@@ -130,7 +155,7 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(target)
         shutil.rmtree(unfinished)
-        print(f"tuned model: {directory}")
+        print(f"tuned model: {directory}{outcome(trainer)}")
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:

@@ -96,6 +96,8 @@ requests, in files of any known format; scenarios without requests are left out
   --helpful          harmless, with the right answers
   --helpful_metric   exact_match | perplexity
   --questions        scored by their final answer: '{gsm8k: gsm8k.jsonl, mmlu: mmlu.jsonl}'
+  --formats          of files whose fields leave it open, or without a header:
+                     '{hex-phi.csv: hex_phi}'
   --lm_eval          tasks of lm-eval, by name or as a YAML file: [ifeval, my-task.yaml]
 attacks
   --prefill_depths   tokens of a harmful response that an attacker writes: [0, 4, 16]

@@ -29,13 +29,14 @@ from derta.evaluation.teacher_forcing import (
 
 if TYPE_CHECKING:
     from derta.evaluation.comparison import compare, format_comparison, write_comparison
-    from derta.evaluation.report import format_table, write_report
+    from derta.evaluation.report import format_table, format_undecided, write_report
 
 _DRAWING = {
     "compare": "derta.evaluation.comparison",
     "format_comparison": "derta.evaluation.comparison",
     "write_comparison": "derta.evaluation.comparison",
     "format_table": "derta.evaluation.report",
+    "format_undecided": "derta.evaluation.report",
     "write_report": "derta.evaluation.report",
 }
 
@@ -61,6 +62,7 @@ __all__ = [
     "forced_rates",
     "format_comparison",
     "format_table",
+    "format_undecided",
     "generate",
     "mean_curve",
     "newcombe_interval",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from derta.evaluation.analyses import (
 )
 from derta.evaluation.page import PAGE
 from derta.evaluation.plots import INK, colors, draw
-from derta.evaluation.report import write_whole
+from derta.evaluation.report import MOST_COLUMNS, write_whole
 
 ANALYSES = ("first_tokens", "positions", "terms")
 
@@ -38,11 +38,11 @@ _PAGE = PAGE.environment.from_string("""\
 {% block content -%}
 {% for table in tables %}<h2>{{ table.title }}</h2>
 <p class="quiet">{{ table.caption }}</p>
-<div class="scroll"><table>
-<thead><tr><th>{{ table.corner }}</th>{% for column in table.columns %}
+{% for part in table.parts %}<div class="scroll"><table>
+<thead><tr><th>{{ table.corner }}</th>{% for column in part.columns %}
 <th>{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in table.rows %}<tr>
+{% for row in part.rows %}<tr>
 <th{% if row.color %} style="color: {{ row.color }}"{% endif %}>{{ row.name }}
 {% if row.under %}<br><small>{{ row.under }}</small>{% endif %}</th>
 {% for cell in row.cells %}<td{% if cell.share %} class="share" style="--share: {{ cell.share }}"
@@ -50,7 +50,7 @@ _PAGE = PAGE.environment.from_string("""\
 {% endfor %}</tr>
 {% endfor %}</tbody>
 </table></div>
-{% if table.svg %}<figure role="img" aria-label="{{ table.title }}">
+{% endfor %}{% if table.svg %}<figure role="img" aria-label="{{ table.title }}">
 {{ table.svg }}
 </figure>
 {% endif %}{% endfor %}
@@ -138,7 +138,11 @@ def _unlike_judges(models: Mapping[str, Entry]) -> list[str]:
 
 def format_comparison(comparison: Comparison) -> str:
     """The tables of the page as text; shares in percent, differences in points."""
-    return "\n\n".join(f"{table.title}\n{_as_text(table)}" for table in _tables(comparison))
+    return "\n\n".join(
+        "\n\n".join([f"{table.title}\n{_as_text(first)}", *map(_as_text, others)])
+        for table in _tables(comparison)
+        for first, *others in [_parts(table)]
+    )
 
 
 def write_comparison(
@@ -168,14 +172,20 @@ def write_comparison(
         tables=[
             vars(table)
             | {
-                "rows": [
+                "parts": [
                     {
-                        "name": name,
-                        "under": table.under.get(name, ""),
-                        "color": color.get(name),
-                        "cells": [_cell(one) for one in cells],
+                        "columns": part.columns,
+                        "rows": [
+                            {
+                                "name": name,
+                                "under": table.under.get(name, ""),
+                                "color": color.get(name),
+                                "cells": [_cell(one) for one in cells],
+                            }
+                            for name, cells in part.rows.items()
+                        ],
                     }
-                    for name, cells in table.rows.items()
+                    for part in _parts(table)
                 ],
                 "svg": Markup(pictures[table.picture][1]) if table.picture in pictures else "",
             }
@@ -351,6 +361,18 @@ def _cell(cell: Cell) -> dict[str, str]:
         "range": _range(cell).replace("-", "−"),
         "share": f"{cell.share:.4f}" if isinstance(cell, Rate) and cell.hits else "",
     }
+
+
+def _parts(table: Table) -> list[Table]:
+    """Tables one below the other, each of as many columns as a reader can see at once."""
+    return [
+        replace(
+            table,
+            columns=table.columns[start : start + MOST_COLUMNS],
+            rows={n: cells[start : start + MOST_COLUMNS] for n, cells in table.rows.items()},
+        )
+        for start in range(0, len(table.columns), MOST_COLUMNS)
+    ]
 
 
 def _as_text(table: Table) -> str:

@@ -177,6 +177,27 @@ def format_table(summary: Summary) -> str:
     return "\n\n".join(tables)
 
 
+def format_undecided(summary: Summary) -> str:
+    """A line for each judge that left answers undecided, since figures are of the others alone."""
+    lines = []
+    for name, entry in summary["variants"].items():
+        for judge, judged in _judges(entry).items():
+            counts = [count for _, count in leaves(judged.get("counts", {}))]
+            undecided = sum(count.get("undecided", 0) for count in counts)
+            if undecided:
+                made = undecided + sum(count["trials"] for count in counts)
+                lines.append(
+                    f"{name}: judge {judge} undecided of {undecided:,} of {made:,} answers, which "
+                    "are in no figure"
+                )
+    return "\n".join(lines)
+
+
+def _judges(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What each judge says of a model, the main one first."""
+    return {entry.get("judge", "keyword"): entry, **entry.get("judges", {})}
+
+
 def _by_judge(summary: Summary) -> dict[str, Mapping[str, Any]]:
     """What each judge says of each model, where there are several: side by side, never averaged."""
     rows: dict[str, Mapping[str, Any]] = {}
@@ -367,11 +388,10 @@ def _notes(summary: Summary) -> list[str]:
                 notes.append(f"{name}, {metric}: {count['left_out']} of {total} records left out")
             if count["empty"]:
                 notes.append(f"{name}, {metric}: {count['empty']} of {made} answers empty")
-        judges = {entry.get("judge", "keyword"): entry, **entry.get("judges", {})}
         notes += [
             f"{name}, {metric}: {judge} undecided of {count['undecided']} of "
             f"{count['trials'] + count['undecided']} answers"
-            for judge, judged in judges.items()
+            for judge, judged in _judges(entry).items()
             for metric, count in _counts(judged)
             if count.get("undecided")
         ]

@@ -130,7 +130,8 @@ def test_one_value_where_several_may_stand_is_a_list_of_one() -> None:
     assert from_options("--sources", "{path: a, role: helpful, limit: 3}").sources == [
         Source(path="a", role="helpful", limit=3)
     ]
-    assert from_file(eval_sources=SOURCE).eval_sources == [Source(path="t", role="safety")]
+    held_out = from_file(eval_sources=SOURCE, eval_strategy="epoch").eval_sources
+    assert held_out == [Source(path="t", role="safety")]
     assert from_file(label_names="a").label_names == ["a"]
     assert from_file(lora_target_modules="q_proj").lora_target_modules == "q_proj"
     bench = importlib.import_module("derta.cli.bench").Config
@@ -163,7 +164,19 @@ def test_one_value_where_several_may_stand_is_a_list_of_one() -> None:
         ({"branches": 0, "rto_keep": 0}, "a triple would train nothing"),
         ({"rto_weight": -1}, "rto_weight must be at least 0, got -1.0"),
         ({"rto_depth": "deep"}, "rto_depth: expected one of uniform, growing, got 'deep'"),
-        ({"recipe": "sorry"}, "run.yaml: recipe: expected"),
+        (
+            {"recipe": "sorry"},
+            "recipe: expected one of vanilla, prefix_only, rto_only, derta or null, got 'sorry'",
+        ),
+        (
+            {"eval_sources": SOURCE},
+            "eval_sources: nothing would be reported of them while eval_strategy is no, expected",
+        ),
+        ({"eval_strategy": "epoch"}, "eval_strategy: epoch needs eval_sources"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "epoch", "eval_sources": SOURCE},
+            "load_best_model_at_end needs save_strategy to be as eval_strategy, or best, got steps",
+        ),
         ({"over_refusal_weight": 2}, "over_refusal_weight must lie in [0, 1], got 2.0"),
         ({"early_stopping_patience": 0}, "early_stopping_patience must be at least 1, got 0"),
         (
@@ -274,7 +287,12 @@ def test_a_plan_of_a_training_run_follows_its_recipe() -> None:
 
 
 def test_less_is_better_of_what_is_watched() -> None:
-    best = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+    best = {
+        "eval_sources": SOURCE,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "save_steps": 5,
+    }
     for metric in ("trade_off", "eval_asr"):
         assert from_file(metric_for_best_model=metric, **best).greater_is_better is False
     assert from_file(metric_for_best_model="live_rows", **best).greater_is_better is True

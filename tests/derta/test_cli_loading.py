@@ -51,6 +51,17 @@ def test_weights_that_were_cut_short_are_named_with_their_folder(workplace: Path
         load_model("model", torch.float32)
 
 
+def test_what_cannot_be_loaded_is_one_sentence_that_names_the_model(workplace: Path) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="^empty: the tokenizer cannot be loaded: [^\n]+$"):
+        load_tokenizer("empty", None)
+    with pytest.raises(ValueError, match="^empty: the model cannot be loaded: [^\n]+$"):
+        load_model("empty", torch.float32)
+    absent = "^absent: the tokenizer cannot be loaded: is no folder, and the model hub and its"
+    with pytest.raises(OSError, match=absent):
+        load_tokenizer("absent", None, local_files_only=True)
+
+
 def test_only_damaged_weights_are_called_so() -> None:
     with pytest.raises(OSError, match="^full$"), intact_weights("model"):
         raise OSError("full")

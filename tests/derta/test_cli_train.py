@@ -192,6 +192,10 @@ def test_what_is_left_is_the_checkpoint_with_the_best_trade_off(
     assert re.search(r"last  0\.\d\d harmless  lr", said)
     last = max(trade_offs)
     assert last == best + 4 < 40  # two evaluations that were no better
+    figure = f"the best by trade_off, {trade_offs[best]:.4f}"
+    assert said.splitlines()[-1] == (
+        f"tuned model: out, stopped at step {last} of 40, of step {best}: {figure}"
+    )
     left, *others = (
         load_file(f"{folder}/model.safetensors")
         for folder in ("out", f"out/checkpoint-{best}", f"out/checkpoint-{last}")

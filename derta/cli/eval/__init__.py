@@ -32,6 +32,7 @@ from derta.evaluation import (
     find_refusal_token,
     fingerprint,
     format_table,
+    format_undecided,
     summarize,
     write_report,
 )
@@ -63,6 +64,8 @@ class Config:
             or is the letter of a choice.
         templates: file of texts around a request, one a line or a JSON list, each with the slot
             `{request}`.
+        formats: path of a file of requests to the name of its format, where its fields leave that
+            open or it has no header.
         lm_eval: tasks of lm-eval, by name or as a YAML file.
         refusal: the refusal token: a word, a token id, or "auto", the commonest first token of the
             safe responses in `harmful`, and without any "Sorry".
@@ -84,8 +87,8 @@ class Config:
         dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
 
     Raises:
-        ValueError: there is nothing to evaluate on, a name cannot stand in a metric, or
-            `output_dir` can be no folder.
+        ValueError: there is nothing to evaluate on, a name cannot stand in a metric, a format is
+            that of no file, or `output_dir` can be no folder.
     """
 
     model: str | list[str] | dict[str, str]
@@ -97,6 +100,7 @@ class Config:
     multi_turn: list[str] = field(default_factory=list)
     attacks: dict[str, str | list[str]] = field(default_factory=dict)
     questions: dict[str, str | list[str]] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
     templates: str | None = None
     lm_eval: list[str] = field(default_factory=list)
     refusal: str | int = "auto"
@@ -123,7 +127,17 @@ class Config:
         for key in ("attacks", "questions"):
             for name in getattr(self, key):
                 check_name(key, name)
+        for path in self.formats:
+            if path not in self.files:
+                raise ValueError(f"formats: {path}: is no file that another key names")
         check_folder("output_dir", self.output_dir)
+
+    @property
+    def files(self) -> list[str]:
+        """All files of requests."""
+        keys = [getattr(self, key) for key in FILES]
+        values = [one for key in keys for one in (key.values() if isinstance(key, dict) else key)]
+        return [path for one in values for path in ([one] if isinstance(one, str) else one)]
 
 
 def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
@@ -152,7 +166,7 @@ def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
 
 
 def read_data(config: Config) -> EvaluationData:
-    """The requests of all files.
+    """The requests of all files; each numbers them as it likes.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -162,13 +176,17 @@ def read_data(config: Config) -> EvaluationData:
     def read(paths: str | list[str], kind: Kind) -> list[Request]:
         paths = [paths] if isinstance(paths, str) else paths
         check_paths(paths)
-        return list(read_requests(*paths, kind=kind))
+        return [
+            request
+            for path in paths
+            for request in read_requests(path, kind=kind, format=config.formats.get(path))
+        ]
 
     return EvaluationData(
         harmful=read(config.harmful, "harmful"),
         benign=read(config.benign, "harmless"),
         borderline=read(config.borderline, "harmless"),
-        helpful=read(config.helpful, "harmless"),
+        helpful=read(config.helpful, "question"),
         multi_turn=read(config.multi_turn, "harmful"),
         attacks={name: read(paths, "harmful") for name, paths in config.attacks.items()},
         questions={name: read(paths, "question") for name, paths in config.questions.items()},
@@ -306,7 +324,7 @@ def run(config: Config) -> None:
         refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))
     kept = answers_folder(config)
     settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
-    triples = safe_responses(config.harmful)
+    triples = safe_responses(config.harmful, config.formats)
     results: dict[str, list[VariantResult]] = {}
     for name, folder in folders.items():
         model: Any = None
@@ -336,9 +354,17 @@ def run(config: Config) -> None:
     report = write_report(summary, config.output_dir)
     if not config.keep_answers:
         shutil.rmtree(kept)
-    print(f"{format_table(summary)}\n\nreport: {report}")
+    print(format_table(summary))
+    if undecided := format_undecided(summary):
+        print(f"\n{undecided}")
+    print(f"\nreport: {report}")
 
 
-def safe_responses(paths: Sequence[str]) -> list[Triple]:
+def safe_responses(paths: Sequence[str], formats: Mapping[str, str]) -> list[Triple]:
     """The triples of the files, whose safe responses tell how refusals start."""
-    return [record for _, record in read_placed(paths, None) if isinstance(record, Triple)]
+    return [
+        record
+        for path in paths
+        for _, record in read_placed([path], None, formats.get(path))
+        if isinstance(record, Triple)
+    ]

@@ -85,6 +85,22 @@ def test_settings_reach_the_evaluation(workplace: Path) -> None:
     assert len(entry["samples"]) == 6
 
 
+def test_a_file_whose_format_is_named_and_another_that_numbers_alike_are_read(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("bare.csv").write_text("How?,fences\nWhy?,fences\n", encoding="utf-8")
+    Path("one.jsonl").write_text('{"id": 1, "prompt": "When?"}\n', encoding="utf-8")
+    Path("other.jsonl").write_text('{"id": 1, "prompt": "Where?"}\n', encoding="utf-8")
+    files = "[bare.csv,one.jsonl,other.jsonl]"
+    given = ["eval", "--model", "model", "--harmful", files, "--output_dir", "out"]
+    assert main(given) == 1  # it has no header
+    assert main([*given, "--formats", "{bar.csv: hex_phi}"]) == 1
+    assert "formats: bar.csv: is no file that another key names" in capsys.readouterr().err
+    assert main([*given, "--formats", "{bare.csv: hex_phi}", "--max_new_tokens", "1"]) == 0
+    (entry,) = json.loads(Path("out/summary.json").read_text())["variants"].values()
+    assert entry["counts"]["asr"]["direct"]["trials"] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

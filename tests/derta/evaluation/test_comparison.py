@@ -73,6 +73,17 @@ def test_rates_of_different_judges_are_noted_as_no_one_measure() -> None:
     assert note.endswith("no one measure: vanilla by keyword, derta by guard")
 
 
+def test_many_attacks_are_tables_one_below_the_other(tmp_path: Path) -> None:
+    attacks = [Outcome(f"asr.file.a{nth:02}", nth, 40) for nth in range(14)]
+    comparison = compare({"a": VariantResult(outcomes=attacks).to_dict()}, analyses=["terms"])
+    title, heads, row, *others = format_comparison(comparison).splitlines()
+    assert (title, heads.split()) == ("Attack success", ["%", *(f"a{nth:02}" for nth in range(12))])
+    assert row.split() == ["a", *(f"{2.5 * nth:.1f}" for nth in range(12))]
+    assert others == ["", "%   a12   a13  mean", "a  30.0  32.5  16.2"]
+    text = write_comparison(comparison, tmp_path).read_text("utf-8")
+    assert (text.count("<table"), text.count("<h2>")) == (2, 1)
+
+
 def test_one_analysis_is_shown_alone(tmp_path: Path) -> None:
     made = compare(models("a", "b"), analyses=["positions"], notes=["one row is missing"])
     assert format_comparison(made).splitlines()[0] == "Where refusals start"

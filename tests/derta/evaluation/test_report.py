@@ -19,6 +19,7 @@ from derta.evaluation import (
     Outcome,
     VariantResult,
     format_table,
+    format_undecided,
     pool,
     summarize,
     write_report,
@@ -178,6 +179,10 @@ def test_every_scenario_has_its_column_and_every_judge_its_row(tmp_path: Path) -
     for text in ("Judges side by side", "derta: guard", "codeattack", "As the judge says: keyword"):
         assert text in shown
     assert "derta, asr file pair: guard undecided of 4 of 8 answers" in shown
+    assert format_undecided(made) == (
+        "derta: judge guard undecided of 40 of 80 answers, which are in no figure"
+    )
+    assert format_undecided(summary()) == ""
     assert "Reading borderline responses" in shown
 
 
