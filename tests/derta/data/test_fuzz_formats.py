@@ -78,11 +78,13 @@ def check(text: str, kind: str, n: str | None) -> None:
         assert said == (kind, n or said[1])
 
 
-def ask_of(record: Any) -> str:
-    """The prompt of a record, which foreign fields may have made one of another format."""
+def is_chosen(record: Any, rows: list[Row]) -> bool:
+    """Whether the answer is a preference's, which foreign fields can make of a bare prompt."""
     if isinstance(record, Dialogue):
-        return record.messages[-2]["content"]
-    return record.prefix if isinstance(record, Rendered) else record.prompt
+        answer = record.messages[-1]["content"]
+    else:
+        answer = getattr(record, "response", "")
+    return bool(answer) and any(row.get("chosen") == answer for row in rows)
 
 
 def check_record(record: Any, name: str, purpose: str) -> None:
@@ -134,10 +136,7 @@ def test_no_damage_makes_a_record_of_something_else(tmp_path: Path) -> None:
                 figures["errors"] += 1
             else:
                 assert place.startswith(f"{path}:")
-                prefers = name == "preference" or any(
-                    "chosen" in row and row.get("prompt") == ask_of(found) for row in rows
-                )
-                check_record(found, "preference" if prefers else name, purpose)
+                check_record(found, "preference" if is_chosen(found, rows) else name, purpose)
                 figures["records"] += 1
         (counts,) = reading.files.values()
         figures.update(files=1, rows=len(rows), skipped=counts.skipped.total())
