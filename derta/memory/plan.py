@@ -128,7 +128,7 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
         f"a step in packs of {tokens:,} tokens takes {peak.total() / GIB:.2f} GiB at its peak, "
         f"{step.capacity / GIB:.2f} are there: {'it fits' if fits else 'it does not fit'}",
         table(peak),
-        _longest(longest_pack(memory, triples), triples),
+        _longest(longest_pack(memory, triples), triples, step),
     ]
     saved = {}
     for key, other in turns(step):
@@ -140,12 +140,14 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
     return "\n".join(lines)
 
 
-def _longest(tokens: int, triples: Triples) -> str:
+def _longest(tokens: int, triples: Triples, step: Step) -> str:
     if tokens == 0:
         return "no pack fits"
     branches = f"{triples.branches} safe response" + "s" * (triples.branches != 1)
+    context = getattr(step.config.get_text_config(), "max_position_embeddings", None) or tokens
+    beyond = f"; one sequence may have {context:,}, its context" * (tokens > context)
     return (
         f"the longest pack that fits has {tokens:,} tokens: a harmful response of "
         f"{triples.harmful(tokens):,}, with a prompt of {triples.prompt} and {branches} of "
-        f"{triples.safe}"
+        f"{triples.safe}{beyond}"
     )

@@ -302,3 +302,13 @@ def test_the_losss_memory_does_not_grow_with_its_rows() -> None:
         beyond.append(peak_bytes(backward) - hidden.nbytes)
     assert max(beyond) < 1.1 * min(beyond)
     assert max(beyond) < 0.3 * 1024 * vocabulary * 4
+
+
+def test_a_pack_beyond_the_models_context_is_said_to_be() -> None:
+    config = tiny_model("llama", max_position_embeddings=300).config
+    text = describe(
+        Step(config=config, device_type="cpu", capacity=GIB // 32),
+        256,
+        Triples(branches=1, rto_keep=1.0, prompt=10, safe=10),
+    )
+    assert "and 1 safe response of 10; one sequence may have 300, its context\n" in f"{text}\n"
