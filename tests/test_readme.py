@@ -135,3 +135,27 @@ def demo_table() -> list[str]:
 
 def test_the_table_is_that_of_the_recorded_run() -> None:
     assert demo_table() == re.findall(r"^\| \w+ \| [\d.| ]+\|$", README, re.MULTILINE)
+
+
+def test_the_ablations_table_is_that_of_the_recorded_runs() -> None:
+    uniform, growing = (
+        json.loads((ROOT / "docs/demo" / name).read_text(encoding="utf-8"))["variants"]
+        for name in ("summary.json", "depth-weights.json")
+    )
+    rows = []
+    for name in ("rto_only", "derta", "derta_balanced"):
+        for variant, runs in ((name, uniform), (f"{name}_growing", growing)):
+            entry = runs[variant]
+            attacks = entry["asr"]
+            shares = [
+                attacks["direct"],
+                attacks["prefill"]["4"],
+                attacks["completion"],
+                attacks["template"],
+                entry["checkpoints"][1]["asr"],
+                entry["over_refusal"]["borderline"],
+            ]
+            cells = " | ".join(f"{100 * share:.1f}" for share in shares)
+            rows.append(f"| {variant} | {cells} |")
+    page = (ROOT / "docs/depth-weights.md").read_text(encoding="utf-8")
+    assert rows == re.findall(r"^\| \w+ \| [\d.| ]+\|$", page, re.MULTILINE)
