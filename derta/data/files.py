@@ -317,7 +317,7 @@ def _parquet_rows(
                 for row in _rows_of(batch):
                     yield f"[{index}]", row
                     index += 1
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{path}:[{index}]: not parquet ({reason}), expected a whole file"

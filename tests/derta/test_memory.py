@@ -172,7 +172,7 @@ def test_every_family_can_be_run_without_storage(family: str) -> None:
 def test_what_cannot_be_turned_is_not_advised() -> None:
     triples = Triples(branches=1, rto_keep=1.0, prompt=40, safe=70)
     for family, advised in (("llama", True), ("mixtral", False)):
-        config = tiny_model(family).config
+        config = tiny_model(family, hidden_size=64, intermediate_size=128).config
         said = describe(Step(config=config, checkpointing=True, capacity=GIB), 4096, triples)
         assert "it fits" in said and "optim: adamw_8bit" in said
         assert ("mlp_tile: 1024" in said) == advised

@@ -74,7 +74,7 @@ def test_one_pass_is_separate_passes(architecture: str, attention: str) -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_the_logits_of_a_pack_are_those_of_its_sequences(architecture: str) -> None:
     model = tiny_model(architecture, dtype=torch.float64)
-    (example, cuts, _), batch = vars(DRAWN[0]).values(), pack(DRAWN[:1])
+    example, cuts, batch = DRAWN[0].example, DRAWN[0].cuts, pack(DRAWN[:1])
     alone = log_probabilities(model, np.concatenate([example.prompt, example.harmful]))
     branch = np.concatenate([example.prompt, example.harmful[: cuts[1]], example.safe[:-1]])
     branch_alone = log_probabilities(model, branch)

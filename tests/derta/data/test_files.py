@@ -290,6 +290,10 @@ def test_a_bad_row_of_a_table_is_named_by_its_index(tmp_path: Path) -> None:
     [
         (contain([OWN], "parquet")[:-9], r"\[0\]: not parquet \(.*\), expected a whole file"),
         (b"PAR1", r"\[0\]: not parquet"),
+        (
+            contain([OWN], "parquet").replace(b"harmful", b"\xffarmful"),
+            r"\[0\]: not parquet \('utf-8' codec can't decode byte 0xff.*\), expected a whole file",
+        ),
         (contain([{"a": 1}], "parquet"), r"\[0\]: no column of any format in this table"),
     ],
 )

@@ -122,11 +122,20 @@ def test_what_was_replied_before_a_failure_is_kept_and_a_rerun_asks_for_the_rest
     assert served.asked == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Interrupts as of a terminal's own program: what runs in the background ignores them."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
 def interrupt() -> None:
     """Ctrl-C, as a terminal sends it."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_keeps_what_is_under_way(served: Served, tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
 
@@ -144,6 +153,7 @@ def test_an_interrupted_run_keeps_what_is_under_way(served: Served, tmp_path: Pa
     assert len(kept.read_text().splitlines()) == begun
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_no_reply_is_lost_to_an_interrupt_while_it_is_kept(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +176,7 @@ def test_no_reply_is_lost_to_an_interrupt_while_it_is_kept(
     assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == len(served.asked)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_does_not_wait(served: Served) -> None:
     def impatient(body: Mapping[str, Any]) -> float:
         time.sleep(0.1)  # until the replies are waited for
