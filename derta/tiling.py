@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,36 @@ def tile_mlp(model: nn.Module, tokens: int) -> nn.Module:
     if tokens < 1:
         raise ValueError(f"an MLP's tile must be at least 1 token, got {tokens}")
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    for mlp in [_mlp(model, layer) for layer in layers]:
-        mlp.forward = _tiled(functools.partial(type(mlp).forward, mlp), tokens)  # type: ignore[method-assign]
+    for mlp in [_mlp(layer) for layer in layers]:
+        if not isinstance(mlp, Tiled):
+            mlp.__class__ = _tiled(type(mlp))
+        mlp.tile_tokens = tokens
     return model
 
 
-def _mlp(model: nn.Module, layer: nn.Module) -> nn.Module:
+class Tiled(nn.Module):
+    """A module that is called with a tile of tokens at a time.
+
+    Not its `forward` is replaced but the call of it, so that it may still be given another one:
+    Liger does that when the training begins.
+    """
+
+    tile_tokens: int
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        forward = super().__call__
+        if hidden.shape[-2] <= self.tile_tokens:
+            return forward(hidden)
+        tiles = hidden.split(self.tile_tokens, dim=-2)
+        return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], -2)
+
+
+@functools.cache
+def _tiled(kind: type[nn.Module]) -> Any:
+    return type(kind.__name__, (Tiled, kind), {})
+
+
+def _mlp(layer: nn.Module) -> Any:
     mlp = getattr(layer, "mlp", None)
     if mlp is None or any(hasattr(mlp, name) for name in ROUTED):
         kind = "no mlp" if mlp is None else f"a mixture of experts, {type(mlp).__name__}"
@@ -46,13 +70,3 @@ def _mlp(model: nn.Module, layer: nn.Module) -> nn.Module:
             f"mlp_tile: {type(layer).__name__} has {kind}, only a plain MLP can be tiled"
         )
     return mlp
-
-
-def _tiled(forward: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:
-    def tiled(hidden: Tensor) -> Tensor:
-        if hidden.shape[-2] <= tokens:
-            return forward(hidden)
-        tiles = hidden.split(tokens, dim=-2)
-        return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], -2)
-
-    return tiled

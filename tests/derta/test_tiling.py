@@ -67,6 +67,21 @@ def test_an_mlp_sees_a_tile_at_a_time() -> None:
     assert seen == [16] * 2
 
 
+def test_an_mlp_stays_tiled_when_its_forward_is_replaced() -> None:
+    """As Liger does it when the training begins."""
+    model = tile_mlp(tiny_model("llama"), 16)
+    seen: list[int] = []
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.shape[1])
+        return hidden
+
+    for layer in model.model.layers:
+        layer.mlp.forward = forward
+    model(input_ids=torch.arange(40)[None])
+    assert seen == [16, 16, 8] * 2
+
+
 @pytest.mark.parametrize(
     ("family", "tokens", "message"),
     [
