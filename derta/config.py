@@ -26,6 +26,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "derta": dict(branches=1, cuts="uniform", rto_keep=1.0),
 }
 
+# Liger's losses replace the model's forward, and with it the one that packs need.
+LIGER_LOSSES_OFF = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+
 # What evaluation makes of refusal curves, see `derta.watch`; less of each is better.
 WATCHED = ("asr", "over_refusal", "over_refusal_borderline", "trade_off")
 
@@ -162,22 +165,20 @@ class DertaConfig(TrainingArguments):
         if self.probe and self.deepspeed is not None:
             raise ValueError("probe: DeepSpeed would add its gradients to those of the first step")
         if self.use_liger_kernel:
-            # Liger's fused loss replaces the model's forward, and with it the one that packs need.
-            ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             asked = self.liger_kernel_config or {}
-            if any(asked.get(name) for name in ours):
+            if any(asked.get(name) for name in LIGER_LOSSES_OFF):
                 raise ValueError(
-                    f"liger_kernel_config must leave {' and '.join(ours)} off, got {asked}: the "
-                    "loss is computed by derta's own head loss"
+                    f"liger_kernel_config must leave {' and '.join(LIGER_LOSSES_OFF)} off, got "
+                    f"{asked}: the loss is computed by derta's own head loss"
                 )
-            self.liger_kernel_config = {**asked, **ours}
+            self.liger_kernel_config = {**asked, **LIGER_LOSSES_OFF}
             if self.device.type in ("cpu", "mps"):
                 raise ValueError(
                     f"use_liger_kernel needs a GPU that Triton knows, this run is on "
                     f"{self.device.type}: leave it out"
                 )
             if not is_liger_kernel_available():
-                raise ValueError("use_liger_kernel needs Liger: pip install liger-kernel")
+                raise ValueError("use_liger_kernel needs Liger: pip install 'derta[liger]'")
         if self.report_to:
             # transformers' list never has flyte, nor azure_ml beside mlflow.
             known = {*get_available_reporting_integrations(), "azure_ml", "flyte"}

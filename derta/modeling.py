@@ -173,8 +173,13 @@ def patch_of(model: nn.Module) -> Patch | None:
 
 def context_length(model: nn.Module) -> int:
     """The longest sequence that the model can read, in tokens."""
-    config = _transformers_model(model).config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return context_of(_transformers_model(model).config)
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """As `context_length`, of the model that the config describes."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
 
 def _transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def tile_mlp(model: nn.Module, tokens: int) -> nn.Module:
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     for mlp in [_mlp(layer) for layer in layers]:
         if not isinstance(mlp, Tiled):
-            mlp.__class__ = _tiled(type(mlp))
+            mlp.__class__ = type(type(mlp).__name__, (Tiled, type(mlp)), {})
         mlp.tile_tokens = tokens
     return model
 
@@ -55,11 +54,6 @@ class Tiled(nn.Module):
             return forward(hidden)
         tiles = hidden.split(self.tile_tokens, dim=-2)
         return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in tiles], -2)
-
-
-@functools.cache
-def _tiled(kind: type[nn.Module]) -> Any:
-    return type(kind.__name__, (Tiled, kind), {})
 
 
 def _mlp(layer: nn.Module) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import is_liger_kernel_available, logging
 
 from derta.cli.loading import find_device, loading
 from derta.memory import Step
@@ -18,6 +18,7 @@ from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
 from derta.memory.probe import probe
 from derta.methods import Method
+from derta.modeling import context_of
 
 PROMPT_TOKENS, SAFE_TOKENS = 40, 70  # of the official data, about
 
@@ -29,14 +30,14 @@ class Config(Method):
     Args:
         model: model folder, its config.json, or a name on the model hub; no weights are read.
         gpu: memory of the GPU, in GiB: what is called a 24 GB card has 24.
-        dtype, bf16, optim, gradient_checkpointing, offload_checkpoints, mlp_tile, max_tokens,
-        branches, rto_keep: as in training.
+        dtype, bf16, optim, gradient_checkpointing, offload_checkpoints, mlp_tile, use_liger_kernel,
+        max_tokens, branches, rto_keep: as in training.
         prompt_tokens, safe_tokens: of a triple, on average.
         probe: whether one such pack is then run, forward and backward, by a model of that shape
             with random weights: on the GPU if there is one, with what it took at its peak.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: a number is out of its range, or Liger is to be planned with and not installed.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Config(Method):
     gradient_checkpointing: bool = False
     offload_checkpoints: bool = False
     mlp_tile: int | None = None
+    use_liger_kernel: bool = False
     max_tokens: int = 4096
     branches: int = 1
     rto_keep: float = 1.0
@@ -57,8 +59,11 @@ class Config(Method):
     def __post_init__(self) -> None:
         if not self.gpu > 0:
             raise ValueError(f"gpu must be the memory of a GPU in GiB, got {self.gpu}")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        for name, least in (("branches", 0), ("prompt_tokens", 1), ("safe_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0.0 <= self.rto_keep <= 1.0:
+            raise ValueError(f"rto_keep must lie in [0, 1], got {self.rto_keep}")
         if self.optim not in STATE_BYTES:
             raise ValueError(
                 f"optim: nothing is known of {self.optim!r}, expected one of "
@@ -66,6 +71,13 @@ class Config(Method):
             )
         if self.offload_checkpoints and not self.gradient_checkpointing:
             raise ValueError("offload_checkpoints needs gradient_checkpointing: true")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel needs Liger: pip install 'derta[liger]'")
+
+    @property
+    def triples(self) -> Triples:
+        """What packs are made of."""
+        return Triples(self.branches, self.rto_keep, self.prompt_tokens, self.safe_tokens)
 
 
 def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,8 +96,8 @@ def run(config: Config) -> None:
 
     Raises:
         OSError: there is no such model.
-        ValueError: its config is not one of a causal language model, or the probe asks for what is
-            not there, see `derta.memory.probe.probe`.
+        ValueError: its config is not one of a causal language model, max_tokens or the model's
+            context have no room for a triple, or the probe asks for what is not installed.
         MemoryError: the probe does not fit the GPU.
     """
     logging.set_verbosity_error()
@@ -93,7 +105,7 @@ def run(config: Config) -> None:
     folder = str(model.parent) if model.name == "config.json" else config.model
     with loading("the configuration", folder):
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    triples = Triples(config.branches, config.rto_keep, config.prompt_tokens, config.safe_tokens)
+    config.triples.check(min(config.max_tokens, context_of(model_config)))
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     step = make_step(
         model_config,
@@ -103,9 +115,9 @@ def run(config: Config) -> None:
         device_type="cuda",
         memory=int(config.gpu * GIB),
     )
-    print(describe(step, config.max_tokens, triples))
+    print(describe(step, config.max_tokens, config.triples))
     if config.probe:
-        print(probe(step, config.max_tokens, triples, find_device("auto")))
+        print(probe(step, config.max_tokens, config.triples, find_device("auto")))
 
 
 def answer(
@@ -155,6 +167,7 @@ def make_step(
         checkpointing=checkpointing,
         offload=config.offload_checkpoints,
         mlp_tile=config.mlp_tile,
+        liger=config.use_liger_kernel,
         device_type=device_type,
         capacity=memory,
     )

@@ -80,7 +80,7 @@ usage: derta plan [CONFIG.yaml] [--key value ...]
 
 As in training: --method, --lora_r, --lora_alpha, --lora_dropout, --lora_target_modules,
 --lora_modules_to_save, --lora_dora, --dtype, --bf16, --optim, --gradient_checkpointing,
---offload_checkpoints, --mlp_tile. A training run's CONFIG.yaml will do.
+--offload_checkpoints, --mlp_tile, --use_liger_kernel. A training run's CONFIG.yaml will do.
 """,
     "eval": """\
 usage: derta eval [CONFIG.yaml] [--key value ...]

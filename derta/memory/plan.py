@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers.utils import is_liger_kernel_available
 
 from derta.memory.step import Step, StepMemory
+from derta.modeling import context_of
 
 GIB = 2**30
 # What a CUDA context, its libraries and an allocator's gaps take. Assumed, not measured.
 CONTEXT_BYTES = int(0.75 * GIB)
 TOKENS_STEP = 128
-FIRST_GUESS = 8192
 GUESSES = 6
 LONGEST = 2**20
 MLP_TILE = 1024
@@ -44,14 +48,27 @@ class Triples:
     prompt: int
     safe: int
 
+    def check(self, tokens: int) -> None:
+        """Sees to it that so many tokens have room for a triple.
+
+        Raises:
+            ValueError: they have not.
+        """
+        if self.harmful(tokens) <= self.branches:
+            raise ValueError(
+                "max_tokens, and the model's context, must leave room for a harmful response "
+                f"beside prompt_tokens ({self.prompt}) and {self.branches} x safe_tokens "
+                f"({self.safe}), got {tokens}"
+            )
+
     def harmful(self, tokens: int) -> int:
         """Tokens of the harmful response of a triple with that many tokens."""
         return max(tokens - self.prompt - self.branches * self.safe, 0)
 
     def live(self, tokens: int) -> float:
-        """Share of its tokens with a target, to a hundredth."""
+        """Share of its tokens with a target, rounded up to a tenth."""
         targets = self.rto_keep * (self.harmful(tokens) + 1) + self.branches * self.safe
-        return round(min(targets / tokens, 1.0), 2)
+        return min(math.ceil(10 * targets / tokens), 10) / 10
 
 
 def needed(memory: StepMemory, tokens: int, triples: Triples) -> Counter[str]:
@@ -72,9 +89,7 @@ def longest_pack(memory: StepMemory, triples: Triples) -> int:
     def over(tokens: int) -> int:
         return needed(memory, tokens, triples).total() - memory.step.capacity
 
-    if over(TOKENS_STEP) > 0:
-        return 0
-    last, tokens = FIRST_GUESS // 2, FIRST_GUESS
+    last, tokens = memory.far // 2, memory.far
     over_last = over(last)
     for _ in range(GUESSES):
         over_now = over(tokens)
@@ -85,29 +100,39 @@ def longest_pack(memory: StepMemory, triples: Triples) -> int:
             break
         last, over_last, tokens = tokens, over_now, aim
     while over(tokens) > 0:
-        tokens -= max(TOKENS_STEP, tokens // 100 // TOKENS_STEP * TOKENS_STEP)
+        if tokens == TOKENS_STEP:
+            return 0
+        less = max(TOKENS_STEP, tokens // 100 // TOKENS_STEP * TOKENS_STEP)
+        tokens = max(tokens - less, TOKENS_STEP)
     return tokens
 
 
-def turns(step: Step) -> Iterator[tuple[str, Step]]:
-    """Keys that save memory and are not turned yet, each with the step that it makes."""
+def turns(step: Step) -> Iterator[tuple[str, Callable[[Step], Step]]]:
+    """Keys that may save memory and are not turned yet, each with what it makes of a step."""
+
+    def adapted(**keys: Any) -> Callable[[Step], Step]:
+        return lambda step: replace(step, method=replace(step.method, **keys))
+
+    def turned(**keys: Any) -> Callable[[Step], Step]:
+        return lambda step: replace(step, **keys)
+
     if not step.checkpointing:
-        yield "gradient_checkpointing: true", replace(step, checkpointing=True)
-    if step.method.method != "qlora":
-        adapters = (
-            replace(step.method, method="lora")
-            if step.method.method == "full"
-            else replace(step.method, method="qlora")
-        )
-        yield f"method: {adapters.method}", replace(step, method=adapters)
-    if step.optim.startswith("adamw_torch") and step.method.method == "full":
-        yield "optim: adamw_8bit", replace(step, optim="adamw_8bit")
-    if step.method.method != "full" and step.method.lora_dropout > 0:
-        yield "lora_dropout: 0", replace(step, method=replace(step.method, lora_dropout=0.0))
+        yield "gradient_checkpointing: true", turned(checkpointing=True)
+    if step.method.method == "full":
+        yield "method: lora", adapted(method="lora")
+        if step.optim.startswith("adamw_torch"):
+            yield "optim: adamw_8bit", turned(optim="adamw_8bit")
+    else:
+        if step.method.method == "lora":
+            yield "method: qlora", adapted(method="qlora")
+        if step.method.lora_dropout > 0:
+            yield "lora_dropout: 0", adapted(lora_dropout=0.0)
     if step.mlp_tile is None:
-        yield f"mlp_tile: {MLP_TILE}", replace(step, mlp_tile=MLP_TILE)
+        yield f"mlp_tile: {MLP_TILE}", turned(mlp_tile=MLP_TILE)
     if step.checkpointing and not step.offload:
-        yield "offload_checkpoints: true", replace(step, offload=True)
+        yield "offload_checkpoints: true", turned(offload=True)
+    if not step.liger and step.device_type == "cuda" and is_liger_kernel_available():
+        yield "use_liger_kernel: true", turned(liger=True)
 
 
 def table(bytes_by_part: Counter[str]) -> str:
@@ -130,13 +155,22 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
         table(peak),
         _longest(longest_pack(memory, triples), triples, step),
     ]
-    saved = {}
-    for key, other in turns(step):
+    saving: dict[str, Callable[[Step], Step]] = {}
+    for key, turn in turns(step):
         with contextlib.suppress(ValueError):  # experts are not tiled
-            saved[key] = peak.total() - needed(StepMemory(other), tokens, triples).total()
-    if any(size > 0 for size in saved.values()):
-        lines.append("keys to turn, and what each saves by itself:")
-        lines += [f"  {key:30} {size / GIB:7.2f} GiB" for key, size in saved.items() if size > 0]
+            saved = peak.total() - needed(StepMemory(turn(step)), tokens, triples).total()
+            if saved > 0:
+                saving[f"  {key:30} {saved / GIB:7.2f} GiB"] = turn
+    if saving:
+        turned = functools.reduce(lambda step, turn: turn(step), saving.values(), step)
+        memory = StepMemory(turned)
+        lines += [
+            "keys to turn, and what each saves by itself:",
+            *saving,
+            f"with {'all of them' if len(saving) > 1 else 'it'} a step takes "
+            f"{needed(memory, tokens, triples).total() / GIB:.2f} GiB, and "
+            f"{_longest(longest_pack(memory, triples), triples, turned)}",
+        ]
     return "\n".join(lines)
 
 
@@ -144,7 +178,7 @@ def _longest(tokens: int, triples: Triples, step: Step) -> str:
     if tokens == 0:
         return "no pack fits"
     branches = f"{triples.branches} safe response" + "s" * (triples.branches != 1)
-    context = getattr(step.config.get_text_config(), "max_position_embeddings", None) or tokens
+    context = context_of(step.config)
     beyond = f"; one sequence may have {context:,}, its context" * (tokens > context)
     return (
         f"the longest pack that fits has {tokens:,} tokens: a harmful response of "

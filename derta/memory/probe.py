@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 
+from derta.config import LIGER_LOSSES_OFF
 from derta.data import Drawn, EncodedTriple, PackedBatch, pack
 from derta.memory.plan import GIB, Triples, needed
 from derta.memory.step import Step, StepMemory
 from derta.methods import Method, adapt, quantization
-from derta.modeling import apply_derta, context_length
+from derta.modeling import apply_derta, context_of
 from derta.tiling import tile_mlp
 
 REFUSAL = 0  # any token will do
@@ -67,24 +69,21 @@ def quantized(linear: nn.Linear) -> nn.Module:
     return small.to(weight.device)
 
 
-def one_triple(tokens: int, triples: Triples) -> PackedBatch:
-    """A triple that fills a pack, its branches spread evenly over the harmful response.
+def full_pack(tokens: int, triples: Triples, context: int) -> PackedBatch:
+    """A pack of that many tokens, of triples that a context holds, as few and long as can be.
 
-    Raises:
-        ValueError: so short a pack has no room for one.
+    Their branches are spread evenly over the harmful responses.
     """
-    harmful = triples.harmful(tokens)
-    if harmful <= triples.branches:
-        raise ValueError(
-            f"probe: max_tokens must leave room for a harmful response beside prompt_tokens "
-            f"({triples.prompt}) and {triples.branches} x safe_tokens ({triples.safe}), got "
-            f"{tokens}"
-        )
+    count = -(-tokens // context)
+    harmful = triples.harmful(tokens // count)
     ids = np.arange(tokens, dtype=np.int32) % 100
     q, h = np.split(ids[: triples.prompt + harmful], [triples.prompt])
     cuts = np.linspace(harmful, 0, triples.branches + 2).astype(int)[1:-1]
     rows = np.random.default_rng(0).random(harmful + 1) < triples.rto_keep
-    return pack([Drawn(EncodedTriple("probe", q, h, ids[: triples.safe], harmful), cuts, rows)])
+    safe = ids[: triples.safe]
+    return pack(
+        [Drawn(EncodedTriple(str(n), q, h, safe, harmful), cuts, rows) for n in range(count)]
+    )
 
 
 def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> str:
@@ -92,35 +91,16 @@ def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> st
 
     Args:
         step: its `config` is all that is known of the model.
-        tokens: of the pack.
-        device: what runs it.
+        tokens: of the pack; they, and the model's context, have room for a triple.
+        device: what runs it; a CPU does without Liger's layers.
 
     Raises:
-        ValueError: the pack is longer than the model's context, or too short for a triple.
+        ValueError: what the method needs is not installed.
         MemoryError: it does not fit the device.
     """
-    batch = one_triple(tokens, triples).to(device)
-    torch.manual_seed(0)
-    model: Any = random_model(step.config, step.method, step.dtype, device)
-    if tokens > context_length(model):
-        raise ValueError(
-            f"probe: max_tokens exceeds the model's context of {context_length(model)}, got "
-            f"{tokens}"
-        )
-    adapted: Any = adapt(model, step.method)
-    if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if step.mlp_tile is not None:
-        tile_mlp(model, step.mlp_tile)
-    apply_derta(adapted, REFUSAL, offload=step.offload).train()
+    batch = full_pack(tokens, triples, context_of(step.config))
     try:
-        for _ in range(2):  # the second meets the gradients of the first, as in training
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=step.autocast):
-                loss = adapted(**batch.model_inputs()).loss
-            loss.backward()
-            del loss
+        _run(step, batch.to(device), device)
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"probe: a pack of {tokens:,} tokens does not fit this GPU") from error
     done = f"probe: a pack of {batch.input_ids.shape[1]:,} tokens through random weights"
@@ -137,3 +117,23 @@ def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> st
         f"GiB of {torch.cuda.get_device_name(device)} at its peak; the plan says "
         f"{of_tensors / GIB:.2f}, without optimizer and context"
     )
+
+
+def _run(step: Step, batch: PackedBatch, device: torch.device) -> None:
+    torch.manual_seed(0)
+    model: Any = random_model(step.config, step.method, step.dtype, device)
+    adapted: Any = adapt(model, step.method)
+    if step.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if step.mlp_tile is not None:
+        tile_mlp(model, step.mlp_tile)
+    if step.liger and device.type == "cuda":
+        apply_liger_kernel(model, LIGER_LOSSES_OFF)
+    apply_derta(adapted, REFUSAL, offload=step.offload).train()
+    for _ in range(2):  # the second meets the gradients of the first, as in training
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=step.autocast):
+            loss = adapted(**batch.model_inputs()).loss
+        loss.backward()
+        del loss

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from derta.loss import derta_loss
+from derta.memory.liger import liger_layers
 from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
@@ -62,6 +63,7 @@ class Step:
         checkpointing: whether layers keep their inputs alone.
         offload: whether these wait on the host.
         mlp_tile: see `tile_mlp`.
+        liger: whether Liger's layers replace the model's (`use_liger_kernel: true`).
         device_type: "cuda" or "cpu".
         capacity: bytes that the device has, for what is sized by what is free.
     """
@@ -74,6 +76,7 @@ class Step:
     checkpointing: bool = False
     offload: bool = False
     mlp_tile: int | None = None
+    liger: bool = False
     device_type: str = "cuda"
     capacity: int = 0
 
@@ -82,11 +85,12 @@ class StepMemory:
     """The model of a step without storage, ready to be run.
 
     Layers that are alike are not all run: what one more of them adds is found from three and two.
-    Nor are long packs: from `FAR` tokens on, everything grows as it has since half of them.
+    Nor are long packs: from `far` tokens on, everything grows as it has since half of them.
     """
 
     def __init__(self, step: Step) -> None:
         self.step = step
+        self.far = max(FAR, 8 * (step.mlp_tile or 0))
         whole = _without_storage(step)
         layers = _layers(whole)
         self.layers = len(layers)
@@ -109,12 +113,11 @@ class StepMemory:
             "weights", "gradients", "optimizer", "checkpoints" (what layers keep of their inputs),
             "attention" and "head" (what the two ops hold), "layers" (all else).
         """
-        far = max(FAR, 8 * (self.step.mlp_tile or 0))
-        if tokens <= far:
+        if tokens <= self.far:
             peaks = self._whole(tokens, live)
         else:
-            half, full = self._whole(far // 2, live), self._whole(far, live)
-            peaks = _beyond(half, full, (tokens - far) / (far - far // 2))
+            half, full = self._whole(self.far // 2, live), self._whole(self.far, live)
+            peaks = _beyond(half, full, (tokens - self.far) / (self.far - self.far // 2))
         peak = max(peaks.values(), key=lambda one: one.total()).copy()
         peak["optimizer"] = self._optimizer
         return peak
@@ -219,6 +222,8 @@ def _run(
         if step.checkpointing:
             for layer in _layers(model):
                 hooks.enter_context(layer.register_forward_pre_hook(keep))
+        if step.liger:
+            hooks.enter_context(liger_layers(model))
         offloading = Offloading(model, _Lane(tracker)) if step.offload else contextlib.nullcontext()
         with tracker:
             with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):

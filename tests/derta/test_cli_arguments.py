@@ -312,7 +312,9 @@ def test_what_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
         "cross_entropy": False,
     }
     monkeypatch.setattr("derta.config.is_liger_kernel_available", lambda: False)
-    with pytest.raises(ValueError, match="^use_liger_kernel needs Liger: pip install liger-kernel"):
+    with pytest.raises(
+        ValueError, match=r"^use_liger_kernel needs Liger: pip install .derta\[liger\]"
+    ):
         from_file(use_liger_kernel=True)
 
 

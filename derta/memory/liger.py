@@ -1,0 +1,44 @@
+"""Liger's layers in a step without storage: what they allocate, without what they compute."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from transformers import PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
+
+from derta.config import LIGER_LOSSES_OFF
+from derta.tiling import ROUTED
+
+
+@contextlib.contextmanager
+def liger_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Runs the model by Liger's layers within, as `use_liger_kernel: true` does, kernels left out.
+
+    Liger's functions allocate their results themselves and launch kernels that fill them; here
+    Triton launches none. Experts stay the model's own: what Liger's hold depends on how tokens are
+    routed. What Liger puts in place of others in the family's module is gone afterwards, what it
+    puts into `model` stays.
+    """
+    from triton.runtime.jit import KernelInterface
+
+    # It warns of every backend that is not installed.
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
+    family = vars(sys.modules[type(model).__module__])
+    before = dict(family)
+    routed = any(hasattr(module, name) for module in model.modules() for name in ROUTED)
+    try:
+        apply_liger_kernel(model, LIGER_LOSSES_OFF | {"swiglu": not routed})
+        with mock.patch.object(KernelInterface, "__getitem__", _not_launched):
+            yield
+    finally:
+        family.update(before)
+
+
+def _not_launched(kernel: Any, grid: Any) -> Any:
+    return lambda *args, **kwargs: None
