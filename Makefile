@@ -35,14 +35,14 @@ aot: setup
 demo: setup
 	$(BIN)/derta demo
 
-# What a CPU can say in under ten minutes; MACHINE names the folder of results.
+# What a CPU can say in a few minutes; MACHINE names the folder of results.
 MACHINE ?= $(shell uname -m)-$(shell nproc)-cores
 bench: setup
+	$(BIN)/python -m benchmarks.head_loss --machine $(MACHINE) --repetitions 3 --groups 'in short'
 	$(BIN)/python -m benchmarks.attention --machine $(MACHINE) --repetitions 3 \
-		--groups 'short branches' 'long branches' 'one sequence'
-	$(BIN)/python -m benchmarks.one_pass --machine $(MACHINE) --repetitions 3
-	$(BIN)/python -m benchmarks.step --machine $(MACHINE) --repetitions 3 --groups 'one branch'
-	$(BIN)/python -m benchmarks.head_loss --machine $(MACHINE) --repetitions 2 --groups 'frozen head'
+		--groups 'short branches' 'long branches'
+	$(BIN)/python -m benchmarks.step --machine $(MACHINE) --repetitions 2 --groups 'in short'
+	$(BIN)/python -m benchmarks.longest --machine $(MACHINE)
 
 # Is one pass still as much faster than separate ones as it was? A third is noise on a busy machine.
 bench-check: setup

@@ -34,6 +34,7 @@ LOSS_BAND = 1e-4
 ALL = tuple(IMPLEMENTATIONS)
 MOST = (OURS, "derta torch", EAGER, "full compiled", "torch chunked, 2048 rows", "trl", PRODUCTS)
 FEW = (OURS, EAGER, TORCH_CHUNKED, PRODUCTS)
+SHORT = (OURS, "derta torch", EAGER, TORCH_CHUNKED, "trl", PRODUCTS)
 SPARSE = (OURS, "derta torch", EAGER, TORCH_CHUNKED, "liger", "cce default", "quack", "trl")
 
 
@@ -48,6 +49,7 @@ def groups_for(device: str) -> dict[str, list[tuple[Case, str]]]:
             "float32": _each(replace(case, dtype="float32"), MOST),
             "5% live": _sparse(case),
             "trainable head, random rows": _each(random, FEW),
+            "in short": _each(Case("512x32000", 1024, dtype="float32"), SHORT),
         }
     case = Case("llama-3-8b", 8192)
     frozen = replace(case, trainable=False)

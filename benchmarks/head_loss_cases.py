@@ -25,6 +25,7 @@ class Head(NamedTuple):
 HEADS = {
     "tiny": Head(64, 1000),
     "small": Head(256, 16000),
+    "512x32000": Head(512, 32000),
     "1024x64000": Head(1024, 64000),
     "llama-3-8b": Head(4096, 128256),
     "llama-3-8b + 1 token": Head(4096, 128257),

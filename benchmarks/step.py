@@ -84,6 +84,7 @@ class Case:
 
 SMALL = Case("a tiny Llama", 16, 1, "float32", lora=False)
 SMALL_FOUR = replace(SMALL, branches=4)
+SHORT = replace(SMALL, triples=8)
 LARGE = Case("Llama-3-8B", 16, 1, "bfloat16", lora=True, max_tokens=8192)
 LARGE_FOUR = replace(LARGE, branches=4)
 
@@ -229,11 +230,11 @@ class Step(Question):
     )
 
     def groups(self, device: str) -> dict[str, list[tuple[Case, str]]]:
-        one, four = (SMALL, SMALL_FOUR) if device == "cpu" else (LARGE, LARGE_FOUR)
-        return {
-            "one branch": [(one, name) for name in RUNGS],
-            "four branches": [(four, name) for name in RUNGS],
-        }
+        if device == "cpu":
+            cases = {"one branch": SMALL, "four branches": SMALL_FOUR, "in short": SHORT}
+        else:
+            cases = {"one branch": LARGE, "four branches": LARGE_FOUR}
+        return {group: [(case, name) for name in RUNGS] for group, case in cases.items()}
 
     def setup(self, case: Case, implementation: str, device: torch.device) -> Setup:
         rung = RUNGS[implementation]
@@ -272,6 +273,7 @@ class Step(Question):
             for case, limit in (
                 (SMALL, 1 / 1.8),
                 (SMALL_FOUR, 1 / 3),
+                (SHORT, 1 / 1.8),
                 (LARGE, 1 / 2.5),
                 (LARGE_FOUR, 1 / 2.5),
             )

@@ -164,12 +164,13 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
     if saving:
         turned = functools.reduce(lambda step, turn: turn(step), saving.values(), step)
         memory = StepMemory(turned)
+        longest = longest_pack(memory, triples)
         lines += [
             "keys to turn, and what each saves by itself:",
             *saving,
             f"with {'all of them' if len(saving) > 1 else 'it'} a step takes "
             f"{needed(memory, tokens, triples).total() / GIB:.2f} GiB, and "
-            f"{_longest(longest_pack(memory, triples), triples, turned)}",
+            + (f"packs of {longest:,} tokens fit" if longest else "no pack fits"),
         ]
     return "\n".join(lines)
 
