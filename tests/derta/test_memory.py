@@ -245,6 +245,44 @@ def test_a_config_is_enough_to_probe(method: Any) -> None:
     assert "probe: a pack of 298 tokens through random weights, forward and backward, runs" in said
 
 
+LLAMAS = {  # of billions of parameters
+    1: dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),
+    3: dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28),
+    8: dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
+@pytest.mark.parametrize("liger", [False, pytest.param(True, marks=LIGER)])
+@pytest.mark.parametrize(
+    ("billions", "method"),
+    [(1, "full"), (3, "lora"), (8, "lora"), pytest.param(8, "qlora", marks=QLORA.marks)],
+)
+def test_the_plan_is_within_a_tenth_of_what_a_gpu_allocates(
+    billions: int, method: Any, liger: bool
+) -> None:
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=128256,
+        num_attention_heads=24 if billions == 3 else 32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        **LLAMAS[billions],
+    )
+    step = Step(
+        config=config,
+        method=Method(method=method),
+        autocast=method != "full",
+        checkpointing=True,
+        liger=liger,
+        capacity=torch.cuda.get_device_properties(0).total_memory,
+    )
+    said = probe(step, 8192, Triples(1, 1.0, 40, 70), torch.device("cuda", 0))
+    took, planned = map(float, re.findall(r"(?:took|says) ([\d.]+)", said))
+    assert planned == pytest.approx(took, rel=0.1)
+
+
 @pytest.mark.parametrize(("tokens", "context"), [(300, 4096), (300, 128)])
 def test_a_probed_pack_has_as_few_triples_as_a_context_lets_it(tokens: int, context: int) -> None:
     triples = Triples(branches=2, rto_keep=1.0, prompt=10, safe=20)
