@@ -320,8 +320,9 @@ def _csv_rows(
         if not header:
             if undecodable:
                 raise ValueError(f"{path}:{line}: {_not_utf8(undecodable[0])}")
-            header = cells if not bare or bare[0] in cells else bare[: len(cells)]
-            if not any(len(name) > 1 and name in columns for name in header):  # A is an answer
+            named = any(len(cell) > 1 and cell in columns for cell in cells)  # "A" is an answer
+            header = cells if named else bare[: len(cells)]
+            if not header:
                 raise ValueError(
                     f"{path}:{line}: neither JSON nor CSV with a header that names columns of any "
                     "format, expected records in JSON, CSV or parquet, plain, gzip or xz, or "

@@ -305,10 +305,8 @@ def _mmlu(row: Row, origin: Origin) -> Request:
     Source: arXiv 2009.03300, figure 1.
     """
     lettered = "choices" not in row
-    choices, right = (
-        [row[letter] for letter in "ABCD"] if lettered else row["choices"],
-        row["answer"],
-    )
+    choices = [row[letter] for letter in "ABCD"] if lettered else row["choices"]
+    right = row["answer"]
     if not isinstance(choices, list) or not 1 < len(choices) <= len(ascii_uppercase):
         raise ValueError(f"choices: expected a list of 2 to {len(ascii_uppercase)} texts")
     letters = ascii_uppercase[: len(choices)]

@@ -359,6 +359,11 @@ def test_csv_without_a_header_is_read_where_its_format_is_named(tmp_path: Path) 
         read(path, "harmful")
     first, second = read(path, "harmful", format="hex_phi")
     assert (first.prompt, second.prompt) == ("Paint a fence, quickly.", "Paint another.")
+    path.write_text("prompt\nPaint a fence.\n")
+    with pytest.raises(
+        ValueError, match="csv:2: fields: found prompt, expected those of format hex"
+    ):
+        read(path, "harmful", format="hex_phi")
 
 
 LETTERED = {"A": "Water", "B": helpful(7), "C": "0", "D": "Oil", "answer": "B"}
