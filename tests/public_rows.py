@@ -128,6 +128,11 @@ ROWS: dict[str, Callable[[int], list[Row]]] = {
             "BehaviorID": f"fence_{n}",
         }
     ],
+    "harmbench_completions": lambda n: [
+        {"test_case": ask(n), "generation": harmful(n), "label": 1, "advbench_label": 1},
+        {"test_case": ask(n), "generation": safe(n), "label": 0, "advbench_label": 0},
+        {"test_case": ask(n), "generation": safe(n)},
+    ],
     "jailbreakbench": lambda n: [
         {
             "Index": n,

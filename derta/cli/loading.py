@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from derta.data import Record, Source, source_records
-from derta.data.reading import Ids
+from derta.data import Reading, Record, Source, source_records
 
 
 def load_model(
@@ -194,7 +192,7 @@ def weights_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class SourceRecords(Iterable[Record]):
-    """The records of sources, read anew whenever they are gone through.
+    """The records of sources, read anew whenever they are gone through, with ids of their own.
 
     Args:
         sources: where they are; a record's weight is that of its row times its source's.
@@ -212,19 +210,15 @@ class SourceRecords(Iterable[Record]):
                     raise FileNotFoundError(f"{path}: no such record file")
 
     def __iter__(self) -> Iterator[Record]:
-        return itertools.chain.from_iterable(map(source_records, self.sources))
+        reading = Reading()
+        for source in self.sources:
+            yield from source_records(source, reading)
 
     def check(self) -> None:
         """Reads all of them once, so that a bad row is found before anything is made of the rest.
 
         Raises:
-            ValueError: as `read_records`, or two sources have one id.
+            ValueError: as `read_records`.
         """
-        ids = Ids()
-        for source in self.sources:
-            for record in source_records(source):
-                if not ids.add(record.id):
-                    raise ValueError(
-                        f"{', '.join(source.paths)}: id: {record.id!r} is that of a record of "
-                        "another source too, expected one of its own, as derta data build gives it"
-                    )
+        for _ in self:
+            pass

@@ -2,6 +2,7 @@
 
 Everything is streamed. What has to be remembered of every row (its id, a digest of its texts, a
 half that waits for its other) is in an SQLite file beside the output, gone when the build ends.
+Only answers that their own file has not completed are in memory, until their source is read.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def build(
         what was read, joined, dropped and written: the content of build.json.
 
     Raises:
-        ValueError: an argument is out of its range, output_dir holds something, two examples of one
-            source have one id, or none is left to train on.
+        ValueError: an argument is out of its range, output_dir holds something, or no example is
+            left to train on.
     """
     check_new(output_dir)
     check_near(near)
@@ -202,15 +203,10 @@ class _Ledger:
         return entry.rowcount > 0
 
     def _named(self, record: Record) -> Record:
-        if self._enter("ids", record.id):
-            return record
-        renamed = f"{record.source}:{record.id}"
-        if not self._enter("ids", renamed):
-            raise ValueError(
-                f"id: {record.id!r} comes twice in source {record.source!r}, expected one of its "
-                "own"
-            )
-        return dataclasses.replace(record, id=renamed)
+        id = record.id
+        while not self._enter("ids", id):
+            id = f"{record.source}:{id}"
+        return record if id == record.id else dataclasses.replace(record, id=id)
 
     def _keep(self, half: Half) -> None:
         if self._is_new("safe half" if half.safe else "harmful half", [half.prompt, half.text]):

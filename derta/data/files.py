@@ -1,5 +1,7 @@
 """Rows of record files, streamed: JSON Lines, JSON arrays, CSV and parquet, plain, gzip or xz.
 
+A JSON object that holds nothing but lists of rows, by names that are no column's, is these rows.
+
 What a file is, its content tells, never its name. Memory holds one row, or one batch of parquet's,
 however long the file is. What is amiss with one row is that row's; what makes the rest of a file
 unreadable is raised.
@@ -11,6 +13,7 @@ import codecs
 import contextlib
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import re
@@ -61,13 +64,14 @@ def data_files(path: Path) -> Iterator[Path]:
 
 
 def read_rows(path: Path, columns: Collection[str], bare: Sequence[str] = ()) -> Iterator[Placed]:
-    """Rows with their places: the line; `line[element]` of an array; `[row]`, from 0, of a table.
+    """Rows with their places: `line`; `line[element]` of an array or of lists; `[row]` of a table.
 
     A row that cannot be read comes as a ValueError that tells why, and does not end the file.
 
     Args:
         path: of `data_files`.
-        columns: those of which a table is to have one at least; parquet's others are left alone.
+        columns: those of which a table is to have one at least, and an object of lists none;
+            parquet's others are left alone.
         bare: what the columns are called where CSV has no header.
 
     Raises:
@@ -114,7 +118,7 @@ def _text_rows(
     if mark == b"[":
         return _array_rows(_Window(path, stream, line))
     if mark == b"{":
-        return _line_rows(path, stream, line)
+        return _line_rows(path, stream, line, columns)
     return _csv_rows(path, stream, line, columns, bare) if mark else iter(())
 
 
@@ -140,10 +144,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _line_rows(path: Path, stream: Any, first: int) -> Iterator[Placed]:
+def _line_rows(path: Path, stream: Any, first: int, columns: Collection[str]) -> Iterator[Placed]:
     for line, content in enumerate(_lines(path, stream, first), start=first):
         if content.isspace():
             continue
+        if line == first and content.strip() == b"{":
+            yield from _listed_rows(_Window(path, stream, line + 1), columns)
+            return
         row: Any
         try:
             row = _JSON.decode(content.rstrip(b"\n").decode("utf-8"))
@@ -155,7 +162,23 @@ def _line_rows(path: Path, stream: Any, first: int) -> Iterator[Placed]:
             )
         except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5000 digits
             row = ValueError(f"cannot be read ({error}), expected one object a line")
-        yield f"{line}", row
+        if isinstance(row, dict) and _holds_lists(row, columns):
+            rows = itertools.chain.from_iterable(row.values())
+            yield from ((f"{line}[{index}]", one) for index, one in enumerate(rows))
+        else:
+            yield f"{line}", row
+
+
+def _holds_lists(found: dict[str, Any], columns: Collection[str]) -> bool:
+    """Whether an object is no row, but holds lists of them by names that are no columns."""
+    return (
+        bool(found)
+        and found.keys().isdisjoint(columns)
+        and all(
+            isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+            for rows in found.values()
+        )
+    )
 
 
 class _Window:
@@ -227,21 +250,42 @@ class _Window:
 
 def _array_rows(window: _Window) -> Iterator[Placed]:
     window.skip()
+    yield from _elements(window, itertools.count())
+    if window.skip():
+        window.fail("text after the array, expected nothing")
+
+
+def _elements(window: _Window, indices: Iterator[int]) -> Iterator[Placed]:
+    """Those of the array at the position, which is behind it afterwards."""
     window.position += 1
-    index = 0
     mark = "]" if window.skip() == "]" else ","
     while mark == ",":
         window.skip()
         line = window.line
-        yield f"{line}[{index}]", window.element()
-        index += 1
+        yield f"{line}[{next(indices)}]", window.element()
         mark = window.skip()
         if mark not in (",", "]"):
             window.fail("the array breaks off, expected ',' or ']'")
         window.position += mark == ","
     window.position += 1
+
+
+def _listed_rows(window: _Window, columns: Collection[str]) -> Iterator[Placed]:
+    """Rows of the lists in an object of several lines, of which the first is read."""
+    indices = itertools.count()
+    mark = ","
+    while mark == ",":
+        named = window.skip() == '"' and window.element() not in columns and window.skip() == ":"
+        window.position += 1
+        if not named or window.skip() != "[":
+            window.fail("an object over several lines, expected one a line, or lists of rows")
+        yield from _elements(window, indices)
+        mark = window.skip()
+        if mark not in (",", "}"):
+            window.fail("the object breaks off, expected ',' or '}'")
+        window.position += 1
     if window.skip():
-        window.fail("text after the array, expected nothing")
+        window.fail("text after the object, expected nothing")
 
 
 def _csv_rows(
@@ -276,11 +320,13 @@ def _csv_rows(
         if not header:
             if undecodable:
                 raise ValueError(f"{path}:{line}: {_not_utf8(undecodable[0])}")
-            header = cells if not bare or set(cells) & set(columns) else bare[: len(cells)]
-            if not set(header) & set(columns):
+            named = any(len(cell) > 1 and cell in columns for cell in cells)  # "A" is an answer
+            header = cells if named else bare[: len(cells)]
+            if not header:
                 raise ValueError(
                     f"{path}:{line}: neither JSON nor CSV with a header that names columns of any "
-                    "format, expected records in JSON, CSV or parquet, plain, gzip or xz"
+                    "format, expected records in JSON, CSV or parquet, plain, gzip or xz, or "
+                    "format: where CSV has no header"
                 )
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}:{line}: the header names a column twice")

@@ -8,7 +8,7 @@ function from a row to what it is and enter it in `FORMATS`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from string import ascii_uppercase
@@ -69,7 +69,8 @@ class Format:
         readers: by role and kind: from a row and its origin to what it is.
         columns: fields of the safe and of the harmful response, where nothing but their names tells
             them apart.
-        bare: what the columns are called where a CSV file has no header.
+        bare: what the columns are called where a CSV file has no header; they do as well as
+            `fields`.
     """
 
     fields: frozenset[str]
@@ -77,6 +78,15 @@ class Format:
     readers: Mapping[str, Reader]
     columns: tuple[str, str] | None = None
     bare: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All that a row may have."""
+        return self.fields.union(self.beside, self.bare)
+
+    def fits(self, found: Set[str]) -> bool:
+        """Whether a row has what is needed."""
+        return self.fields <= found or (bool(self.bare) and found >= set(self.bare))
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -294,18 +304,24 @@ def _mmlu(row: Row, origin: Origin) -> Request:
 
     Source: arXiv 2009.03300, figure 1.
     """
-    choices, right = row["choices"], row["answer"]
+    lettered = "choices" not in row
+    choices = [row[letter] for letter in "ABCD"] if lettered else row["choices"]
+    right = row["answer"]
     if not isinstance(choices, list) or not 1 < len(choices) <= len(ascii_uppercase):
         raise ValueError(f"choices: expected a list of 2 to {len(ascii_uppercase)} texts")
-    if type(right) is not int or not 0 <= right < len(choices):
+    letters = ascii_uppercase[: len(choices)]
+    if lettered and right not in tuple(letters):
+        raise ValueError(f"answer: is no choice's letter, expected {' or '.join(letters)}")
+    if not lettered and (type(right) is not int or not 0 <= right < len(choices)):
         raise ValueError("answer: is no choice's place, expected a whole number from 0 on")
+    names = letters if lettered else [f"choices[{index}]" for index in range(len(choices))]
     lines = [
-        f"{letter}. {check_text(f'choices[{index}]', choice)}"
-        for index, (letter, choice) in enumerate(zip(ascii_uppercase, choices, strict=False))
+        f"{letter}. {check_text(name, choice)}"
+        for letter, name, choice in zip(letters, names, choices, strict=True)
     ]
     return Request(
         prompt="\n".join([_text(row, "question"), *lines, "Answer:"]),
-        response=ascii_uppercase[right],
+        response=right if lettered else letters[right],
         category="" if row.get("subject") in (None, "") else _text(row, "subject"),
         **origin,
     )
@@ -319,6 +335,18 @@ def _harmbench(row: Row, origin: Origin) -> Request:
     # As HarmBench itself asks.
     return dataclasses.replace(
         behavior, prompt=f"{context}\n\n---\n\n{behavior.prompt}", messages=()
+    )
+
+
+def _harmbench_completion(row: Row, origin: Origin) -> Request:
+    """An attack; what a model wrote is its harmful response where the classifier says so."""
+    label = "" if row.get("label") is None else f"{row['label']}"
+    if label not in ("", "0", "1"):
+        raise ValueError("label: expected 0 or 1")
+    return Request(
+        prompt=_text(row, "test_case"),
+        response=_text(row, "generation") if label == "1" else "",
+        **origin,
     )
 
 
@@ -428,13 +456,19 @@ FORMATS: dict[str, Format] = {
         | {"question": _question},
     ),
     "mmlu": Format(
-        fields=frozenset({"question", "choices", "answer"}), readers={"question": _mmlu}
+        fields=frozenset({"question", "choices", "answer"}),
+        readers={"question": _mmlu},
+        bare=("question", "A", "B", "C", "D", "answer"),
     ),
     "advbench": _to_ask("goal target", "harmful", prompt="goal", prefill="target"),
     "harmbench": Format(
         fields=frozenset({"Behavior", "BehaviorID"}),
         beside=frozenset({"ContextString"}),
         readers={"harmful": _harmbench},
+    ),
+    "harmbench_completions": Format(
+        fields=frozenset({"test_case", "generation"}),
+        readers={"harmful": _harmbench_completion},
     ),
     "jailbreakbench": Format(
         fields=frozenset({"Goal", "Target", "Category"}),
@@ -476,5 +510,5 @@ ABOUT = frozenset(
 # Fields under which public data sets keep text, or a judgement of it, that no format here reads.
 # Known so that no text is left out: half of a prompt is not a prompt.
 _UNREAD = frozenset("system context history".split())
-KNOWN = _UNREAD.union(ABOUT, *(form.fields | form.beside for form in FORMATS.values()))
+KNOWN = _UNREAD.union(ABOUT, *(form.known for form in FORMATS.values()))
 COLUMNS = KNOWN | {"id", "source", "weight"}

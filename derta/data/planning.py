@@ -10,6 +10,8 @@ import numpy as np
 
 Pack = tuple[int, ...]
 
+_EXAMPLES_AT_ONCE = 1 << 17  # whose packs are measured together
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -22,7 +24,7 @@ class Plan:
         lengths: (examples,) int64, tokens of each example, at most.
     """
 
-    steps: Sequence[list[Pack]]
+    steps: _Steps
     steps_per_epoch: int
     lengths: np.ndarray
 
@@ -34,6 +36,11 @@ class Plan:
         packs = self.steps[step]
         empty: list[Pack] = [()] * (-len(packs) % world_size)
         return (packs + empty)[rank::world_size]
+
+    def largest(self) -> tuple[int, Pack]:
+        """The first of the packs with the most tokens, and its step."""
+        step = self.steps.fullest()
+        return step, max(self.steps[step], key=lambda pack: self.lengths[list(pack)].sum())
 
 
 def plan_packs(
@@ -102,6 +109,24 @@ class _Steps(Sequence[list[Pack]]):
         examples = self._order_of(epoch)[first : first + self.examples_per_step]
         return _first_fit_decreasing(examples, self.lengths[examples], self.max_tokens)
 
+    def fullest(self) -> int:
+        """The first step with the pack of the most tokens; many are packed at once, by lengths."""
+        width = min(self.examples_per_step, len(self.lengths))
+        at_once = max(1, _EXAMPLES_AT_ONCE // width)
+        best, most = 0, 0
+        for epoch in range(self.epochs):
+            lengths = np.zeros(self.steps_per_epoch * width, np.int64)
+            lengths[: len(self.lengths)] = self.lengths[self._order_of(epoch)]
+            steps = lengths.reshape(self.steps_per_epoch, width)
+            for first in range(0, len(steps), at_once):
+                fills = _largest_fills(steps[first : first + at_once], self.max_tokens)
+                place = int(fills.argmax())
+                if fills[place] > most:
+                    best, most = epoch * self.steps_per_epoch + first + place, fills[place]
+                if most == self.max_tokens:
+                    return best
+        return best
+
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
@@ -123,3 +148,20 @@ def _first_fit_decreasing(examples: np.ndarray, lengths: np.ndarray, max_tokens:
         packs[place].append(example)
         room[place] -= length
     return [tuple(pack) for pack in packs]
+
+
+def _largest_fills(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Tokens of the largest pack of each step, as `_first_fit_decreasing` packs them.
+
+    Args:
+        lengths: (steps, examples) int64; 0 where a step has fewer examples.
+        max_tokens: tokens of a pack, at most.
+    """
+    steps = np.arange(len(lengths))
+    room = np.full((len(lengths), 1), max_tokens)
+    for length in -np.sort(-lengths).T:
+        if (room[:, -1] < max_tokens).any():  # a last one is open, so that one always has room
+            room = np.pad(room, ((0, 0), (0, 1)), constant_values=max_tokens)
+        place = (room >= length[:, None]).argmax(axis=1)
+        room[steps, place] -= length
+    return max_tokens - room.min(axis=1)

@@ -58,15 +58,19 @@ class FileReading:
 class Reading:
     """What was read: fills up while `read_records` or `read_requests` is iterated over.
 
+    All that goes into one of them has ids of its own, also where it was read by several calls.
+
     Args:
         alone: called with each answer that none of its file completes to a triple, at its end.
 
     Attributes:
         files: by the path of each file.
+        ids: of all records and requests.
     """
 
     alone: Callable[[Half], object] | None = None
     files: dict[str, FileReading] = field(init=False, default_factory=dict)
+    ids: Ids = field(init=False, default_factory=lambda: Ids())
 
 
 def read_records(
@@ -78,7 +82,8 @@ def read_records(
     `datasets`; what a file is called plays no part. Rows may be of several formats, see `FORMATS`;
     fields that no format knows are left alone. A row without an `id` is called after its place,
     which is `file:line`, `file:line[element]` in an array, whose elements may share a line, or
-    `file:[row]` in a table; one without a `source` after the file's stem. `weight` is a record's.
+    `file:[row]` in a table; one without a `source` after the file's stem. An id that another file
+    has already gets this file's stem before it, as in `stem:7`. `weight` is a record's.
 
     Args:
         role: "safety" yields `Triple`s, or `Rendered` rows of the authors' files; "helpful" and
@@ -89,8 +94,8 @@ def read_records(
 
     Raises:
         ValueError: `place: field: what is wrong, what was expected`, for the first bad row, which
-            names fields and never quotes their text; two rows have one id; or an unknown role or
-            format.
+            names fields and never quotes their text; two rows of a file have one id; a file comes
+            twice; or an unknown role or format.
         OSError: a file cannot be read.
     """
     _check_purpose("role", role, ROLES)
@@ -127,8 +132,8 @@ def _strict(
     for place, record in read_placed(paths, purpose, format, reading):
         if isinstance(record, _Twice):
             # Read again: to hold the place of every row would take more than the rows' ids.
-            earlier = read_placed(paths, purpose, format)
-            first = next(at for at, one in earlier if getattr(one, "id", None) == record.id)
+            again = read_placed([record.path], purpose, format)
+            first = next(at for at, one in again if getattr(one, "id", None) == record.id)
             raise ValueError(
                 f"{place}: id: {record.id!r} is that of {first} too, expected one of its own"
             )
@@ -157,14 +162,14 @@ def read_placed(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     reading = reading or Reading()
     files = reading.files
-    ids = Ids()
     for path in map(Path, paths):
         place = f"{path}"
         try:
             for file in data_files(path):
                 place = f"{file}"
                 counts = files.setdefault(place, FileReading())
-                yield from _read_file(file, purpose, format, counts, ids, reading.alone)
+                reading.ids.begin(file, purpose)
+                yield from _read_file(file, purpose, format, counts, reading)
         except ValueError as error:
             files.setdefault(place, FileReading()).bad += 1
             yield place, error
@@ -175,8 +180,7 @@ def _read_file(
     purpose: str | None,
     named: str | None,
     counts: FileReading,
-    ids: Ids,
-    alone: Callable[[Half], object] | None,
+    reading: Reading,
 ) -> Iterator[tuple[str, Record | Request | ValueError]]:
     pairs = _Pairs()
     place = ""
@@ -194,8 +198,12 @@ def _read_file(
         if isinstance(record, Skipped):
             counts.skipped[record.reason] += 1
         elif record is not None:
-            if isinstance(record, _RESULTS) and not ids.add(record.id):
-                record = _Twice(record.id, place)
+            if isinstance(record, _RESULTS):
+                id = reading.ids.name(record.id, source)
+                if id is None:
+                    record = _Twice(record.id, path, place)
+                elif id != record.id:
+                    record = dataclasses.replace(record, id=id)
             counts.bad += isinstance(record, ValueError)
             counts.records += not isinstance(record, ValueError)
             yield place, record
@@ -204,9 +212,9 @@ def _read_file(
             f"{path}:1: no record, expected JSON Lines, a JSON array, CSV or parquet with records"
         )
     counts.skipped.update(pairs.left())
-    if alone is not None:
+    if reading.alone is not None:
         for half in pairs.waiting():
-            alone(half)
+            reading.alone(half)
 
 
 def _record(
@@ -217,7 +225,7 @@ def _record(
         raise TypeError(f"row: is {type(row).__name__}, expected an object")
     name = named or _format_of(row, purpose)
     form = FORMATS[name]
-    if not form.fields <= row.keys():
+    if not form.fits(row.keys()):
         raise ValueError(
             f"fields: found {field_names(row)}, expected those of format {name}: "
             f"{', '.join(sorted(form.fields))}"
@@ -246,9 +254,10 @@ def _record(
 
 def _format_of(row: Row, purpose: str | None) -> str:
     names = _matching(frozenset(row.keys() & KNOWN))
+    filled = frozenset(row)
     if not names:  # an empty field is none, as where rows of several formats are one table
-        filled = {key for key in row.keys() & KNOWN if row[key] is not None and row[key] != ""}
-        names = _matching(frozenset(filled))
+        filled = frozenset(key for key in row if row[key] is not None and row[key] != "")
+        names = _matching(filled & KNOWN)
     if len(names) == 1:
         return names[0]
     found = f"fields: found {field_names(row)}, which is "
@@ -258,22 +267,31 @@ def _format_of(row: Row, purpose: str | None) -> str:
         raise ValueError(
             f"{found}a file to break a model's safety with, expected safe beside prefix and text"
         )
+    forms = {
+        name: form for name, form in FORMATS.items() if purpose is None or purpose in form.readers
+    }
+    if closest := _closest([name for name, form in forms.items() if form.fits(filled)]):
+        meant = " or ".join(closest)
+        raise ValueError(
+            f"{found}{meant} with fields of other formats, expected format: {meant}, which leaves "
+            "those out"
+        )
     expected = " | ".join(
-        f"{', '.join(sorted(form.fields))} ({name})"
-        for name, form in FORMATS.items()
-        if purpose is None or purpose in form.readers
+        f"{', '.join(sorted(form.fields))} ({name})" for name, form in forms.items()
     )
     raise ValueError(f"{found}no known format, expected {expected}")
 
 
 @lru_cache(maxsize=4096)
 def _matching(found: frozenset[str]) -> tuple[str, ...]:
-    """Formats of these fields; those that ask for less than another of them are not meant."""
-    names = [
-        name
-        for name, form in FORMATS.items()
-        if form.fields <= found and found - ABOUT <= form.fields | form.beside
-    ]
+    """Formats that have all of these fields."""
+    return _closest(
+        [name for name, form in FORMATS.items() if form.fits(found) and found - ABOUT <= form.known]
+    )
+
+
+def _closest(names: Sequence[str]) -> tuple[str, ...]:
+    """Those formats that do not ask for less than another of them."""
     return tuple(
         name
         for name in names
@@ -356,24 +374,52 @@ class _Pairs:
 
 
 class _Twice(ValueError):
-    def __init__(self, id: str, place: str) -> None:
+    def __init__(self, id: str, path: Path, place: str) -> None:
         super().__init__(
             f"{place}: id: {id!r} is that of an earlier record too, expected one of its own"
         )
         self.id = id
+        self.path = path
+
+
+_Buckets = defaultdict[int, "array[int]"]
 
 
 class Ids:
-    """The ids met so far, by 64 bits of each: ten million take 100 MB."""
+    """The ids met so far, by 64 bits of each: ten million take 170 MB."""
 
     def __init__(self) -> None:
-        self._buckets: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))
+        self._files: set[tuple[Path, str | None]] = set()
+        self._earlier: _Buckets = defaultdict(lambda: array("Q"))
+        self._here: _Buckets = defaultdict(lambda: array("Q"))
 
-    def add(self, id: str) -> bool:
-        """Whether it is new."""
-        digest = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest())
-        bucket = self._buckets[digest >> 46]
-        if digest in bucket:
-            return False
-        bucket.append(digest)
-        return True
+    def begin(self, file: Path, purpose: str | None) -> None:
+        """Ids that come now are those of this file.
+
+        Raises:
+            ValueError: it was read for the same purpose before.
+        """
+        read = (file.resolve(), purpose)
+        if read in self._files:
+            raise ValueError(f"{file}: comes twice, expected every file once")
+        self._files.add(read)
+        while self._here:
+            key, digests = self._here.popitem()
+            self._earlier[key].extend(digests)
+
+    def name(self, id: str, stem: str) -> str | None:
+        """The id to use: this one, or where another file has it this one after the file's stem.
+
+        None if it was met in this file.
+        """
+        while (digest := _digest(id)) in self._earlier.get(digest >> 46, ()):
+            id = f"{stem}:{id}"
+        here = self._here[digest >> 46]
+        if digest in here:
+            return None
+        here.append(digest)
+        return id
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

@@ -57,7 +57,8 @@ def source_records(source: Source, reading: Reading | None = None) -> Iterator[R
 
     Args:
         source: where they are.
-        reading: filled with what was read and what was skipped.
+        reading: filled with what was read and what was skipped; sources that share one share no
+            id.
 
     Raises:
         ValueError, OSError: as `read_records`.

@@ -152,9 +152,7 @@ class PackedSteps(Dataset):
 
     def largest(self) -> PackedBatch:
         """The pack with the most tokens that any rank runs in any step."""
-        packs = ((step, pack) for step, packs in enumerate(self.plan.steps) for pack in packs)
-        lengths = self.plan.lengths
-        return self._collated(*max(packs, key=lambda one: lengths[list(one[1])].sum()))
+        return self._collated(*self.plan.largest())
 
     @functools.cached_property
     def packs(self) -> int:

@@ -42,6 +42,9 @@ _COLUMNS = {
 class ExampleStore(Sequence[Encoded]):
     """Encoded examples in a file that lasts as long as this object.
 
+    It keeps its name all the while, by which worker processes that are spawned open it; only a run
+    that is killed leaves it behind.
+
     Args:
         examples: each with its place, the number of the record that it is from, which errors name.
         folder: where the file is to be; None: where temporary files go (TMPDIR).

@@ -56,6 +56,15 @@ def test_an_id_given_twice_is_an_error_of_the_later_row(
     assert capsys.readouterr().out.startswith(expected)
 
 
+def test_files_may_number_their_rows_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "id": n} for n in range(3) for row in ROWS["triple"](n)]
+    for name in ("a.jsonl", "d.jsonl"):
+        Path(name).write_bytes(contain(rows, "jsonl"))
+    assert main("data validate a.jsonl d.jsonl --role safety".split()) == 0
+    expected = [f"{name}.jsonl: 3 records, 0 errors, 0 skipped" for name in "ad"]
+    assert capsys.readouterr().out.splitlines() == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

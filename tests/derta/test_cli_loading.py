@@ -80,7 +80,7 @@ def test_records_of_sources_come_with_their_weights_roles_and_limits(workplace: 
     messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
     text = "".join(json.dumps({"messages": messages, "id": name}) + "\n" for name in "abcd")
     Path("first.jsonl").write_text(text, encoding="utf-8")
-    Path("second.jsonl").write_text(text.replace('"id": "', '"id": "2'), encoding="utf-8")
+    Path("second.jsonl").write_text(text, encoding="utf-8")
     paths = ["first.jsonl", "second.jsonl"]
     records = SourceRecords(
         [
@@ -90,12 +90,17 @@ def test_records_of_sources_come_with_their_weights_roles_and_limits(workplace: 
     )
     for _ in range(2):  # read anew every time
         *dialogues, triple = records
-        assert [one.id for one in dialogues] == ["a", "b", "c", "d", "2a"]
+        assert [one.id for one in dialogues] == ["a", "b", "c", "d", "second:a"]
         assert all(one.borderline and one.weight == 0.5 for one in dialogues)
         assert isinstance(triple, Triple) and triple.weight == 1.0
     records.check()
-    twice = SourceRecords([*records.sources, Source(path="second.jsonl", role="helpful")])
-    with pytest.raises(ValueError, match="^second.jsonl: id: '2a' is that of a record of another"):
+    more = SourceRecords([*records.sources, Source(path="second.jsonl", role="helpful")])
+    more.check()
+    for _ in range(2):  # the same ids every time
+        added = ["second:second:a", "second:b", "second:c", "second:d"]
+        assert [one.id for one in more][6:] == added
+    twice = SourceRecords([*records.sources, Source(path="./first.jsonl", role="borderline")])
+    with pytest.raises(ValueError, match="^first.jsonl: comes twice, expected every file once$"):
         twice.check()
     with pytest.raises(FileNotFoundError, match="^none.jsonl: no such record file"):
         SourceRecords([Source(path=["rows.jsonl", "none.jsonl"], role="safety")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -14,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from derta.data import Triple, files, read_records
+from derta.data import Reading, Triple, files, read_records, read_requests
 from public_rows import CONTAINERS, PACKINGS, contain
 
 ASK = {"role": "user", "content": "How?"}
@@ -38,6 +39,10 @@ LAYOUTS = {
     "array": json.dumps,
     "indented array": lambda rows: "\n\n" + json.dumps(rows, indent=2) + "\n",
     "byte order mark": lambda rows: "\ufeff" + json.dumps(rows, ensure_ascii=False),
+    "object of a list": lambda rows: json.dumps({"data": rows}),
+    "indented object of a list": lambda rows: "\n" + json.dumps({"data": rows}, indent=2) + "\n",
+    "object of lists": lambda rows: json.dumps({"a": rows[:1], "b": rows[1:]}),
+    "indented object of lists": lambda rows: json.dumps({"a": rows[:1], "b": rows[1:]}, indent=1),
     "csv": lambda rows: contain(rows, "csv").decode(),
     "csv of other newlines": lambda rows: contain(rows, "csv").decode().replace("\r\n", "\n"),
     "csv with a mark": lambda rows: "\ufeff\n" + contain(rows, "csv").decode(),
@@ -103,19 +108,52 @@ def test_rows_of_one_line_and_files_of_one_name_have_ids_of_their_own(tmp_path: 
 
 
 @pytest.mark.parametrize("other", [7, "7"])
-def test_an_id_given_twice_is_named_with_both_places(tmp_path: Path, other: int | str) -> None:
+def test_an_id_given_twice_in_a_file_is_named_with_both_places(
+    tmp_path: Path, other: int | str
+) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    first.write_text(json.dumps([OWN, {**OWN, "id": 7}]))
-    second.write_text(json.dumps(OWN) + "\n\n" + json.dumps({**OWN, "id": other}))
-    expected = f"{second}:3: id: '7' is that of {first}:1[1] too, expected one of its own"
-    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
-        ids(first, second)
-    default = f"{first}:1[0]"
-    second.write_text(json.dumps({**OWN, "id": default}))
-    with pytest.raises(ValueError, match=re.escape(f"{second}:1: id: '{default}' is that of ")):
-        ids(first, second)
-    with pytest.raises(ValueError, match=re.escape(f"is that of {first}:1[0] too")):
-        ids(first, first)
+    first.write_text(json.dumps({**OWN, "id": 7}))
+    rows = [OWN, {**OWN, "id": 7}, {**OWN, "id": other}]
+    second.write_text("\n\n".join(map(json.dumps, rows)))
+    expected = f"{second}:5: id: '7' is that of {second}:3 too, expected one of its own"
+    for paths in ([second], [first, second]):
+        with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+            ids(*paths)
+    second.write_text(json.dumps([OWN, {**OWN, "id": f"{second}:1[0]"}]))
+    with pytest.raises(ValueError, match=re.escape(f"is that of {second}:1[0] too")):
+        ids(second)
+
+
+def test_an_id_that_another_file_has_gets_its_files_stem(tmp_path: Path) -> None:
+    """What seeds an example's draws hangs on what is read before it, and on no folder's name."""
+    paths = [tmp_path / name for name in ("a/x.jsonl", "b/x.jsonl", "c/x.jsonl", "y.jsonl")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        numbers = (0, 1) if path.stem == "x" else (1, 2)
+        path.write_text("".join(json.dumps({**OWN, "id": n}) + "\n" for n in numbers))
+    assert ids(*paths[:3]) == ["0", "1", "x:0", "x:1", "x:x:0", "x:x:1"]
+    assert ids(paths[0], paths[3]) == ["0", "1", "y:1", "2"]
+    assert ids(paths[3], paths[0]) == ["1", "2", "0", "x:1"]
+    reading = Reading()
+    apart = [
+        record.id
+        for path in (paths[0], paths[3])
+        for record in itertools.islice(read_records(path, role="safety", reading=reading), 2)
+    ]
+    assert apart == ["0", "1", "y:1", "2"]
+
+
+def test_a_file_that_comes_twice_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, json.dumps({**OWN, "id": 7}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^rows\.txt: comes twice, expected every file once$"):
+        ids(tmp_path, "rows.txt")
+    reading = Reading()
+    assert len(list(read_records(path, role="safety", reading=reading))) == 1
+    (request,) = read_requests(path, kind="harmful", reading=reading)
+    assert request.id == "rows:7"
 
 
 BAD = [
@@ -140,6 +178,20 @@ BAD = [
     (f"[{json.dumps(OWN)}\n{json.dumps(OWN)}]", "2: the array breaks off, expected ',' or ']'"),
     (f"[{json.dumps(OWN)},\n]", "2: not JSON at column 1"),
     (f"[{json.dumps(OWN)}\n]\n3", "3: text after the array, expected nothing"),
+    ('{\n"prompt": "x"}', "2: an object over several lines, expected one a line, or lists of rows"),
+    ('{\n"data": 3}', "2: an object over several lines, expected one a line"),
+    ('{\n"data" 3}', "2: an object over several lines, expected one a line"),
+    ("{\n[]: 3}", "2: an object over several lines, expected one a line"),
+    ("{\n}", "2: an object over several lines, expected one a line"),
+    (f'{{\n"data": [{json.dumps(OWN)}], "prompt": []}}', "2: an object over several lines"),
+    (f'{{\n"data": [{json.dumps(OWN)},\n3]}}', r"3\[1\]: row: is int, expected an object"),
+    (f'{{\n"data": [{json.dumps(OWN)}]\n', "3: the object breaks off, expected ',' or '}'"),
+    (f'{{\n"data": [{json.dumps(OWN)}\n', "3: the array breaks off, expected ',' or ']'"),
+    (f'{{\n"data": [{json.dumps(OWN)}]}}\n3', "3: text after the object, expected nothing"),
+    ('{"data": [3]}', "1: fields: found data, which is no known format"),
+    ('{"data": []}', "1: fields: found data, which is no known format"),
+    ('{"data": [{"x": 1}], "prompt": "x"}', "1: fields: are those of format prompt"),
+    (f'{{"data": [{json.dumps(OWN)}, {{}}]}}', r"1\[1\]: fields: found none, which is no known"),
     (b'[{\n"a": "\xff"}]', "2: byte 0xff is not UTF-8, expected UTF-8 text"),
     (b'\n{"a": "\xff"}', "2: byte 0xff is not UTF-8, expected UTF-8 text"),
     (b'["\xc3', "1: byte 0xc3 is not UTF-8, expected UTF-8 text"),
@@ -152,7 +204,8 @@ BAD = [
     (json.dumps({**OWN, "system": "x"}), "1: fields: found harmful, prompt, safe, system, "),
     (
         json.dumps({"instruction": "x", "input": "y", "output": "z", "safe_response": "w"}),
-        "1: fields: found input, instruction, output, safe_response, which is no known format",
+        "1: fields: found input, instruction, output, safe_response, which is official_triple with "
+        "fields of other formats, expected format: official_triple, which leaves those out",
     ),
     (
         json.dumps({"instruction": "x", "safe_response": "y"}),
@@ -223,7 +276,13 @@ def test_an_array_is_the_same_wherever_its_pieces_end(
     rows = [{**OWN, "id": f"{n}", "prompt": f"ä\n\\ {n}" + "\U0001f600" * n} for n in range(9)]
     texts: list[str | bytes] = [json.dumps(rows, indent=3), json.dumps(rows, ensure_ascii=False)]
     texts += [f"[{json.dumps(OWN)}, {{broken}}]", "[12.5e3, 3]"]
-    texts += [text for text, _ in BAD if text[:1] in ("[", b"[") and len(text) < 1000]
+    texts += [json.dumps({"data": rows[1:], "more": rows[:1]}, indent=3)]
+    read_in_pieces = ("[", b"[", "{\n")
+    texts += [
+        text
+        for text, _ in BAD
+        if (text[:1] in read_in_pieces or text[:2] in read_in_pieces) and len(text) < 1000
+    ]
 
     def outcome(text: str | bytes) -> Any:
         try:
@@ -344,13 +403,17 @@ def test_a_cell_of_ten_megabytes_is_a_cell(tmp_path: Path, container: str) -> No
 
 
 @pytest.mark.parametrize("packing", ["plain", "xz"])
-@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("container", [*CONTAINERS, "object"])
 def test_memory_does_not_grow_with_the_file(
     tmp_path: Path, container: str, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "CHUNK", 1 << 14)
-    data = PACKINGS[packing](contain([{**OWN, "harmful": "Sure. " * 1000}] * 2000, container))
-    records = read_records(write(tmp_path, data), role="safety")
+    rows = [{**OWN, "harmful": "Sure. " * 1000}] * 2000
+    if container == "object":
+        data = json.dumps({"data": rows}, indent=1).encode()
+    else:
+        data = contain(rows, container)
+    records = read_records(write(tmp_path, PACKINGS[packing](data)), role="safety")
     next(records)
     tracemalloc.start()
     try:

@@ -96,6 +96,7 @@ IS: dict[str, dict[str, list[Any]]] = {
             Request(prompt=f"A garden.\n\n---\n\n{ask(7)}", category="fences", id="x"),
         ]
     },
+    "harmbench_completions": {"harmful": [BROKEN, ASKED, ASKED]},
     "jailbreakbench": {
         "harmful": [dataclasses.replace(ABOUT_FENCES, prefill=prefill(7))],
         "harmless": [ABOUT_FENCES],
@@ -358,6 +359,40 @@ def test_csv_without_a_header_is_read_where_its_format_is_named(tmp_path: Path) 
         read(path, "harmful")
     first, second = read(path, "harmful", format="hex_phi")
     assert (first.prompt, second.prompt) == ("Paint a fence, quickly.", "Paint another.")
+    path.write_text("prompt\nPaint a fence.\n")
+    with pytest.raises(
+        ValueError, match="csv:2: fields: found prompt, expected those of format hex"
+    ):
+        read(path, "harmful", format="hex_phi")
+
+
+LETTERED = {"A": "Water", "B": helpful(7), "C": "0", "D": "Oil", "answer": "B"}
+IN_LETTERS = f"{ask(7)}\nA. Water\nB. {helpful(7)}\nC. 0\nD. Oil\nAnswer:"
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_mmlu_may_have_a_column_a_letter(tmp_path: Path, header: bool) -> None:
+    path = tmp_path / "rows"
+    data = contain([{"question": ask(7), **LETTERED}] * 2, "csv").partition(b"\n")
+    path.write_bytes(b"".join(data) if header else data[2])
+    expected = [Request(prompt=IN_LETTERS, response="B", id="x")] * 2
+    assert nameless(read(path, "question", format="mmlu")) == expected
+    if header:
+        assert nameless(read(path, "question")) == expected
+    else:
+        message = "rows:1: neither JSON nor CSV .*, or format: where CSV has no header$"
+        with pytest.raises(ValueError, match=message):
+            read(path, "question")
+
+
+def test_completions_of_attacks_come_by_their_behaviors(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    rows = ROWS["harmbench_completions"]
+    for indent in (None, 4):
+        path.write_text(json.dumps({f"fence_{n}": rows(n) for n in (1, 2)}, indent=indent))
+        found = read(path, "harmful")
+        assert [one.prompt for one in found] == [ask(1)] * 3 + [ask(2)] * 3
+        assert [one.response for one in found] == [harmful(1), "", "", harmful(2), "", ""]
 
 
 def edit(name: str, **changes: Any) -> dict[str, Any]:
@@ -406,6 +441,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("question", edit("mmlu", choices=["a", 2]), r"choices\[1\]: is int, expected text"),
     ("question", edit("mmlu", answer=3), "answer: is no choice's place, expected a whole number"),
     ("question", edit("mmlu", answer=True), "answer: is no choice's place, expected a whole num"),
+    (
+        "question",
+        {"question": ask(7), **LETTERED, "answer": "E"},
+        "answer: is no choice's letter, exp",
+    ),
+    ("question", {"question": ask(7), **LETTERED, "C": " "}, "C: is blank, expected text"),
+    ("harmful", edit("harmbench_completions", label=True), "label: expected 0 or 1"),
+    ("harmful", edit("harmbench_completions", test_case=["x.png", "x"]), "test_case: is list, exp"),
     ("harmful", edit("turns", turns="x"), "turns: is str, expected a list of texts"),
     ("harmful", edit("turns", turns=["a", ""]), r"turns\[1\]: is blank, expected text"),
     ("harmless", edit("xstest", type="other"), "type: expected one of XSTest's"),
@@ -420,6 +463,18 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "harmless",
         edit("xstest", completion="So."),
         "which is any of prompt_completion, xstest, expected format: with one of them",
+    ),
+    (
+        "safety",
+        edit("triple", system="Be brief."),
+        "found harmful, prompt, safe, system, which is triple with fields of other formats, "
+        "expected format: triple, which leaves those out$",
+    ),
+    (
+        "safety",
+        {**edit("triple"), **edit("preference")},
+        "which is triple or preference with fields of other formats, expected format: triple or "
+        "preference, which leaves those out$",
     ),
     ("safety", edit("triple", weight=0), "weight: is 0, expected a number above 0"),
     ("safety", edit("triple", weight="x"), "weight: is text that is no number"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -80,6 +81,23 @@ def test_a_million_examples_are_planned_at_once_and_packed_in_their_turn() -> No
     assert len(plan.steps) == 100 * math.ceil(1_000_000 / 128)
     assert sum(map(len, plan.steps[500_000])) == 128
     assert time.process_time() - started < 2
+
+
+@given(**PLANS, at_once=st.integers(1, 100))
+def test_the_largest_pack_is_the_first_of_the_longest(lengths, at_once, **settings) -> None:
+    plan = plan_packs(lengths, **settings)
+    packs = [(step, pack) for step, packs in enumerate(plan.steps) for pack in packs]
+    with mock.patch("derta.data.planning._EXAMPLES_AT_ONCE", at_once):
+        assert plan.largest() == max(packs, key=lambda one: plan.lengths[list(one[1])].sum())
+
+
+def test_the_largest_pack_of_a_million_examples_is_found_at_once() -> None:
+    lengths = np.random.default_rng(0).integers(25, 400, size=1_000_000)
+    plan = plan_packs(2 * lengths, max_tokens=4097, examples_per_step=128, epochs=3, seed=0)
+    started = time.process_time()
+    step, pack = plan.largest()  # none is full
+    assert 2 * lengths[list(pack)].sum() == 4096 and pack in plan.steps[step]
+    assert time.process_time() - started < 5
 
 
 def test_packs_are_nearly_full() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -59,6 +60,14 @@ def test_the_file_goes_when_its_examples_do(tmp_path: Path) -> None:
     del store
     assert not list(tmp_path.iterdir())
     assert len(ExampleStore([])) == 0
+
+
+def test_a_spawned_process_reads_the_file_and_leaves_it() -> None:
+    store = ExampleStore(enumerate(EXAMPLES))
+    sent = pickle.loads(pickle.dumps(store))  # as DataLoader sends it
+    assert_same(sent[0], EXAMPLES[0])
+    del sent
+    assert_same(pickle.loads(pickle.dumps(store))[1], EXAMPLES[1])
 
 
 def test_a_few_examples_at_a_time_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
