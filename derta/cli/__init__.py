@@ -10,6 +10,7 @@ import importlib
 import itertools
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -124,6 +125,8 @@ def _main(options: argparse.Namespace) -> int:
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # Temporary files, of millions of examples, go only where Python ends by itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _run(command, arguments)
     except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:

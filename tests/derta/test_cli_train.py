@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,31 @@ def train(*arguments: str) -> int:
     }
     options = [part for pair in given.items() for part in pair]
     return main(["train", *options, "--use_cpu", *arguments])
+
+
+def test_a_run_that_is_ended_leaves_no_temporary_file(workplace: Path) -> None:
+    temporary = workplace / "temporary"
+    temporary.mkdir()
+    sources = ["--sources", "{path: rows.jsonl, role: safety}", "--refusal", "Sorry"]
+    options = ["--model", "model", *sources, "--output_dir", "out", "--max_steps", "1000000"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "derta", "train", *options, "--use_cpu", "--disable_tqdm", "true"],
+        env=os.environ
+        | {
+            "TMPDIR": str(temporary),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONUNBUFFERED": "1",
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    with run.stdout as said:  # of the training: all is encoded
+        assert any("examples" in line for line in said)
+        assert list(temporary.glob("derta-*/examples.arrow"))
+        run.terminate()
+        assert run.wait() == 128 + signal.SIGTERM
+    assert not list(temporary.glob("derta-*"))
 
 
 def weights(folder: str) -> set[str]:
