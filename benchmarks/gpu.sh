@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can say, each part in under 8 minutes on a machine with nothing but torch >= 2.11,
-# Triton >= 3.6 and pytest. Nothing is downloaded.
+# NumPy, Triton >= 3.6 and pytest. Nothing is downloaded.
 #
 #   benchmarks/gpu.sh tests       the kernels' tests, bf16 on the GPU: tests.log, tests.xml
 #   benchmarks/gpu.sh loss        the head loss against its peers: head_loss.json, ..., loss.log
@@ -13,7 +13,8 @@
 # benchmarks/results, are not run again.
 #
 #   DERTA_MACHINE   name of the folder of results; h200 by default
-#   DERTA_PEERS     folder of wheels to compare with, their needs among them; none by default
+#   DERTA_PEERS     folder of wheels to compare with, their needs among them; none by default.
+#                   `tests` takes hypothesis from it, and leaves its tests out without
 #   DERTA_COMMIT    what the records call the commit, for a copy without its history
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -52,6 +53,8 @@ ask() {
 
 case $part in
 tests)
+    bring_peers
+    export PYTHONPATH="$PYTHONPATH:$peers"
     workers=()
     if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
     timeout 460 python3 -m pytest tests/kernels -q -ra --durations=10 "${workers[@]}" \

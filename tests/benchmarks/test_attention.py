@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,3 +240,21 @@ def test_the_script_for_a_gpu_asks_what_there_is() -> None:
     subprocess.run(["bash", "-n", script], check=True)
     asked = re.findall(r"^\w+\) ask (\w+) ;;$", script.read_text(encoding="utf-8"), re.MULTILINE)
     assert "attention" in asked and set(asked) <= set(NAMES)
+
+
+def test_the_kernels_tests_are_collected_where_there_is_nothing_but_torch_and_pytest(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nfor name in ('hypothesis', 'transformers', 'datasets', 'accelerate'):\n"
+        "    sys.modules[name] = None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rs", "tests/kernels/test_sdpa_chunks.py"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "hypothesis is not installed" in done.stdout and " passed" in done.stdout
