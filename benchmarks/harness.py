@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -163,8 +164,10 @@ def load() -> dict[str, float]:
 
 
 def gpu_state() -> dict[str, str]:
-    """Driver, clocks and power of the GPU as nvidia-smi has them, units included."""
+    """Driver, clocks and power of the GPU as nvidia-smi has them, units included, if it is here."""
     fields = ["driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"]
+    if shutil.which("nvidia-smi") is None:
+        return {}
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True)
     values = done.stdout.partition("\n")[0].split(", ")

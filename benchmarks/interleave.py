@@ -229,14 +229,20 @@ def serve(request: dict[str, Any], talk: IO[str]) -> None:
 
     case = question.case_type(**request["case"])
     ready = question.setup(case, request["implementation"], device)
+    _leave_the_rest(device)
     say()
     for line in sys.stdin:  # until whoever asks has ended
         if line.strip() == "check":
             say(errors=ready.errors(torch.load(request["answer"], mmap=True)))
         else:
             say(**measure(ready, question.gpu_steps))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # other processes are waiting for it
+        _leave_the_rest(device)
+
+
+def _leave_the_rest(device: torch.device) -> None:
+    """Gives back what an allocator has of a GPU and does not use: other processes wait for it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _say_why(

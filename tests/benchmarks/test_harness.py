@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.command import main
-from benchmarks.harness import ROOT, watch_other_processes, watch_resident_memory
+from benchmarks.harness import ROOT, gpu_state, watch_other_processes, watch_resident_memory
 from benchmarks.head_loss import OURS, TORCH_CHUNKED, Setup
 from benchmarks.head_loss import QUESTION as HEAD_LOSS
 from benchmarks.head_loss_cases import PROBABILITIES, Case, errors, make_inputs, right_answer
@@ -142,6 +142,13 @@ def test_a_busy_neighbour_is_noticed() -> None:
     others = watch_other_processes()
     subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
     assert others() > 0.1
+
+
+def test_a_gpu_without_its_command_is_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert gpu_state() == {}
 
 
 def test_a_process_that_gives_no_answer_is_ended_and_said_so(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ head_loss_op = torch.library.custom_op(
     "Tensor token_weight, float? softcap, float logit_scale, str impl, float? scratch_mb, "
     "bool form_hidden, bool form_weight, bool form_bias) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.cudagraph_unsafe,),  # live rows are counted on the host
 )
 
 
