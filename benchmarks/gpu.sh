@@ -9,8 +9,8 @@
 #   benchmarks/gpu.sh memory      the longest harmful response that fits, against derta plan
 #
 # Results go to $OUT, or to benchmarks/results/$DERTA_MACHINE where that is unset. All parts but
-# `tests` and `memory` are taken up where they were left: groups that have records there, or in
-# benchmarks/results, are not run again.
+# `tests` are taken up where they were left: what has records there, or in benchmarks/results, is not
+# run again.
 #
 #   DERTA_MACHINE   name of the folder of results; h200 by default
 #   DERTA_PEERS     folder of wheels to compare with, their needs among them; none by default.
@@ -40,13 +40,18 @@ bring_peers() {
     fi
 }
 
+# Records that are kept, for --resume.
+take_up() {
+    if [ "$out" != "$kept" ] && [ -e "$kept/$1.json" ]; then
+        cp -n "$kept/$1.json" "$out"
+    fi
+}
+
 # One question of NAMES, against the peers.
 ask() {
     local question=$1
     bring_peers
-    if [ "$out" != "$kept" ] && [ -e "$kept/$question.json" ]; then
-        cp -n "$kept/$question.json" "$out"
-    fi
+    take_up "$question"
     timeout 470 python3 -m "benchmarks.$question" --device cuda --machine "$machine" --out "$out" \
         --peers "$peers" --repetitions 6 --resume --seconds 260 2>&1 | tee -a "$out/$part.log"
 }
@@ -65,8 +70,11 @@ attention) ask attention ;;
 step) ask step ;;
 memory)
     bring_peers
+    take_up longest
+    export PYTORCH_ALLOC_CONF=expandable_segments:True  # as derta train has it
     PYTHONPATH="$PYTHONPATH:$peers" timeout 470 python3 -m benchmarks.longest --device cuda \
-        --machine "$machine" --out "$out" --memories 8 16 24 2>&1 | tee "$out/memory.log"
+        --machine "$machine" --out "$out" --memories 8 16 24 --resume 2>&1 |
+        tee -a "$out/memory.log"
     ;;
 *)
     sed -n 's/^#   benchmarks/usage: benchmarks/p' benchmarks/gpu.sh >&2

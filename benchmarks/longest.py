@@ -3,7 +3,8 @@
     python -m benchmarks.longest --machine h200 --device cuda
 
 On a GPU by trying: one triple with one branch, forward and backward, with the allocator held to so
-many GiB. Beside it, and alone where there is no GPU, what `derta plan` projects.
+many GiB. Beside it, and alone where there is no GPU, what `derta plan` projects. Each record is
+written at once, so a run that was ended can be taken up with --resume.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +34,7 @@ from derta.data import Drawn, EncodedTriple, pack
 MEMORIES_GIB = (8, 16, 24, 48, 80)
 METHODS: tuple[Literal["lora", "qlora"], ...] = ("lora", "qlora")
 MLP_TILE = 2048
-LONGEST = 2**19
+LEAST, LONGEST = 64, 2**19
 PRECISION = 0.03  # of an answer, relative
 
 
@@ -46,16 +49,27 @@ class Record:
     source: Literal["measured", "projected"]
 
 
-def longest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n up to `most` that fits, to `PRECISION`; 0 if not even 64 do."""
-    low, high = 64, 128
-    if not fits(low):
-        return 0
-    while high < most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most)
+def longest(fits: Callable[[int], bool], most: int, guess: int = LEAST) -> int:
+    """The largest n up to `most` that fits, to `PRECISION`; 0 if not even 64 do.
+
+    Tries are begun at `guess` and spread from there, as those of long responses take a minute each.
+    """
+    low, high, share = min(max(guess, LEAST), most), most, PRECISION
+    if fits(low):
+        while (above := int(low * (1 + share))) < most:
+            if not fits(above):
+                high = above
+                break
+            low, share = above, 2 * share
+    else:
+        while low > LEAST:
+            low, high, share = max(int(low / (1 + share)), LEAST), low, 2 * share
+            if fits(low):
+                break
+        else:
+            return 0
     while high - low > PRECISION * low:
-        middle = (low + high) // 2
+        middle = math.isqrt(low * high) + 1
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
@@ -83,13 +97,20 @@ def step(model: Any, recipe: str, harmful: int, device: torch.device) -> None:
 
 
 def measured(
-    method: str, recipe: str, memories: Sequence[int], device: torch.device
+    method: str, recipe: str, guesses: Mapping[int, int], device: torch.device
 ) -> Iterator[Record]:
-    """By trying, in ever more memory."""
+    """By trying, in ever more memory; a try fails too where the host has no more to offload to.
+
+    Args:
+        guesses: tokens to begin with, by GiB; what the device has not is left out.
+    """
     from derta.memory.plan import CONTEXT_BYTES, GIB
     from derta.modeling import apply_derta
+    from derta.offloading import ran_out_of_memory
     from derta.tiling import tile_mlp
 
+    total = torch.cuda.get_device_properties(device).total_memory
+    _let_go()  # of the last method's model
     model = make_model(LARGE, RUNGS[recipe], device)
     inner = model.get_base_model()
     if method == "qlora":
@@ -97,22 +118,29 @@ def measured(
     if recipe == OURS:
         tile_mlp(inner, MLP_TILE)
         apply_derta(inner, REFUSAL, offload=True)
-    total = torch.cuda.get_device_properties(device).total_memory
 
     def fits(harmful: int) -> bool:
         try:
             step(inner, recipe, harmful, device)
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
             return False
         finally:
-            gc.collect()
-            torch.cuda.empty_cache()
+            _let_go()
 
-    for memory in memories:
-        torch.cuda.set_per_process_memory_fraction((memory * GIB - CONTEXT_BYTES) / total, device)
-        yield Record(memory, method, recipe, longest(fits, LONGEST), "measured")
-    torch.cuda.set_per_process_memory_fraction(1.0, device)
+    for memory, guess in sorted(guesses.items()):
+        share = (memory * GIB - CONTEXT_BYTES) / total
+        if share <= 1:
+            torch.cuda.set_per_process_memory_fraction(share)
+            yield Record(memory, method, recipe, longest(fits, LONGEST, guess), "measured")
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _let_go() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def quantize(model: nn.Module) -> None:
@@ -215,31 +243,46 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="another folder to write into")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memories", type=int, nargs="+", default=MEMORIES_GIB, help="GiB, rising")
+    parser.add_argument("--resume", action="store_true", help="keep the records that are there")
     options = parser.parse_args()
     folder = options.out or ROOT / "benchmarks" / "results" / options.machine
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "longest.json"
     device = torch.device(options.device)
     machine = describe_machine(device, torch.get_num_threads())
-    runs = [
-        projected(method, recipe, MEMORIES_GIB) for method in METHODS for recipe in (OFFICIAL, OURS)
-    ]
-    if device.type == "cuda":
-        runs += [
-            measured(method, recipe, options.memories, device)
-            for method in METHODS
-            for recipe in (OFFICIAL, OURS)
-        ]
     records: list[Record] = []
-    for run in runs:
+    if options.resume and path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))["records"]
+        records = [Record(**values) for values in kept]
+
+    def known(method: str, recipe: str, source: str) -> dict[int, int]:
+        """Tokens by GiB."""
+        about = (method, recipe, source)
+        return {r.memory_gib: r.tokens for r in records if (r.method, r.recipe, r.source) == about}
+
+    def runs() -> Iterator[Iterator[Record]]:
+        every = list(itertools.product(METHODS, (OFFICIAL, OURS)))
+        for method, recipe in every:
+            missing = set(MEMORIES_GIB) - set(known(method, recipe, "projected"))
+            if missing:
+                yield projected(method, recipe, sorted(missing))
+        for method, recipe in every if device.type == "cuda" else ():
+            guesses = known(method, recipe, "projected")
+            missing = set(options.memories) - set(known(method, recipe, "measured"))
+            if missing:
+                guesses = {memory: guesses.get(memory, LEAST) for memory in missing}
+                yield measured(method, recipe, guesses, device)
+
+    for run in runs():
         with contextlib.suppress(ModuleNotFoundError):  # bitsandbytes, where it is not installed
             for record in run:
                 print(record, file=sys.stderr, flush=True)
                 records.append(record)
-        text = json.dumps({"machine": machine, "records": [vars(r) for r in records]}, indent=1)
-        (folder / "longest.json").write_text(text, encoding="utf-8")
-        (folder / "longest.md").write_text(table(machine, records), encoding="utf-8")
+                text = {"machine": machine, "records": [vars(r) for r in records]}
+                path.write_text(json.dumps(text, indent=1), encoding="utf-8")
+                path.with_suffix(".md").write_text(table(machine, records), encoding="utf-8")
         if find_spec("matplotlib") is not None:
-            plot(records, folder / "longest.png")
+            plot(records, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,12 @@ class Offloading(saved_tensors_hooks):
         return self.lane.take(packed) if isinstance(packed, Kept) else packed
 
 
+def ran_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the host, had no more memory to give, pinned memory included."""
+    said = ("DefaultCPUAllocator", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in said)
+
+
 def offloading(model: nn.Module, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """`Offloading` for what the model computes on that device; nothing on a CPU."""
     return contextlib.nullcontext() if device.type == "cpu" else Offloading(model, _lane(device))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,6 +18,7 @@ from derta.cli import loading
 from derta.config import DertaConfig
 from derta.data import LossShare, Source, render_pack
 from derta.methods import Method, adapt, quantization
+from derta.offloading import ran_out_of_memory
 from derta.progress import Progress
 from derta.trainer import DertaTrainer
 
@@ -156,11 +156,6 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
                 path.replace(target)
         shutil.rmtree(unfinished)
         print(f"tuned model: {directory}{outcome(trainer)}")
-
-
-def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the host, had no more memory to give."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def advice(trainer: DertaTrainer, config: Config) -> str:

@@ -14,18 +14,19 @@ from benchmarks.step import OFFICIAL, OURS, RUNGS, SMALL, make_model
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("guess", [0, 100, 12000, 2**20])
 @pytest.mark.parametrize("limit", [0, 64, 100, 1000, 12345, 2**19, 2**21])
-def test_the_search_finds_the_limit(limit: int) -> None:
+def test_the_search_finds_the_limit(limit: int, guess: int) -> None:
     tried: list[int] = []
 
     def fits(tokens: int) -> bool:
         tried.append(tokens)
         return tokens <= limit
 
-    found = longest.longest(fits, 2**19)
+    found = longest.longest(fits, 2**19, guess)
     assert found <= limit
     assert limit < 64 or found >= min(limit, 2**19) * (1 - longest.PRECISION) - 1
-    assert len(tried) <= 20
+    assert len(tried) <= (3 if guess <= limit <= 1.03 * guess else 20)
 
 
 @pytest.mark.parametrize("recipe", [OFFICIAL, OURS])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from derta.offloading import Lane, Offloading, offloading
+from derta.offloading import Lane, Offloading, offloading, ran_out_of_memory
 from streams import LateStream
 
 CPU = torch.device("cpu")
@@ -123,6 +123,19 @@ def test_parameters_and_small_tensors_stay(lane: Lane) -> None:
         assert out.grad_fn._saved_self.data_ptr() == x.data_ptr()  # the last one never left
         assert out.grad_fn._saved_mat2.data_ptr() == model.weight.data_ptr()
     assert len(lane.stream.waits) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "so"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be reported elsewhere", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_a_host_that_has_no_more_memory_to_pin_is_out_of_memory(said: str, so: bool) -> None:
+    assert ran_out_of_memory(RuntimeError(said)) == so
+    assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
 
 
 def test_a_cpu_offloads_nothing() -> None:
