@@ -18,6 +18,7 @@ from derta.memory.plan import GIB, Triples, needed
 from derta.memory.step import Step, StepMemory
 from derta.methods import Method, adapt, quantization
 from derta.modeling import apply_derta, context_of
+from derta.offloading import ran_out_of_memory
 from derta.tiling import tile_mlp
 
 REFUSAL = 0  # any token will do
@@ -39,14 +40,17 @@ def random_model(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     head = model.get_output_embeddings()
-    for module in list(model.modules()):
+
+    def draw(module: nn.Module) -> nn.Module:
         module.to_empty(device=device, recurse=False)
         model._init_weights(module)
         for name, child in module.named_children():
-            if in_4_bits and isinstance(child, nn.Linear) and child is not head:
-                child.to_empty(device=device)
-                model._init_weights(child)
-                setattr(module, name, quantized(child))
+            setattr(module, name, draw(child))
+        if in_4_bits and isinstance(module, nn.Linear) and module is not head:
+            return quantized(module)
+        return module
+
+    draw(model)
     model.tie_weights()
     model.is_loaded_in_4bit = in_4_bits  # PEFT asks
     return model
@@ -101,7 +105,9 @@ def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> st
     batch = full_pack(tokens, triples, context_of(step.config))
     try:
         _run(step, batch.to(device), device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         raise MemoryError(f"probe: a pack of {tokens:,} tokens does not fit this GPU") from error
     done = f"probe: a pack of {batch.input_ids.shape[1]:,} tokens through random weights"
     if device.type != "cuda":

@@ -310,6 +310,16 @@ def test_random_weights_are_those_of_the_method(method: Any) -> None:
     assert sum(held.values()) == pytest.approx(planned, rel=0.05)
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+def test_what_comes_in_4_bits_is_never_there_as_a_whole() -> None:
+    config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=6, vocab_size=100))
+    quarter, whole = (
+        peak_bytes(lambda m=method: random_model(config, Method(method=m), torch.bfloat16, CPU))
+        for method in ("qlora", "lora")
+    )
+    assert quarter < 0.7 * whole
+
+
 def test_a_plan_is_probed_when_it_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Where hypothesis is not installed, as on a machine that is there for its GPU, only its tests wait.
+"""Where hypothesis is not installed, as on a machine lent for its GPU, only its tests are skipped.
 
 Without this no module that has one of them could be collected.
 """
@@ -14,7 +14,8 @@ import pytest
 try:
     import hypothesis  # noqa: F401
 except ModuleNotFoundError:
-    skipped = pytest.mark.skip(reason="hypothesis is not installed")
-    stand_in = MagicMock(given=lambda *_, **__: skipped, settings=lambda *_, **__: lambda test: test)
+    stand_in = MagicMock()
+    stand_in.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
+    stand_in.settings.return_value = lambda test: test
     stand_in.__spec__ = ModuleSpec("hypothesis", None)  # torch looks for it
     sys.modules["hypothesis"] = stand_in
