@@ -167,15 +167,6 @@ class DertaTrainer(Trainer):
         if eval_dataset is not None:
             held_out = self._encode(args, eval_dataset, encoder)
         check_watched(args.best_by_watching, held_out.roles if held_out else ())
-        if args.mlp_tile is not None:
-            tile_mlp(model, args.mlp_tile)
-        apply_derta(
-            model,
-            self.refusal_token.id,
-            impl=args.head_impl,
-            attention=args.attention_impl,
-            offload=args.offload_checkpoints,
-        )
         self.metrics = StepMetrics(args.device)
         self.probe_is_due = args.probe
         super().__init__(
@@ -186,6 +177,16 @@ class DertaTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
+        )
+        # Now that it is where it trains, and proves itself with the kernels of that place.
+        if args.mlp_tile is not None:
+            tile_mlp(model, args.mlp_tile)
+        apply_derta(
+            model,
+            self.refusal_token.id,
+            impl=args.head_impl,
+            attention=args.attention_impl,
+            offload=args.offload_checkpoints,
         )
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))

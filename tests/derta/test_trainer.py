@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from derta import DertaConfig, DertaTrainer, Dialogue, Triple
+from derta import DertaConfig, DertaTrainer, Dialogue, Triple, apply_derta
 from derta.data import Chat, PackedBatch, Record, Rendered, sequence_length
 from derta.evaluation import EvaluationSettings, forced_rates, refusal_curve, response
 from tiny import tiny_model, tiny_tokenizer
@@ -78,6 +78,22 @@ def trainer(
         train_dataset=iter(records),
         processing_class=tiny_tokenizer(),
     )
+
+
+def test_a_model_proves_itself_where_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, with its kernels: those that are asked for by name run nowhere else."""
+    done = []
+
+    def prove(*args: object, **options: object) -> torch.nn.Module:
+        done.append("proved")
+        return apply_derta(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DertaTrainer, "_move_model_to_device", lambda *_: done.append("moved"))
+    monkeypatch.setattr("derta.trainer.apply_derta", prove)
+    trainer(tmp_path)
+    assert done == ["moved", "proved"]
 
 
 def one_step(
