@@ -121,7 +121,8 @@ def _main(options: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Packs differ in length: segments that grow leave fewer gaps in a GPU's memory.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which would be passed over
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

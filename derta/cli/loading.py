@@ -187,7 +187,7 @@ def weights_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype called `name`; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    in_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    in_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if in_bfloat16 else torch.float32
 
 

@@ -375,6 +375,10 @@ def test_the_environment_is_set_where_the_user_has_not(monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # restored afterwards
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert main(["doctor"]) == 0
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     assert main(["doctor"]) == 0
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"

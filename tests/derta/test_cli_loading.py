@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from derta.cli.loading import (
     intact_weights,
     load_model,
     load_tokenizer,
+    weights_dtype,
 )
 from derta.data import Source, Triple
 from tiny import LLAMA3_TEMPLATE, tiny_model, tiny_tokenizer
@@ -74,6 +76,20 @@ def test_a_device_is_one_that_is_here() -> None:
         expected = f"device must be auto, cpu or a GPU that is here, got {name!r}"
         with pytest.raises(ValueError, match=re.escape(expected)):
             find_device(name)
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_weights_are_bfloat16_where_a_gpu_computes_in_it_and_does_not_emulate_it(
+    major: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major)
+    )
+    # What torch asks where it is to count emulation too.
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert weights_dtype("auto", torch.device("cuda")) == dtype
 
 
 def test_records_of_sources_come_with_their_weights_roles_and_limits(workplace: Path) -> None:
