@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from functools import cache
 from importlib.util import find_spec
 
@@ -19,6 +21,8 @@ def no_triton(device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < MIN_CAPABILITY:
             return "Triton needs compute capability 8.0, this is {}.{}".format(*capability)
+        if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+            return "Triton builds what launches its kernels with a C compiler, and found none"
         return None
     import triton
 

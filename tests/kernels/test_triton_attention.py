@@ -299,6 +299,11 @@ def test_a_gpu_takes_it_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = choose("auto", torch.device("cuda:9"))
     assert chosen.name == "sdpa"
     assert chosen.reason.endswith("not triton, as Triton needs compute capability 8.0, this is 7.5")
+    capability[0] = (9, 0)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ValueError, match="cannot be used: Triton builds .* a C compiler, and fo"):
+        choose("triton", torch.device("cuda:10"))
 
 
 @pytest.mark.parametrize(
