@@ -88,6 +88,15 @@ class HeldOut(NamedTuple):
     trunks: PackedSteps
 
 
+def _loses_updates(model: nn.Module, args: DertaConfig) -> bool:
+    """Whether updates of single steps are rounded to 16 bits: below 1/512 of a weight they are 0.
+
+    An update is about as large as the learning rate, and weights are about 0.02.
+    """
+    narrow = any(p.requires_grad and p.dtype.itemsize == 2 for p in model.parameters())
+    return narrow and args.learning_rate < 1e-4 and "stochastic" not in (args.optim_args or "")
+
+
 def _or_one(total: Tensor) -> Tensor:
     return total.where(total != 0, 1.0)
 
@@ -188,6 +197,13 @@ class DertaTrainer(Trainer):
             attention=args.attention_impl,
             offload=args.offload_checkpoints,
         )
+        if _loses_updates(model, args):
+            logger.warning(
+                "weights are trained in 16 bits, to which most updates at learning_rate %g are "
+                "too small to count: dtype: float32 with bf16: true keeps them all, and optim: "
+                "adamw_torch_8bit with optim_args: bf16_stochastic_round=True their mean",
+                args.learning_rate,
+            )
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 

@@ -96,6 +96,25 @@ def test_a_model_proves_itself_where_it_trains(
     assert done == ["moved", "proved"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "changes", "warned"),
+    [
+        (torch.bfloat16, {}, True),
+        (torch.bfloat16, {"optim_args": "bf16_stochastic_round=True"}, False),
+        (torch.float32, {}, False),
+    ],
+)
+def test_updates_that_16_bits_round_away_are_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    dtype: torch.dtype,
+    changes: dict[str, str],
+    warned: bool,
+) -> None:
+    trainer(tmp_path, tiny_model("llama", dtype=dtype), learning_rate=2e-5, **changes)
+    assert ("most updates at learning_rate 2e-05 are too small to count" in caplog.text) == warned
+
+
 def one_step(
     directory: Path,
     architecture: str = "llama",

@@ -477,7 +477,8 @@ def test_no_kernel_spills_or_takes_local_memory_on_any_gpu() -> None:
         [tool, "-res-usage", library], capture_output=True, text=True, check=True
     ).stdout
     architectures = set(re.findall(r"arch = sm_(\d+)", report))
-    assert {"75", "80"} <= architectures <= {"75", "80", "86", "89", "90", "100", "120"}
+    # One alone, where it was built for the GPU that is there.
+    assert architectures and architectures <= {"75", "80", "86", "89", "90", "100", "120"}
     usage = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", report)
     assert len(usage) == 6 * len(architectures)  # three dtypes, with and without a cap
     for registers, stack, local in usage:
