@@ -32,10 +32,19 @@ export PYTHONPATH="$PWD:$PWD/kernels" PYTHONUNBUFFERED=1
     echo 'gpu.sh: the native library was not built'
 
 bring_peers() {
+    local apart wheel
     if [ -n "${DERTA_PEERS:-}" ] && [ ! -d "$peers" ]; then
+        mkdir -p "$peers"
         for wheel in "$DERTA_PEERS"/*.whl; do
-            python3 -m pip install -q --no-index --no-deps --no-compile --upgrade \
-                --target "$peers" "$wheel" || echo "gpu.sh: not installed: $(basename "$wheel")"
+            # Apart: pip would replace a folder that several wheels have a part of.
+            apart=$(mktemp -d)
+            if python3 -m pip install -q --no-index --no-deps --no-compile --target "$apart" \
+                "$wheel"; then
+                cp -r "$apart/." "$peers"
+            else
+                echo "gpu.sh: not installed: $(basename "$wheel")"
+            fi
+            rm -rf "$apart"
         done
     fi
 }

@@ -206,8 +206,21 @@ def _in_a_process(function: str, settings: Settings, *arguments: Any) -> Any:
 
 def _search_path(peers: str | None) -> str:
     inherited = os.environ.get("PYTHONPATH")
-    folders = [str(ROOT), str(ROOT / "kernels"), inherited, peers]
+    folders = [str(ROOT), str(ROOT / "kernels"), inherited, *_folders(peers)]
     return os.pathsep.join(folder for folder in folders if folder)
+
+
+def _folders(peers: str | None) -> list[str]:
+    """The folder of peers, and those that its .pth files name: Python reads them nowhere else.
+
+    The one that nvidia-cutlass-dsl's is in, above all, which QuACK and Liger import.
+    """
+    if peers is None:
+        return []
+    files = sorted(Path(ROOT, peers).glob("*.pth"))
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    inside = [line for line in lines if not re.match(r"import\b|#|$", line)]
+    return [peers, *(str(Path(peers, line)) for line in inside)]
 
 
 def serve(request: dict[str, Any], talk: IO[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from benchmarks.head_loss import OURS, TORCH_CHUNKED, Setup
 from benchmarks.head_loss import QUESTION as HEAD_LOSS
 from benchmarks.head_loss_cases import PROBABILITIES, Case, errors, make_inputs, right_answer
 from benchmarks.head_loss_peers import EAGER
-from benchmarks.interleave import Job, Outcome, Settings, run
+from benchmarks.interleave import Job, Outcome, Settings, _search_path, run
 from benchmarks.question import NAMES, Question, question_named
 from benchmarks.records import figures, load_groups, records_of, verdicts
 
@@ -149,6 +150,15 @@ def test_a_gpu_without_its_command_is_measured_all_the_same(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     assert gpu_state() == {}
+
+
+def test_peers_are_found_where_their_pth_files_say(tmp_path: Path) -> None:
+    inside = tmp_path / "outer" / "python_packages"
+    inside.mkdir(parents=True)
+    (inside / "peer_inside.py").touch()
+    (tmp_path / "outer.pth").write_text("# where it is\nimport sys\n\nouter/python_packages\n")
+    environment = os.environ | {"PYTHONPATH": _search_path(str(tmp_path))}
+    subprocess.run([sys.executable, "-c", "import peer_inside"], env=environment, check=True)
 
 
 def test_a_process_that_gives_no_answer_is_ended_and_said_so(tmp_path: Path) -> None:
