@@ -135,4 +135,12 @@ def _main(options: argparse.Namespace) -> int:
             raise
         print(f"derta {command}: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        from derta.offloading import ran_out_of_memory
+
+        if options.traceback or not ran_out_of_memory(error):
+            raise
+        said = str(error).partition("\n")[0]
+        print(f"derta {command}: memory does not suffice: {said}", file=sys.stderr)
+        return 1
     return 0

@@ -371,6 +371,22 @@ def test_help_needs_no_torch_and_less_than_a_second() -> None:
         assert time.perf_counter() - started < 1.0
 
 
+def test_a_gpu_that_is_too_small_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ["CUDA out of memory. Tried to allocate 2.00 GiB.\nOf it ..."]
+
+    def run(config: object) -> None:
+        raise torch.OutOfMemoryError(*said)
+
+    monkeypatch.setattr("derta.cli.doctor.run", run)
+    assert main(["doctor"]) == 1
+    expected = f"derta doctor: memory does not suffice: {said[0].splitlines()[0]}\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["--traceback", "doctor"])
+
+
 def test_the_environment_is_set_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # restored afterwards
