@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +37,25 @@ def test_a_try_is_a_whole_step(recipe: str) -> None:
     longest.step(model.get_base_model(), recipe, 100, CPU)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+def test_tries_are_made_in_each_memory_that_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the GPU: its size, its limit, and where memory runs out."""
+    shares: list[float] = []
+    monkeypatch.setattr(longest, "LARGE", replace(SMALL, lora=True))
+    properties = SimpleNamespace(total_memory=20 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+
+    def step(model: object, recipe: str, harmful: int, device: torch.device) -> None:
+        if harmful > 1000 * shares[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(longest, "step", step)
+    records = list(longest.measured("lora", OURS, {24: 64, 16: 64, 8: 2000}, CPU))
+    assert [record.memory_gib for record in records] == [8, 16] and shares[-1] == 1
+    for record, share in zip(records, shares, strict=False):
+        assert (1 - longest.PRECISION) * 1000 * share - 1 <= record.tokens <= 1000 * share
 
 
 def test_the_triple_is_as_long_as_asked() -> None:
