@@ -66,8 +66,8 @@ def launches() -> list[Launch]:
     return [*row_pass_triton.launches(), *launches.launches()]
 
 
-def compiled(launch: Launch, capability: int) -> Resources:
-    """Compiles a launch to machine code for a compute capability (90 for 9.0) and measures it.
+def kernel_of(launch: Launch, capability: int) -> Any:
+    """What Triton makes of a launch for a compute capability (90 for 9.0).
 
     Raises:
         ValueError: Triton's interpreter is on, which leaves nothing to compile.
@@ -81,11 +81,16 @@ def compiled(launch: Launch, capability: int) -> Resources:
         if name in launch.divisible
     }
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), divisible)
-    kernel = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
+
+
+def compiled(launch: Launch, capability: int) -> Resources:
+    """Compiles a launch to machine code and measures it; see `kernel_of`."""
+    kernel = kernel_of(launch, capability)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"

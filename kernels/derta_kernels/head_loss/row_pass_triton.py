@@ -214,12 +214,16 @@ def _log1p(x):
 
 @triton.jit
 def _final_logit(logit, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """The scaled and capped logit, and its derivative by the one that the product gave."""
-    z = logit.to(tl.float32) * logit_scale
+    """The scaled and capped logit, and its derivative by the one that the product gave.
+
+    Products are sums with 0 to be rounded here: fused with what is subtracted from them, the highest
+    logit less itself, which must be 0, would be what its rounding took.
+    """
+    z = tl.fma(logit.to(tl.float32), logit_scale, 0.0)
     slope = logit_scale
     if HAS_SOFTCAP:
         bounded = _tanh(z / softcap)
-        z = bounded * softcap
+        z = tl.fma(bounded, softcap, 0.0)
         slope = (1 - bounded * bounded) * logit_scale
     return z, slope
 
