@@ -216,8 +216,8 @@ def _log1p(x):
 def _final_logit(logit, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
     """The scaled and capped logit, and its derivative by the one that the product gave.
 
-    Products are sums with 0 to be rounded here: fused with what is subtracted from them, the highest
-    logit less itself, which must be 0, would be what its rounding took.
+    Products are sums with 0, to be rounded here: fused with what is subtracted from them, the
+    highest logit less itself, which must be 0, would be what its rounding took.
     """
     z = tl.fma(logit.to(tl.float32), logit_scale, 0.0)
     slope = logit_scale
