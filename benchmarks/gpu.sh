@@ -5,8 +5,9 @@
 #   benchmarks/gpu.sh tests       the kernels' tests, bf16 on the GPU: tests.log, tests.xml
 #   benchmarks/gpu.sh loss        the head loss against its peers: head_loss.json, ..., loss.log
 #   benchmarks/gpu.sh attention   attention over packs against its peers: attention.json, ...
-#   benchmarks/gpu.sh step        the whole step of an 8B-shaped model, official recipe to one pass
-#   benchmarks/gpu.sh memory      the longest harmful response that fits, against derta plan
+#   benchmarks/gpu.sh step        the whole step of a 3B-shaped model, official recipe to one pass
+#   benchmarks/gpu.sh memory      derta plan against what is allocated, 1B to 8B: plan.log; then the
+#                                 longest harmful response that fits, against derta plan
 #
 # Results go to $OUT, or to benchmarks/results/$DERTA_MACHINE where that is unset. All parts but
 # `tests` are taken up where they were left: what has records there, or in benchmarks/results, is not
@@ -81,9 +82,11 @@ memory)
     bring_peers
     take_up longest
     export PYTORCH_ALLOC_CONF=expandable_segments:True  # as derta train has it
-    PYTHONPATH="$PYTHONPATH:$peers" timeout 470 python3 -m benchmarks.longest --device cuda \
-        --machine "$machine" --out "$out" --memories 8 16 24 --resume 2>&1 |
-        tee -a "$out/memory.log"
+    export PYTHONPATH="$PYTHONPATH:$peers"
+    timeout 200 python3 -m pytest tests/derta/test_memory.py tests/derta/test_offloading.py -m gpu \
+        -q -ra --durations=10 2>&1 | tee "$out/plan.log" || true  # it says what differs
+    timeout 270 python3 -m benchmarks.longest --device cuda --machine "$machine" --out "$out" \
+        --memories 8 16 24 --resume 2>&1 | tee -a "$out/memory.log"
     ;;
 *)
     sed -n 's/^#   benchmarks/usage: benchmarks/p' benchmarks/gpu.sh >&2

@@ -65,10 +65,11 @@ def groups_for(device: str) -> dict[str, list[tuple[Case, str]]]:
         "soft-capped frozen head": _each(Case("gemma-2-2b", 8192, trainable=False), ALL),
         "frozen head, 32768 rows": _each(replace(frozen, rows=32768), ALL),
         "trainable head, 32768 rows": _each(replace(case, rows=32768), ALL),
-    } | {
-        f"the head of {head}": _each(Case(head, 8192), ALL)
-        + _each(Case(head, 8192, trainable=False), ALL)
-        for head in ("qwen2.5-7b", "mistral-7b")
+        **{
+            f"the {kind} head of {head}": _each(Case(head, 8192, trainable=trainable), ALL)
+            for head in ("qwen2.5-7b", "mistral-7b")
+            for kind, trainable in (("frozen", False), ("trainable", True))
+        },
     }
 
 

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from derta.data import Drawn, EncodedTriple, pack
 
 MEMORIES_GIB = (8, 16, 24, 48, 80)
 METHODS: tuple[Literal["lora", "qlora"], ...] = ("lora", "qlora")
+CASE = replace(LARGE, model="Llama-3-8B")
 MLP_TILE = 2048
 LEAST, LONGEST = 64, 2**19
 PRECISION = 0.03  # of an answer, relative
@@ -111,7 +112,7 @@ def measured(
 
     total = torch.cuda.get_device_properties(device).total_memory
     _let_go()  # of the last method's model
-    model = make_model(LARGE, RUNGS[recipe], device)
+    model = make_model(CASE, RUNGS[recipe], device)
     inner = model.get_base_model()
     if method == "qlora":
         quantize(inner)

@@ -19,7 +19,11 @@ Record = dict[str, Any]
 def records_of(outcomes: Iterable[Outcome], question: Question) -> list[Record]:
     """One record a number: case, implementation, quantity, value, and a reason if that is null."""
     outcomes = list(outcomes)
-    baseline = {o.job.case: o.errors for o in outcomes if o.job.name == question.baseline}
+    baseline = {
+        o.job.case: o.errors
+        for o in outcomes
+        if o.job.name == question.baseline and o.reason is None
+    }
     records = []
     for outcome in outcomes:
         about = {"case": outcome.job.case.name, "implementation": outcome.job.name}
@@ -27,9 +31,13 @@ def records_of(outcomes: Iterable[Outcome], question: Question) -> list[Record]:
             records.append(about | _record("failure", None, outcome.reason))
             continue
         case = outcome.job.case
-        right = question.is_right(case, outcome.errors, baseline.get(case, {}))
-        values = outcome.errors | {"right": right} | _of_turns(outcome.turns)
+        values = outcome.errors | _of_turns(outcome.turns)
         values |= question.derived(case, outcome.job.implementation, values)
+        if case in baseline:
+            values["right"] = question.is_right(case, outcome.errors, baseline[case])
+        else:
+            reason = f"{question.baseline} did not run, by which it is judged"
+            records.append(about | _record("right", None, reason))
         records += [about | _record(quantity, value) for quantity, value in values.items()]
     return records
 

@@ -72,12 +72,14 @@ def _case(records: list[Record], question: Question) -> str:
             rows.append((name, f"did not run: {reasons[name]}", *[""] * (len(header) - 2)))
             continue
         middle, low, high = (number(values[f"time_ms_p{p}"]) for p in (50, 20, 80))
+        right = values.get("right")
         shown = [
-            column.show(values, by_name) if values["right"] or not column.of_right else ""
+            column.show(values, by_name) if right or not column.of_right else ""
             for column in columns
         ]
-        if not values["right"]:
-            shown[[column.of_right for column in columns].index(True)] = "wrong result"
+        if not right:
+            said = "not judged" if right is None else "wrong result"
+            shown[[column.of_right for column in columns].index(True)] = said
         rows.append((name, f"{middle} ({low}, {high})", *shown, _condition(values)))
     return _markdown(header, rows)
 
@@ -125,7 +127,10 @@ def _plot(groups: dict[str, Any], question: Question, path: Path) -> None:
     )
     own = question.ours.split()[0]
     for ((_, case), bars), (times, memories) in zip(rows.items(), panels, strict=True):
-        names = [name if values["right"] else f"{name} (wrong)" for name, values in bars.items()]
+        names = [
+            name if values.get("right", True) else f"{name} (wrong)"
+            for name, values in bars.items()
+        ]
         colors = ["tab:blue" if name.split()[0] == own else "silver" for name in bars]
         for panel, quantity in ((times, "time_ms_p50"), (memories, "peak_mib")):
             drawn = panel.barh(names, [values[quantity] for values in bars.values()], color=colors)

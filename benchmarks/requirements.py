@@ -30,7 +30,7 @@ class Requirement:
     allowance: float = 0.0
 
     def judge(self, figures: Figures, ours: str) -> tuple[str, float | None]:
-        """ "pass", "fail", "wrong" (results that are not right pass nothing) or "not measured"."""
+        """ "pass", "fail", "wrong" (such results pass nothing), "not judged" or "not measured"."""
         own = figures.get((self.case.name, ours), {})
         value = own.get(self.quantity)
         if value is None:
@@ -48,6 +48,8 @@ class Requirement:
             if not others:
                 return "not measured", None
             value /= min(others)
-        if not own.get("right"):
+        if "right" not in own:
+            return "not judged", value
+        if not own["right"]:
             return "wrong", value
         return ("pass" if value <= self.limit else "fail"), value

@@ -65,6 +65,20 @@ def test_no_speed_up_is_reported_for_a_wrong_result() -> None:
     assert {verdict for _, verdict, _ in verdicts(records, HEAD_LOSS)} <= {"wrong", "not measured"}
 
 
+def test_nothing_is_called_wrong_where_what_it_is_judged_by_did_not_run() -> None:
+    case = Case("1024x64000", 2048)
+    failed = Outcome(Job(case, EAGER), reason="out of memory")
+    records = records_of([failed, outcome(case, OURS, 10, 1, 1e-5)], HEAD_LOSS)
+    (right,) = [record for record in records if record["quantity"] == "right"]
+    assert right["value"] is None and right["reason"].startswith(f"{EAGER} did not run")
+    line = next(
+        s for s in report.table(group(records), HEAD_LOSS).splitlines() if s.startswith(f"| {OURS}")
+    )
+    assert "not judged" in line
+    judged = {verdict for _, verdict, _ in verdicts(records, HEAD_LOSS)}
+    assert judged == {"not judged", "not measured"}
+
+
 def group(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {"a group": {"machine": {"versions": {}, "python": "3"}, "records": records}}
 

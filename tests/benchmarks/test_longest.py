@@ -42,7 +42,7 @@ def test_a_try_is_a_whole_step(recipe: str) -> None:
 def test_tries_are_made_in_each_memory_that_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the GPU: its size, its limit, and where memory runs out."""
     shares: list[float] = []
-    monkeypatch.setattr(longest, "LARGE", replace(SMALL, lora=True))
+    monkeypatch.setattr(longest, "CASE", replace(SMALL, lora=True))
     properties = SimpleNamespace(total_memory=20 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
