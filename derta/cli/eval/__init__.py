@@ -38,7 +38,7 @@ from derta.evaluation import (
 )
 from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.judge import REFUSAL_KEYWORDS
-from derta.evaluation.scenarios import check_name
+from derta.evaluation.scenarios import SLOT, check_name
 from derta.evaluation.server import Server, ServerGenerator, ServerSettings
 
 FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
@@ -209,24 +209,30 @@ def read_templates(path: str | None) -> list[str]:
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: it is not UTF-8, holds none, or a JSON list of something else.
+        ValueError: it is not UTF-8, holds none, or a JSON list of something else; or a template
+            lacks its slot, whose line is named, or place in the list, from 0.
     """
     if path is None:
         return []
     check_paths([path])
     try:
         text = Path(path).read_text(encoding="utf-8")
-        listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        is_list = text.lstrip().startswith("[")
+        listed = json.loads(text) if is_list else text.splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8, expected templates, one a line") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: is no JSON list of templates") from None
     if not all(isinstance(template, str) for template in listed):
         raise ValueError(f"{path}: holds something else than texts, expected a list of templates")
-    templates = [template for template in listed if template.strip()]
+    templates = {place: template for place, template in enumerate(listed) if template.strip()}
     if not templates:
         raise ValueError(f"{path}: is empty, expected templates, one a line")
-    return templates
+    for place, template in templates.items():
+        if SLOT not in template:
+            where = f"{path}[{place}]" if is_list else f"{path}:{place + 1}"
+            raise ValueError(f"{where}: must have the slot {SLOT}, got none")
+    return list(templates.values())
 
 
 def read_judges(config: Config) -> dict[str, Any]:
@@ -354,10 +360,8 @@ def run(config: Config) -> None:
     report = write_report(summary, config.output_dir)
     if not config.keep_answers:
         shutil.rmtree(kept)
-    print(format_table(summary))
-    if undecided := format_undecided(summary):
-        print(f"\n{undecided}")
-    print(f"\nreport: {report}")
+    parts = (format_table(summary), format_undecided(summary), f"report: {report}")
+    print("\n\n".join(filter(None, parts)))
 
 
 def safe_responses(paths: Sequence[str], formats: Mapping[str, str]) -> list[Triple]:

@@ -296,7 +296,8 @@ def test_a_served_model_stands_beside_a_local_one(workplace: Path) -> None:
         ("[1]", "templates.txt: holds something else than texts, expected a list of templates"),
         ('["a"\n', "templates.txt:2: is no JSON list of templates"),
         ("\udcff", "templates.txt: is not UTF-8, expected templates, one a line"),
-        ("Hi\n", "templates[0] must have the slot {request}, got none"),
+        ("{request}\n\nHi\n", "templates.txt:3: must have the slot {request}, got none"),
+        ('["{request}",\n"Hi"]', "templates.txt[1]: must have the slot {request}, got none"),
     ],
 )
 def test_wrong_templates_are_told_before_anything_is_loaded(
