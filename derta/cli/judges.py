@@ -134,7 +134,12 @@ def _server(config: ServerConfig, name: str, folder: Path) -> Judge:
     rubric = RUBRICS[config.rubric]
     if config.rubric == "paper":
         rubric = paper_rubric(_text(config.template), config.max_new_tokens)
-    return ServerJudge(Server(config, folder / f"verdicts.{name}.jsonl"), rubric)
+    return ServerJudge(Server(config, verdicts_file(folder, name)), rubric)
+
+
+def verdicts_file(folder: Path, name: str) -> Path:
+    """Where the judge called `name` keeps its verdicts, if it is asked over a network."""
+    return folder / f"verdicts.{name}.jsonl"
 
 
 def _trained(rubric: str) -> Callable[[LocalConfig, str, Path], Judge]:

@@ -110,7 +110,7 @@ judges
                      path: models/wildguard}}', see derta eval calibrate
   --keywords         what a judge by keyword takes for a refusal: [sorry, I cannot]
   --samples          answers shown in the report for each scenario; none by default
-  --keep_answers     whether answers/ stays when all is done: true | false
+  --keep_answers     whether what was written to answers/ stays when all is done: true | false
 refusal curve
   --curve            true | false
   --refusal          refusal token, as in training

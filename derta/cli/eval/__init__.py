@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from peft import PeftConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from derta.cli.arguments import build
-from derta.cli.judges import make_judges
+from derta.cli.judges import make_judges, verdicts_file
 from derta.cli.loading import find_device, load_tokenizer, load_tuned, weights_dtype
 from derta.config import check_folder
 from derta.data import Chat, Request, Triple, read_requests
@@ -81,7 +81,8 @@ class Config:
         keywords: what judges by keyword take for a refusal, where they have none of their own.
         servers: name of a model to where it is served, see `ServerSettings`; it has no curves.
         samples: answers shown in the report for each scenario.
-        keep_answers: whether answers/ stays when all is done; another judge needs no new answers.
+        keep_answers: whether what models and judges said stays in answers/ when all is done;
+            another judge needs no new answers.
         chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
         device: "auto", or as in torch: "cpu", "cuda:1".
         dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
@@ -262,8 +263,7 @@ def find_generator(
     config: Config, name: str, folder: Path, loaded: Any, chat: Chat, dtype: Any
 ) -> ModelGenerator | ServerGenerator:
     """Who writes the answers of the model called `name`: its server, or the loaded model."""
-    file_name = re.sub(r"[^\w.-]", "_", name)
-    kept = answers_folder(config) / f"{file_name}.jsonl"
+    kept = answers_file(config, name)
     if loaded is None:
         server = Server(server_settings(config, name), kept)
         return ServerGenerator(server, chat, max_new_tokens=config.max_new_tokens)
@@ -298,6 +298,12 @@ def server_settings(config: Config, name: str) -> ServerSettings:
 def answers_folder(config: Config) -> Path:
     """Where answers are kept."""
     return Path(config.output_dir) / "answers"
+
+
+def answers_file(config: Config, name: str) -> Path:
+    """Where those of the model called `name` are."""
+    file_name = re.sub(r"[^\w.-]", "_", name)
+    return answers_folder(config) / f"{file_name}.jsonl"
 
 
 def run(config: Config) -> None:
@@ -359,7 +365,13 @@ def run(config: Config) -> None:
     )
     report = write_report(summary, config.output_dir)
     if not config.keep_answers:
-        shutil.rmtree(kept)
+        for path in [
+            *(answers_file(config, name) for name in folders),
+            *(verdicts_file(kept, name) for name in config.judges),
+        ]:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the user has put something there
+            kept.rmdir()
     parts = (format_table(summary), format_undecided(summary), f"report: {report}")
     print("\n\n".join(filter(None, parts)))
 

@@ -264,10 +264,26 @@ def test_a_second_run_generates_nothing_and_another_judge_reads_the_same_answers
     monkeypatch.setattr(LlamaForCausalLM, "generate", nothing)
     assert call(arguments) == 0
     assert entry() | {"seconds": 0} == first | {"seconds": 0}
-    Path("strict.yaml").write_text(json.dumps({"keywords": [answer], "keep_answers": False}))
+    Path("strict.yaml").write_text(json.dumps({"keywords": [answer]}))
     assert call(f"strict.yaml {arguments}") == 0
     assert entry()["over_refusal"] == {"benign": 1.0}
-    assert not kept.parent.exists()
+
+
+def test_of_answers_that_do_not_stay_only_the_evaluations_own_files_go(workplace: Path) -> None:
+    with serving(lambda path, body: said("HARMFUL: no\nREFUSED: no")) as served:
+        gpt = {"kind": "server", "base_url": served.base_url, "model": "m"}
+        config = {"model": {"a model": "model"}, "judges": {"gpt": gpt}, "curve": False}
+        Path("own.yaml").write_text(json.dumps(config))
+        arguments = "own.yaml --benign benign.jsonl --max_new_tokens 4"
+        assert call(arguments) == 0
+        answers = Path("out/answers")
+        assert {path.name for path in answers.iterdir()} == {"a_model.jsonl", "verdicts.gpt.jsonl"}
+        (answers / "notes.txt").touch()
+        assert call(f"{arguments} --keep_answers false") == 0
+        assert [path.name for path in answers.iterdir()] == ["notes.txt"]
+        (answers / "notes.txt").unlink()
+        assert call(f"{arguments} --keep_answers false") == 0
+        assert not answers.exists()
 
 
 def test_a_served_model_stands_beside_a_local_one(workplace: Path) -> None:
