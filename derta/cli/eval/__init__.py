@@ -23,16 +23,17 @@ from derta.data import Chat, Request, Triple, read_requests
 from derta.data.formats import Kind
 from derta.data.reading import read_placed
 from derta.evaluation import (
+    Answered,
     AnswerFile,
     EvaluationData,
     EvaluationSettings,
     ModelGenerator,
-    VariantResult,
-    evaluate_model,
+    collect_answers,
     find_refusal_token,
     fingerprint,
     format_table,
     format_undecided,
+    judge_answers,
     summarize,
     write_report,
 )
@@ -310,7 +311,7 @@ def run(config: Config) -> None:
     """Evaluates every model, prints the table, and leaves the report in `output_dir`.
 
     Raises:
-        ValueError: a server is that of no model; and as the functions above and `evaluate_model`.
+        ValueError: a server is that of no model; and as the functions above and `collect_answers`.
     """
     started = time.perf_counter()
     folders = model_folders(config.model)
@@ -337,7 +338,7 @@ def run(config: Config) -> None:
     kept = answers_folder(config)
     settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
     triples = safe_responses(config.harmful, config.formats)
-    results: dict[str, list[VariantResult]] = {}
+    answered: dict[str, Answered] = {}
     for name, folder in folders.items():
         model: Any = None
         dtype = weights_dtype(config.dtype, device)
@@ -354,10 +355,11 @@ def run(config: Config) -> None:
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
-        results[name] = [evaluate_model(model, tokenizer, data, own, generator=generator)]
+        answered[name] = collect_answers(model, tokenizer, data, own, generator=generator)
         del model, generator
+    results = judge_answers(list(answered.values()), settings)
     summary = summarize(
-        results,
+        {name: [result] for name, result in zip(answered, results, strict=True)},
         seconds=time.perf_counter() - started,
         loss={
             name: [history] for name, folder in folders.items() if (history := loss_history(folder))
