@@ -217,7 +217,7 @@ class Server:
             # The client hands on whatever a server says with status 200.
             url = self.settings.base_url
             raise ConnectionError(f"{id}: {url} replied with something else than a text") from error
-        self.replies.keep(key, read(text or "", choice))
+        self.replies.keep({key: read(text or "", choice)})
 
     def _final(self, id: str, error: openai.OpenAIError) -> Exception:
         """A sentence that tells what to mend; what the server wrote may quote what it was sent."""

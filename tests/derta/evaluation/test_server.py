@@ -160,13 +160,13 @@ def test_no_reply_is_lost_to_an_interrupt_while_it_is_kept(
     asking = server(served, tmp_path / "kept.jsonl", concurrency=1)
     keep = asking.replies.keep
 
-    def interrupted(key: str, value: Any) -> None:
+    def interrupted(replies: Mapping[str, Any]) -> None:
         if not kept:
             time.sleep(0.1)  # until the replies are waited for
             interrupt()
             time.sleep(0.1)
-        kept.append(key)
-        keep(key, value)
+        kept.extend(replies)
+        keep(replies)
 
     kept: list[str] = []
     monkeypatch.setattr(asking.replies, "keep", interrupted)
