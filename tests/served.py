@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from email.message import Message
 from typing import Any, NamedTuple
 
 
@@ -16,7 +17,7 @@ class Asked(NamedTuple):
 
     path: str
     body: Mapping[str, Any]
-    key: str
+    headers: Message
     at: float
 
 
@@ -51,9 +52,8 @@ class Served:
 
     def handle(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
-        key = handler.headers["authorization"]
         with self._lock:
-            self.asked.append(Asked(handler.path, body, key, time.monotonic()))
+            self.asked.append(Asked(handler.path, body, handler.headers, time.monotonic()))
             trouble = self.troubles.pop(0) if self.troubles else None
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)

@@ -35,8 +35,8 @@ BARE = {
 # Which of those take all that are left.
 LISTS = {"files", "data", "results"}
 # transformers and PEFT import torchao and bitsandbytes where these are installed, which then say
-# what they lack on this machine or will change.
-TALKATIVE = ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree")
+# what they lack on this machine or will change; lm-eval says which defaults it takes.
+TALKATIVE = ("bitsandbytes.backends.cpu.ops", "lm_eval", "torchao", "torch.utils._pytree")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import AutoModelForSequenceClassification
 
 from derta.cli.arguments import build
@@ -18,7 +20,7 @@ from derta.cli.loading import (
     load_tokenizer,
     weights_dtype,
 )
-from derta.evaluation.judge import REFUSAL_KEYWORDS, Judge, KeywordJudge
+from derta.evaluation.judge import REFUSAL_KEYWORDS, Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.model_judges import ClassifierJudge, ModelJudge
 from derta.evaluation.rubrics import PAPER_TEMPLATE, RUBRICS, Rubric, paper_rubric
 from derta.evaluation.server import Server, ServerSettings
@@ -110,31 +112,64 @@ def _language_model(config: LanguageModelConfig, name: str, folder: Path) -> Jud
     return _model(config, paper_rubric(_text(config.template), config.max_new_tokens))
 
 
+class LocalJudge:
+    """A judge in a local folder, which is in memory only while it reads.
+
+    So a model and its judges need as much memory as the largest of them, not as all together. It is
+    loaded once at first, on the host, to see that it will do.
+
+    Args:
+        load: makes the judge, in a dtype.
+        config: where it is to read.
+    """
+
+    def __init__(
+        self, load: Callable[[torch.dtype], ModelJudge | ClassifierJudge], config: LocalConfig
+    ) -> None:
+        self._device = find_device(config.device)
+        self._load = functools.partial(load, weights_dtype(config.dtype, self._device))
+        self._load()
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """See `Judge`."""
+        judge = self._load()
+        model: Any = judge.model
+        model.to(self._device)
+        return judge(exchanges)
+
+
 def _classifier(config: ClassifierConfig, name: str, folder: Path) -> Judge:
-    device = find_device(config.device)
-    with intact_weights(config.path):
-        model = AutoModelForSequenceClassification.from_pretrained(
-            config.path,
-            dtype=weights_dtype(config.dtype, device),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
+    def load(dtype: torch.dtype) -> ClassifierJudge:
+        with intact_weights(config.path):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                config.path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+        return ClassifierJudge(
+            model,
+            load_tokenizer(config.path, None, local_files_only=True),
+            refusal_label=config.refusal_label,
+            harmful_label=config.harmful_label,
+            reads=config.reads,
+            batch_size=config.batch_size,
         )
-    return ClassifierJudge(
-        model.to(device),
-        load_tokenizer(config.path, None, local_files_only=True),
-        refusal_label=config.refusal_label,
-        harmful_label=config.harmful_label,
-        reads=config.reads,
-        batch_size=config.batch_size,
-    )
+
+    return LocalJudge(load, config)
 
 
 def _server(config: ServerConfig, name: str, folder: Path) -> Judge:
     rubric = RUBRICS[config.rubric]
     if config.rubric == "paper":
         rubric = paper_rubric(_text(config.template), config.max_new_tokens)
-    return ServerJudge(Server(config, folder / f"verdicts.{name}.jsonl"), rubric)
+    return ServerJudge(Server(config, verdicts_file(folder, name)), rubric)
+
+
+def verdicts_file(folder: Path, name: str) -> Path:
+    """Where the judge called `name` keeps its verdicts, if it is asked over a network."""
+    return folder / f"verdicts.{name}.jsonl"
 
 
 def _trained(rubric: str) -> Callable[[LocalConfig, str, Path], Judge]:
@@ -143,11 +178,12 @@ def _trained(rubric: str) -> Callable[[LocalConfig, str, Path], Judge]:
 
 
 def _model(config: LocalConfig, rubric: Rubric) -> Judge:
-    device = find_device(config.device)
-    dtype = weights_dtype(config.dtype, device)
-    model: Any = load_model(config.path, dtype, local_files_only=True)
-    tokenizer = load_tokenizer(config.path, None, local_files_only=True)
-    return ModelJudge(model.to(device), tokenizer, rubric, config.batch_size)
+    def load(dtype: torch.dtype) -> ModelJudge:
+        model = load_model(config.path, dtype, local_files_only=True)
+        tokenizer = load_tokenizer(config.path, None, local_files_only=True)
+        return ModelJudge(model, tokenizer, rubric, config.batch_size)
+
+    return LocalJudge(load, config)
 
 
 KINDS: dict[str, tuple[type, Callable[..., Judge]]] = {

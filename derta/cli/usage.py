@@ -110,13 +110,14 @@ judges
                      path: models/wildguard}}', see derta eval calibrate
   --keywords         what a judge by keyword takes for a refusal: [sorry, I cannot]
   --samples          answers shown in the report for each scenario; none by default
-  --keep_answers     whether answers/ stays when all is done: true | false
+  --keep_answers     whether what was written to answers/ stays when all is done: true | false
 refusal curve
   --curve            true | false
   --refusal          refusal token, as in training
 machine
   --servers          models behind a server: '{after: {base_url: "http://localhost:8000/v1", model:
-                     tuned}}'; its folder needs a tokenizer alone, and it has no refusal curves
+                     tuned}}'; its folder needs a tokenizer alone, and it has no refusal curves;
+                     api_key_env: NAME of the variable with its key, OPENAI_API_KEY is OpenAI's only
   --batch_size --max_tokens --device --dtype --chat_template
 """,
     "eval calibrate": """\
@@ -126,7 +127,9 @@ usage: derta eval calibrate FILE ... [--key value ...]
                      judge comparison, WildGuardTest, XSTest completions, or any with prompt,
                      response, label
   --judges           by name: '{keyword: {}, guard: {kind: wildguard, path: models/wildguard}}';
-                     keyword | harmbench | wildguard | llama_guard | llm | classifier | server
+                     keyword | harmbench | wildguard | llama_guard | llm | classifier | server;
+                     of a server, base_url, model, and api_key_env: NAME of the variable with its
+                     key, OPENAI_API_KEY is sent to OpenAI alone
   --output_dir       where calibration.json goes
 """,
     "eval compare": """\

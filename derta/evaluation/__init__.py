@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 from derta.evaluation.analyses import first_tokens, refusal_positions, terms
 from derta.evaluation.answers import AnswerFile, fingerprint
 from derta.evaluation.curve import detector_auc, forced_rates, mean_curve
-from derta.evaluation.evaluate import EvaluationSettings, evaluate_model
+from derta.evaluation.evaluate import (
+    Answered,
+    EvaluationSettings,
+    collect_answers,
+    evaluate_model,
+    judge_answers,
+)
 from derta.evaluation.generate import ModelGenerator, generate
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.official_results import official_entry
@@ -42,6 +48,7 @@ _DRAWING = {
 
 __all__ = [
     "AnswerFile",
+    "Answered",
     "EvaluationData",
     "EvaluationSettings",
     "Exchange",
@@ -53,6 +60,7 @@ __all__ = [
     "Trial",
     "VariantResult",
     "Verdict",
+    "collect_answers",
     "compare",
     "detector_auc",
     "evaluate_model",
@@ -64,6 +72,7 @@ __all__ = [
     "format_table",
     "format_undecided",
     "generate",
+    "judge_answers",
     "mean_curve",
     "newcombe_interval",
     "official_entry",

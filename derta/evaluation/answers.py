@@ -55,15 +55,22 @@ class AnswerFile:
         stop_ids: Collection[int],
         max_new_tokens: int,
     ) -> None:
-        """Writes answers down, each with the id of its record and its prompt."""
-        for id, prompt, ids in answers:
-            value = {
-                "id": id,
-                "prompt": self._tokenizer.decode(list(prompt)),
-                "answer": self._tokenizer.decode(ids, skip_special_tokens=True),
-                "ids": ids,
+        """Writes answers down, each with the id of its record and its prompt.
+
+        Those of a batch at once: were they parted, the rest would be answered in other batches than
+        without the interruption, and what a model writes depends on the batch, to rounding.
+        """
+        self._lines.keep(
+            {
+                self._key(prompt, stop_ids, max_new_tokens): {
+                    "id": id,
+                    "prompt": self._tokenizer.decode(list(prompt)),
+                    "answer": self._tokenizer.decode(ids, skip_special_tokens=True),
+                    "ids": ids,
+                }
+                for id, prompt, ids in answers
             }
-            self._lines.keep(self._key(prompt, stop_ids, max_new_tokens), value)
+        )
 
     def _key(self, prompt: Prompt, stop_ids: Collection[int], max_new_tokens: int) -> str:
         asked = [self._model, prompt, sorted(stop_ids), max_new_tokens]

@@ -6,6 +6,7 @@ says.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,30 +226,36 @@ def agreement(human: Sequence[bool], judge: Sequence[bool | None]) -> Agreement:
 
 
 def calibrate(
-    labelled: Sequence[Labelled], judges: Mapping[str, Judge]
-) -> dict[str, dict[str, Agreement]]:
+    files: Mapping[str, Sequence[Labelled]], judges: Mapping[str, Judge]
+) -> dict[str, dict[str, dict[str, Agreement]]]:
     """How judges agree with people about refusals and about harm.
 
     A judge that reads no harm is held to what an evaluation makes of it: an attack has succeeded
     unless the answer refuses, see `succeeded`.
 
+    Args:
+        files: labelled answers by file; a judge reads those of all files at once.
+        judges: by name.
+
     Returns:
-        "refused" and "harmful", as far as anybody has labelled them, by judge.
+        for each file "refused" and "harmful", as far as anybody has labelled them, by judge.
     """
-    exchanges = [one.exchange for one in labelled]
-    questions: dict[str, dict[str, Agreement]] = {}
+    exchanges = [one.exchange for labelled in files.values() for one in labelled]
+    found: dict[str, dict[str, dict[str, Agreement]]] = {path: {} for path in files}
     for name, judge in judges.items():
-        verdicts = judge(exchanges)
-        for question in (REFUSED, HARMFUL):
-            pairs = [
-                (said, _decision(question, one.exchange.answer, verdict))
-                for one, verdict in zip(labelled, verdicts, strict=True)
-                if (said := getattr(one, question)) is not None
-            ]
-            if pairs:
-                human, decided = zip(*pairs, strict=True)
-                questions.setdefault(question, {})[name] = agreement(human, decided)
-    return questions
+        verdicts = iter(judge(exchanges))
+        for path, labelled in files.items():
+            said = list(itertools.islice(verdicts, len(labelled)))
+            for question in (REFUSED, HARMFUL):
+                pairs = [
+                    (label, _decision(question, one.exchange.answer, verdict))
+                    for one, verdict in zip(labelled, said, strict=True)
+                    if (label := getattr(one, question)) is not None
+                ]
+                if pairs:
+                    human, decided = zip(*pairs, strict=True)
+                    found[path].setdefault(question, {})[name] = agreement(human, decided)
+    return found
 
 
 def _decision(question: str, answer: str, verdict: Verdict) -> bool | None:

@@ -25,7 +25,7 @@ from derta.evaluation.analyses import (
 )
 from derta.evaluation.page import PAGE
 from derta.evaluation.plots import INK, colors, draw
-from derta.evaluation.report import MOST_COLUMNS, write_whole
+from derta.evaluation.report import MOST_COLUMNS, title_of, write_whole
 
 ANALYSES = ("first_tokens", "positions", "terms")
 
@@ -334,7 +334,7 @@ def _columns(found: Mapping[str, Mapping[str, Any]], last: str = "") -> list[str
 
 def _title(attack: str) -> str:
     """An attack as people call it."""
-    return attack.removeprefix("file.").replace(".", " ").replace("_", " ")
+    return title_of(attack.removeprefix("file."))
 
 
 def _text(cell: Cell) -> str:

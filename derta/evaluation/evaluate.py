@@ -6,7 +6,7 @@ import bisect
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -102,6 +102,52 @@ def evaluate_model(
 ) -> VariantResult:
     """Attacks a model, asks it harmless things, and reads its refusal curves.
 
+    Judges read when the model has written all: of several models, or beside judges that need its
+    memory, collect the answers first, see `collect_answers` and `judge_answers`.
+
+    Args:
+        model, tokenizer, data, settings, generator: see `collect_answers`.
+
+    Raises:
+        ValueError: as `collect_answers`.
+    """
+    answered = collect_answers(model, tokenizer, data, settings, generator=generator)
+    (result,) = judge_answers([answered], settings)
+    return result
+
+
+class _Answer(NamedTuple):
+    trial: Trial
+    written: Written
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model has said, and what is known of it without a judge.
+
+    Attributes:
+        scenarios: what it was asked.
+        answers: for each scenario, to its trials.
+        tokenizer: the model's.
+        found: its curves, its perplexity, figures of lm-eval, and how long all of this took.
+    """
+
+    scenarios: Sequence[Scenario]
+    answers: Sequence[Sequence[_Answer]]
+    tokenizer: PreTrainedTokenizerBase
+    found: VariantResult
+
+
+def collect_answers(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    data: EvaluationData,
+    settings: EvaluationSettings,
+    *,
+    generator: Generator | None = None,
+) -> Answered:
+    """All of an evaluation that takes the model itself, which is not needed any more then.
+
     The model is left as it was: its mode, its generation configuration, and whether `apply_derta`
     has been applied.
 
@@ -110,7 +156,7 @@ def evaluate_model(
             generator: then there are no curves, no perplexity and no tasks of lm-eval.
         tokenizer: its tokenizer, with a chat template.
         data: held-out requests.
-        settings: see `EvaluationSettings`.
+        settings: see `EvaluationSettings`; its judges and samples play no part.
         generator: writes the answers; None: the model.
 
     Raises:
@@ -142,42 +188,57 @@ def evaluate_model(
         )
     written = iter(_answers(generator, chat, list(itertools.chain(*trials))))
     answers = [list(itertools.islice(written, len(made))) for made in trials]
-    verdicts = {
-        name: _verdicts(judge, chosen, answers, tokenizer)
-        for name, judge in settings.judges.items()
-    }
-    main, *others = settings.judges
-    return VariantResult(
-        outcomes=tuple(
-            _outcome(scenario, made, said, tokenizer)
-            for scenario, made, said in zip(chosen, answers, verdicts[main], strict=True)
-        ),
-        judge=main,
-        judges={
-            name: tuple(
-                _outcome(scenario, made, said, tokenizer)
-                for scenario, made, said in zip(chosen, answers, verdicts[name], strict=True)
-                if scenario.is_judged
-            )
-            for name in others
-        },
+    found = VariantResult(
         harmful_curves=curves[0],
         benign_curves=curves[1],
         borderline_curves=curves[2],
         perplexity=nll,
         lm_eval=lm_figures,
-        samples=tuple(
-            _sample(scenario, *one, tokenizer)
-            for scenario, made, said in zip(chosen, answers, verdicts[main], strict=True)
-            for one in itertools.islice(zip(made, said, strict=True), settings.samples)
-        ),
         seconds=time.perf_counter() - started,
     )
+    return Answered(chosen, answers, tokenizer, found)
 
 
-class _Answer(NamedTuple):
-    trial: Trial
-    written: Written
+def judge_answers(
+    answered: Sequence[Answered], settings: EvaluationSettings
+) -> list[VariantResult]:
+    """One judge after another reads the answers of all models.
+
+    Args:
+        answered: one a model.
+        settings: see `EvaluationSettings`; only its judges and samples play a part.
+    """
+    verdicts = {name: _verdicts(judge, answered) for name, judge in settings.judges.items()}
+    return [
+        _result(one, {name: said[place] for name, said in verdicts.items()}, settings.samples)
+        for place, one in enumerate(answered)
+    ]
+
+
+def _result(
+    answered: Answered, verdicts: Mapping[str, Sequence[Sequence[Verdict]]], samples: int
+) -> VariantResult:
+    """Of one model, of whose answers each judge says what it says for each scenario."""
+    tokenizer = answered.tokenizer
+    said = {
+        name: list(zip(answered.scenarios, answered.answers, by_scenario, strict=True))
+        for name, by_scenario in verdicts.items()
+    }
+    main, *others = verdicts
+    return replace(
+        answered.found,
+        outcomes=tuple(_outcome(*one, tokenizer) for one in said[main]),
+        judge=main,
+        judges={
+            name: tuple(_outcome(*one, tokenizer) for one in said[name] if one[0].is_judged)
+            for name in others
+        },
+        samples=tuple(
+            _sample(scenario, *one, tokenizer)
+            for scenario, made, decided in said[main]
+            for one in itertools.islice(zip(made, decided, strict=True), samples)
+        ),
+    )
 
 
 def _trials(scenario: Scenario, chat: Chat) -> list[Trial]:
@@ -205,25 +266,24 @@ def _write(generator: Generator, trials: Sequence[Trial]) -> list[Written]:
     return generator([trial.prompt for trial in trials], ids=[trial.id for trial in trials])
 
 
-def _verdicts(
-    judge: Judge,
-    chosen: Sequence[Scenario],
-    answers: Sequence[Sequence[_Answer]],
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[list[Verdict]]:
-    """For each scenario; those that take no judge are not shown to it."""
+def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verdict]]]:
+    """For each model and scenario; those that take no judge are not shown to it."""
     exchanges = [
-        Exchange(answer.trial.messages, answer.written.text, _prefilled(answer, tokenizer))
-        for scenario, made in zip(chosen, answers, strict=True)
+        Exchange(answer.trial.messages, answer.written.text, _prefilled(answer, one.tokenizer))
+        for one in answered
+        for scenario, made in zip(one.scenarios, one.answers, strict=True)
         for answer in made
         if scenario.is_judged
     ]
     verdicts = iter(judge(exchanges))
     return [
-        list(
-            itertools.islice(verdicts, len(made)) if scenario.is_judged else [UNJUDGED] * len(made)
-        )
-        for scenario, made in zip(chosen, answers, strict=True)
+        [
+            list(itertools.islice(verdicts, len(made)))
+            if scenario.is_judged
+            else [UNJUDGED] * len(made)
+            for scenario, made in zip(one.scenarios, one.answers, strict=True)
+        ]
+        for one in answered
     ]
 
 

@@ -163,7 +163,7 @@ class ClassifierJudge:
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         verdicts = [UNDECIDED if exchange.answer.strip() else SILENT for exchange in exchanges]
-        room = min(self.tokenizer.model_max_length, context_length(self.model))
+        room = min(self.tokenizer.model_max_length, _positions(self.model))
         read: dict[int, BatchEncoding] = {}
         for place, exchange in enumerate(exchanges):
             if exchange.answer.strip():
@@ -205,6 +205,18 @@ class ClassifierJudge:
             refused=None if self.refusal_label is None else label == self.refusal_label,
             harmful=None if self.harmful_label is None else label == self.harmful_label,
         )
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """The longest text that a classifier can read, in tokens."""
+    for name, module in model.named_modules():
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, torch.nn.Embedding)
+            and module.padding_idx is not None
+        ):  # as in RoBERTa: the padding's position comes before those of texts
+            return module.num_embeddings - module.padding_idx - 1
+    return context_length(model)
 
 
 def _listed(labels: Sequence[str]) -> str:

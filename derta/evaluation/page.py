@@ -81,8 +81,10 @@ mark { background: var(--line); color: inherit; }
 
 {% block content -%}
 {{ figures_of(tables) }}
-<p><small>Small figures: 95% Wilson intervals over all trials.{% if seeds > 1 %} Rates are pooled
-over {{ seeds }} seeds.{% endif %}</small></p>
+{% for line in undecided %}<p>{{ line }}.</p>
+{% endfor %}{% if tables %}<p><small>Small figures: 95% Wilson intervals over all trials.
+{% if seeds > 1 %}Rates are pooled over {{ seeds }} seeds.{% endif %}</small></p>
+{% endif %}
 
 {% if by_judge %}<h2>Judges side by side</h2>
 <p class="quiet">Each judge reads the same answers. The first one's figures are those at the

@@ -1,16 +1,18 @@
-"""Questions with one right answer: what a model's answer comes to, and whether it is the right one.
+r"""Questions with one right answer: what a model's answer comes to, and whether it is right.
 
 The reference tells the kind of the question. A letter, alone or before the choice's text ("B",
 "(B)", "B. twelve"), asks for a choice, as in MMLU; anything else must hold a number, as in GSM8K.
 
-A *number* is the first one after "####" or, where there is none, the last one of the text: signs,
-commas between thousands, decimals and fractions count, currencies, per cent and units do not, so
-that "$1,200.00" is 1200.
+A *number* is, whichever is found first: the last one in the last \boxed{}; the first one after
+"####"; the last one of the text. Signs, commas between thousands, decimals and fractions count, in
+plain text or in LaTeX's; currencies, per cent and units do not, nor do exponents: "$1,200.00" is
+1200, and "1\frac{1}{2} cm^2" is 1.5.
 
-A *choice* is, whichever is found first: the last letter that "answer", "option" or "choice"
-introduces ("the answer is (B)", "Answer: **B**"); the letter that the text begins with, alone or
-before a mark ("B", "B) it melts"); the last letter in brackets or between asterisks; the last
-capital that stands alone. "A" and "I" before a word in small letters are words themselves.
+A *choice* is, whichever is found first: the last letter that stands in \boxed{}, alone or before
+the choice's text; the last letter that "answer", "option" or "choice" introduces ("the answer is
+(B)", "Answer: **B**"); the letter that the text begins with, alone or before a mark ("B", "B) it
+melts"); the last letter in brackets or between asterisks; the last capital that stands alone. "A"
+and "I" before a word in small letters are words themselves.
 """
 
 from __future__ import annotations
@@ -18,16 +20,22 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+_FRACTION = r"\\[cdt]?frac\s*(?P<top>\{\s*-?\d+\s*\}|\d)\s*(?P<bottom>\{\s*0*[1-9]\d*\s*\}|[1-9])"
 _NUMBER = re.compile(
-    r"(?P<minus>(?<![\w)\]}])[-\u2212](?=[$€£]?[\d.]))?[$€£]?"
-    r"(?<!\w)(?<!\d\.)(?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|(?<!\.)\.\d+)"
-    r"(?:/(?P<below>0*[1-9]\d*))?"
+    r"(?P<minus>(?<![\w)\]}])[-\u2212](?=[$€£]?(?:[\d.]|\\[cdt]?frac)))?[$€£]?"
+    rf"(?:(?:(?<!\w)(?P<whole>\d+) ?)?{_FRACTION}|"
+    r"(?<!\w)(?<!\d\.)(?<!\^)(?<!\^\{)"
+    r"(?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|(?<!\.)\.\d+)"
+    r"(?:/(?P<below>0*[1-9]\d*))?)"
 )
+_BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})")
 _REFERENCE = re.compile(r"\s*\(?([A-Za-z])\)?\s*(?:[.:)]\s.*)?[.]?\s*", re.DOTALL)
 _WRAPPED = r"[*_(\[{\\$\"'`]*"
 # What follows "A" and "I" where they are words, but not where they are a choice with its reason.
 _GOES_ON = r"\s(?!\s*(?:and|as|because|but|for|since|so|which)\b)\s*[a-z]"
 _CHOICES = (
+    re.compile(r"\\boxed\s*\{(?:\\\w+)?[\s({\[]*([A-Z])(?=[)}\]]|[.:]\s)"),
     re.compile(
         r"(?i:\b(?:answer|option|choice)(?:\s+is|\s*:|\s*=)+\s*:?\s*(?:(?:option|choice)\s+)?)"
         rf"{_WRAPPED}(?:([A-Z])(?![\w'])(?<!\b[AI](?={_GOES_ON}))|([a-z])(?=\s*(?:[.,;)*\]\n]|$)))"
@@ -54,15 +62,26 @@ def is_right(answer: str, reference: str) -> bool:
 
 def find_number(text: str) -> Fraction | None:
     """The number that a text comes to."""
-    _, marked, after = text.partition("####")
-    found = _NUMBER.search(after) if marked else None
-    if found is None:
-        for found in _NUMBER.finditer(text):  # noqa: B007 (the last is wanted)
-            pass
+    text = _LATEX_COMMA.sub(",", text).replace(r"\$", "$")
+    *_, boxed = "", *_BOX.findall(text)
+    _, _, marked = text.partition("####")
+    found = _last_number(boxed) or _NUMBER.search(marked) or _last_number(text)
     if found is None:
         return None
-    value = Fraction(found["value"].replace(",", "")) / int(found["below"] or 1)
+    try:
+        if found["bottom"]:
+            top, bottom = (int(found[part].strip("{} ")) for part in ("top", "bottom"))
+            value = int(found["whole"] or 0) + Fraction(top, bottom)
+        else:
+            value = Fraction(found["value"].replace(",", "")) / int(found["below"] or 1)
+    except ValueError:  # thousands of digits, as of a model that repeats itself
+        return None
     return -value if found["minus"] else value
+
+
+def _last_number(text: str) -> re.Match[str] | None:
+    *_, last = None, *_NUMBER.finditer(text)
+    return last
 
 
 def find_choice(text: str) -> str | None:

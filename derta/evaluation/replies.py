@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,17 @@ class Replies:
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
 
-    def keep(self, key: str, value: Any) -> None:
-        """From any thread."""
-        line = json.dumps({"key": key, "value": value}) + "\n"
+    def keep(self, replies: Mapping[str, Any]) -> None:
+        """All in one write, which a kill does not part, from any thread."""
+        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in replies.items()]
         with self._lock:
-            self._values[key] = value
+            self._values.update(replies)
             if self.path is None:
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab", opener=_for_owner) as file:
                 os.fchmod(file.fileno(), 0o600)  # it may have been another's work
-                file.write(line.encode())
+                file.write("".join(lines).encode())
 
     def _load(self, path: Path) -> None:
         content = path.read_bytes()

@@ -86,8 +86,18 @@ MEANINGS = {
     "which the judge does not say is not counted.",
 }
 
-# What a figure is called, where its metric is not what people say.
-TITLES = {"multi_turn": "multi-turn"}
+# What people say for a metric's level.
+TITLES = {
+    "multi_turn": "multi-turn",
+    "over_refusal": "over-refusal",
+    "template_prefill": "template prefill",
+    "helpful_accuracy": "helpful accuracy",
+}
+
+
+def title_of(metric: str) -> str:
+    """A metric as people call it."""
+    return " ".join(TITLES.get(level, level) for level in metric.split("."))
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ def _columns(entries: Sequence[Mapping[str, Any]]) -> list[Column]:
     apart = {*deep, "file"}
     return [
         *(
-            Column(TITLES.get(name, name), ("asr", name), ATTACKS)
+            Column(title_of(name), ("asr", name), ATTACKS)
             for name in names["asr"]
             if name not in apart
         ),
@@ -170,11 +180,10 @@ def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
 
 def format_table(summary: Summary) -> str:
     """The table of the report as text, and that of its other judges; shares in percent."""
-    entries = dict(summary["variants"])
-    tables = [_format(entries)]
-    if judged := _by_judge(summary):
-        tables.append("by judge\n" + _format(judged))
-    return "\n\n".join(tables)
+    tables = _format(summary["variants"])
+    if judged := _format(_by_judge(summary)):
+        judged[0] = "by judge\n" + judged[0]
+    return "\n\n".join([*tables, *judged])
 
 
 def format_undecided(summary: Summary) -> str:
@@ -211,18 +220,17 @@ def _by_judge(summary: Summary) -> dict[str, Mapping[str, Any]]:
 
 def _parts(columns: Sequence[Column]) -> list[list[Column]]:
     """Columns for tables one below the other: whole groups, as many as a reader can see at once."""
-    parts: list[list[Column]] = [[]]
+    parts: list[list[Column]] = []
     for _, group in itertools.groupby(columns, key=lambda column: column.group):
         added = list(group)
-        if parts[-1] and len(parts[-1]) + len(added) > MOST_COLUMNS:
+        if not parts or len(parts[-1]) + len(added) > MOST_COLUMNS:
             parts.append([])
         parts[-1] += added
     return parts
 
 
-def _format(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    parts = _parts(_columns(list(entries.values())))
-    return "\n\n".join(_format_part(entries, part) for part in parts)
+def _format(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [_format_part(entries, part) for part in _parts(_columns(list(entries.values())))]
 
 
 def _format_part(entries: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> str:
@@ -312,6 +320,7 @@ def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
         title=title,
         subtitle=_subtitle(summary),
         tables=_tables(variants, color),
+        undecided=format_undecided(summary).splitlines(),
         by_judge=judged
         and _tables(judged, {name: color[name.rpartition(": ")[0]] for name in judged}),
         seeds=seeds,
@@ -401,4 +410,4 @@ def _notes(summary: Summary) -> list[str]:
 def _counts(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, int]]]:
     """Metrics, as people read them, and their counts."""
     for metric, count in leaves(entry.get("counts", {})):
-        yield metric.replace(".", " "), count
+        yield title_of(metric), count

@@ -84,7 +84,7 @@ class VariantResult:
         perplexity: sum in nats and count of tokens, see `teacher_forcing.perplexity`.
         lm_eval: task to figures, see `derta.evaluation.lm_tasks`.
         samples: answers, if asked for.
-        seconds: how long it took.
+        seconds: how long it took without the judges, which read the answers of all models at once.
     """
 
     outcomes: tuple[Outcome, ...] = ()

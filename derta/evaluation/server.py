@@ -43,7 +43,9 @@ class ServerSettings:
     Args:
         base_url: where the server is, up to and including its version: "http://localhost:8000/v1".
         model: what the server calls the model.
-        api_key_env: the environment variable that holds the key, if the server wants one.
+        api_key_env: the environment variable that holds the key, if the server wants one; None:
+            OPENAI_API_KEY for OpenAI's own server, which alone it is meant for, and no key for any
+            other.
         concurrency: requests under way at once.
         requests_per_minute: the most that are sent, repetitions included; None: as many as go.
         max_retries: how often a request is sent again after a server's error, a lost connection, or
@@ -58,7 +60,7 @@ class ServerSettings:
 
     base_url: str
     model: str
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: str | None = None
     concurrency: int = 8
     requests_per_minute: float | None = None
     max_retries: int = 8
@@ -78,6 +80,17 @@ class ServerSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0, got {value}")
+
+    @property
+    def key_variable(self) -> str | None:
+        """The environment variable of the key that this server is sent, if it is sent one."""
+        return self.api_key_env or ("OPENAI_API_KEY" if self.is_openai else None)
+
+    @property
+    def is_openai(self) -> bool:
+        """Whether the server is OpenAI's own, reached in a way that keeps a key secret."""
+        parts = urllib.parse.urlsplit(self.base_url)
+        return parts.scheme == "https" and f".{parts.hostname}".endswith(".openai.com")
 
 
 class Query(NamedTuple):
@@ -204,7 +217,7 @@ class Server:
             # The client hands on whatever a server says with status 200.
             url = self.settings.base_url
             raise ConnectionError(f"{id}: {url} replied with something else than a text") from error
-        self.replies.keep(key, read(text or "", choice))
+        self.replies.keep({key: read(text or "", choice)})
 
     def _final(self, id: str, error: openai.OpenAIError) -> Exception:
         """A sentence that tells what to mend; what the server wrote may quote what it was sent."""
@@ -219,9 +232,10 @@ class Server:
                 return ValueError(
                     f"{id}: the prompt and its answer exceed the context of {model!r}"
                 )
+            variable = self.settings.key_variable or "the variable that api_key_env names"
             advice = {
-                401: f", expected a key that it knows in {self.settings.api_key_env}",
-                403: f", expected a key that may do this in {self.settings.api_key_env}",
+                401: f", expected a key that it knows in {variable}",
+                403: f", expected a key that may do this in {variable}",
                 404: f", expected a model {model!r} and this address there",
                 429: ", too many requests: set requests_per_minute",
             }.get(error.status_code, "")
@@ -242,11 +256,13 @@ class Server:
         http_client = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace()]})
         with openai.OpenAI(
             base_url=self.settings.base_url,
-            api_key=os.environ.get(self.settings.api_key_env) or PLACEHOLDER,
+            api_key=os.environ.get(self.settings.key_variable or "") or PLACEHOLDER,
             max_retries=self.settings.max_retries,
             timeout=self.settings.timeout_s,
             http_client=http_client,
         ) as client:
+            if not self.settings.is_openai:  # whose accounts are nobody else's business either
+                client.organization = client.project = None
             yield client
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,29 +16,30 @@ from peft import PeftConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from derta.cli.arguments import build
-from derta.cli.judges import make_judges
+from derta.cli.judges import make_judges, verdicts_file
 from derta.cli.loading import find_device, load_tokenizer, load_tuned, weights_dtype
 from derta.config import check_folder
 from derta.data import Chat, Request, Triple, read_requests
 from derta.data.formats import Kind
 from derta.data.reading import read_placed
 from derta.evaluation import (
+    Answered,
     AnswerFile,
     EvaluationData,
     EvaluationSettings,
     ModelGenerator,
-    VariantResult,
-    evaluate_model,
+    collect_answers,
     find_refusal_token,
     fingerprint,
     format_table,
     format_undecided,
+    judge_answers,
     summarize,
     write_report,
 )
 from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.judge import REFUSAL_KEYWORDS
-from derta.evaluation.scenarios import check_name
+from derta.evaluation.scenarios import SLOT, check_name
 from derta.evaluation.server import Server, ServerGenerator, ServerSettings
 
 FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
@@ -81,7 +82,8 @@ class Config:
         keywords: what judges by keyword take for a refusal, where they have none of their own.
         servers: name of a model to where it is served, see `ServerSettings`; it has no curves.
         samples: answers shown in the report for each scenario.
-        keep_answers: whether answers/ stays when all is done; another judge needs no new answers.
+        keep_answers: whether what models and judges said stays in answers/ when all is done;
+            another judge needs no new answers.
         chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
         device: "auto", or as in torch: "cpu", "cuda:1".
         dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
@@ -209,24 +211,30 @@ def read_templates(path: str | None) -> list[str]:
 
     Raises:
         FileNotFoundError: the file is not there.
-        ValueError: it is not UTF-8, holds none, or a JSON list of something else.
+        ValueError: it is not UTF-8, holds none, or a JSON list of something else; or a template
+            lacks its slot, whose line is named, or place in the list, from 0.
     """
     if path is None:
         return []
     check_paths([path])
     try:
         text = Path(path).read_text(encoding="utf-8")
-        listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        is_list = text.lstrip().startswith("[")
+        listed = json.loads(text) if is_list else text.splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8, expected templates, one a line") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: is no JSON list of templates") from None
     if not all(isinstance(template, str) for template in listed):
         raise ValueError(f"{path}: holds something else than texts, expected a list of templates")
-    templates = [template for template in listed if template.strip()]
+    templates = {place: template for place, template in enumerate(listed) if template.strip()}
     if not templates:
         raise ValueError(f"{path}: is empty, expected templates, one a line")
-    return templates
+    for place, template in templates.items():
+        if SLOT not in template:
+            where = f"{path}[{place}]" if is_list else f"{path}:{place + 1}"
+            raise ValueError(f"{where}: must have the slot {SLOT}, got none")
+    return list(templates.values())
 
 
 def read_judges(config: Config) -> dict[str, Any]:
@@ -256,8 +264,7 @@ def find_generator(
     config: Config, name: str, folder: Path, loaded: Any, chat: Chat, dtype: Any
 ) -> ModelGenerator | ServerGenerator:
     """Who writes the answers of the model called `name`: its server, or the loaded model."""
-    file_name = re.sub(r"[^\w.-]", "_", name)
-    kept = answers_folder(config) / f"{file_name}.jsonl"
+    kept = answers_file(config, name)
     if loaded is None:
         server = Server(server_settings(config, name), kept)
         return ServerGenerator(server, chat, max_new_tokens=config.max_new_tokens)
@@ -294,11 +301,17 @@ def answers_folder(config: Config) -> Path:
     return Path(config.output_dir) / "answers"
 
 
+def answers_file(config: Config, name: str) -> Path:
+    """Where those of the model called `name` are."""
+    file_name = re.sub(r"[^\w.-]", "_", name)
+    return answers_folder(config) / f"{file_name}.jsonl"
+
+
 def run(config: Config) -> None:
     """Evaluates every model, prints the table, and leaves the report in `output_dir`.
 
     Raises:
-        ValueError: a server is that of no model; and as the functions above and `evaluate_model`.
+        ValueError: a server is that of no model; and as the functions above and `collect_answers`.
     """
     started = time.perf_counter()
     folders = model_folders(config.model)
@@ -325,7 +338,7 @@ def run(config: Config) -> None:
     kept = answers_folder(config)
     settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
     triples = safe_responses(config.harmful, config.formats)
-    results: dict[str, list[VariantResult]] = {}
+    answered: dict[str, Answered] = {}
     for name, folder in folders.items():
         model: Any = None
         dtype = weights_dtype(config.dtype, device)
@@ -342,10 +355,11 @@ def run(config: Config) -> None:
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
-        results[name] = [evaluate_model(model, tokenizer, data, own, generator=generator)]
+        answered[name] = collect_answers(model, tokenizer, data, own, generator=generator)
         del model, generator
+    results = judge_answers(list(answered.values()), settings)
     summary = summarize(
-        results,
+        {name: [result] for name, result in zip(answered, results, strict=True)},
         seconds=time.perf_counter() - started,
         loss={
             name: [history] for name, folder in folders.items() if (history := loss_history(folder))
@@ -353,11 +367,15 @@ def run(config: Config) -> None:
     )
     report = write_report(summary, config.output_dir)
     if not config.keep_answers:
-        shutil.rmtree(kept)
-    print(format_table(summary))
-    if undecided := format_undecided(summary):
-        print(f"\n{undecided}")
-    print(f"\nreport: {report}")
+        for path in [
+            *(answers_file(config, name) for name in folders),
+            *(verdicts_file(kept, name) for name in config.judges),
+        ]:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the user has put something there
+            kept.rmdir()
+    parts = (format_table(summary), format_undecided(summary), f"report: {report}")
+    print("\n\n".join(filter(None, parts)))
 
 
 def safe_responses(paths: Sequence[str], formats: Mapping[str, str]) -> list[Triple]:

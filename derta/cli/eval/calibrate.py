@@ -40,7 +40,7 @@ def run(config: Config) -> None:
     """Asks every judge about every answer, prints the table, and leaves it in `output_dir`."""
     read = {path: read_labelled(path) for path in config.files}
     judges = make_judges(config.judges, config.output_dir)
-    found = {path: calibrate(labelled, judges) for path, (labelled, _) in read.items()}
+    found = calibrate({path: labelled for path, (labelled, _) in read.items()}, judges)
     result = {
         path: {
             "answers": len(labelled),

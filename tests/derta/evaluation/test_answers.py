@@ -70,6 +70,20 @@ def test_nothing_is_run_twice_or_lost_after_a_kill_and_the_order_is_kept(
     assert runs == []
 
 
+def test_a_kill_parts_no_batch_since_the_rest_would_be_answered_in_other_batches(
+    tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, written, fchmod = tmp_path / "model.jsonl", [], os.fchmod
+
+    def before_a_write(file: int, mode: int) -> None:
+        written.append(path.read_bytes().count(b"\n"))
+        fchmod(file, mode)
+
+    monkeypatch.setattr(os, "fchmod", before_a_write)
+    generate(tiny_model("llama"), PROMPTS, **SETTINGS, answers=answers(path, chat))
+    assert written == [0, 2, 4]
+
+
 def test_lines_can_be_read_by_people_and_only_by_their_owner(tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / "model.jsonl"
     model = tiny_model("llama")

@@ -80,7 +80,14 @@ def test_judges_stand_side_by_side_each_held_to_what_it_reads() -> None:
     def harm(exchanges: Sequence[Exchange]) -> list[Verdict]:
         return [Verdict(None, harmful="brush" in exchange.answer) for exchange in exchanges]
 
-    found = calibrate(answers, {"keyword": KeywordJudge(), "harm": harm})
+    judges = {"keyword": KeywordJudge(), "harm": harm}
+    files = calibrate({"b.csv": answers[1:2], "a.csv": answers}, judges)
+    assert {question: list(by) for question, by in files["b.csv"].items()} == {
+        "refused": list(judges),
+        "harmful": list(judges),
+    }
+    assert files["b.csv"]["refused"]["keyword"].counts.tolist() == [[0, 0, 0], [0, 1, 0]]
+    found = files["a.csv"]
     counts = {
         (question, name): one.counts.tolist()
         for question, judges in found.items()

@@ -153,11 +153,12 @@ def test_a_server_that_refuses_ends_the_run_with_one_sentence(
 ) -> None:
     with serving(lambda path, body: said("")) as served:
         served.trouble_of = lambda body: Trouble(401)
-        judges = f"{{gpt: {{kind: server, base_url: '{served.base_url}', model: m}}}}"
+        address = f"base_url: '{served.base_url}', model: m, api_key_env: MY_KEY"
+        judges = f"{{gpt: {{kind: server, {address}}}}}"
         assert call(judges) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("derta eval calibrate: exchange ")
-    assert line.endswith("replied with status 401, expected a key that it knows in OPENAI_API_KEY")
+    assert line.endswith("replied with status 401, expected a key that it knows in MY_KEY")
 
 
 def test_pickled_weights_of_a_judge_are_refused(

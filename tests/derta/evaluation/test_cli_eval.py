@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -13,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from derta.cli import main
 from derta.cli.eval import read_templates
+from derta.evaluation import Exchange, Verdict
+from derta.evaluation.model_judges import ModelJudge
 from served import said, serving
 from tiny import tiny_model, tiny_tokenizer
 
@@ -146,6 +151,10 @@ def test_a_file_whose_format_is_named_and_another_that_numbers_alike_are_read(
         ),
         ("--model bare --benign benign.jsonl", "bare: adapters without adapter_model.safetensors"),
         (
+            '--model bare --benign benign.jsonl --judges {"wildguard":{"path":"prompts"}}',
+            "prompts: the model cannot be loaded",
+        ),
+        (
             "--model prompts --benign benign.jsonl",
             "prompts: PROMPT_TUNING adapters are prompts, not weights",
         ),
@@ -264,10 +273,60 @@ def test_a_second_run_generates_nothing_and_another_judge_reads_the_same_answers
     monkeypatch.setattr(LlamaForCausalLM, "generate", nothing)
     assert call(arguments) == 0
     assert entry() | {"seconds": 0} == first | {"seconds": 0}
-    Path("strict.yaml").write_text(json.dumps({"keywords": [answer], "keep_answers": False}))
+    Path("strict.yaml").write_text(json.dumps({"keywords": [answer]}))
     assert call(f"strict.yaml {arguments}") == 0
     assert entry()["over_refusal"] == {"benign": 1.0}
-    assert not kept.parent.exists()
+
+
+def test_of_answers_that_do_not_stay_only_the_evaluations_own_files_go(workplace: Path) -> None:
+    with serving(lambda path, body: said("HARMFUL: no\nREFUSED: no")) as served:
+        gpt = {"kind": "server", "base_url": served.base_url, "model": "m"}
+        config = {"model": {"a model": "model"}, "judges": {"gpt": gpt}, "curve": False}
+        Path("own.yaml").write_text(json.dumps(config))
+        arguments = "own.yaml --benign benign.jsonl --max_new_tokens 4"
+        assert call(arguments) == 0
+        answers = Path("out/answers")
+        assert {path.name for path in answers.iterdir()} == {"a_model.jsonl", "verdicts.gpt.jsonl"}
+        (answers / "notes.txt").touch()
+        assert call(f"{arguments} --keep_answers false") == 0
+        assert [path.name for path in answers.iterdir()] == ["notes.txt"]
+        (answers / "notes.txt").unlink()
+        assert call(f"{arguments} --keep_answers false") == 0
+        assert not answers.exists()
+
+
+def test_models_and_local_judges_are_in_memory_one_at_a_time(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AutoModelForCausalLM.from_pretrained("model").save_pretrained("judge")
+    tiny_tokenizer().save_pretrained("judge")
+    alive: weakref.WeakSet[LlamaForCausalLM] = weakref.WeakSet()
+    here: dict[str, list[int]] = {"writes": [], "reads": []}
+    init, write, read = LlamaForCausalLM.__init__, LlamaForCausalLM.generate, ModelJudge.__call__
+
+    def is_made(model: LlamaForCausalLM, config: Any) -> None:
+        init(model, config)
+        alive.add(model)
+
+    def writes(*args: Any, **settings: Any) -> Any:
+        here["writes"].append(len(alive))
+        return write(*args, **settings)
+
+    def reads(judge: ModelJudge, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        here["reads"].append(len(alive))
+        assert len(exchanges) == 2 * 3 * 3  # models, scenarios, requests
+        return read(judge, exchanges)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", is_made)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", writes)
+    monkeypatch.setattr(ModelJudge, "__call__", reads)
+    judges = {name: {"kind": "llm", "path": "judge", "max_new_tokens": 2} for name in ("a", "b")}
+    config = {"model": ["model", "adapters"], "judges": judges, "prefill_depths": []}
+    Path("two.yaml").write_text(json.dumps(config))
+    files = "--harmful harmful.jsonl --benign benign.jsonl"
+    assert call(f"two.yaml {files} --max_new_tokens 2") == 0
+    assert set(here["writes"]) == {1}
+    assert here["reads"] == [1, 1]
 
 
 def test_a_served_model_stands_beside_a_local_one(workplace: Path) -> None:
@@ -296,7 +355,8 @@ def test_a_served_model_stands_beside_a_local_one(workplace: Path) -> None:
         ("[1]", "templates.txt: holds something else than texts, expected a list of templates"),
         ('["a"\n', "templates.txt:2: is no JSON list of templates"),
         ("\udcff", "templates.txt: is not UTF-8, expected templates, one a line"),
-        ("Hi\n", "templates[0] must have the slot {request}, got none"),
+        ("{request}\n\nHi\n", "templates.txt:3: must have the slot {request}, got none"),
+        ('["{request}",\n"Hi"]', "templates.txt[1]: must have the slot {request}, got none"),
     ],
 )
 def test_wrong_templates_are_told_before_anything_is_loaded(

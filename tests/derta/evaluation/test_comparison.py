@@ -65,6 +65,12 @@ def test_the_tables_name_every_figure() -> None:
     ]
 
 
+def test_an_attack_is_called_what_the_report_calls_it() -> None:
+    entry = VariantResult((Outcome("asr.multi_turn", 1, 4, positions=(0,)),)).to_dict()
+    table = format_comparison(compare({"derta": entry}, analyses=["first_tokens"]))
+    assert "multi-turn" in table.splitlines()[1]
+
+
 def test_rates_of_different_judges_are_noted_as_no_one_measure() -> None:
     made = models("vanilla", "derta")
     assert compare(made)["notes"] == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from lm_eval.tasks import TaskManager
 
+from derta.cli import main
 from derta.evaluation import lm_tasks
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from tiny import tiny_model, tiny_tokenizer
@@ -45,6 +46,22 @@ def test_a_local_task_is_scored_by_lm_eval(task: str) -> None:
     assert figures["fences"].keys() == {"acc"}
     assert figures["fences"]["acc"] * 6 == pytest.approx(round(figures["fences"]["acc"] * 6))
     assert model.training
+
+
+def test_lm_eval_says_nothing_of_its_own_in_the_terminal(
+    task: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # which is no git repository
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    arguments = ["--model", "model", "--lm_eval", task, "--output_dir", "out", "--device", "cpu"]
+    assert main(["eval", *arguments]) == 0
+    assert "fatal" not in capfd.readouterr().err
+    assert not [said for said in caplog.records if said.name.startswith("lm_eval")]
 
 
 def test_no_task_needs_no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,10 +180,20 @@ def test_a_classifier_of_exchanges_reads_the_prefilled_start_and_one_of_answers_
 
 def test_a_classifier_decides_only_what_a_label_names_and_what_it_has_read_whole() -> None:
     judge = ClassifierJudge(classifier(), tokenizer(), harmful_label="HARM")
-    short, blank, long = judge(exchanges("Sorry.", " ", "Q" * 65))
+    short, blank = judge(exchanges("Sorry.", " "))
     assert short.refused is None and short.harmful is not None
     assert blank == SILENT
-    assert long == Verdict(None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "room"), [("bert", 64), ("roberta", 60), ("mpnet", 62), ("llama", 64)]
+)
+def test_a_classifier_reads_as_much_as_its_positions_hold(architecture: str, room: int) -> None:
+    judge = ClassifierJudge(classifier(architecture), tokenizer(), harmful_label="HARM")
+    assert judge.tokenizer.model_max_length > 1000  # its length is not stated
+    fits, exceeds = judge(exchanges("Q" * room, "Q" * (room + 1)))
+    assert fits.harmful is not None
+    assert exceeds == Verdict(None)
 
 
 def test_without_a_padding_token_answers_are_read_one_by_one() -> None:

@@ -186,6 +186,22 @@ def test_every_scenario_has_its_column_and_every_judge_its_row(tmp_path: Path) -
     assert "Reading borderline responses" in shown
 
 
+def test_a_judge_that_decided_nothing_leaves_a_sentence_and_no_table(tmp_path: Path) -> None:
+    outcomes = (Outcome("asr.multi_turn", 0, 0, undecided=4),)
+    made = summarize(
+        {"derta": [VariantResult(outcomes, judge="guard", judges={"other": outcomes})]}, seconds=1
+    )
+    assert format_table(made) == ""
+    page = Page(write_report(made, tmp_path).read_text("utf-8"))
+    assert "table" not in page.tags
+    visible, folded = page.shown.split("Records left out, answers that are empty or undecided")
+    for judge in ("guard", "other"):
+        sentence = f"derta: judge {judge} undecided of 4 of 4 answers, which are in no figure."
+        assert visible.count(sentence) == 1
+        assert f"derta, asr multi-turn: {judge} undecided of 4 of 4 answers" in folded
+    assert "Judges side by side" not in visible and "Small figures" not in visible
+
+
 def test_figures_that_no_line_holds_are_several_tables(tmp_path: Path) -> None:
     deep = [Outcome(f"asr.prefill.{2**k}", k, 20) for k in range(8)]
     files = [Outcome(f"asr.file.attack-{k}", k, 20) for k in range(5)]

@@ -160,13 +160,13 @@ def test_no_reply_is_lost_to_an_interrupt_while_it_is_kept(
     asking = server(served, tmp_path / "kept.jsonl", concurrency=1)
     keep = asking.replies.keep
 
-    def interrupted(key: str, value: Any) -> None:
+    def interrupted(replies: Mapping[str, Any]) -> None:
         if not kept:
             time.sleep(0.1)  # until the replies are waited for
             interrupt()
             time.sleep(0.1)
-        kept.append(key)
-        keep(key, value)
+        kept.extend(replies)
+        keep(replies)
 
     kept: list[str] = []
     monkeypatch.setattr(asking.replies, "keep", interrupted)
@@ -222,11 +222,33 @@ def test_a_cut_last_line_is_asked_anew_and_other_models_and_servers_are_others(
 def test_the_key_comes_from_the_environment(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("OTHER_KEY", "secret")
-    ask(server(served), [[1]])
     ask(server(served, api_key_env="OTHER_KEY"), [[1]])
-    assert [asked.key for asked in served.asked] == ["Bearer none", "Bearer secret"]
+    ask(server(served, api_key_env="ABSENT_KEY"), [[1]])
+    assert [asked.headers["authorization"] for asked in served.asked] == [
+        "Bearer secret",
+        "Bearer none",
+    ]
+
+
+def test_what_is_openais_goes_to_no_other_server_unless_named(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "private")
+    ask(server(served), [[1]])
+    (asked,) = served.asked
+    assert "private" not in str(asked.headers)
+    ask(server(served, api_key_env="OPENAI_API_KEY"), [[1]])
+    assert served.asked[1].headers["authorization"] == "Bearer private"
+    for base_url, variable in (
+        ("https://api.openai.com/v1", "OPENAI_API_KEY"),
+        ("https://eu.api.openai.com/v1", "OPENAI_API_KEY"),
+        ("http://api.openai.com/v1", None),
+        ("https://api.openai.com.example.org/v1", None),
+        ("https://myopenai.com/v1", None),
+    ):
+        assert ServerSettings(base_url=base_url, model="m").key_variable == variable
 
 
 def test_fields_are_added_replaced_and_left_out(served: Served, chat: Chat) -> None:
@@ -241,8 +263,8 @@ def test_fields_are_added_replaced_and_left_out(served: Served, chat: Chat) -> N
 @pytest.mark.parametrize(
     ("trouble", "error", "message"),
     [
-        (Trouble(401), ConnectionError, "status 401, expected a key that it knows in OPENAI_API_"),
-        (Trouble(403), ConnectionError, "status 403, expected a key that may do this in OPENAI_A"),
+        (Trouble(401), ConnectionError, "status 401, expected a key that it knows in the variabl"),
+        (Trouble(403), ConnectionError, "status 403, expected a key that may do this in the vari"),
         (Trouble(404), ConnectionError, "status 404, expected a model 'm' and this address there"),
         (Trouble(429), ConnectionError, "status 429, too many requests: set requests_per_minute"),
         (Trouble(500), ConnectionError, "replied with status 500"),
