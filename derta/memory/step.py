@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from derta.loss import derta_loss
 from derta.memory.liger import liger_layers
@@ -34,7 +33,7 @@ from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
 from derta.offloading import Lane, Offloading
-from derta.tiling import tile_mlp
+from derta.tiling import layers_of, tile_mlp
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
 
@@ -92,7 +91,7 @@ class StepMemory:
         self.step = step
         self.far = max(FAR, 8 * (step.mlp_tile or 0))
         whole = _without_storage(step)
-        layers = _layers(whole)
+        layers = layers_of(whole)
         self.layers = len(layers)
         alike = len({_shapes(layer) for layer in layers}) == 1 and self.layers > 3
         self._models = [_without_storage(step, count) for count in (2, 3)] if alike else [whole]
@@ -168,7 +167,7 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
         )
         if layers is not None:
             for module in model.modules():
-                if isinstance(module, nn.ModuleList) and set(module) & set(_layers(model)):
+                if isinstance(module, nn.ModuleList) and set(module) & set(layers_of(model)):
                     del module[layers:]
         if step.method.method == "qlora":
             _quantize(model)
@@ -178,10 +177,6 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
     if step.mlp_tile is not None:
         tile_mlp(model, step.mlp_tile)
     return adapted.train()
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def _shapes(layer: nn.Module) -> tuple[Any, ...]:
@@ -220,7 +215,7 @@ def _run(
             tracker.count(args[:1], "checkpoints")
 
         if step.checkpointing:
-            for layer in _layers(model):
+            for layer in layers_of(model):
                 hooks.enter_context(layer.register_forward_pre_hook(keep))
         if step.liger:
             hooks.enter_context(liger_layers(model))
