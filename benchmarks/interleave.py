@@ -187,7 +187,7 @@ def _answer_file(case: Case, settings: Settings, scratch: Path) -> Path:
 
 
 def _in_a_process(function: str, settings: Settings, *arguments: Any) -> Any:
-    """Result of a function of this module, in a process that takes its memory with it."""
+    """What `serve` answers to a call, in a process that takes its memory with it."""
     done = subprocess.run(
         [
             sys.executable,
