@@ -24,11 +24,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from derta.attention import packed_mask, register_attention, scope_of
+from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss_with_rows
 from derta.offloading import offloading
 from derta_kernels.attention import Bounds
 
-IGNORE_INDEX = -100
 TF32_EPS = 2**-10
 MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 

@@ -25,8 +25,7 @@ from derta.data.cuts import (
     rto_depth_weights,
 )
 from derta.data.encoding import Encoded, EncodedDialogue, EncodedTriple
-
-IGNORE_INDEX = -100
+from derta.labels import IGNORE_INDEX
 
 Bounds = tuple[tuple[int, int], ...]
 
