@@ -40,13 +40,13 @@ class Triples:
 
     Attributes:
         branches, rto_keep: see `DertaConfig`.
-        prompt, safe: tokens of a prompt and of a safe response.
+        prompt, safe: tokens of a prompt and of a safe response, about those of the official data.
     """
 
     branches: int
     rto_keep: float
-    prompt: int
-    safe: int
+    prompt: int = 40
+    safe: int = 70
 
     def check(self, tokens: int) -> None:
         """Sees to it that so many tokens have room for a triple.

@@ -13,7 +13,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -78,6 +78,36 @@ class Step:
     liger: bool = False
     device_type: str = "cuda"
     capacity: int = 0
+
+
+def make_step(
+    model_config: PreTrainedConfig,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    device_type: str,
+    memory: int,
+) -> Step:
+    """A step as the keys say that a training run and `derta plan` have in common.
+
+    Args:
+        config: a `Method` with these keys.
+        memory: bytes of the device.
+    """
+    return Step(
+        config=model_config,
+        method=Method(**{key.name: getattr(config, key.name) for key in fields(Method)}),
+        dtype=dtype,
+        autocast=config.bf16,
+        optim=config.optim,
+        checkpointing=checkpointing,
+        offload=config.offload_checkpoints,
+        mlp_tile=config.mlp_tile,
+        liger=config.use_liger_kernel,
+        device_type=device_type,
+        capacity=memory,
+    )
 
 
 class StepMemory:
