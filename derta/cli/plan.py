@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import is_liger_kernel_available, logging
 
+from derta.anatomy import context_of
 from derta.cli.loading import find_device, loading
 from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
 from derta.memory.probe import probe
 from derta.memory.step import make_step
 from derta.methods import Method
-from derta.modeling import context_of
 
 
 @dataclass(kw_only=True)

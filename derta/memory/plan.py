@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers.utils import is_liger_kernel_available
 
+from derta.anatomy import context_of
 from derta.memory.step import Step, StepMemory
-from derta.modeling import context_of
 
 GIB = 2**30
 # What a CUDA context, its libraries and an allocator's gaps take. Assumed, not measured.
