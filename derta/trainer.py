@@ -233,7 +233,7 @@ class DertaTrainer(Trainer):
             )
         if not encoded.examples:
             raise ValueError(
-                f"no example is left to train on: {given} given, {encoded.skipped} longer "
+                f"no example is left: {given} given, {encoded.skipped} longer "
                 f"than max_length ({args.max_length}) or max_tokens ({args.max_tokens})"
             )
         return encoded
