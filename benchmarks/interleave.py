@@ -7,6 +7,7 @@ slows all of them. `python -m benchmarks.interleave` is such a process; it is no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -117,10 +118,8 @@ class Process:
         assert self.process.stdin is not None
         if self.outcome.reason is not None:
             return {}
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it ended: `_listen` finds out why
             print(request, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it ended: `_listen` finds out why
         return self._listen()
 
     def _listen(self) -> dict[str, Any]:
