@@ -40,7 +40,8 @@ class Triples:
 
     Attributes:
         branches, rto_keep: see `DertaConfig`.
-        prompt, safe: tokens of a prompt and of a safe response, about those of the official data.
+        prompt, safe: tokens of a prompt and of a safe response; by default about the official
+            data's means.
     """
 
     branches: int

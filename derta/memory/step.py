@@ -92,7 +92,9 @@ def make_step(
     """A step as the keys say that a training run and `derta plan` have in common.
 
     Args:
+        model_config: of the model.
         config: a `Method` with these keys.
+        dtype, checkpointing, device_type: see `Step`.
         memory: bytes of the device.
     """
     return Step(
