@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from derta.data import DertaCollator, Drawn, EncodedTriple, PackedBatch, pack, plan_packs
-from derta.data.packing import IGNORE_INDEX, packed_length
+from derta.data.packing import packed_length
+from derta.labels import IGNORE_INDEX
 
 MEAN_LENGTHS = (40, 380, 70)  # of prompt, harmful and safe response
 SPREAD = 0.4  # the standard deviation of a length's logarithm

@@ -7,6 +7,7 @@ slows all of them. `python -m benchmarks.interleave` is such a process; it is no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -117,10 +118,8 @@ class Process:
         assert self.process.stdin is not None
         if self.outcome.reason is not None:
             return {}
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it ended: `_listen` finds out why
             print(request, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it ended: `_listen` finds out why
         return self._listen()
 
     def _listen(self) -> dict[str, Any]:
@@ -187,7 +186,7 @@ def _answer_file(case: Case, settings: Settings, scratch: Path) -> Path:
 
 
 def _in_a_process(function: str, settings: Settings, *arguments: Any) -> Any:
-    """Result of a function of this module, in a process that takes its memory with it."""
+    """What `serve` answers to a call, in a process that takes its memory with it."""
     done = subprocess.run(
         [
             sys.executable,

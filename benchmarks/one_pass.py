@@ -20,7 +20,8 @@ from benchmarks.examples import BATCH, REFUSAL, draw_triples, in_batches, in_pac
 from benchmarks.gradients import TrainingStep
 from benchmarks.question import Question, Values, error_of, number_of, ratio_to
 from benchmarks.requirements import Requirement
-from derta.data.packing import IGNORE_INDEX, PackedBatch
+from derta.data.packing import PackedBatch
+from derta.labels import IGNORE_INDEX
 
 OURS = "one pass"
 PADDED = "apart, padded"

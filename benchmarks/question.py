@@ -103,7 +103,7 @@ class Question(ABC):
 
     @abstractmethod
     def is_right(self, case: Any, errors: Values, baseline: Values) -> bool:
-        """Whether errors are small enough, given the baseline's; none where it has not run."""
+        """Whether errors are small enough, given the baseline's."""
 
     def derived(self, case: Any, implementation: str, values: Values) -> Values:
         """Further numbers that follow from the measured ones."""

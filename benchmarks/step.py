@@ -32,7 +32,7 @@ from benchmarks.question import (
 )
 from benchmarks.requirements import Requirement
 from derta.data import Drawn, EncodedDialogue, EncodedTriple, PackedBatch
-from derta.data.packing import IGNORE_INDEX
+from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss
 
 OFFICIAL = "official recipe"

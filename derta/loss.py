@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from derta.labels import IGNORE_INDEX
 from derta_kernels.head_loss import HeadLoss, head_loss
 
 REDUCTIONS = ("mean", "sum")
@@ -26,7 +27,7 @@ def derta_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
@@ -111,7 +112,7 @@ def derta_loss_with_rows(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
@@ -192,7 +193,7 @@ def rto_loss(
     return derta_loss(
         hidden,
         weight,
-        torch.full(rto_mask.shape, -100, device=hidden.device),
+        torch.full(rto_mask.shape, IGNORE_INDEX, device=hidden.device),
         rto_mask,
         refusal_token_id=refusal_token_id,
         bias=bias,
@@ -277,7 +278,7 @@ def linear_cross_entropy(
         linear_weight,
         target,
         bias=linear_bias,
-        ignore_index=-100 if ignore_index is None else ignore_index,
+        ignore_index=IGNORE_INDEX if ignore_index is None else ignore_index,
         reduction=reduction,
         impl=impl,
     )
@@ -296,7 +297,7 @@ class DertaLoss(nn.Module):
         rto_weight: float = 1.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
         impl: str = "auto",
     ) -> None:

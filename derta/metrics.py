@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from derta.data import PackedBatch
+from derta.labels import IGNORE_INDEX
 from derta.modeling import DertaOutput
 
 TENTHS = 10
@@ -62,7 +63,7 @@ class StepMetrics:
         self._benign_probability += (refusal_probability * batch.benign).sum()
         self._benign_rows += batch.benign.sum()
         self._rows.scatter_add_(0, slot, rto.flatten())
-        self._live_rows += ((batch.shift_labels != -100) | batch.rto_mask).sum()
+        self._live_rows += ((batch.shift_labels != IGNORE_INDEX) | batch.rto_mask).sum()
         self._next_total += batch.next_total
         self._rto_total += batch.rto_total
         self._tokens += batch.input_ids.shape[1]

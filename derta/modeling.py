@@ -4,7 +4,7 @@
 computed inside it, so that FSDP and ZeRO gather the head by their own hooks, and the body runs
 as it is, its attention apart (`derta.attention`). Nothing that a model does with its mask or its
 logits is taken on trust: a pack of two examples and a branch must come out as it does in separate
-passes, or the model is refused.
+passes, or the model is refused (`derta.proof`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
@@ -23,13 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from derta.anatomy import has_router_loss, head_of, router_loss, run_body, transformers_model
 from derta.attention import packed_mask, register_attention, scope_of
+from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss_with_rows
 from derta.offloading import offloading
+from derta.proof import Proof
 from derta_kernels.attention import Bounds
 
-IGNORE_INDEX = -100
-TF32_EPS = 2**-10
 MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -68,15 +68,6 @@ class Patch:
     impl: str
     offload: bool
     twins: tuple[Twin, ...]
-
-
-class Head(NamedTuple):
-    """The vocabulary projection: logits are softcap(logit_scale * (hidden @ weight.T + bias))."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
 
 
 def apply_derta(
@@ -127,15 +118,15 @@ def apply_derta(
             cannot be replaced or carries a state, weights that are not there, or a pack that comes
             out differently. The model is then unchanged.
     """
-    patched = _transformers_model(model)
+    patched = transformers_model(model)
     remove_derta(patched)
     _refuse_unfit(patched)
-    probe = _Probe(patched)
-    expected = probe.separate_passes(patched)
+    proof = Proof(patched)
+    expected = proof.separate_passes(patched)
     with contextlib.ExitStack() as undo:
         undo.callback(remove_derta, patched)
         _install(patched, refusal_token_id, impl, attention, offload)
-        probe.check(patched, expected)
+        proof.check(patched, refusal_token_id, expected)
         undo.pop_all()
     return model
 
@@ -152,7 +143,7 @@ def remove_derta(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: model is not a transformers model.
     """
-    patched = _transformers_model(model)
+    patched = transformers_model(model)
     state = vars(patched)
     patch: Patch | None = state.pop("_derta_patch", None)
     for config, own, twin in patch.twins if patch else ():
@@ -168,29 +159,7 @@ def remove_derta(model: nn.Module) -> nn.Module:
 
 def patch_of(model: nn.Module) -> Patch | None:
     """What `apply_derta` was asked for, or None of a model that is not patched."""
-    return vars(_transformers_model(model)).get("_derta_patch")
-
-
-def context_length(model: nn.Module) -> int:
-    """The longest sequence that the model can read, in tokens."""
-    return context_of(_transformers_model(model).config)
-
-
-def context_of(config: PreTrainedConfig) -> int:
-    """As `context_length`, of the model that the config describes."""
-    text = config.get_text_config(decoder=True)
-    return getattr(text, "max_position_embeddings", None) or sys.maxsize
-
-
-def _transformers_model(model: nn.Module) -> PreTrainedModel:
-    unwrap = getattr(model, "get_base_model", None)
-    inner = model if unwrap is None else unwrap()
-    if not isinstance(inner, PreTrainedModel):
-        raise TypeError(
-            "model must be a transformers PreTrainedModel or a PEFT model of one, got "
-            f"{type(inner).__name__}"
-        )
-    return inner
+    return vars(transformers_model(model)).get("_derta_patch")
 
 
 def _refuse_unfit(model: PreTrainedModel) -> None:
@@ -212,8 +181,8 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
     if model._is_stateful or not layer_types <= MASKED_LAYER_TYPES:
         kinds = ", ".join(sorted(layer_types - MASKED_LAYER_TYPES)) or "recurrent state"
         raise ValueError(f"{name} has layers that no mask governs ({kinds}), a branch needs one")
-    _head(model)
-    if _has_router_loss(model):
+    head_of(model)
+    if has_router_loss(model):
         parts = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         missing = [part for part in parts if not hasattr(model, part)]
         missing += [] if "load_balancing_loss_func" in scope_of(model) else ["a router loss"]
@@ -221,29 +190,6 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"{name} has output_router_logits on but lacks {', '.join(missing)}: turn it off"
             )
-
-
-def _head(model: PreTrainedModel) -> Head:
-    """The head as it is now: PEFT may have been put on the model after `apply_derta`."""
-    name = type(model).__name__
-    head = model.get_output_embeddings()
-    if hasattr(head, "base_layer"):
-        raise ValueError(
-            f"{name} has an adapter on its head, which a loss on hidden states would ignore: take "
-            "the head out of target_modules, or train a copy of it with modules_to_save"
-        )
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"{name} must have a head with a floating-point weight (V, d), got "
-            f"{type(head).__name__} with {getattr(weight, 'dtype', None)}: a quantized head cannot "
-            "be used, leave it out of the quantization"
-        )
-    config = model.config.get_text_config(decoder=True)
-    logit_scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    logit_scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return Head(weight, getattr(head, "bias", None), softcap, logit_scale)
 
 
 def _install(
@@ -325,7 +271,7 @@ def _forward_packed(
     inputs |= dict(attention_mask=mask, position_ids=position_ids, use_cache=False)
 
     if shift_labels is None and rto_mask is None:
-        if _has_router_loss(model):
+        if has_router_loss(model):
             inputs["output_router_logits"] = False  # its loss would read the mask as padding
         return own(*args, **inputs)
     if shift_labels is None:
@@ -333,8 +279,8 @@ def _forward_packed(
 
     device = visible_until.device
     with offloading(model, device) if patch.offload else contextlib.nullcontext():
-        body = _run_body(model, *args, **inputs)
-    head = _head(model)
+        body = run_body(model, *args, **inputs)
+    head = head_of(model)
     rows = derta_loss_with_rows(
         body.last_hidden_state,
         head.weight,
@@ -352,8 +298,8 @@ def _forward_packed(
         impl=patch.impl,
     )
     loss, aux_loss = rows.loss, None
-    if _has_router_loss(model):
-        aux_loss = _router_loss(model, body)
+    if has_router_loss(model):
+        aux_loss = router_loss(model, body)
         weight: Any = model.router_aux_loss_coef
         loss = loss + router_weight * weight * aux_loss.to(loss.device)
     return DertaOutput(
@@ -372,150 +318,3 @@ def _active_patch(model: PreTrainedModel) -> Patch:
                 f"{config._attn_implementation_internal!r} after apply_derta: apply it again"
             )
     return patch
-
-
-def _run_body(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
-    if _has_router_loss(model):
-        inputs["output_router_logits"] = True
-    return model.base_model(*args, **inputs)
-
-
-def _has_router_loss(model: PreTrainedModel) -> bool:
-    return bool(getattr(model.config, "output_router_logits", False))
-
-
-def _router_loss(model: PreTrainedModel, body: Any) -> Tensor:
-    """The model's own load-balancing loss, over all tokens: a pack has no padding."""
-    load_balancing_loss = scope_of(model)["load_balancing_loss_func"]
-    return load_balancing_loss(body.router_logits, model.num_experts, model.num_experts_per_tok)
-
-
-class Passes(NamedTuple):
-    """What is compared: hidden (n, d) and logits (n, V), row by row of the pack.
-
-    logits_dtype is what the head formed them in: inside an autocast that Accelerate wrapped
-    around the forward, it is coarser than what comes out.
-    """
-
-    hidden: Tensor
-    logits: Tensor
-    logits_dtype: torch.dtype
-
-
-class _Probe:
-    """Two random examples, the first with a branch, as one pack and as separate sequences.
-
-        p p p p h h h h h h | s s s s | o o o o o
-
-    The branch leaves the first example after three tokens of h, so that its first token is
-    predicted by the third of them.
-    """
-
-    lengths = (10, 4, 5)
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = len(_head(model).weight)
-        embedding: Any = model.get_input_embeddings()
-        device = embedding.weight.device
-        ids, targets = torch.randint(vocabulary, (2, 19), generator=generator).to(device)
-        trunk, branch, other = ids.split(self.lengths)
-        self.sequences = (trunk, torch.cat((trunk[:7], branch)), other)
-        positions = (*range(10), *range(7, 11), *range(5))
-        until = [14] * 7 + [10] * 3 + [14] * 4 + [19] * 5
-        self.pack = dict(
-            input_ids=ids[None],
-            position_ids=torch.tensor([positions], device=device),
-            visible_until=torch.tensor([until], dtype=torch.int32, device=device),
-            shift_labels=targets[None],
-            rto_mask=torch.ones(1, 19, dtype=torch.bool, device=device),
-        )
-
-    def separate_passes(self, model: PreTrainedModel) -> Passes:
-        """Each sequence alone through the unpatched model; of the branch's, its own rows.
-
-        Raises:
-            ValueError: the model's router loss is not the one that its modeling file names.
-        """
-        head: Any = model.get_output_embeddings()
-        hidden, logits, dtypes = [], [], [head.weight.dtype]
-        hook = head.register_forward_hook(lambda head, args, made: dtypes.append(made.dtype))
-        with evaluating(model), hook:
-            for sequence, rows in zip(self.sequences, self.lengths, strict=True):
-                body = _run_body(model, input_ids=sequence[None], use_cache=False)
-                whole = model(input_ids=sequence[None], use_cache=False)
-                hidden.append(body.last_hidden_state[0, -rows:])
-                logits.append(whole.logits[0, -rows:])
-            if _has_router_loss(model):
-                own, ours = whole.aux_loss, _router_loss(model, body)
-                self._judge(model, "router loss", (own - ours).abs() / own.abs(), ours.dtype)
-        return Passes(torch.cat(hidden), torch.cat(logits), dtypes[-1])
-
-    def check(self, model: PreTrainedModel, expected: Passes) -> None:
-        """Runs the pack through the patched model.
-
-        Raises:
-            ValueError: it comes out otherwise, or not at all.
-        """
-        mask = packed_mask(self.pack["visible_until"], self.pack["position_ids"])
-        with evaluating(model):
-            try:
-                body = _run_body(
-                    model,
-                    input_ids=self.pack["input_ids"],
-                    position_ids=self.pack["position_ids"],
-                    attention_mask=mask,
-                    use_cache=False,
-                )
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError) as reason:
-                raise ValueError(f"{type(model).__name__} cannot run a pack: {reason}") from reason
-            output = model(**self.pack)
-        hidden = body.last_hidden_state[0]
-        error = (hidden - expected.hidden).norm(dim=1) / _size(expected.hidden.norm(dim=1))
-        self._judge(model, "hidden states", error, hidden.dtype)
-
-        patch = _active_patch(model)
-        logits = expected.logits.to(output.next_nll.dtype)
-        nll = logits.logsumexp(1, keepdim=True) - logits
-        for what, tokens, losses in (
-            ("next-token losses", self.pack["shift_labels"], output.next_nll),
-            ("refusal losses", torch.full((1, 19), patch.refusal_token_id), output.refusal_nll),
-        ):
-            own = nll.gather(1, tokens.to(nll.device).T)[:, 0]
-            error = (losses[0] - own).abs() / _size(logits.abs().amax(1))
-            self._judge(model, what, error, expected.logits_dtype)
-
-    def _judge(self, model: PreTrainedModel, what: str, error: Tensor, dtype: torch.dtype) -> None:
-        """error (n,) of the pack's rows relative to their size, or () of the whole."""
-        sequences = error.split(self.lengths) if error.dim() else (error,)
-        worst = max(float(rows.median()) for rows in sequences)
-        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        if error.is_cuda and torch.get_float32_matmul_precision() != "highest":
-            eps = max(eps, TF32_EPS)
-        tolerance = eps**0.5
-        if not worst <= tolerance:
-            raise ValueError(
-                f"{type(model).__name__} cannot be trained on packs: {what} of one pass differ "
-                f"from those of separate passes by {worst:.1e} of their size, in {dtype} "
-                f"{tolerance:.1e} is allowed"
-            )
-
-
-def _size(size: Tensor) -> Tensor:
-    """A divisor: rows that are zero are compared as they are."""
-    return size.where(size > 0, 1)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients; every module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -31,12 +31,16 @@ def tile_mlp(model: nn.Module, tokens: int) -> nn.Module:
     """
     if tokens < 1:
         raise ValueError(f"an MLP's tile must be at least 1 token, got {tokens}")
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    for mlp in [_mlp(layer) for layer in layers]:
+    for mlp in [_mlp(layer) for layer in layers_of(model)]:
         if not isinstance(mlp, Tiled):
             mlp.__class__ = type(type(mlp).__name__, (Tiled, type(mlp)), {})
         mlp.tile_tokens = tokens
     return model
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers checkpoints, one by one."""
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 class Tiled(nn.Module):

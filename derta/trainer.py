@@ -31,6 +31,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from derta.anatomy import context_length
 from derta.config import DertaConfig
 from derta.data import (
     DertaCollator,
@@ -44,7 +45,7 @@ from derta.data import (
     plan_packs,
 )
 from derta.metrics import StepMetrics
-from derta.modeling import apply_derta, context_length
+from derta.modeling import apply_derta
 from derta.tiling import tile_mlp
 from derta.watch import RefusalWatch, check_watched, trunk_steps
 
@@ -232,7 +233,7 @@ class DertaTrainer(Trainer):
             )
         if not encoded.examples:
             raise ValueError(
-                f"no example is left to train on: {given} given, {encoded.skipped} longer "
+                f"no example is left: {given} given, {encoded.skipped} longer "
                 f"than max_length ({args.max_length}) or max_tokens ({args.max_tokens})"
             )
         return encoded

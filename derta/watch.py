@@ -13,8 +13,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from derta.data import DertaCollator, EncodedRecords, PackedBatch, PackedSteps, packed_length
-from derta.data.planning import plan_packs
+from derta.data import (
+    DertaCollator,
+    EncodedRecords,
+    PackedBatch,
+    PackedSteps,
+    packed_length,
+    plan_packs,
+)
 from derta.evaluation import EvaluationSettings, forced_rates
 from derta.modeling import DertaOutput
 

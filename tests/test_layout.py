@@ -19,7 +19,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"derta_kernels"},
     {"derta._version", "derta.loss", "derta.labels", "derta.attention", "derta.offloading"},
-    {"derta.data", "derta.modeling", "derta.methods", "derta.tiling"},
+    {
+        "derta.data",
+        "derta.anatomy",
+        "derta.proof",
+        "derta.modeling",
+        "derta.methods",
+        "derta.tiling",
+    },
     {
         "derta.config",
         "derta.metrics",

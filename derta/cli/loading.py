@@ -191,6 +191,17 @@ def weights_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if in_bfloat16 else torch.float32
 
 
+def check_paths(paths: Iterable[str]) -> None:
+    """Refuses to read records that are not there, before anything is made of the rest.
+
+    Raises:
+        FileNotFoundError: names the path.
+    """
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such record file")
+
+
 class SourceRecords(Iterable[Record]):
     """The records of sources, read anew whenever they are gone through, with ids of their own.
 
@@ -204,10 +215,7 @@ class SourceRecords(Iterable[Record]):
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self.sources = sources
-        for source in sources:
-            for path in source.paths:
-                if not Path(path).exists():
-                    raise FileNotFoundError(f"{path}: no such record file")
+        check_paths(path for source in sources for path in source.paths)
 
     def __iter__(self) -> Iterator[Record]:
         reading = Reading()

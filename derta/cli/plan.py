@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.utils import is_liger_kernel_available, logging
 
+from derta.anatomy import context_of
 from derta.cli.loading import find_device, loading
-from derta.memory import Step
 from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
 from derta.memory.probe import probe
+from derta.memory.step import make_step
 from derta.methods import Method
-from derta.modeling import context_of
-
-PROMPT_TOKENS, SAFE_TOKENS = 40, 70  # of the official data, about
 
 
 @dataclass(kw_only=True)
@@ -52,8 +49,8 @@ class Config(Method):
     max_tokens: int = 4096
     branches: int = 1
     rto_keep: float = 1.0
-    prompt_tokens: int = PROMPT_TOKENS
-    safe_tokens: int = SAFE_TOKENS
+    prompt_tokens: int = Triples.prompt
+    safe_tokens: int = Triples.safe
     probe: bool = False
 
     def __post_init__(self) -> None:
@@ -118,63 +115,3 @@ def run(config: Config) -> None:
     print(describe(step, config.max_tokens, config.triples))
     if config.probe:
         print(probe(step, config.max_tokens, config.triples, find_device("auto")))
-
-
-def answer(
-    model_config: PreTrainedConfig,
-    config: Any,
-    *,
-    weights_dtype: torch.dtype,
-    checkpointing: bool,
-    tokens: int,
-    device_type: str,
-    memory: int,
-) -> str:
-    """`describe` for a training run, see `make_step`."""
-    step = make_step(
-        model_config,
-        config,
-        dtype=weights_dtype,
-        checkpointing=checkpointing,
-        device_type=device_type,
-        memory=memory,
-    )
-    triples = Triples(config.branches, config.rto_keep, PROMPT_TOKENS, SAFE_TOKENS)
-    return describe(step, tokens, triples)
-
-
-def make_step(
-    model_config: PreTrainedConfig,
-    config: Any,
-    *,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    device_type: str,
-    memory: int,
-) -> Step:
-    """A step as the keys say that this command and a training run have in common.
-
-    Args:
-        config: a `Method` with these keys.
-        memory: bytes of the device.
-    """
-    return Step(
-        config=model_config,
-        method=Method(**{key.name: getattr(config, key.name) for key in fields(Method)}),
-        dtype=dtype,
-        autocast=config.bf16,
-        optim=config.optim,
-        checkpointing=checkpointing,
-        offload=config.offload_checkpoints,
-        mlp_tile=config.mlp_tile,
-        liger=config.use_liger_kernel,
-        device_type=device_type,
-        capacity=memory,
-    )
-
-
-def physical_memory(device: torch.device) -> int:
-    """Bytes that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -17,6 +19,8 @@ from transformers.trainer_utils import SaveStrategy
 from derta.cli import loading
 from derta.config import DertaConfig
 from derta.data import LossShare, Source, render_pack
+from derta.memory import plan
+from derta.memory.step import make_step
 from derta.methods import Method, adapt, quantization
 from derta.offloading import ran_out_of_memory
 from derta.progress import Progress
@@ -160,19 +164,25 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
 
 def advice(trainer: DertaTrainer, config: Config) -> str:
     """The plan of the largest pack of a run that did not fit."""
-    from derta.cli import plan
-
     model: Any = trainer.model
-    text = plan.answer(
+    step = make_step(
         model.config,
         config,
-        weights_dtype=loading.weights_dtype(config.dtype, config.device),
+        dtype=loading.weights_dtype(config.dtype, config.device),
         checkpointing=config.checkpoints_layers,
-        tokens=trainer.train_dataset.largest().input_ids.shape[1],
         device_type=config.device.type,
-        memory=plan.physical_memory(config.device),
+        memory=physical_memory(config.device),
     )
-    return f"out of memory; {text}"
+    tokens = trainer.train_dataset.largest().input_ids.shape[1]
+    triples = plan.Triples(config.branches, config.rto_keep)
+    return f"out of memory; {plan.describe(step, tokens, triples)}"
+
+
+def physical_memory(device: torch.device) -> int:
+    """Bytes that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def run(config: Config) -> None:

@@ -77,6 +77,12 @@ def draw_cuts(
 ) -> np.ndarray:
     """Draws `branches` distinct cuts, or all that are possible if those are fewer.
 
+    Args:
+        example: the triple.
+        policy: see `cut_probabilities`.
+        branches: how many; 0 draws none.
+        rng: see `example_rng`.
+
     Returns:
         (<= branches,) int64, descending, each in 0..cut_limit.
 
@@ -93,6 +99,11 @@ def draw_cuts(
 
 def draw_rto_rows(harmful_length: int, *, keep: float, rng: np.random.Generator) -> np.ndarray:
     """Draws the depths of a harmful response at which RTO has a target.
+
+    Args:
+        harmful_length: |h|.
+        keep: share of the depths 0..|h|, in [0, 1].
+        rng: see `example_rng`.
 
     Returns:
         (harmful_length + 1,) bool; max(1, round(keep * (harmful_length + 1))) of them True, none if

@@ -106,11 +106,11 @@ def _ask(content: str) -> list[Message]:
     return [{"role": "user", "content": content}]
 
 
-def _asked(name: str, value: Any) -> Sequence[Message]:
+def _asked(row: Row) -> Sequence[Message]:
     """A prompt that is text or messages."""
-    if isinstance(value, list):
-        return check_messages(name, value)
-    return _ask(check_text(name, value))
+    if isinstance(row["prompt"], list):
+        return check_messages("prompt", row["prompt"])
+    return _ask(_text(row, "prompt"))
 
 
 def _answer(name: str, value: Any, asked: Sequence[Message]) -> str:
@@ -192,7 +192,7 @@ def _pku_saferlhf(row: Row, origin: Origin) -> Triple | Skipped:
 
 
 def _preference(row: Row, origin: Origin) -> Triple:
-    asked = _asked("prompt", row["prompt"])
+    asked = _asked(row)
     return Triple(
         messages=asked,
         safe=_answer("chosen", row["chosen"], asked),
@@ -202,7 +202,7 @@ def _preference(row: Row, origin: Origin) -> Triple:
 
 
 def _answered(row: Row, origin: Origin, *, answer: str) -> Dialogue:
-    asked = _asked("prompt", row["prompt"])
+    asked = _asked(row)
     return _dialogue(asked, _answer(answer, row[answer], asked), origin)
 
 
@@ -393,10 +393,9 @@ def _of_two(prompt: str, safe: str, harmful: str, *beside: str) -> Format:
     )
 
 
-def _to_ask(fields: str, kinds: str, beside: str = "", **settings: Any) -> Format:
+def _to_ask(fields: str, kinds: str, **settings: Any) -> Format:
     return Format(
         fields=frozenset(fields.split()),
-        beside=frozenset(beside.split()),
         readers=dict.fromkeys(kinds.split(), partial(_asking, **settings)),
     )
 

@@ -25,8 +25,7 @@ from derta.data.cuts import (
     rto_depth_weights,
 )
 from derta.data.encoding import Encoded, EncodedDialogue, EncodedTriple
-
-IGNORE_INDEX = -100
+from derta.labels import IGNORE_INDEX
 
 Bounds = tuple[tuple[int, int], ...]
 
@@ -331,6 +330,10 @@ def count_tokens(examples: Iterable[Drawn]) -> TokenCount:
 def packed_length(example: Encoded, *, branches: int, cuts: str, rto_keep: float) -> int:
     """Tokens that an example takes in a pack at most, whatever is drawn for it.
 
+    Args:
+        example: the example.
+        branches, cuts, rto_keep: see `DertaCollator`.
+
     Raises:
         ValueError: as `cut_probabilities`.
     """
@@ -347,6 +350,10 @@ def sequence_length(example: Encoded, *, branches: int, cuts: str, rto_keep: flo
     """Tokens of the longest logical sequence of an example, whatever is drawn for it.
 
     That is its trunk, or what a branch sees: the same as one branch packed without RTO.
+
+    Args:
+        example: the example.
+        branches, cuts, rto_keep: see `DertaCollator`.
 
     Raises:
         ValueError: as `cut_probabilities`.

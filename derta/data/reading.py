@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-from array import array
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +26,7 @@ from derta.data.formats import (
     Row,
     Skipped,
 )
+from derta.data.ids import Ids
 from derta.data.keywords import opens_with_refusal, refuses
 from derta.data.records import Dialogue, Record, Rendered, Request, Triple, check_text, field_names
 
@@ -70,7 +69,7 @@ class Reading:
 
     alone: Callable[[Half], object] | None = None
     files: dict[str, FileReading] = field(init=False, default_factory=dict)
-    ids: Ids = field(init=False, default_factory=lambda: Ids())
+    ids: Ids = field(init=False, default_factory=Ids)
 
 
 def read_records(
@@ -380,46 +379,3 @@ class _Twice(ValueError):
         )
         self.id = id
         self.path = path
-
-
-_Buckets = defaultdict[int, "array[int]"]
-
-
-class Ids:
-    """The ids met so far, by 64 bits of each: ten million take 170 MB."""
-
-    def __init__(self) -> None:
-        self._files: set[tuple[Path, str | None]] = set()
-        self._earlier: _Buckets = defaultdict(lambda: array("Q"))
-        self._here: _Buckets = defaultdict(lambda: array("Q"))
-
-    def begin(self, file: Path, purpose: str | None) -> None:
-        """Ids that come now are those of this file.
-
-        Raises:
-            ValueError: it was read for the same purpose before.
-        """
-        read = (file.resolve(), purpose)
-        if read in self._files:
-            raise ValueError(f"{file}: comes twice, expected every file once")
-        self._files.add(read)
-        while self._here:
-            key, digests = self._here.popitem()
-            self._earlier[key].extend(digests)
-
-    def name(self, id: str, stem: str) -> str | None:
-        """The id to use: this one, or where another file has it this one after the file's stem.
-
-        None if it was met in this file.
-        """
-        while (digest := _digest(id)) in self._earlier.get(digest >> 46, ()):
-            id = f"{stem}:{id}"
-        here = self._here[digest >> 46]
-        if digest in here:
-            return None
-        here.append(digest)
-        return id
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

@@ -7,7 +7,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from derta.data.packing import IGNORE_INDEX, PackedBatch
+from derta.data.packing import PackedBatch
+from derta.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -29,6 +29,7 @@ from derta.demo.world import (
     World,
     chat,
 )
+from derta.labels import IGNORE_INDEX
 
 PLAIN_SHARE = 0.2
 TEMPLATE_SHARE = 0.2
@@ -153,7 +154,7 @@ def pretrain(
             batch = tokenizer.pad(
                 {"input_ids": rng.choices(encoded, k=BATCH_SIZE)}, return_tensors="pt"
             )
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
             loss = model(input_ids=batch["input_ids"], labels=labels).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from derta.evaluation.analyses import first_tokens, refusal_positions, terms
 from derta.evaluation.answers import AnswerFile, fingerprint
+from derta.evaluation.calibration import calibrate, read_labelled
 from derta.evaluation.curve import detector_auc, forced_rates, mean_curve
 from derta.evaluation.evaluate import (
     Answered,
@@ -21,9 +21,12 @@ from derta.evaluation.evaluate import (
 )
 from derta.evaluation.generate import ModelGenerator, generate
 from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
-from derta.evaluation.official_results import official_entry
+from derta.evaluation.model_judges import ClassifierJudge, ModelJudge
 from derta.evaluation.results import Outcome, VariantResult, pool, summarize
+from derta.evaluation.rubrics import RUBRICS, Rubric, paper_rubric
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
+from derta.evaluation.server import Server, ServerGenerator, ServerSettings
+from derta.evaluation.server_judge import ServerJudge
 from derta.evaluation.statistics import newcombe_interval, roc_auc, wilson_interval
 from derta.evaluation.teacher_forcing import (
     find_refusal_token,
@@ -47,26 +50,34 @@ _DRAWING = {
 }
 
 __all__ = [
+    "RUBRICS",
     "AnswerFile",
     "Answered",
+    "ClassifierJudge",
     "EvaluationData",
     "EvaluationSettings",
     "Exchange",
     "Judge",
     "KeywordJudge",
     "ModelGenerator",
+    "ModelJudge",
     "Outcome",
+    "Rubric",
     "Scenario",
+    "Server",
+    "ServerGenerator",
+    "ServerJudge",
+    "ServerSettings",
     "Trial",
     "VariantResult",
     "Verdict",
+    "calibrate",
     "collect_answers",
     "compare",
     "detector_auc",
     "evaluate_model",
     "find_refusal_token",
     "fingerprint",
-    "first_tokens",
     "forced_rates",
     "format_comparison",
     "format_table",
@@ -75,17 +86,16 @@ __all__ = [
     "judge_answers",
     "mean_curve",
     "newcombe_interval",
-    "official_entry",
+    "paper_rubric",
     "perplexity",
     "pool",
+    "read_labelled",
     "refusal_curve",
     "refusal_curves",
-    "refusal_positions",
     "response",
     "roc_auc",
     "scenarios",
     "summarize",
-    "terms",
     "wilson_interval",
     "write_comparison",
     "write_report",

@@ -32,6 +32,9 @@ def mean_curve(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def detector_auc(harmful: Sequence[np.ndarray], benign: Sequence[np.ndarray]) -> float:
     """How well the highest refusal probability within a response tells harmful from benign.
 
+    Args:
+        harmful, benign: curves, see `refusal_curve`.
+
     Returns:
         area under the ROC curve, harmful responses being the positives.
 

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from derta.anatomy import context_length
 from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
 from derta.data.records import Request, naming
 from derta.evaluation.generate import Generator, ModelGenerator, Written, decode
@@ -20,7 +21,6 @@ from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from derta.evaluation.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
 from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
-from derta.modeling import context_length
 
 # For trials that no judge reads.
 UNJUDGED = Verdict(refused=None)

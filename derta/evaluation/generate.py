@@ -11,9 +11,9 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from derta.anatomy import context_length, evaluating
 from derta.data import Chat
 from derta.evaluation.answers import AnswerFile
-from derta.modeling import context_length, evaluating
 
 SHOWN_AFTER_S = 2.0
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from derta.modeling import evaluating
+from derta.anatomy import evaluating
 
 SUFFIXES = (".yaml", ".yml")
 

@@ -10,11 +10,11 @@ import torch
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from derta.anatomy import context_length, evaluating
 from derta.data import Message
 from derta.evaluation.generate import SHOWN_AFTER_S, generate
 from derta.evaluation.judge import SILENT, Exchange, Verdict
 from derta.evaluation.rubrics import Rubric, request_of
-from derta.modeling import context_length, evaluating
 
 UNDECIDED = Verdict(refused=None)
 _SENTINEL = "sentinel-answer"

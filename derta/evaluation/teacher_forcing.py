@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from derta.anatomy import context_length, evaluating
 from derta.data import (
     Chat,
     Dialogue,
@@ -33,7 +34,7 @@ from derta.data import (
 )
 from derta.data.records import Request, naming
 from derta.evaluation.generate import SHOWN_AFTER_S
-from derta.modeling import apply_derta, context_length, evaluating, patch_of, remove_derta
+from derta.modeling import apply_derta, patch_of, remove_derta
 
 # Source: arXiv 2407.09121, section 3.3.
 PAPER_REFUSAL = "Sorry"

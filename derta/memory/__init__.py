@@ -1,4 +1,4 @@
-"""How much memory a training step takes, before it is run; see `StepMemory` and `longest_pack`."""
+"""How much memory a training step takes, before it is run: see `StepMemory`, and `plan`."""
 
 from derta.memory.step import Step, StepMemory
 

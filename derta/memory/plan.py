@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers.utils import is_liger_kernel_available
 
+from derta.anatomy import context_of
 from derta.memory.step import Step, StepMemory
-from derta.modeling import context_of
 
 GIB = 2**30
 # What a CUDA context, its libraries and an allocator's gaps take. Assumed, not measured.
@@ -40,13 +40,14 @@ class Triples:
 
     Attributes:
         branches, rto_keep: see `DertaConfig`.
-        prompt, safe: tokens of a prompt and of a safe response.
+        prompt, safe: tokens of a prompt and of a safe response; by default about the official
+            data's means.
     """
 
     branches: int
     rto_keep: float
-    prompt: int
-    safe: int
+    prompt: int = 40
+    safe: int = 70
 
     def check(self, tokens: int) -> None:
         """Sees to it that so many tokens have room for a triple.

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
+from derta.anatomy import context_of
 from derta.config import LIGER_LOSSES_OFF
 from derta.data import Drawn, EncodedTriple, PackedBatch, pack
 from derta.memory.plan import GIB, Triples, needed
 from derta.memory.step import Step, StepMemory
 from derta.methods import Method, adapt, quantization
-from derta.modeling import apply_derta, context_of
+from derta.modeling import apply_derta
 from derta.offloading import ran_out_of_memory
 from derta.tiling import tile_mlp
 

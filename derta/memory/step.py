@@ -13,7 +13,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from derta.loss import derta_loss
 from derta.memory.liger import liger_layers
@@ -34,7 +33,7 @@ from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
 from derta.offloading import Lane, Offloading
-from derta.tiling import tile_mlp
+from derta.tiling import layers_of, tile_mlp
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
 
@@ -81,6 +80,38 @@ class Step:
     capacity: int = 0
 
 
+def make_step(
+    model_config: PreTrainedConfig,
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    device_type: str,
+    memory: int,
+) -> Step:
+    """A step as the keys say that a training run and `derta plan` have in common.
+
+    Args:
+        model_config: of the model.
+        config: a `Method` with these keys.
+        dtype, checkpointing, device_type: see `Step`.
+        memory: bytes of the device.
+    """
+    return Step(
+        config=model_config,
+        method=Method(**{key.name: getattr(config, key.name) for key in fields(Method)}),
+        dtype=dtype,
+        autocast=config.bf16,
+        optim=config.optim,
+        checkpointing=checkpointing,
+        offload=config.offload_checkpoints,
+        mlp_tile=config.mlp_tile,
+        liger=config.use_liger_kernel,
+        device_type=device_type,
+        capacity=memory,
+    )
+
+
 class StepMemory:
     """The model of a step without storage, ready to be run.
 
@@ -92,7 +123,7 @@ class StepMemory:
         self.step = step
         self.far = max(FAR, 8 * (step.mlp_tile or 0))
         whole = _without_storage(step)
-        layers = _layers(whole)
+        layers = layers_of(whole)
         self.layers = len(layers)
         alike = len({_shapes(layer) for layer in layers}) == 1 and self.layers > 3
         self._models = [_without_storage(step, count) for count in (2, 3)] if alike else [whole]
@@ -168,7 +199,7 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
         )
         if layers is not None:
             for module in model.modules():
-                if isinstance(module, nn.ModuleList) and set(module) & set(_layers(model)):
+                if isinstance(module, nn.ModuleList) and set(module) & set(layers_of(model)):
                     del module[layers:]
         if step.method.method == "qlora":
             _quantize(model)
@@ -178,10 +209,6 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
     if step.mlp_tile is not None:
         tile_mlp(model, step.mlp_tile)
     return adapted.train()
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 def _shapes(layer: nn.Module) -> tuple[Any, ...]:
@@ -220,7 +247,7 @@ def _run(
             tracker.count(args[:1], "checkpoints")
 
         if step.checkpointing:
-            for layer in _layers(model):
+            for layer in layers_of(model):
                 hooks.enter_context(layer.register_forward_pre_hook(keep))
         if step.liger:
             hooks.enter_context(liger_layers(model))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,34 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory that a program may have, in KiB, by compute capability (CUDA C++ programming guide,
-# "Technical specifications per compute capability").
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One way to launch a kernel.
-
-    Attributes:
-        name: of the launch, unique.
-        kernel: the `triton.jit` function.
-        signature: type of every argument, in Triton's words ("*bf16", "i32", "constexpr").
-        constants: value of every constexpr argument.
-        divisible: the arguments that are multiples of 16, which Triton makes use of.
-        num_warps: warps of a program.
-        num_stages: loads of a loop under way.
-        capabilities: that it is for.
-    """
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    divisible: frozenset[str]
-    num_warps: int
-    num_stages: int = 3
-    capabilities: Sequence[int] = tuple(SHARED_KIB)
+from derta_kernels.attention.launches import attention_launches
+from derta_kernels.head_loss.launches import head_loss_launches
+from derta_kernels.launch import SHARED_KIB, Launch
 
 
 class Resources(NamedTuple):
@@ -60,10 +34,7 @@ class Resources(NamedTuple):
 
 def launches() -> list[Launch]:
     """Every launch that a kernel of this package can make."""
-    from derta_kernels.attention import launches
-    from derta_kernels.head_loss import row_pass_triton
-
-    return [*row_pass_triton.launches(), *launches.launches()]
+    return [*head_loss_launches(), *attention_launches()]
 
 
 def kernel_of(launch: Launch, capability: int) -> Any:

@@ -454,7 +454,7 @@ def test_router_loss_is_averaged_over_the_packs_of_a_step(tmp_path: Path) -> Non
 
 
 def test_examples_that_do_not_fit_are_counted_and_none_left_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no example is left to train on: 9 given, 9 longer than"):
+    with pytest.raises(ValueError, match="no example is left: 9 given, 9 longer than"):
         trainer(tmp_path, max_length=8)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from derta.cli.arguments import build
 from derta.cli.judges import make_judges, verdicts_file
-from derta.cli.loading import find_device, load_tokenizer, load_tuned, weights_dtype
+from derta.cli.loading import (
+    check_paths,
+    find_device,
+    load_tokenizer,
+    load_tuned,
+    weights_dtype,
+)
 from derta.config import check_folder
 from derta.data import Chat, Request, Triple, read_requests
 from derta.data.formats import Kind
@@ -195,17 +201,6 @@ def read_data(config: Config) -> EvaluationData:
     )
 
 
-def check_paths(paths: Iterable[str]) -> None:
-    """Refuses to read what is not there.
-
-    Raises:
-        FileNotFoundError: names the path.
-    """
-    for path in paths:
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such record file")
-
-
 def read_templates(path: str | None) -> list[str]:
     """Templates, one a line or a JSON list.
 
@@ -216,7 +211,8 @@ def read_templates(path: str | None) -> list[str]:
     """
     if path is None:
         return []
-    check_paths([path])
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file of templates")
     try:
         text = Path(path).read_text(encoding="utf-8")
         is_list = text.lstrip().startswith("[")

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from derta.cli.eval import check_paths
-from derta.cli.loading import find_device, load_tuned, weights_dtype
+from derta.cli.loading import check_paths, find_device, load_tuned, weights_dtype
 from derta.config import check_folder
 from derta.data import Chat, Dialogue, Request, Triple, read_records
 from derta.evaluation import find_refusal_token, mean_curve, refusal_curves

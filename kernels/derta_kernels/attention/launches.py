@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from derta_kernels.aot import SHARED_KIB, Launch
 from derta_kernels.attention.launch_configs import LAUNCH_CONFIGS, chip
 from derta_kernels.attention.triton_backward import backward_keys, backward_queries
 from derta_kernels.attention.triton_common import constants
 from derta_kernels.attention.triton_forward import forward
+from derta_kernels.launch import SHARED_KIB, Launch
 
 KERNELS = {
     "forward": forward,
@@ -20,7 +20,7 @@ TABLES = ("tiles", "until", "until_extremes", "positions", "position_extremes")
 NUMBERS = {"logsumexp": "*fp32", "delta": "*fp32", "scale": "fp32", "softcap": "fp32"}
 
 
-def launches() -> Iterator[Launch]:
+def attention_launches() -> Iterator[Launch]:
     """Every row of the table with all that a call may ask for, and with none of it.
 
     float16 takes what bfloat16 takes. Of the head dimensions that share a row, 96 stands for those

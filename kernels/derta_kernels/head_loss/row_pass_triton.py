@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from derta_kernels.aot import Launch
 
 
 class LaunchConfig(NamedTuple):
@@ -35,33 +31,6 @@ def launch_config(vocabulary: int) -> LaunchConfig:
     return next(config for most, config in LAUNCH_CONFIGS.items() if vocabulary <= most)
 
 
-def launches() -> Iterator[Launch]:
-    """Every launch of the kernel, for ahead-of-time compilation."""
-    pointers = {"tokens": "*i64", "token_weight": "*fp32", "logsumexp": "*fp32", "nll": "*fp32"}
-    numbers = {"vocabulary": "i32", "row_stride": "i32", "softcap": "fp32", "logit_scale": "fp32"}
-    cases: Iterator[tuple[int, str, bool, bool]] = itertools.product(
-        LAUNCH_CONFIGS, ("bf16", "fp16", "fp32"), (False, True), (False, True)
-    )
-    for most, dtype, has_softcap, form_gradient in cases:
-        config = LAUNCH_CONFIGS[most]
-        constants = {
-            "HAS_SOFTCAP": has_softcap,
-            "FORM_GRADIENT": form_gradient,
-            "BLOCK": config.block,
-        }
-        yield Launch(
-            name=f"row pass, {dtype}, V <= {most}"
-            + ", softcap" * has_softcap
-            + ", gradient" * form_gradient,
-            kernel=_row_pass,
-            signature={"logits": f"*{dtype}", **pointers, **numbers}
-            | dict.fromkeys(constants, "constexpr"),
-            constants=constants,
-            divisible=frozenset({"logits", *pointers, "row_stride"}),  # V may be, and gains nothing
-            num_warps=config.num_warps,
-        )
-
-
 def row_pass_triton(
     logits: Tensor,
     tokens: Tensor,
@@ -81,7 +50,7 @@ def row_pass_triton(
         return logsumexp, nll
     config = launch_config(vocabulary)
     with torch.cuda.device_of(logits):
-        _row_pass[(rows,)](
+        row_pass[(rows,)](
             logits,
             tokens,
             token_weight,
@@ -100,7 +69,7 @@ def row_pass_triton(
 
 
 @triton.jit
-def _row_pass(
+def row_pass(
     logits,
     tokens,
     token_weight,

@@ -127,7 +127,7 @@ def test_a_file_whose_format_is_named_and_another_that_numbers_alike_are_read(
         ),
         (
             "--model model --harmful harmful.jsonl --templates none.txt",
-            "none.txt: no such record file",
+            "none.txt: no such file of templates",
         ),
         (
             '--model model --attacks {"v1.2":"harmful.jsonl"}',
