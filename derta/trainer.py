@@ -272,6 +272,7 @@ class DertaTrainer(Trainer):
             ),
             collate_fn=_only,
             num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
     def num_examples(self, dataloader: DataLoader) -> int:

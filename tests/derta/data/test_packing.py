@@ -333,9 +333,11 @@ def test_a_plain_sequence_is_laid_out_as_one() -> None:
     assert batch.position_ids[0].tolist() == list(range(n))
 
 
-def test_a_pack_moves_as_one() -> None:
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_pack_moves_as_one(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = DertaCollator()([example_triple()])
-    moved = batch.to("meta", non_blocking=True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
+    moved = batch.pin_memory() if pinned else batch.to("meta", non_blocking=True)
     for name, value in vars(moved).items():
         if isinstance(value, torch.Tensor):
             assert value.device.type == "meta", name
