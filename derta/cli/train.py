@@ -51,7 +51,8 @@ class Config(Method, DertaConfig):
     disable_tqdm: bool | None = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Method.__post_init__(self)
+        DertaConfig.__post_init__(self)
         if self.eval_sources and self.eval_strategy == "no":
             raise ValueError(
                 "eval_sources: nothing would be reported of them while eval_strategy is no, "
@@ -161,6 +162,7 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
 def advice(trainer: DertaTrainer, config: Config) -> str:
     """The plan of the largest pack of a run that did not fit."""
     from derta.cli import plan
+    from derta.memory.probe import physical_memory
 
     model: Any = trainer.model
     text = plan.answer(
@@ -170,7 +172,7 @@ def advice(trainer: DertaTrainer, config: Config) -> str:
         checkpointing=config.checkpoints_layers,
         tokens=trainer.train_dataset.largest().input_ids.shape[1],
         device_type=config.device.type,
-        memory=plan.physical_memory(config.device),
+        memory=physical_memory(config.device),
     )
     return f"out of memory; {text}"
 
