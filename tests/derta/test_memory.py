@@ -199,7 +199,7 @@ def test_what_cannot_be_turned_is_not_advised() -> None:
 
 def test_who_trains_all_of_a_model_is_told_of_4_bits_too() -> None:
     step = Step(
-        config=AutoConfig.for_model("llama", **TINY),
+        config=AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=1)),
         dtype=torch.float32,
         optim="sgd",
         checkpointing=True,
