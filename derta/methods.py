@@ -21,6 +21,9 @@ class Method:
             quantized, and under adapters frozen: no gradient of it ever exists.
         lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save: as in PEFT.
         lora_dora: adapters that learn magnitude and direction apart (DoRA).
+
+    Raises:
+        ValueError: lora_r or lora_dropout is out of its range.
     """
 
     method: Literal["full", "lora", "qlora"] = "full"
@@ -30,6 +33,12 @@ class Method:
     lora_target_modules: str | list[str] = "all-linear"
     lora_modules_to_save: list[str] = field(default_factory=list)
     lora_dora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
 
 
 def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | None:

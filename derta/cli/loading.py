@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -68,9 +69,13 @@ def loading(what: str, folder: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
-        if not Path(folder).is_dir():
+        if said.startswith("Unrecognized configuration class"):
+            said = "it is no causal language model"  # instead of a list of all that are
+        elif isinstance(error.__cause__, HFValidationError):
+            said = "no such folder"
+        elif not Path(folder).is_dir():
             said = f"is no folder, and the model hub and its local cache lack it: {said}"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{folder}: {what} cannot be loaded: {said}") from error

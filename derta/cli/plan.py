@@ -1,4 +1,4 @@
-"""`derta plan`: what a training step takes of a GPU, the longest pack that fits, what to turn."""
+"""`derta plan`: what a training step takes of a GPU, the longest pack that fits, what to set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import is_liger_kernel_available, logging
 
 from derta.anatomy import context_of
@@ -54,11 +54,14 @@ class Config(Method):
     probe: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gpu > 0:
             raise ValueError(f"gpu must be the memory of a GPU in GiB, got {self.gpu}")
         for name, least in (("branches", 0), ("prompt_tokens", 1), ("safe_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.mlp_tile is not None and self.mlp_tile < 1:
+            raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
         if not 0.0 <= self.rto_keep <= 1.0:
             raise ValueError(f"rto_keep must lie in [0, 1], got {self.rto_keep}")
         if self.optim not in STATE_BYTES:
@@ -95,13 +98,15 @@ def run(config: Config) -> None:
         OSError: there is no such model.
         ValueError: its config is not one of a causal language model, max_tokens or the model's
             context have no room for a triple, or the probe asks for what is not installed.
-        MemoryError: the probe does not fit the GPU.
+        MemoryError: the probe does not fit the device.
     """
     logging.set_verbosity_error()
     model = Path(config.model)
     folder = str(model.parent) if model.name == "config.json" else config.model
     with loading("the configuration", folder):
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{model_config.model_type} is no causal language model")
     config.triples.check(min(config.max_tokens, context_of(model_config)))
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     step = make_step(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,6 +18,7 @@ from derta.cli import loading
 from derta.config import DertaConfig
 from derta.data import LossShare, Source, render_pack
 from derta.memory import plan
+from derta.memory.probe import physical_memory
 from derta.memory.step import make_step
 from derta.methods import Method, adapt, quantization
 from derta.offloading import ran_out_of_memory
@@ -55,7 +54,8 @@ class Config(Method, DertaConfig):
     disable_tqdm: bool | None = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        Method.__post_init__(self)
+        DertaConfig.__post_init__(self)
         if self.eval_sources and self.eval_strategy == "no":
             raise ValueError(
                 "eval_sources: nothing would be reported of them while eval_strategy is no, "
@@ -176,13 +176,6 @@ def advice(trainer: DertaTrainer, config: Config) -> str:
     tokens = trainer.train_dataset.largest().input_ids.shape[1]
     triples = plan.Triples(config.branches, config.rto_keep)
     return f"out of memory; {plan.describe(step, tokens, triples)}"
-
-
-def physical_memory(device: torch.device) -> int:
-    """Bytes that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def run(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Whether a step fits a device, the longest pack that does, and what to turn where it does not."""
+"""Whether a step fits a device, the longest pack that does, and what to set where it does not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers.utils import is_liger_kernel_available
 
 from derta.anatomy import context_of
@@ -121,11 +122,14 @@ def turns(step: Step) -> Iterator[tuple[str, Callable[[Step], Step]]]:
         yield "gradient_checkpointing: true", turned(checkpointing=True)
     if step.method.method == "full":
         yield "method: lora", adapted(method="lora")
+        yield "method: qlora", adapted(method="qlora")
         if step.optim.startswith("adamw_torch"):
             yield "optim: adamw_8bit", turned(optim="adamw_8bit")
     else:
         if step.method.method == "lora":
             yield "method: qlora", adapted(method="qlora")
+        if step.dtype == torch.float32:
+            yield "dtype: bfloat16", turned(dtype=torch.bfloat16)
         if step.method.lora_dropout > 0:
             yield "lora_dropout: 0", adapted(lora_dropout=0.0)
     if step.mlp_tile is None:
@@ -166,10 +170,13 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
         turned = functools.reduce(lambda step, turn: turn(step), saving.values(), step)
         memory = StepMemory(turned)
         longest = longest_pack(memory, triples)
+        together = "all of them" if len(saving) > 1 else "it"
+        if step.method.method == "full" and turned.method.method == "qlora":
+            together += ", of the methods qlora,"
         lines += [
-            "keys to turn, and what each saves by itself:",
+            "keys to set, and what each saves by itself:",
             *saving,
-            f"with {'all of them' if len(saving) > 1 else 'it'} a step takes "
+            f"with {together} a step takes "
             f"{needed(memory, tokens, triples).total() / GIB:.2f} GiB, and "
             + (f"packs of {longest:,} tokens fit" if longest else "no pack fits"),
         ]
@@ -179,11 +186,12 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
 def _longest(tokens: int, triples: Triples, step: Step) -> str:
     if tokens == 0:
         return "no pack fits"
-    branches = f"{triples.branches} safe response" + "s" * (triples.branches != 1)
+    branches = f" and {triples.branches} safe response" + "s" * (triples.branches > 1)
+    branches = f"{branches} of {triples.safe}" if triples.branches else ""
     context = context_of(step.config)
-    beyond = f"; one sequence may have {context:,}, its context" * (tokens > context)
+    beyond = f"; the model's context ends a sequence at {context:,}" * (tokens > context)
     return (
-        f"the longest pack that fits has {tokens:,} tokens: a harmful response of "
-        f"{triples.harmful(tokens):,}, with a prompt of {triples.prompt} and {branches} of "
-        f"{triples.safe}{beyond}"
+        f"the longest pack that fits has {tokens:,} tokens{' or more' * (tokens == LONGEST)}: a "
+        f"harmful response of {triples.harmful(tokens):,}, with a prompt of {triples.prompt}"
+        f"{branches}{beyond}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import resource
 from typing import Any
 
@@ -104,6 +105,14 @@ def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> st
         MemoryError: it does not fit the device.
     """
     batch = full_pack(tokens, triples, context_of(step.config))
+    planned = needed(StepMemory(step), tokens, triples)
+    of_tensors = sum(size for part, size in planned.items() if part not in NOT_TENSORS)
+    if device.type == "cpu" and of_tensors > (memory := physical_memory(device)):
+        # Where a GPU says that its memory has ended, this process would be killed.
+        raise MemoryError(
+            f"probe: no GPU is here, and by the plan a pack takes {of_tensors / GIB:.2f} GiB of "
+            f"the {memory / GIB:.2f} that this machine has"
+        )
     try:
         _run(step, batch.to(device), device)
     except RuntimeError as error:
@@ -117,8 +126,6 @@ def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> st
             f"{done}, forward and backward, runs; on this CPU the process took {peak / GIB:.2f} "
             "GiB at its peak, Python and its libraries included. Of a GPU nothing was measured"
         )
-    planned = needed(StepMemory(step), tokens, triples)
-    of_tensors = sum(size for part, size in planned.items() if part not in NOT_TENSORS)
     return (
         f"{done}, forward and backward, took {torch.cuda.max_memory_allocated(device) / GIB:.2f} "
         f"GiB of {torch.cuda.get_device_name(device)} at its peak; the plan says "
@@ -144,3 +151,10 @@ def _run(step: Step, batch: PackedBatch, device: torch.device) -> None:
             loss = adapted(**batch.model_inputs()).loss
         loss.backward()
         del loss
+
+
+def physical_memory(device: torch.device) -> int:
+    """Bytes that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -59,6 +59,16 @@ def test_what_cannot_be_loaded_is_one_sentence_that_names_the_model(workplace: P
         load_tokenizer("empty", None)
     with pytest.raises(ValueError, match="^empty: the model cannot be loaded: [^\n]+$"):
         load_model("empty", torch.float32)
+    for folder, config, said in (
+        ("t5", {"model_type": "t5"}, "it is no causal language model"),
+        ("uneven", {"model_type": "llama", "hidden_size": 33}, "[^\n]*not a multiple of[^\n]*"),
+    ):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"^{folder}: the model cannot be loaded: {said}$"):
+            load_model(folder, torch.float32)
+    with pytest.raises(OSError, match="^no/such/folder: the model cannot be loaded: no such fold"):
+        load_model("no/such/folder", torch.float32)
     absent = "^absent: the tokenizer cannot be loaded: is no folder, and the model hub and its"
     with pytest.raises(OSError, match=absent):
         load_tokenizer("absent", None, local_files_only=True)

@@ -20,7 +20,7 @@ from derta import apply_derta, derta_loss
 from derta.cli import main
 from derta.memory import Step, StepMemory
 from derta.memory.liger import liger_layers
-from derta.memory.plan import GIB, Triples, describe, longest_pack, needed
+from derta.memory.plan import GIB, Triples, describe, longest_pack, needed, turns
 from derta.memory.probe import full_pack, probe, random_model
 from derta.memory.step import FAR
 from derta.memory.tracking import MemoryTracker
@@ -197,6 +197,34 @@ def test_what_cannot_be_turned_is_not_advised() -> None:
         assert ("mlp_tile: 1024" in said) == advised
 
 
+def test_who_trains_all_of_a_model_is_told_of_4_bits_too() -> None:
+    step = Step(
+        config=AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=1)),
+        dtype=torch.float32,
+        optim="sgd",
+        checkpointing=True,
+        offload=True,
+        mlp_tile=2048,
+        liger=True,
+        device_type="cpu",
+        capacity=GIB,
+    )
+    said = describe(step, 256, Triples(branches=0, rto_keep=1.0, prompt=40, safe=70))
+    saved = re.findall(r"^  method: (\w+) +[\d.]+ GiB", said, re.M)
+    assert saved == ["lora", "qlora"]
+    assert "with all of them, of the methods qlora, a step takes" in said
+    assert "with a prompt of 40;" in said  # and no safe response
+
+
+def test_weights_in_half_the_bytes_are_advised_where_they_are_frozen() -> None:
+    """Training in bfloat16 loses small updates."""
+    step = Step(config=AutoConfig.for_model("llama", **TINY), dtype=torch.float32)
+    assert "dtype: bfloat16" not in dict(turns(step))
+    for method in ("lora", "qlora"):
+        turn = dict(turns(replace(step, method=Method(method=method))))["dtype: bfloat16"]
+        assert turn(step).dtype == torch.bfloat16
+
+
 BILLIONS = {"Llama-3-8B": 8.030, "Qwen2.5-7B": 7.616, "Gemma-2-2B": 2.614}  # of parameters
 
 
@@ -346,6 +374,9 @@ def test_a_plan_is_probed_when_it_is_asked_for(
         (["--gpu", "8", "--prompt_tokens", "4090"], "(4090) and 1 x safe_tokens (70), got 4096"),
         (["--gpu", "8", "--safe_tokens", "0"], "safe_tokens must be at least 1, got 0"),
         (["--gpu", "8", "--rto_keep", "2"], "rto_keep must lie in [0, 1], got 2.0"),
+        (["--gpu", "8", "--mlp_tile", "0"], "mlp_tile must be at least 1 token, got 0"),
+        (["--gpu", "8", "--lora_r", "0"], "lora_r must be at least 1, got 0"),
+        (["--gpu", "8", "--lora_dropout", "1"], "lora_dropout must lie in [0, 1), got 1.0"),
     ],
 )
 def test_what_cannot_be_planned_is_said(
@@ -354,6 +385,24 @@ def test_what_cannot_be_planned_is_said(
     AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_what_is_no_causal_language_model_is_said_to_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AutoConfig.for_model("t5").save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--gpu", "8"]) == 1
+    said = "the configuration cannot be loaded: t5 is no causal language model"
+    assert capsys.readouterr().err == f"derta plan: {tmp_path}: {said}\n"
+
+
+def test_a_cpu_is_not_given_a_probe_that_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("derta.memory.probe.physical_memory", lambda _: 2**20)
+    step = Step(config=AutoConfig.for_model("llama", **TINY))
+    with pytest.raises(
+        MemoryError, match=r"^probe: no GPU is here, .* 0\.00 that this machine has"
+    ):
+        probe(step, 300, Triples(1, 1.0, 40, 70), CPU)
 
 
 def test_the_losss_memory_does_not_grow_with_its_rows() -> None:
@@ -381,4 +430,4 @@ def test_a_pack_beyond_the_models_context_is_said_to_be() -> None:
         256,
         Triples(branches=1, rto_keep=1.0, prompt=10, safe=10),
     )
-    assert "and 1 safe response of 10; one sequence may have 300, its context\n" in f"{text}\n"
+    assert "and 1 safe response of 10; the model's context ends a sequence at 300\n" in f"{text}\n"
