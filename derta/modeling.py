@@ -177,6 +177,13 @@ def context_length(model: nn.Module) -> int:
     return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Makes the layers of a transformers or PEFT model keep only their inputs for the backward."""
+    # The name of early transformers 5; where there is a later one, it warns.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def _transformers_model(model: nn.Module) -> PreTrainedModel:
     unwrap = getattr(model, "get_base_model", None)
     inner = model if unwrap is None else unwrap()

@@ -15,7 +15,7 @@ from derta.data import Drawn, EncodedTriple, PackedBatch, pack
 from derta.memory.plan import GIB, Triples, needed
 from derta.memory.step import Step, StepMemory
 from derta.methods import Method, adapt, quantization
-from derta.modeling import apply_derta, context_length
+from derta.modeling import apply_derta, checkpoint_layers, context_length
 from derta.tiling import tile_mlp
 
 REFUSAL = 0  # any token will do
@@ -109,7 +109,7 @@ def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> st
         )
     adapted: Any = adapt(model, step.method)
     if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     if step.mlp_tile is not None:
         tile_mlp(model, step.mlp_tile)
     apply_derta(adapted, REFUSAL, offload=step.offload).train()

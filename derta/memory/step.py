@@ -32,6 +32,7 @@ from derta.loss import derta_loss
 from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
+from derta.modeling import checkpoint_layers
 from derta.offloading import Lane, Offloading
 from derta.tiling import tile_mlp
 from derta_kernels.attention.custom_op import attention_op
@@ -171,7 +172,7 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
             _quantize(model)
         adapted = adapt(model, step.method)
     if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     if step.mlp_tile is not None:
         tile_mlp(model, step.mlp_tile)
     return adapted.train()

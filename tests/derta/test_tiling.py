@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from derta import apply_derta
+from derta.modeling import checkpoint_layers
 from derta.offloading import Lane, Offloading
 from derta.tiling import tile_mlp
 from streams import LateStream
@@ -34,7 +35,7 @@ def gradients(family: str, tokens: int, *, saving: bool) -> dict[str, torch.Tens
     model = tiny_model(family)
     if saving:
         tile_mlp(model, 16)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     apply_derta(model, 1, offload=saving).train()
     model(**pack(tokens)).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
