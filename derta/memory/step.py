@@ -164,6 +164,7 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(step.config), dtype=step.dtype, attn_implementation=ATTENTION
         )
+        model.tie_weights()  # the first releases of transformers 5 leave it out on this device
         if layers is not None:
             for module in model.modules():
                 if isinstance(module, nn.ModuleList) and set(module) & set(_layers(model)):

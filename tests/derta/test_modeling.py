@@ -523,7 +523,11 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "quantized": (quantized, r"got Linear with torch.int8: a quantized head cannot be used"),
     "router without a loss": (
         lambda: small(
-            "jetmoe", num_attention_heads=4, num_key_value_heads=4, output_router_logits=True
+            "jetmoe",
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            output_router_logits=True,
+            pad_token_id=0,
         ),
         "JetMoeForCausalLM has output_router_logits on but lacks router_aux_loss_coef: turn it off",
     ),
