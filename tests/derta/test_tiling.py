@@ -46,7 +46,7 @@ def test_gradients_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch) ->
     """With tiles that do not divide the pack, layer inputs on the host, and layers run again."""
     computing, copies = LateStream(), LateStream()
     lane = Lane(torch.device("cpu"), copies, lambda: computing)
-    late = lambda model, device: Offloading(model, lane, least_bytes=0)  # noqa: E731
+    late = lambda model, device: Offloading(model, lane, least_bytes=1)  # noqa: E731
     monkeypatch.setattr("derta.modeling.offloading", late)
     plain, saving = (gradients(family, 77, saving=saving) for saving in (False, True))
     assert len(copies.waits) > 2 * 2  # of both layers' inputs, there and back
