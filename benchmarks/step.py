@@ -150,7 +150,7 @@ def make_model(case: Case, rung: Rung, device: torch.device) -> Any:
     """The same random model in every process on one kind of device; PEFT's if it has adapters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from derta.modeling import apply_derta
+    from derta.modeling import apply_derta, checkpoint_layers
 
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -168,7 +168,7 @@ def make_model(case: Case, rung: Rung, device: torch.device) -> Any:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # zero at first, and nothing would reach lora_A
                 nn.init.normal_(parameter, std=0.01)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model)
     if rung.batches != "padded":
         apply_derta(model, REFUSAL)
     return adapted.train()

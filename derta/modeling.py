@@ -162,6 +162,13 @@ def patch_of(model: nn.Module) -> Patch | None:
     return vars(transformers_model(model)).get("_derta_patch")
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Makes the layers of a transformers or PEFT model keep only their inputs for the backward."""
+    # The name of early transformers 5; where there is a later one, it warns.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def _refuse_unfit(model: PreTrainedModel) -> None:
     """What can be said without running the model."""
     name = type(model).__name__

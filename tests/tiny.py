@@ -72,6 +72,7 @@ ARCHITECTURES: dict[str, dict] = {
         sliding_window=7,
         attn_logit_softcapping=3.0,
         final_logit_softcapping=2.0,
+        attn_implementation="eager",  # early transformers 5 takes SDPA, which leaves the cap out
     ),
     "qwen3": dict(model_type="qwen3", head_dim=8),
     "gemma3": dict(

@@ -19,7 +19,7 @@ from derta.data import Drawn, EncodedTriple, PackedBatch, pack
 from derta.memory.plan import GIB, Triples, needed
 from derta.memory.step import Step, StepMemory
 from derta.methods import Method, adapt, quantization
-from derta.modeling import apply_derta
+from derta.modeling import apply_derta, checkpoint_layers
 from derta.offloading import ran_out_of_memory
 from derta.tiling import tile_mlp
 
@@ -138,7 +138,7 @@ def _run(step: Step, batch: PackedBatch, device: torch.device) -> None:
     model: Any = random_model(step.config, step.method, step.dtype, device)
     adapted: Any = adapt(model, step.method)
     if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     if step.mlp_tile is not None:
         tile_mlp(model, step.mlp_tile)
     if step.liger and device.type == "cuda":

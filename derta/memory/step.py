@@ -32,6 +32,7 @@ from derta.memory.liger import liger_layers
 from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
+from derta.modeling import checkpoint_layers
 from derta.offloading import Lane, Offloading
 from derta.tiling import layers_of, tile_mlp
 from derta_kernels.attention.custom_op import attention_op
@@ -197,6 +198,7 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(step.config), dtype=step.dtype, attn_implementation=ATTENTION
         )
+        model.tie_weights()  # the first releases of transformers 5 leave it out on this device
         if layers is not None:
             for module in model.modules():
                 if isinstance(module, nn.ModuleList) and set(module) & set(layers_of(model)):
@@ -205,7 +207,7 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
             _quantize(model)
         adapted = adapt(model, step.method)
     if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     if step.mlp_tile is not None:
         tile_mlp(model, step.mlp_tile)
     return adapted.train()

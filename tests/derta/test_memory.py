@@ -25,6 +25,7 @@ from derta.memory.probe import full_pack, probe, random_model
 from derta.memory.step import FAR
 from derta.memory.tracking import MemoryTracker
 from derta.methods import Method, adapt
+from derta.modeling import checkpoint_layers
 from derta.tiling import tile_mlp
 from tiny import ARCHITECTURES, tiny_model
 
@@ -51,7 +52,7 @@ def allocated(step: Step) -> int:
     model.generation_config.use_cache = False
     adapted: Any = adapt(model, step.method)
     if step.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     if step.mlp_tile is not None:
         tile_mlp(model, step.mlp_tile)
     apply_derta(adapted, 1).train()

@@ -56,7 +56,7 @@ def test_copies_that_come_late_change_no_bit(lane: Lane) -> None:
     model, x = Layers(), torch.randn(5, 8)
     plain = gradients(model, x)
     for _ in range(2):
-        late = gradients(model, x, Offloading(model, lane, least_bytes=0))
+        late = gradients(model, x, Offloading(model, lane, least_bytes=1))
         assert all(map(torch.equal, late, plain))
         assert lane.under_way is None
     # Each copy begins after what was computed before it: 7 there, all but the last of them back.
@@ -77,7 +77,7 @@ def test_one_tensor_is_under_way_while_a_layer_is_computed(lane: Lane) -> None:
         [place for place, one in enumerate(kept) if one.device is not None]
     )
     watched = Watched(CPU, lane.stream, lane.computing)
-    gradients(model, x, Offloading(model, watched, least_bytes=0))
+    gradients(model, x, Offloading(model, watched, least_bytes=1))
     assert computed[:6] == [[i] for i in range(6)]
     assert computed[6:] == [[4], [3], [2], [1], [0], []]
 
@@ -90,7 +90,7 @@ def test_a_pass_that_fails_costs_the_next_one_nothing(lane: Lane) -> None:
         raise RuntimeError("in the third layer")
 
     with pytest.raises(RuntimeError, match="in the third layer"):
-        with Offloading(model, lane, least_bytes=0):
+        with Offloading(model, lane, least_bytes=1):
             loss = model(x).sum()
         model.layers[2].register_forward_pre_hook(lambda *_: fail())
         loss.backward()
@@ -98,7 +98,7 @@ def test_a_pass_that_fails_costs_the_next_one_nothing(lane: Lane) -> None:
     del loss
     gc.collect()
     model.layers[2]._forward_pre_hooks.clear()
-    late = gradients(model, x, Offloading(model, lane, least_bytes=0))
+    late = gradients(model, x, Offloading(model, lane, least_bytes=1))
     assert all(map(torch.equal, late, plain))
 
 
@@ -106,7 +106,7 @@ def test_a_graph_may_be_run_twice(lane: Lane) -> None:
     model, x = Layers(), torch.randn(5, 8)
     plain = gradients(model, x)
     model.zero_grad()
-    with Offloading(model, lane, least_bytes=0):
+    with Offloading(model, lane, least_bytes=1):
         loss = model(x).square().sum()
     loss.backward(retain_graph=True)
     model.zero_grad()

@@ -14,7 +14,7 @@ if "TRITON_INTERPRET" not in os.environ:
     pytest.skip("a GPU has its own tests", allow_module_level=True)
 
 from derta.data.packing import pack
-from derta.modeling import apply_derta
+from derta.modeling import apply_derta, checkpoint_layers
 from derta_kernels.attention import launch_configs
 from drawn import DRAWN, REFUSAL, assert_same_gradients, gradients
 from tiny import tiny_model
@@ -48,7 +48,7 @@ def test_every_family_trains_as_on_torchs_kernels(family: str) -> None:
 def test_checkpointing_changes_no_bit() -> None:
     model = apply_derta(tiny_model("gemma2").train(), REFUSAL, attention="triton")
     _, expected = step(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model)
     model.enable_input_require_grads()
     assert_same_gradients(step(model)[1], expected, 0.0)
 

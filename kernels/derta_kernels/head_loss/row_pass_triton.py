@@ -136,8 +136,10 @@ def row_pass(
             b_own += tl.where(o_logit == refusal_token, refusal_weight, 0.0)
             b_gradient = _gradient(tl.exp(b_z - highest), rest, share, b_own) * b_slope
             tl.store(p_row + o_logit, b_gradient.to(logits.dtype.element_ty))
-        if whole < vocabulary:
-            o_logit = whole + o_block
+        # One round at most. An `if` would keep its places from the first walk's on; ptxas 12.9, of
+        # Triton 3.6, spills them.
+        for start in range(whole, vocabulary, BLOCK):
+            o_logit = start + o_block
             m_tail = o_logit < vocabulary
             b_z, b_slope = _final_logit(
                 tl.load(p_row + o_logit, mask=m_tail, other=0.0), softcap, logit_scale, HAS_SOFTCAP
