@@ -177,7 +177,7 @@ def test_answers_of_ones_own_are_read_by_the_words_of_their_labels(
         ),
         ('{"prompt": " ", "response": "b", "label": "safe"}', "1: prompt: is blank"),
         ('[["a"]]', "1[0]: row: is list, expected an object"),
-        ("{", "own:1: not JSON at column 2"),
+        ("{", "own:2: an object over several lines, expected one a line"),
         ('{"prompt": "a", "response": "", "label": "safe"}', ": no labelled answer, expected at"),
     ],
 )
