@@ -44,6 +44,22 @@ def check_folder(field: str, path: str) -> None:
         raise ValueError(f"{field}: {path}: {nearest} is a file, expected a folder")
 
 
+def check_planned(config: Any) -> None:
+    """Sees to the keys that a training run and a plan of it have in common.
+
+    Raises:
+        ValueError: a number is out of its range, or Liger is asked for and not installed.
+    """
+    if config.branches < 0:
+        raise ValueError(f"branches must be at least 0, got {config.branches}")
+    if not 0.0 <= config.rto_keep <= 1.0:
+        raise ValueError(f"rto_keep must lie in [0, 1], got {config.rto_keep}")
+    if config.mlp_tile is not None and config.mlp_tile < 1:
+        raise ValueError(f"mlp_tile must be at least 1 token, got {config.mlp_tile}")
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise ValueError("use_liger_kernel needs Liger: pip install 'derta[liger]'")
+
+
 @dataclass
 class DertaConfig(TrainingArguments):
     """Arguments of `DertaTrainer`.
@@ -177,8 +193,6 @@ class DertaConfig(TrainingArguments):
                     f"use_liger_kernel needs a GPU that Triton knows, this run is on "
                     f"{self.device.type}: leave it out"
                 )
-            if not is_liger_kernel_available():
-                raise ValueError("use_liger_kernel needs Liger: pip install 'derta[liger]'")
         if self.report_to:
             # transformers' list never has flyte, nor azure_ml beside mlflow.
             known = {*get_available_reporting_integrations(), "azure_ml", "flyte"}
@@ -193,13 +207,8 @@ class DertaConfig(TrainingArguments):
         for name in ("max_length", "max_tokens", "examples_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.mlp_tile is not None and self.mlp_tile < 1:
-            raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
         self._follow_recipe()
-        if self.branches < 0:
-            raise ValueError(f"branches must be at least 0, got {self.branches}")
-        if not 0.0 <= self.rto_keep <= 1.0:
-            raise ValueError(f"rto_keep must lie in [0, 1], got {self.rto_keep}")
+        check_planned(self)
         if self.branches == 0 and self.rto_keep == 0.0:
             raise ValueError("branches and rto_keep are both 0: a triple would train nothing")
         if self.rto_weight < 0.0:

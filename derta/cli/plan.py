@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-from transformers.utils import is_liger_kernel_available, logging
+from transformers.utils import logging
 
 from derta.anatomy import context_of
 from derta.cli.loading import find_device, loading
+from derta.config import RECIPES, check_planned
 from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
 from derta.memory.probe import probe
@@ -57,13 +58,10 @@ class Config(Method):
         super().__post_init__()
         if not self.gpu > 0:
             raise ValueError(f"gpu must be the memory of a GPU in GiB, got {self.gpu}")
-        for name, least in (("branches", 0), ("prompt_tokens", 1), ("safe_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.mlp_tile is not None and self.mlp_tile < 1:
-            raise ValueError(f"mlp_tile must be at least 1 token, got {self.mlp_tile}")
-        if not 0.0 <= self.rto_keep <= 1.0:
-            raise ValueError(f"rto_keep must lie in [0, 1], got {self.rto_keep}")
+        for name in ("prompt_tokens", "safe_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_planned(self)
         if self.optim not in STATE_BYTES:
             raise ValueError(
                 f"optim: nothing is known of {self.optim!r}, expected one of "
@@ -71,8 +69,6 @@ class Config(Method):
             )
         if self.offload_checkpoints and not self.gradient_checkpointing:
             raise ValueError("offload_checkpoints needs gradient_checkpointing: true")
-        if self.use_liger_kernel and not is_liger_kernel_available():
-            raise ValueError("use_liger_kernel needs Liger: pip install 'derta[liger]'")
 
     @property
     def triples(self) -> Triples:
@@ -83,7 +79,6 @@ class Config(Method):
 def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a training run's configuration says of its memory."""
     from derta.cli import train
-    from derta.config import RECIPES
 
     values = {**RECIPES.get(str(values.get("recipe")), {}), **values}
     ours = {field.name for field in fields(Config)} - {"probe"}  # there it precedes the training

@@ -17,11 +17,10 @@ from derta.anatomy import context_of
 from derta.config import LIGER_LOSSES_OFF
 from derta.data import Drawn, EncodedTriple, PackedBatch, pack
 from derta.memory.plan import GIB, Triples, needed
-from derta.memory.step import Step, StepMemory
-from derta.methods import Method, adapt, quantization
-from derta.modeling import apply_derta, checkpoint_layers
+from derta.memory.step import Step, StepMemory, prepared
+from derta.methods import Method, quantization
+from derta.modeling import apply_derta
 from derta.offloading import ran_out_of_memory
-from derta.tiling import tile_mlp
 
 REFUSAL = 0  # any token will do
 NOT_TENSORS = ("optimizer", "context")
@@ -136,14 +135,10 @@ def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> st
 def _run(step: Step, batch: PackedBatch, device: torch.device) -> None:
     torch.manual_seed(0)
     model: Any = random_model(step.config, step.method, step.dtype, device)
-    adapted: Any = adapt(model, step.method)
-    if step.checkpointing:
-        checkpoint_layers(model)
-    if step.mlp_tile is not None:
-        tile_mlp(model, step.mlp_tile)
+    adapted: Any = prepared(model, step)
     if step.liger and device.type == "cuda":
         apply_liger_kernel(model, LIGER_LOSSES_OFF)
-    apply_derta(adapted, REFUSAL, offload=step.offload).train()
+    apply_derta(adapted, REFUSAL, offload=step.offload)
     for _ in range(2):  # the second meets the gradients of the first, as in training
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

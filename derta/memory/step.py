@@ -205,7 +205,12 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
                     del module[layers:]
         if step.method.method == "qlora":
             _quantize(model)
-        adapted = adapt(model, step.method)
+        return prepared(model, step)
+
+
+def prepared(model: PreTrainedModel, step: Step) -> PreTrainedModel | PeftModel:
+    """The model as the step trains it: with its adapters, checkpoints and tiles."""
+    adapted = adapt(model, step.method)
     if step.checkpointing:
         checkpoint_layers(model)
     if step.mlp_tile is not None:
