@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from allocated import peak_bytes
 from benchmarks.plans import MODELS
@@ -139,6 +140,16 @@ def test_offloading_takes_all_checkpoints_but_two() -> None:
     assert kept.total() - offloaded.total() >= 10 * one
     triples = Triples(branches=1, rto_keep=1.0, prompt=40, safe=70)
     assert "offload_checkpoints: true" in describe(step, tokens, triples)
+
+
+@LIGER
+def test_ligers_layers_take_less_and_leave_the_family_as_it_was() -> None:
+    before = dict(vars(modeling_llama))
+    config = AutoConfig.for_model("llama", **TINY | dict(intermediate_size=1408))
+    step = Step(config=config, optim="sgd", device_type="cpu", checkpointing=True)
+    plain, liger = (StepMemory(replace(step, liger=liger)).peak(TOKENS) for liger in (False, True))
+    assert liger.total() < 0.9 * plain.total()
+    assert vars(modeling_llama) == before
 
 
 def test_keys_save_more_together_than_any_by_itself() -> None:
