@@ -245,8 +245,8 @@ def test_several_ranks_have_one_gradient_and_fail_as_one(tmp_path: Path) -> None
         [*command, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
-        env={
-            "PATH": "",
+        env=os.environ
+        | {
             "TMPDIR": str(tmp_path),  # so abrupt an end leaves its examples behind
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{tests}:{tests.parent}:{root}:{root / 'kernels'}",
