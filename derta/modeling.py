@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from derta.anatomy import has_router_loss, head_of, router_loss, run_body, transformers_model
 from derta.attention import packed_mask, register_attention, scope_of
+from derta.four_bits import check_4_bits
 from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss_with_rows
 from derta.offloading import offloading
@@ -115,8 +116,8 @@ def apply_derta(
         TypeError: model is not a transformers model.
         ValueError: the model is one that packs would train wrongly, named with the reason: an
             encoder-decoder, no head, an adapter on the head or a quantized head, attention that
-            cannot be replaced or carries a state, weights that are not there, or a pack that comes
-            out differently. The model is then unchanged.
+            cannot be replaced or carries a state, weights that are not there or that a CPU reads
+            wrongly in 4 bits, or a pack that comes out differently. The model is then unchanged.
     """
     patched = transformers_model(model)
     remove_derta(patched)
@@ -189,6 +190,7 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         kinds = ", ".join(sorted(layer_types - MASKED_LAYER_TYPES)) or "recurrent state"
         raise ValueError(f"{name} has layers that no mask governs ({kinds}), a branch needs one")
     head_of(model)
+    check_4_bits(model)
     if has_router_loss(model):
         parts = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         missing = [part for part in parts if not hasattr(model, part)]

@@ -352,7 +352,8 @@ def test_random_weights_are_those_of_the_method(method: Any) -> None:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 def test_what_comes_in_4_bits_is_never_there_as_a_whole() -> None:
-    config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=6, vocab_size=100))
+    sizes = dict(num_hidden_layers=6, vocab_size=100, intermediate_size=384)
+    config = AutoConfig.for_model("llama", **TINY | sizes)
     quarter, whole = (
         peak_bytes(lambda m=method: random_model(config, Method(method=m), torch.bfloat16, CPU))
         for method in ("qlora", "lora")
