@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from derta.anatomy import has_router_loss, head_of, router_loss, run_body, transformers_model
 from derta.attention import packed_mask, register_attention, scope_of
-from derta.four_bits import check_4_bits
+from derta.four_bits import allow_packing, check_4_bits, forbid_packing
 from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss_with_rows
 from derta.offloading import offloading
@@ -98,6 +98,8 @@ def apply_derta(
     the median of each sequence: a mask or head that is misunderstood moves every row by much more,
     while a mixture of experts may route single tokens elsewhere by rounding.
 
+    Layers in 4 bits compute on a CPU, from now on, what has a gradient (`derta.four_bits`).
+
     Called again, it replaces what it was asked before.
 
     Args:
@@ -123,9 +125,10 @@ def apply_derta(
     remove_derta(patched)
     _refuse_unfit(patched)
     proof = Proof(patched)
-    expected = proof.separate_passes(patched)
     with contextlib.ExitStack() as undo:
         undo.callback(remove_derta, patched)
+        vars(patched)["_derta_unpacked"] = forbid_packing(patched)
+        expected = proof.separate_passes(patched)
         _install(patched, refusal_token_id, impl, attention, offload)
         proof.check(patched, refusal_token_id, expected)
         undo.pop_all()
@@ -146,6 +149,7 @@ def remove_derta(model: nn.Module) -> nn.Module:
     """
     patched = transformers_model(model)
     state = vars(patched)
+    allow_packing(state.pop("_derta_unpacked", []))
     patch: Patch | None = state.pop("_derta_patch", None)
     for config, own, twin in patch.twins if patch else ():
         if config._attn_implementation_internal == twin:
