@@ -22,6 +22,7 @@ LAYERS = [
     {
         "derta.data",
         "derta.anatomy",
+        "derta.four_bits",
         "derta.proof",
         "derta.modeling",
         "derta.methods",
