@@ -9,6 +9,12 @@ from importlib.util import find_spec
 
 import torch
 
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("quick", max_examples=100, deadline=None)
+    settings.register_profile("thorough", max_examples=1000, deadline=None)
+    settings.load_profile("quick")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("triton"):
