@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+if find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("quick", max_examples=100, deadline=None)
+    settings.register_profile("thorough", max_examples=1000, deadline=None)
+    settings.load_profile("quick")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 
 @pytest.fixture(autouse=True)

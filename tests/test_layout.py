@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from derta.cli.usage import USAGE
+
 ROOT = Path(__file__).parents[1]
 
 # Later layers may import earlier ones; see "Who imports whom" in kernels/README.md.
@@ -100,6 +102,32 @@ def test_the_drop_in_loss_needs_torch_alone(module: str) -> None:
         env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""},
     )
     assert done.stdout.strip() == "[]"
+
+
+# What commands import of others is there at once, and of ours nothing: a circle shows only so.
+ALONE = """
+import importlib, os, sys
+import datasets, peft, transformers.trainer
+for module in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        importlib.import_module(module)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{module} cannot be imported first")
+"""
+
+
+@pytest.mark.slow
+def test_every_command_is_imported_by_itself() -> None:
+    commands = [f"derta.cli.{name.replace(' ', '.')}" for name in USAGE]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *commands],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_training_run_needs_nothing_that_draws() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from derta.cli import main
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -85,25 +87,39 @@ def commands() -> list[str]:
     return [line for line in lines if line.startswith("derta ")]
 
 
-def test_commands_run(workplace: Path) -> None:
-    # The examples' sizes are for a GPU; these make the same commands last seconds.
-    small = {
-        "derta train": "--max_steps 2 --save_strategy no --use_cpu true --lora_r 2",
-        "derta eval --model": "--max_new_tokens 8 --device cpu",
-    }
+# The examples' sizes are for a GPU; these make the same commands last seconds.
+SMALL = {
+    "derta train": "--max_steps 2 --save_strategy no --use_cpu true --lora_r 2",
+    "derta eval --model": "--max_new_tokens 8 --device cpu",
+}
+
+
+def test_commands_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other, in this process: several read what those before them have written."""
+    monkeypatch.setenv("PATH", "")
     assert len(commands()) >= 6
     for command in commands():
-        extra = next((more for prefix, more in small.items() if command.startswith(prefix)), "")
-        done = subprocess.run(
-            [sys.executable, "-m", *shlex.split(command), *shlex.split(extra)],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            env={"PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "2"},
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        extra = next((more for prefix, more in SMALL.items() if command.startswith(prefix)), "")
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        status = main(shlex.split(f"{command} {extra}")[1:])
+        assert status == 0, f"{command}\n{capsys.readouterr().err[-2000:]}"
     assert list((workplace / "outputs").rglob("adapter_model.safetensors"))
     assert list((workplace / "outputs").rglob("report.html"))
+
+
+@pytest.mark.parametrize("command", ["derta data validate", "derta doctor"])
+def test_a_command_runs_in_an_interpreter_of_its_own(workplace: Path, command: str) -> None:
+    (given,) = (line for line in commands() if line.startswith(command))
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(given)],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env={"PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
 def test_make_targets_named_exist() -> None:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,7 @@ def test_a_speed_is_required_as_the_time_that_it_takes(share: float, verdict: st
         assert values[f"{phase}_tflops"] == pytest.approx(tflops / share, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_runs_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (QUESTION.ours, "FlexAttention", EAGER)
     monkeypatch.setattr(
@@ -249,12 +251,14 @@ def test_the_kernels_tests_are_collected_where_there_is_nothing_but_torch_and_py
         "import sys\nfor name in ('hypothesis', 'transformers', 'datasets', 'accelerate'):\n"
         "    sys.modules[name] = None\n"
     )
+    few = "chunks_are_the_definition or triton_is_the_definition or linear_in_tokens"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "tests/kernels/test_sdpa_chunks.py"],
+        [sys.executable, "-m", "pytest", "-q", "-rs", "tests/kernels", "-k", few],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert "hypothesis is not installed" in done.stdout and " passed" in done.stdout
+    skipped = done.stdout.count("hypothesis is not installed")
+    assert skipped == (2 if find_spec("triton") else 1) and " passed" in done.stdout

@@ -46,8 +46,12 @@ def test_tries_are_made_in_each_memory_that_the_device_has(monkeypatch: pytest.M
     properties = SimpleNamespace(total_memory=20 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    let_go: list[None] = []
+    monkeypatch.setattr(longest, "_let_go", lambda: let_go.append(None))
+    steps: list[int] = []
 
     def step(model: object, recipe: str, harmful: int, device: torch.device) -> None:
+        steps.append(harmful)
         if harmful > 1000 * shares[-1]:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -56,6 +60,7 @@ def test_tries_are_made_in_each_memory_that_the_device_has(monkeypatch: pytest.M
     assert [record.memory_gib for record in records] == [8, 16] and shares[-1] == 1
     for record, share in zip(records, shares, strict=False):
         assert (1 - longest.PRECISION) * 1000 * share - 1 <= record.tokens <= 1000 * share
+    assert len(let_go) == len(steps) + 1, "after every try, and of the model before"
 
 
 def test_the_triple_is_as_long_as_asked() -> None:
@@ -64,7 +69,10 @@ def test_the_triple_is_as_long_as_asked() -> None:
     assert one.cuts.tolist() == [250] and len(one.example.safe) == MEAN_LENGTHS[2]
 
 
-def test_projections_grow_with_memory_and_the_table_says_what_they_are() -> None:
+def test_projections_grow_with_memory_and_the_table_says_what_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(longest.LLAMA_3_8B, "num_hidden_layers", 1)
     records = list(longest.projected("qlora", OURS, (8, 24)))
     (official,) = longest.projected("qlora", OFFICIAL, (24,))
     assert 0 < 10 * official.tokens < records[1].tokens

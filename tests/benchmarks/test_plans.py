@@ -14,7 +14,7 @@ TINY: dict[str, Any] = dict(
     vocab_size=32000,
     hidden_size=256,
     intermediate_size=688,
-    num_hidden_layers=3,
+    num_hidden_layers=1,
     num_attention_heads=4,
 )
 

@@ -22,6 +22,7 @@ SMALL = [
 each = pytest.mark.parametrize(("question", "case"), SMALL, ids=[q.name for q, _ in SMALL])
 
 
+@pytest.mark.slow
 @each
 def test_a_question_runs_in_small(
     question: Question, case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

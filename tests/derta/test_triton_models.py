@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 if "TRITON_INTERPRET" not in os.environ:
-    pytest.skip("a GPU has its own tests", allow_module_level=True)
+    pytest.skip("models on a GPU have tests of their own", allow_module_level=True)
 
 from derta.data.packing import pack
 from derta.modeling import apply_derta, checkpoint_layers
@@ -20,6 +20,7 @@ from drawn import DRAWN, REFUSAL, assert_same_gradients, gradients
 from tiny import tiny_model
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mixtral"]
+FEW_HEADS = dict(num_attention_heads=2, num_key_value_heads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def step(model: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_as_on_torchs_kernels(family: str) -> None:
-    model = tiny_model(family).train()
+    model = tiny_model(family, **FEW_HEADS).train()
     loss, expected = step(apply_derta(model, REFUSAL, attention="sdpa"))
     triton_loss, actual = step(apply_derta(model, REFUSAL, attention="triton"))
     assert triton_loss == pytest.approx(loss, rel=1e-6)
@@ -46,7 +47,7 @@ def test_every_family_trains_as_on_torchs_kernels(family: str) -> None:
 
 
 def test_checkpointing_changes_no_bit() -> None:
-    model = apply_derta(tiny_model("gemma2").train(), REFUSAL, attention="triton")
+    model = apply_derta(tiny_model("gemma2", **FEW_HEADS).train(), REFUSAL, attention="triton")
     _, expected = step(model)
     checkpoint_layers(model)
     model.enable_input_require_grads()
@@ -56,7 +57,7 @@ def test_checkpointing_changes_no_bit() -> None:
 def test_adapters_are_trained() -> None:
     torch.manual_seed(3)
     config = LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(tiny_model("mistral"), config)
+    model = get_peft_model(tiny_model("mistral", **FEW_HEADS), config)
     _, expected = step(apply_derta(model, REFUSAL, attention="sdpa"))
     _, actual = step(apply_derta(model, REFUSAL, attention="triton"))
     assert len(actual) == 8
@@ -64,7 +65,7 @@ def test_adapters_are_trained() -> None:
 
 
 def test_a_compiled_model_holds_it_whole() -> None:
-    model = apply_derta(tiny_model("gemma2").train(), REFUSAL, attention="triton")
+    model = apply_derta(tiny_model("gemma2", **FEW_HEADS).train(), REFUSAL, attention="triton")
     _, expected = step(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     loss = compiled(**pack(DRAWN).model_inputs()).loss

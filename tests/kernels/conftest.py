@@ -16,6 +16,6 @@ try:
 except ModuleNotFoundError:
     stand_in = MagicMock()
     stand_in.given.return_value = pytest.mark.skip(reason="hypothesis is not installed")
-    stand_in.settings.return_value = lambda test: test
+    stand_in.settings.return_value = stand_in.example.return_value = lambda test: test
     stand_in.__spec__ = ModuleSpec("hypothesis", None)  # torch looks for it
     sys.modules["hypothesis"] = stand_in

@@ -30,18 +30,18 @@ def run(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_largest_launches_fit_every_gpu() -> None:
-    """`make aot` compiles every launch; this is the sample that `make test` takes of them."""
+def test_the_largest_launches_fit_their_gpus() -> None:
+    """`make aot` compiles every launch for every GPU; this is the sample that `make test` takes."""
     code = """
 from derta_kernels import aot
-largest = "V <= 2147483647, softcap, gradient", "backward keys, bf16, D 128, softcap, window"
+largest = "bf16, V <= 2147483647, softcap, grad", "backward keys, bf16, D 128, softcap, window"
 launches = [l for l in aot.launches() if any(name in l.name for name in largest)]
-assert len(launches) == 3 + 4, launches
+assert len(launches) == 1 + 4, launches
 for launch in launches:
-    for capability in launch.capabilities:
-        resources = aot.compiled(launch, capability)
-        assert 16 <= resources.registers <= 255, resources
-        assert aot.excess(resources, capability) is None, (launch.name, capability, resources)
+    capability = launch.capabilities[0]
+    resources = aot.compiled(launch, capability)
+    assert 16 <= resources.registers <= 255, resources
+    assert aot.excess(resources, capability) is None, (launch.name, capability, resources)
 print("fit")
 """
     assert run(code) == "fit\n"
@@ -56,12 +56,12 @@ def test_too_much_local_or_shared_memory_is_told_of_the_chip_that_lacks_it() -> 
 
 
 def test_a_launch_that_spills_is_measured_as_one() -> None:
-    """4096 logits for 32 threads are 128 each: too many values for 255 registers."""
+    """8192 logits for 32 threads are 256 each: too many values for 255 registers."""
     code = """
 from dataclasses import replace
 from derta_kernels import aot
-launch = next(l for l in aot.launches() if l.name.startswith("row pass, fp32") and "cap" in l.name)
-launch = replace(launch, constants={**launch.constants, "BLOCK": 4096, "FORM_GRADIENT": True})
+launch = next(l for l in aot.launches() if l.name == "row pass, fp32, V <= 1024")
+launch = replace(launch, constants={**launch.constants, "BLOCK": 8192})
 print(aot.compiled(replace(launch, num_warps=1), 90).local_bytes > 0)
 """
     assert run(code) == "True\n"
@@ -89,7 +89,7 @@ def test_every_launch_has_a_name_of_its_own_and_a_row_in_the_table() -> None:
     assert len({launch.name for launch in launches}) == len(launches) >= 36
 
 
-@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off")
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off on a GPU")
 def test_the_interpreter_leaves_nothing_to_compile() -> None:
     launch = replace(aot.launches()[0], num_warps=4)
     with pytest.raises(ValueError, match="TRITON_INTERPRET is set, which leaves nothing to comp"):

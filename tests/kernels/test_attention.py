@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,6 @@ def results(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
     return with_gradients(output, [arguments[name] for name in "qkv"])
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     row=rows(),
     kv_heads=st.sampled_from([1, 2, 4]),
@@ -42,7 +41,6 @@ def test_sdpa_is_the_definition(row, kv_heads, window, softcap, scale) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
 @pytest.mark.parametrize("window", [None, 3])
-@settings(max_examples=25, deadline=None)
 @given(row=rows())
 def test_a_pack_is_its_sequences_one_by_one(impl: str, window: int | None, row: Packed) -> None:
     arguments = tensors(row, kv_heads=4)

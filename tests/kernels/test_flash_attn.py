@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -117,7 +117,6 @@ def assert_is_the_definition(
         assert distance(ours, wanted) < 1e-13
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     row=rows(),
     batch=st.integers(1, 2),
@@ -139,7 +138,6 @@ def intervals(draw: st.DrawFn) -> list[int]:
     return [count, *(draw(st.integers(token + 1, count)) for token in range(1, count))]
 
 
-@settings(max_examples=60, deadline=None)
 @given(until=intervals())
 def test_it_is_the_definition_beyond_packs(until: list[int]) -> None:
     row = Packed(until, list(range(len(until))), ((0, len(until)),), [])

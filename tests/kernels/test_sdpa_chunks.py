@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +23,6 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa, "QUERY_CHUNK", 32)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     row=rows(),
     kv_heads=st.sampled_from([1, 2, 4]),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from derta.data import (
@@ -121,7 +121,6 @@ def trained(batch: PackedBatch, start: int, end: int) -> Counter:
     return targets
 
 
-@settings(max_examples=300, deadline=None)
 @given(draws())
 def test_every_target_is_read_in_its_own_context(drawn: list[Drawn]) -> None:
     batch = pack(drawn)
@@ -134,7 +133,6 @@ def test_every_target_is_read_in_its_own_context(drawn: list[Drawn]) -> None:
     assert (batch.next_count, batch.rto_count) == (total.total() - refusals, refusals)
 
 
-@settings(max_examples=300, deadline=None)
 @given(draws())
 def test_positions_count_what_a_row_sees(drawn: list[Drawn]) -> None:
     batch = pack(drawn)
@@ -143,7 +141,6 @@ def test_positions_count_what_a_row_sees(drawn: list[Drawn]) -> None:
         assert [positions[key] for key in seen(batch, row)] == list(range(positions[row] + 1))
 
 
-@settings(max_examples=300, deadline=None)
 @given(draws())
 def test_nothing_is_computed_that_no_target_needs(drawn: list[Drawn]) -> None:
     drawn = [d for d in drawn if wanted(d)]
@@ -157,7 +154,6 @@ def test_nothing_is_computed_that_no_target_needs(drawn: list[Drawn]) -> None:
         assert end - start == len(contexts)
 
 
-@settings(max_examples=300, deadline=None)
 @given(draws())
 def test_tokens_are_counted_as_they_are_run(drawn: list[Drawn]) -> None:
     apart = 0
@@ -190,7 +186,6 @@ def test_one_pass_saves_tokens_at_the_official_lengths(
     assert f"{found.one_pass:,} tokens an epoch, {found.apart / found.one_pass:.2f} x" in str(found)
 
 
-@settings(max_examples=300, deadline=None)
 @given(draws())
 def test_rows_know_where_they_are(drawn: list[Drawn]) -> None:
     batch = pack(drawn)
@@ -224,7 +219,6 @@ def test_rows_know_where_they_are(drawn: list[Drawn]) -> None:
             assert batch.shift_labels[0, start + len(prompt) - 1 + cut] == safe[0]
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     examples(),
     st.integers(0, 4),
@@ -293,7 +287,6 @@ def test_dtypes_are_those_that_models_and_kernels_expect() -> None:
         assert {tensor.shape for tensor in tensors.values()} == {batch.input_ids.shape}
 
 
-@settings(max_examples=100, deadline=None)
 @given(draws(), st.sampled_from(["uniform", "growing"]))
 def test_rows_weigh_what_their_example_and_depth_do(drawn: list[Drawn], policy: str) -> None:
     weights = [1.0 + index for index in range(len(drawn))]
