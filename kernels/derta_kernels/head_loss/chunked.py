@@ -208,8 +208,8 @@ def _free_bytes(device: torch.device) -> int:
 def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, V) uninitialised, each row starting on `ROW_ALIGNMENT_BYTES` and padded with zeros.
 
-    A matrix unit takes bfloat16 in pairs: of a row of odd length oneDNN reads one element more, and
-    multiplies it by zero, which leaves NaN where it finds NaN.
+    A CPU's matrix unit takes bfloat16 by rows of 32. Of a row that ends within them oneDNN reads
+    what lies beyond and multiplies it by zero, which leaves NaN where it finds NaN.
     """
     multiple = ROW_ALIGNMENT_BYTES // dtype.itemsize
     padded = -(-vocabulary // multiple) * multiple
