@@ -1,11 +1,11 @@
-# make setup | test | native-test | aot | demo | bench | bench-check | lint : each works on a clean clone with
-# Python 3.11 to 3.13.
+# make setup | test | isa | native-test | aot | demo | bench | bench-check | lint : each works on a clean clone
+# with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test native-test aot demo bench bench-check lint clean
+.PHONY: setup test isa native-test aot demo bench bench-check lint clean
 
 setup: $(INSTALLED)
 
@@ -19,6 +19,10 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard 
 # A thread a process: they share the cores.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# What multiplies, on every instruction set of this CPU in turn.
+isa: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n auto --maxprocesses 8
 
 # Warnings are errors here and not in setup.py: no newer compiler is to stop an installation.
 native-test:

@@ -29,6 +29,8 @@ PACKAGES = (
     "torch triton transformers liger-kernel cut-cross-entropy quack-kernels trl "
     "nvidia-cutlass-dsl flash-attn flash-attn-3 flash-attn-4 peft".split()
 )
+# Of a CPU: what decides in which precision, and how fast, its products are formed.
+PRODUCT_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 
 def measure(ready: Ready, gpu_steps: int) -> dict[str, Any]:
@@ -135,13 +137,14 @@ def _recorded() -> torch.cuda.Event:
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
-    """Processor, memory, versions, commit and date; no host name and no path."""
+    """Processor and its instruction sets, memory, versions, commit, date; no host name or path."""
     found: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "processor": _processor(),
+        "instruction_sets": _instruction_sets(),
         "cores": os.cpu_count(),
         "threads": threads,
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
@@ -175,8 +178,22 @@ def gpu_state() -> dict[str, str]:
 
 
 def _processor() -> str:
-    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1] if found else platform.machine()
+    return _cpuinfo("model name") or platform.machine()
+
+
+def _instruction_sets() -> str:
+    """Those of `PRODUCT_FLAGS` that the CPU has, and what oneDNN is limited to, if it is."""
+    has = set((_cpuinfo("flags") or "").split())
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    limited = f" (oneDNN limited to {limit})" if limit else ""
+    return " ".join(flag for flag in PRODUCT_FLAGS if flag in has) + limited
+
+
+def _cpuinfo(field: str) -> str | None:
+    """What the kernel says of the first processor, if it says it."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    found = re.search(rf"^{field}\s*: (.*)$", text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _version(package: str) -> str | None:

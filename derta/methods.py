@@ -17,8 +17,9 @@ class Method:
 
     Args:
         method: "full"; "lora", adapters on a frozen model; "qlora", the same with the frozen linear
-            layers in 4 bits (NF4 of bitsandbytes, its constants quantized too). The head is never
-            quantized, and under adapters frozen: no gradient of it ever exists.
+            layers in 4 bits (NF4 of bitsandbytes, its constants quantized too) that have a multiple
+            of 64 inputs. The head is never quantized, and under adapters frozen: no gradient of it
+            ever exists.
         lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save: as in PEFT.
         lora_dora: adapters that learn magnitude and direction apart (DoRA).
 

@@ -18,7 +18,7 @@ TENTHS = 10
 class StepMetrics:
     """Sums over the packs run since the last `read`: by-products of the loss, no extra pass.
 
-    `add` never waits for the device; `read` and `check_finite` cost one host transfer.
+    `add` never waits for the device; `read` costs one host transfer.
 
     Args:
         device: where the losses are.
@@ -39,20 +39,17 @@ class StepMetrics:
         self._benign_rows = torch.zeros((), device=self.device)
         self._next_total = self._rto_total = 0.0
         self._tokens = 0
-        self._first_bad = torch.full((), -1, device=self.device)
-        self._origins: list[tuple[int, tuple[str, ...]]] = []
         self._since = time.perf_counter()
 
-    def add(self, batch: PackedBatch, output: DertaOutput, step: int) -> None:
+    def add(self, batch: PackedBatch, output: DertaOutput) -> None:
         """Adds one pack's by-products.
 
         Args:
             batch: the pack, on the device.
             output: what the patched model returned for it.
-            step: optimizer step, named if the loss is not finite.
         """
-        loss, next_nll, refusal_nll = output.loss, output.next_nll, output.refusal_nll
-        assert loss is not None and next_nll is not None and refusal_nll is not None
+        next_nll, refusal_nll = output.next_nll, output.refusal_nll
+        assert next_nll is not None and refusal_nll is not None
         rto = batch.rto_mask.float()
         self._next_nll += (next_nll * batch.loss_weight).sum()
         self._rto_nll += (refusal_nll * rto * batch.loss_weight * batch.rto_weight).sum()
@@ -67,29 +64,6 @@ class StepMetrics:
         self._next_total += batch.next_total
         self._rto_total += batch.rto_total
         self._tokens += batch.input_ids.shape[1]
-
-        bad = ~torch.isfinite(loss.detach())
-        index = len(self._origins)
-        self._first_bad = torch.where((self._first_bad < 0) & bad, index, self._first_bad)
-        self._origins.append((step, batch.example_ids))
-
-    def check_finite(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Stops a run whose loss has become NaN or infinite.
-
-        Args:
-            reduce: sums a tensor over all ranks, so that every rank stops.
-
-        Raises:
-            FloatingPointError: names the step and the examples of the first such pack.
-        """
-        first_bad = int(self._first_bad)
-        if first_bad >= 0:
-            step, ids = self._origins[first_bad]
-            where = f"at step {step} in the pack of examples {', '.join(ids)}"
-        else:
-            where = "on another rank"
-        if reduce((self._first_bad >= 0).float()).item() > 0:
-            raise FloatingPointError(f"the loss is not finite {where}; nothing of it was saved")
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means since the last read, over all ranks; starts anew.

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from derta.anatomy import has_router_loss, head_of, router_loss, run_body, transformers_model
 from derta.attention import packed_mask, register_attention, scope_of
+from derta.four_bits import allow_packing, check_4_bits, forbid_packing
 from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss_with_rows
 from derta.offloading import offloading
@@ -97,6 +98,8 @@ def apply_derta(
     the median of each sequence: a mask or head that is misunderstood moves every row by much more,
     while a mixture of experts may route single tokens elsewhere by rounding.
 
+    Layers in 4 bits compute on a CPU, from now on, what has a gradient (`derta.four_bits`).
+
     Called again, it replaces what it was asked before.
 
     Args:
@@ -115,16 +118,17 @@ def apply_derta(
         TypeError: model is not a transformers model.
         ValueError: the model is one that packs would train wrongly, named with the reason: an
             encoder-decoder, no head, an adapter on the head or a quantized head, attention that
-            cannot be replaced or carries a state, weights that are not there, or a pack that comes
-            out differently. The model is then unchanged.
+            cannot be replaced or carries a state, weights that are not there or that a CPU reads
+            wrongly in 4 bits, or a pack that comes out differently. The model is then unchanged.
     """
     patched = transformers_model(model)
     remove_derta(patched)
     _refuse_unfit(patched)
     proof = Proof(patched)
-    expected = proof.separate_passes(patched)
     with contextlib.ExitStack() as undo:
         undo.callback(remove_derta, patched)
+        vars(patched)["_derta_unpacked"] = forbid_packing(patched)
+        expected = proof.separate_passes(patched)
         _install(patched, refusal_token_id, impl, attention, offload)
         proof.check(patched, refusal_token_id, expected)
         undo.pop_all()
@@ -145,6 +149,7 @@ def remove_derta(model: nn.Module) -> nn.Module:
     """
     patched = transformers_model(model)
     state = vars(patched)
+    allow_packing(state.pop("_derta_unpacked", []))
     patch: Patch | None = state.pop("_derta_patch", None)
     for config, own, twin in patch.twins if patch else ():
         if config._attn_implementation_internal == twin:
@@ -189,6 +194,7 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         kinds = ", ".join(sorted(layer_types - MASKED_LAYER_TYPES)) or "recurrent state"
         raise ValueError(f"{name} has layers that no mask governs ({kinds}), a branch needs one")
     head_of(model)
+    check_4_bits(model)
     if has_router_loss(model):
         parts = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
         missing = [part for part in parts if not hasattr(model, part)]

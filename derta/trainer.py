@@ -44,6 +44,7 @@ from derta.data import (
     encode_records,
     plan_packs,
 )
+from derta.finite import FiniteWatch
 from derta.metrics import StepMetrics
 from derta.modeling import apply_derta
 from derta.tiling import tile_mlp
@@ -133,7 +134,9 @@ class DertaTrainer(Trainer):
         ValueError: two records have one id, no record fits `max_length`, one exceeds the model's
             context, the refusal token cannot be resolved, what is to decide on the best checkpoint
             cannot be had of the evaluation records, or the model is one that `apply_derta` refuses.
-        FloatingPointError: while training, a loss was NaN or infinite; names step and examples.
+        FloatingPointError: while training, a loss, a gradient norm or a parameter was NaN or
+            infinite, or float16 loss scaling has failed, see `FiniteWatch.check`. It is raised when
+            figures are logged, before a model or checkpoint is saved, or at the end of `train`.
     """
 
     args: DertaConfig
@@ -178,6 +181,7 @@ class DertaTrainer(Trainer):
             held_out = self._encode(args, eval_dataset, encoder)
         check_watched(args.best_by_watching, held_out.roles if held_out else ())
         self.metrics = StepMetrics(args.device)
+        self.finite = FiniteWatch(args.device)
         self.probe_is_due = args.probe
         super().__init__(
             model=model,
@@ -325,8 +329,33 @@ class DertaTrainer(Trainer):
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 loss = self._pack_loss(model, batch, totals)
                 self.accelerator.backward(loss)
+            self._watch_finite(batch, loss, averaged=last)
             total += loss.detach()
         return total
+
+    def _watch_finite(self, batch: PackedBatch, loss: Tensor, *, averaged: bool) -> None:
+        # Scaled gradients may overflow, by DeepSpeed's scale too: such a step is skipped.
+        scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
+        self.finite.add(
+            batch,
+            loss,
+            [None if scaled else parameter.grad for _, parameter in self._parameters()],
+            step=self.state.global_step + 1,
+            averaged=averaged,
+        )
+
+    def _check_finite(self) -> None:
+        scaler = self.accelerator.scaler
+        self.finite.check(
+            {name: value if value.requires_grad else None for name, value in self._parameters()},
+            self._sum_over_ranks,
+            step=self.state.global_step,
+            loss_scale=None if scaler is None else scaler.get_scale(),
+        )
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        assert self.model is not None
+        return self.model.named_parameters()
 
     def _probe(self, model: nn.Module) -> None:
         """Forward and backward of the largest pack of all, which leave nothing behind.
@@ -375,7 +404,7 @@ class DertaTrainer(Trainer):
                 "the model's forward was replaced after apply_derta, as Liger's fused loss does "
                 "it, by one that takes a pack for a plain sequence: replace it before"
             )
-        self.metrics.add(batch, output, self.state.global_step + 1)
+        self.metrics.add(batch, output)
         return output.loss
 
     def _normalizer(self, batch: PackedBatch, totals: StepTotals) -> tuple[Tensor, Tensor | float]:
@@ -420,7 +449,7 @@ class DertaTrainer(Trainer):
         for step in range(held_out.losses.plan.steps_per_epoch):
             for batch in held_out.losses[step]:
                 batch = batch.to(self.args.device, non_blocking=True)
-                metrics.add(batch, model(**batch.model_inputs()), self.state.global_step)
+                metrics.add(batch, model(**batch.model_inputs()))
         for step in range(len(held_out.trunks)):
             for batch in held_out.trunks[step]:
                 inputs = batch.to(self.args.device, non_blocking=True).model_inputs()
@@ -438,13 +467,15 @@ class DertaTrainer(Trainer):
         return logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Of a step, or of the whole run, whose best checkpoint may be about to take its place.
+        if logs.keys() & {"loss", "train_loss"}:
+            self._check_finite()
         if "loss" in logs:
-            self.metrics.check_finite(self._sum_over_ranks)
             logs.update(self.metrics.read(self._sum_over_ranks))
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self.metrics.check_finite(self._sum_over_ranks)
+        self._check_finite()
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

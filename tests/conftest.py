@@ -1,12 +1,16 @@
-"""Where there is no GPU, Triton's kernels are tested in its interpreter.
+"""What holds for all tests: Triton's interpreter without a GPU, and poisoned allocations.
 
-Triton asks at its first import, so this stands before every test module. Ahead-of-time compilation,
-which the interpreter excludes, is tested in processes of its own.
+Triton asks for its interpreter at its first import, so this stands before every test module.
+Ahead-of-time compilation, which the interpreter excludes, is tested in processes of its own.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 if find_spec("hypothesis"):
@@ -21,3 +25,15 @@ if not torch.cuda.is_available():
         import quick_interpreter
 
         quick_interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations() -> Iterator[None]:
+    """Fill what `torch.empty` and its kind hand out, within torch too: NaN, or the largest integer.
+
+    Fresh memory is mostly zeros, which hide that nobody wrote them. `torch.utils.deterministic`
+    fills it in this mode.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -24,6 +24,7 @@ LAYERS = [
     {
         "derta.data",
         "derta.anatomy",
+        "derta.four_bits",
         "derta.proof",
         "derta.modeling",
         "derta.methods",

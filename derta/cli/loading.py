@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from derta.data import Reading, Record, Source, source_records
+from derta.four_bits import layers_for_4_bits
 
 
 def load_model(
@@ -36,7 +38,7 @@ def load_model(
     Args:
         folder: of the model, or its name on the model hub.
         dtype: of the weights, where they are not quantized.
-        quantization: of the linear layers, head apart; None: they are not.
+        quantization: of the layers that may be in 4 bits; None: all stay as they are.
         device: where quantized weights are to be.
         local_files_only: whether nothing may be downloaded.
 
@@ -45,6 +47,8 @@ def load_model(
         OSError: there is no model in safetensors.
     """
     with intact_weights(folder), loading("the model", folder):
+        if quantization is not None:
+            quantization.llm_int8_skip_modules = _kept_whole(folder, local_files_only)
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -54,6 +58,18 @@ def load_model(
             trust_remote_code=False,
             local_files_only=local_files_only,
         )
+
+
+def _kept_whole(folder: str, local_files_only: bool) -> list[str]:
+    """Names of a model's linear layers that may not be in 4 bits."""
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=local_files_only
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    small = layers_for_4_bits(model)
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return [name for name in linear if name not in small]
 
 
 @contextmanager

@@ -185,13 +185,14 @@ def run(config: Config) -> None:
     records.check()
     eval_records.check()
     tokenizer = loading.load_tokenizer(config.model, config.chat_template)
+    progress = Progress("train")
     trainer = DertaTrainer(
         model=load_model(config),
         args=config,
         train_dataset=records,
         eval_dataset=eval_records if config.eval_sources else None,
         processing_class=tokenizer,
-        callbacks=[Progress("train")],
+        callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
@@ -206,4 +207,7 @@ def run(config: Config) -> None:
         if not ran_out_of_memory(error):
             raise
         raise MemoryError(advice(trainer, config)) from error
+    finally:
+        if progress.bar is not None:  # what is said of an error begins a line of its own
+            progress.bar.close()
     save(trainer, Path(config.output_dir))

@@ -16,6 +16,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from derta.anatomy import context_of
 from derta.config import LIGER_LOSSES_OFF
 from derta.data import Drawn, EncodedTriple, PackedBatch, pack
+from derta.four_bits import layers_for_4_bits
 from derta.memory.plan import GIB, Triples, needed
 from derta.memory.step import Step, StepMemory, prepared
 from derta.methods import Method, quantization
@@ -40,14 +41,15 @@ def random_model(
     in_4_bits = quantization(method, dtype) is not None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    head = model.get_output_embeddings()
+    small = set(layers_for_4_bits(model).values()) if in_4_bits else set()
 
     def draw(module: nn.Module) -> nn.Module:
         module.to_empty(device=device, recurse=False)
         model._init_weights(module)
         for name, child in module.named_children():
             setattr(module, name, draw(child))
-        if in_4_bits and isinstance(module, nn.Linear) and module is not head:
+        if module in small:
+            small.remove(module)  # which would keep the weight
             return quantized(module)
         return module
 

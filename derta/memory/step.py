@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from derta.four_bits import layers_for_4_bits
 from derta.loss import derta_loss
 from derta.memory.liger import liger_layers
 from derta.memory.optimizer import state_bytes
@@ -336,12 +337,9 @@ class _Nf4Linear(nn.Linear):
 
 
 def _quantize(model: PreTrainedModel) -> None:
-    """The linear layers in 4 bits, the head apart."""
-    head = model.get_output_embeddings()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and child is not head:
-                setattr(module, name, _Nf4Linear(child))
+    """The layers in 4 bits that are to be."""
+    for name, layer in layers_for_4_bits(model).items():
+        model.set_submodule(name, _Nf4Linear(layer))
 
 
 def _attention(

@@ -20,10 +20,12 @@
 #include <cuda_fp16.h>
 #define DERTA_INLINE __device__ __forceinline__
 #define DERTA_LANES(clauses) _Pragma("unroll")
+#define DERTA_SUM float  // a lane adds few tiles, and doubles are slow on consumer GPUs
 #else
 #define DERTA_INLINE inline
 #define DERTA_PRAGMA(text) _Pragma(#text)
 #define DERTA_LANES(clauses) DERTA_PRAGMA(omp simd clauses)
+#define DERTA_SUM double
 #endif
 
 // This header is compiled once an instruction set. With external linkage the linker would keep one
@@ -158,21 +160,30 @@ DERTA_INLINE FinalLogit final_logit(float logit, const DertaRows &rows) {
     return {rows.softcap * bounded, rows.logit_scale * multiply_add(-bounded, bounded, 1.0f)};
 }
 
-// Of the logits seen so far. Where a row is sure of its token, the sum is 1 and a small rest, which
-// is all that its loss and gradient consist of: a double has room for both, and within a tile,
-// which is summed in float, the ones are counted apart.
+// The sum of exp(z - highest) over the logits seen so far. Where a row is sure of its token, it is 1
+// and a small rest, which is all that its loss and gradient consist of. Added to 1 it would lose its
+// digits, so terms that are 1 are counted and the rest is summed apart.
 struct Summary {
     float highest;
-    double sum;  // of exp(z - highest)
+    DERTA_SUM ones;
+    DERTA_SUM rest;
 };
 
 // Finite: rows may hold -inf, and -inf - -inf is no number.
-constexpr Summary kNothingSeen = {-FLT_MAX, 0.0};
+constexpr Summary kNothingSeen = {-FLT_MAX, 0, 0};
+
+// The same with a maximum that is at least as high: ones that are none any more join the rest.
+DERTA_INLINE Summary rescaled(Summary seen, float highest) {
+    const float factor = exponential(seen.highest - highest);
+    if (factor == 1.0f) return {highest, seen.ones, seen.rest};
+    return {highest, 0, (seen.ones + seen.rest) * factor};
+}
 
 DERTA_INLINE Summary merged(Summary a, Summary b) {
     const float highest = a.highest > b.highest ? a.highest : b.highest;
-    return {highest, a.sum * exponential(a.highest - highest) +
-                         b.sum * exponential(b.highest - highest)};
+    a = rescaled(a, highest);
+    b = rescaled(b, highest);
+    return {highest, a.ones + b.ones, a.rest + b.rest};
 }
 
 template <bool kSoftcap, typename Team>
@@ -197,7 +208,8 @@ DERTA_INLINE Summary with_tile(Summary seen, const typename Team::Logit *tile, i
         ones += term == 1.0f ? 1.0f : 0.0f;
         rest += term == 1.0f ? 0.0f : term;
     }
-    return {highest, seen.sum * exponential(seen.highest - highest) + (double(ones) + rest)};
+    seen = rescaled(seen, highest);
+    return {highest, seen.ones + ones, seen.rest + rest};
 }
 
 // A team has `Logit`, `kTile`, lane(), lanes(), load() and store() of a tile's first logits,
@@ -224,7 +236,7 @@ DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
         seen = with_tile<kSoftcap, Team>(seen, tile, count, rows);
     }
     seen = Team::merged(seen);
-    const float rest = float(seen.sum - 1.0);
+    const float rest = float((seen.ones - 1) + seen.rest);
     if (Team::lane() == 0) {
         const float log_sum = log1pf(rest);
         rows.logsumexp[i_row] = seen.highest + log_sum;

@@ -46,7 +46,8 @@ struct Block {
     static __device__ Summary merged(Summary mine) {
         for (int away = kWarp / 2; away > 0; away /= 2) {
             const Summary theirs = {__shfl_xor_sync(~0u, mine.highest, away),
-                                    __shfl_xor_sync(~0u, mine.sum, away)};
+                                    __shfl_xor_sync(~0u, mine.ones, away),
+                                    __shfl_xor_sync(~0u, mine.rest, away)};
             mine = ::merged(mine, theirs);
         }
         __shared__ Summary of_warp[kMaxThreads / kWarp];

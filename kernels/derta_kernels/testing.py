@@ -48,12 +48,15 @@ class HeadCase:
         return replace(self, **moved)
 
     def requiring_gradients(self) -> HeadCase:
-        """The same case on fresh leaves: hidden, weight and bias require a gradient."""
-        bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()
+        """The same case on fresh leaves: hidden, weight and bias require a gradient.
+
+        They share their memory with the case's, as a copy would lose their strides.
+        """
+        bias = None if self.bias is None else self.bias.detach().requires_grad_()
         return replace(
             self,
-            hidden=self.hidden.detach().clone().requires_grad_(),
-            weight=self.weight.detach().clone().requires_grad_(),
+            hidden=self.hidden.detach().requires_grad_(),
+            weight=self.weight.detach().requires_grad_(),
             bias=bias,
         )
 

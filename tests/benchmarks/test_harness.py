@@ -17,7 +17,14 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.command import main
-from benchmarks.harness import ROOT, gpu_state, watch_other_processes, watch_resident_memory
+from benchmarks.harness import (
+    PRODUCT_FLAGS,
+    ROOT,
+    describe_machine,
+    gpu_state,
+    watch_other_processes,
+    watch_resident_memory,
+)
 from benchmarks.head_loss import OURS, TORCH_CHUNKED, Setup
 from benchmarks.head_loss import QUESTION as HEAD_LOSS
 from benchmarks.head_loss_cases import PROBABILITIES, Case, errors, make_inputs, right_answer
@@ -157,6 +164,16 @@ def test_a_busy_neighbour_is_noticed() -> None:
     others = watch_other_processes()
     subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
     assert others() > 0.1
+
+
+def test_a_cpu_is_named_with_what_it_multiplies_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    cpu = torch.device("cpu")
+    named = describe_machine(cpu, 1)["instruction_sets"]
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    assert named.split() == [flag for flag in PRODUCT_FLAGS if flag in flags]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert describe_machine(cpu, 1)["instruction_sets"] == f"{named} (oneDNN limited to AVX2)"
 
 
 def test_a_gpu_without_its_command_is_measured_all_the_same(

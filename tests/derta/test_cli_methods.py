@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -118,6 +119,22 @@ def test_a_frozen_head_has_neither_gradient_nor_buffer(method: str) -> None:
     assert head.weight.grad is None and not head._buffers
     trained = [name for name, p in model.named_parameters() if p.grad is not None]
     assert all("lora_" in name for name in trained)
+
+
+@pytest.mark.skipif(NO_BITSANDBYTES is not None, reason=str(NO_BITSANDBYTES))
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(("width", "inner"), [(32, 128), (40, 64), (64, 128)])
+def test_qlora_trains_models_of_any_size_on_any_cpu(
+    width: int, inner: int, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether bitsandbytes packs weights for it or not, evaluations between the steps included."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
+    tiny_model("llama", hidden_size=width, intermediate_size=inner).save_pretrained("model")
+    evaluations = ("--eval_sources", "{path: rows.jsonl, role: safety}", "--eval_strategy", "steps")
+    assert train("--method", "qlora", *evaluations, "--eval_steps", "1") == 0
+    history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    losses = [row[key] for row in history for key in ("loss", "eval_loss") if key in row]
+    assert len(losses) == 4 and all(map(math.isfinite, losses))
 
 
 def test_without_bitsandbytes_the_way_out_is_said(

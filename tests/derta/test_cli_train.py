@@ -16,11 +16,13 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from derta.cli import main
 from derta.cli.train import Config, describe_shares, load_model
 from derta.data import LossShare, Source
 from derta.trainer import DertaTrainer
+from runs import poison
 from tiny import tiny_model, tiny_tokenizer
 
 LORA = ("--method", "lora", "--lora_r", "2")
@@ -151,6 +153,36 @@ def test_an_interrupted_save_costs_no_model_and_never_becomes_part_of_one(
     assert train() == 0
     assert weights("out") == {"model.safetensors"}
     assert not Path("out/unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ((), set()),
+        (("--save_strategy", "steps", "--save_steps", "1"), {"checkpoint-1", "checkpoint-2"}),
+    ],
+)
+def test_a_gradient_that_is_not_finite_leaves_no_model(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    kept: set[str],
+) -> None:
+    """Not even one at the last step, which no later loss would show."""
+    begin = DertaTrainer.train
+
+    def poisoned(self: DertaTrainer, **arguments: Any) -> TrainOutput:
+        poison(self.model, 2)
+        return begin(self, **arguments)
+
+    monkeypatch.setattr(DertaTrainer, "train", poisoned)
+    assert train("--max_steps", "3", *options) == 1
+    assert {path.name for path in Path("out").glob("*")} == kept
+    said = capsys.readouterr().err
+    where = r"is not finite at step 3 in the pack of examples rows.jsonl:\d, rows.jsonl:\d"
+    message = rf"derta train: the gradient norm of .* {where}; nothing of it was saved"
+    assert re.fullmatch(message, said.splitlines()[-1])
+    assert said.count("derta train:") == 1 and "Traceback" not in said
 
 
 def test_a_run_begins_with_the_tokens_that_one_pass_saves(

@@ -285,6 +285,19 @@ def test_a_config_is_enough_to_probe(method: Any) -> None:
     assert "probe: a pack of 298 tokens through random weights, forward and backward, runs" in said
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize(("width", "inner"), [(32, 128), (40, 64), (64, 128)])
+def test_4_bits_of_any_size_can_be_probed_on_any_cpu(
+    width: int, inner: int, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether bitsandbytes packs weights for it or not."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
+    config = tiny_model("llama", hidden_size=width, intermediate_size=inner).config
+    step = Step(config=config, method=Method(method="qlora"), autocast=True)
+    assert "forward and backward, runs" in probe(step, 200, Triples(2, 0.5, 40, 30), CPU)
+
+
 LLAMAS = {  # of billions of parameters
     1: dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),
     3: dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28),
@@ -352,7 +365,8 @@ def test_random_weights_are_those_of_the_method(method: Any) -> None:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 def test_what_comes_in_4_bits_is_never_there_as_a_whole() -> None:
-    config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=6, vocab_size=100))
+    sizes = dict(num_hidden_layers=6, vocab_size=100, intermediate_size=384)
+    config = AutoConfig.for_model("llama", **TINY | sizes)
     quarter, whole = (
         peak_bytes(lambda m=method: random_model(config, Method(method=m), torch.bfloat16, CPU))
         for method in ("qlora", "lora")

@@ -3,81 +3,31 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from accelerate import Accelerator, DistributedType, PartialState
+from torch.distributed.tensor import DTensor
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from derta import DertaConfig, DertaTrainer, Dialogue, Triple, apply_derta
-from derta.data import Chat, PackedBatch, Record, Rendered, sequence_length
+from derta import DertaConfig, DertaTrainer, Triple, apply_derta
+from derta.data import Chat, PackedBatch, PackedSteps, Record, Rendered, sequence_length
 from derta.evaluation import EvaluationSettings, forced_rates, refusal_curve, response
+from runs import RECORDS, poison, settings, trainer
 from tiny import tiny_model, tiny_tokenizer
-
-RECORDS: list[Record] = [
-    Triple(
-        prompt=f"How do I paint the {colour} fence?",
-        harmful="Sure, here is how: " + "step one, take the ladder. " * (1 + index % 4),
-        safe="Sorry, I cannot help with that.",
-        id=f"triple-{index}",
-        weight=0.5 + index % 3,
-    )
-    for index, colour in enumerate(["green", "brown", "quiet", "seven", "lazy", "quick"])
-] + [
-    Dialogue(
-        messages=[
-            {"role": "user", "content": "What does the fox do?"},
-            {"role": "assistant", "content": "The quick brown fox jumps. " * (index + 1)},
-        ],
-        id=f"dialogue-{index}",
-        borderline=index == 2,
-        weight=0.25 * (1 + index),
-    )
-    for index in range(3)
-]
-
-
-def settings(directory: Path, **changes: object) -> DertaConfig:
-    return DertaConfig(
-        **{
-            "output_dir": str(directory),
-            "refusal": "Sorry",
-            "branches": 2,
-            "max_length": 256,
-            "max_tokens": 4096,
-            "examples_per_step": len(RECORDS),
-            "max_steps": 1,
-            "optim": "sgd",
-            "learning_rate": 1.0,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "weight_decay": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **changes,
-        }
-    )
-
-
-def trainer(
-    directory: Path,
-    model: PreTrainedModel | None = None,
-    records: list[Record] = RECORDS,
-    **changes: object,
-) -> DertaTrainer:
-    return DertaTrainer(
-        model=model or tiny_model("llama", dtype=torch.float64),
-        args=settings(directory, **changes),
-        train_dataset=iter(records),
-        processing_class=tiny_tokenizer(),
-    )
 
 
 def test_a_model_proves_itself_where_it_trains(
@@ -163,39 +113,140 @@ def test_gradients_do_not_depend_on_how_many_packs_a_step_takes(
 
 # Of one step each: loss_norm and architecture.
 RANKED = [("tokens", "llama"), ("terms", "llama"), ("official", "llama"), ("tokens", "mixtral")]
+# Makes an uneven number of packs, so that one rank runs an empty one.
+UNEVEN = 260
+
+
+def ranked_steps(directory: Path) -> list[dict[str, dict]]:
+    """Gradients and logs of `RANKED`, on one of several ranks."""
+    results = []
+    for loss_norm, architecture in RANKED:
+        changes = dict(max_tokens=UNEVEN, loss_norm=loss_norm, ddp_backend="gloo")
+        gradient, log = one_step(directory, architecture, held_out=RECORDS, **changes)
+        results.append({"gradient": gradient, "log": log})
+    return results
+
+
+# Of two steps with two packs a rank each; the first is found to be finite.
+FAILING = dict(
+    max_tokens=160,
+    max_length=160,
+    max_steps=2,
+    logging_first_step=True,
+    logging_steps=10,
+    save_strategy="steps",
+    save_steps=2,
+)
+# What is not finite on rank 1 alone: after which of its packs, and whether it is a loss.
+FAILURES = {
+    "first gradients": (2, False),
+    "averaged gradients": (3, False),
+    "averaged, of a loss": (3, True),
+}
+
+
+def failure(run: DertaTrainer) -> str:
+    with pytest.raises(FloatingPointError) as error:
+        run.train()
+    return str(error.value)
+
+
+def ranked_failures(directory: Path) -> dict[str, str]:
+    """Why runs with `FAILURES` ended, on one of several ranks."""
+    said = {}
+    for name, (pack, loss) in FAILURES.items():
+        run = trainer(directory / name, **FAILING, ddp_backend="gloo")
+        if run.args.process_index == 1:
+            poison(run.model, pack, loss=loss)
+        said[name] = failure(run)
+    return said
+
+
+class LargeShard(TrainerCallback):
+    """Lets the last step end with the last norm's weights past use, in the part of one rank."""
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        **_: Any,
+    ) -> None:
+        if state.global_step == state.max_steps and args.process_index == 1:
+            with torch.no_grad():
+                model.model.norm.weight.to_local().fill_(1e30)
+
+
+def sharded_failures(directory: Path) -> list[str]:
+    """Why runs with FSDP2 ended, on one of several ranks.
+
+    Of a gradient and of weights that are not finite in the part that rank 1 has of them; rank 0 is
+    to blame for that gradient. Accelerate has FSDP on accelerators only: it is told that its
+    processes have one each.
+    """
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }
+    setup = Accelerator.__init__
+
+    def on_accelerators(self: Accelerator, *args: Any, **options: Any) -> None:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        setup(self, *args, **options)
+
+    def sharded(**changes: object) -> DertaTrainer:
+        model = tiny_model("llama").requires_grad_(False)
+        model.model.norm.weight.requires_grad_()
+        return trainer(directory, model, **{**FAILING, **changes}, ddp_backend="gloo")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accelerator, "__init__", on_accelerators)
+        run = sharded()
+        if run.args.process_index == 0:
+            poison(run.model, 2, column=-1)
+        said = [failure(run)]
+        weight = run.model.model.norm.weight
+        assert isinstance(weight, DTensor) and weight.to_local().shape == (16,)
+        run = sharded()
+        run.add_callback(LargeShard())
+        return [*said, failure(run)]
+
+
 # Ends without Python's own ending, during which a thread of gloo now and then aborts the process.
 RANK_SCRIPT = """
 import os
 import sys
 import torch
 from pathlib import Path
-from test_trainer import RANKED, RECORDS, one_step
-folder, results = Path(sys.argv[1]), []
-for loss_norm, architecture in RANKED:
-    changes = dict(max_tokens=int(sys.argv[2]), loss_norm=loss_norm, ddp_backend="gloo")
-    gradient, log = one_step(folder, architecture, held_out=RECORDS, **changes)
-    results.append({"gradient": gradient, "log": log})
+from test_trainer import ranked_failures, ranked_steps, sharded_failures
+folder = Path(sys.argv[1])
+results = {
+    "steps": ranked_steps(folder),
+    "failures": ranked_failures(folder),
+    "sharded failures": sharded_failures(folder / "sharded"),
+}
 torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
 torch.distributed.barrier()
 os._exit(0)
 """
 
 
-def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
-    # Makes an uneven number of packs, so that one rank runs an empty one.
-    max_tokens = 260
-    assert len(trainer(tmp_path, max_tokens=max_tokens).train_dataset[0]) % 2 == 1
+def test_several_ranks_have_one_gradient_and_fail_as_one(tmp_path: Path) -> None:
+    """Two promises in one test: starting the ranks takes most of its time."""
     script = tmp_path / "rank.py"
     script.write_text(RANK_SCRIPT)
     tests = Path(__file__).parent
     root = tests.parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, str(script), str(tmp_path), str(max_tokens)],
+        [*command, str(script), str(tmp_path)],
         capture_output=True,
         text=True,
-        env={
-            "PATH": "",
+        env=os.environ
+        | {
             "TMPDIR": str(tmp_path),  # so abrupt an end leaves its examples behind
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{tests}:{tests.parent}:{root}:{root / 'kernels'}",
@@ -203,15 +254,62 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for steps in zip(RANKED, *(results["steps"] for results in ranks), strict=True):
+        assert_same_as_one_rank(tmp_path, *steps)
+    assert_same_failures(tmp_path, *ranks)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def assert_same_as_one_rank(
+    directory: Path, ranked: tuple[str, str], *results: dict[str, Any]
+) -> None:
+    """Gradients and figures do not depend on the number of ranks."""
+    assert len(trainer(directory, max_tokens=UNEVEN).train_dataset[0]) % 2 == 1
+    loss_norm, architecture = ranked
+    changes = {"loss_norm": loss_norm, "max_tokens": UNEVEN}
+    expected, log = one_step(directory, architecture, RECORDS, **changes)
     watched = ("eval_loss", "eval_asr", "eval_over_refusal", "eval_trade_off")
-    for (loss_norm, architecture), *results in zip(RANKED, *ranks, strict=True):
-        changes = {"loss_norm": loss_norm, "max_tokens": max_tokens}
-        expected, log = one_step(tmp_path, architecture, RECORDS, **changes)
-        for result in results:
-            assert_same(result["gradient"], expected)
-            for figure in ("loss", "mle_loss", "rto_loss", "rto_targets", *watched):
-                wanted = pytest.approx(log[figure], rel=1e-5)
-                assert result["log"][figure] == wanted, (loss_norm, architecture, figure)
+    for result in results:
+        assert_same(result["gradient"], expected)
+        for figure in ("loss", "mle_loss", "rto_loss", "rto_targets", *watched):
+            wanted = pytest.approx(log[figure], rel=1e-5)
+            assert result["log"][figure] == wanted, (loss_norm, architecture, figure)
+
+
+def assert_same_failures(directory: Path, *results: dict[str, Any]) -> None:
+    """All ranks stop, and name a rank's own pack where its loss or own gradients tell of it.
+
+    Once gradients are averaged, any of the packs may be to blame; if they are sharded, any of the
+    whole step.
+    """
+    steps = trainer(directory, **FAILING).train_dataset
+    (other_first, other_last), (first, last) = (
+        [
+            ", ".join(pack.example_ids)
+            for pack in PackedSteps(steps.examples, steps.plan, steps.collator, rank, 2)[1]
+        ]
+        for rank in range(2)
+    )
+    gradients = (
+        "the gradient norm of model.embed_tokens.weight, model.layers.0.self_attn.q_proj.weight, "
+        "model.layers.0.self_attn.k_proj.weight and 17 more is not finite at step 2 in"
+    )
+    end = "; nothing of it was saved"
+    for result in results:
+        assert result["failures"] == {
+            "first gradients": f"{gradients} the pack of examples {first}{end}",
+            "averaged gradients": (
+                f"{gradients} one of the packs of examples ({other_last}), ({last}){end}"
+            ),
+            "averaged, of a loss": (
+                f"the loss is not finite at step 2 in the pack of examples {last}{end}"
+            ),
+        }
+        assert result["sharded failures"] == [
+            "the gradient norm of model.norm.weight is not finite at step 2 in one of the packs of "
+            f"examples ({other_first}), ({other_last}), ({first}), ({last}){end}",
+            f"the norm of model.norm.weight is not finite after step 2{end}",
+        ]
 
 
 def test_official_norm_is_the_mean_of_pack_means(tmp_path: Path) -> None:
@@ -315,32 +413,6 @@ def test_steps_and_schedule_are_known_before_training(tmp_path: Path) -> None:
     tuned.train()
     assert tuned.state.global_step == 2 * math.ceil(len(RECORDS) / 4)
     assert tuned.state.epoch == 2.0
-
-
-class _Poison(nn.Module):
-    def __init__(self, norm: nn.Module, calls: int) -> None:
-        super().__init__()
-        self.norm, self.calls = norm, calls
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        self.calls -= self.training
-        return self.norm(hidden) * (float("nan") if self.calls < 0 else 1.0)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_saved(tmp_path: Path) -> None:
-    tuned = trainer(
-        tmp_path,
-        examples_per_step=1,
-        max_steps=6,
-        logging_steps=5,
-        save_strategy="steps",
-        save_steps=4,
-    )
-    tuned.model.model.norm = _Poison(tuned.model.model.norm, calls=2)
-    expected = tuned.train_dataset[2][0].example_ids[0]
-    with pytest.raises(FloatingPointError, match=f"at step 3 in the pack of examples {expected};"):
-        tuned.train()
-    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_forward_that_takes_packs_for_sequences_trains_nothing(tmp_path: Path) -> None:

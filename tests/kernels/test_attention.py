@@ -100,9 +100,15 @@ def test_batch_rows_have_examples_of_their_own() -> None:
     assert torch.equal(interval_attention(**both, example_bounds=bounds), apart)
 
 
-def test_other_examples_leave_no_trace_of_a_bit() -> None:
-    clean, poisoned = tensors(BRANCHED), tensors(BRANCHED)
-    start, end = BRANCHED.bounds[0]
+# Of odd lengths, and long enough for a CPU's matrix unit.
+LONG = packed([(65, [(33, 31), (12, 7)]), (37, [])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("row", [BRANCHED, LONG], ids=["short", "long"])
+def test_other_examples_leave_no_trace_of_a_bit(row: Packed, dtype: torch.dtype) -> None:
+    clean, poisoned = tensors(row, dtype=dtype), tensors(row, dtype=dtype)
+    start, end = row.bounds[0]
     with torch.no_grad():
         for name in "qkv":
             poisoned[name][:, start:end] = torch.nan

@@ -225,15 +225,17 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[dict
 GPU = torch.device("cuda", 0)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("module", SIGNATURES)
-def test_every_version_is_called_as_it_asks(install, module: str) -> None:
+def test_every_version_is_called_as_it_asks(install, module: str, deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
     calls = install((9, 0), {module: SIGNATURES[module]})
     varlen_func = flash_attn._varlen_func(GPU, torch.bfloat16, 128)
     for options in ({}, {"window": 3}, {"softcap": 2.0}):
         calls.clear()
         arguments = tensors(BRANCHED, value_width=6)
         assert_is_the_definition(arguments, varlen=varlen_func, **options)
-        assert len(calls) == 2 and not any(call["deterministic"] for call in calls)
+        assert [call["deterministic"] for call in calls] == [deterministic] * 2
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,16 @@ def test_an_example_of_more_tiles_than_are_looked_at_together(scan: int) -> None
         assert distance(actual.double(), wanted) < 3e-6
 
 
+def test_scores_as_low_as_float32_goes_are_scores() -> None:
+    arguments = triton_inputs(packed([(3, [])]), heads=1, kv_heads=1)
+    lowest = torch.finfo(torch.float32).min * math.log(2)  # the kernels' scores are in base 2
+    q, k = torch.zeros_like(arguments["q"]), torch.zeros_like(arguments["k"])
+    q[..., 0], k[..., 0] = 1.0, lowest * (1 - 1e-6)
+    out = interval_attention(**arguments | dict(q=q, k=k), scale=1.0, impl="triton")
+    seen = torch.arange(1, 4, device=DEVICE)[:, None, None]
+    assert distance(out, arguments["v"].cumsum(1) / seen) < 1e-6
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}], ids=str)
 def test_what_nobody_sees_is_never_loaded(options) -> None:

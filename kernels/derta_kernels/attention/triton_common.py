@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,8 +22,8 @@ from derta_kernels.attention.layout import Layout
 SCAN = tl.constexpr(128)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Finite: -inf - -inf is no number.
-LOWEST = tl.constexpr(-3.4e38)
+# A running maximum starts from it: no finite number lies below, and -inf - -inf is no number.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def constants(

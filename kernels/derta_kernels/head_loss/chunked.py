@@ -7,6 +7,7 @@ kernels/README.md.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ def head_loss_chunked(
     for start in range(0, count, step):
         chunk = slice(start, min(start + step, count))
         h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
-        h = h.to(dtype)
+        h = h.to(dtype).contiguous()  # libraries read past the rows of a view, see `_scratch`
         logits = scratch[: len(h)]
         _put_logits(logits, h, weight, bias)
 
@@ -152,9 +153,15 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     widens or emulates there. Logits are then not rounded at all, and take twice the scratch.
     """
     narrow = dtype in (torch.bfloat16, torch.float16)
-    if narrow and device_type == "cpu" and not torch.cpu._is_amx_tile_supported():
+    if narrow and device_type == "cpu" and not _multiplies_in_a_matrix_unit():
         return torch.float32
     return dtype
+
+
+def _multiplies_in_a_matrix_unit() -> bool:
+    """Tell whether torch's products use one: the CPU has it, and oneDNN may use it."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    return torch.cpu._is_amx_tile_supported() and (limit == "DEFAULT" or "AMX" in limit)
 
 
 def chunk_rows(
@@ -199,10 +206,16 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, V) uninitialised, each row starting on `ROW_ALIGNMENT_BYTES`."""
+    """(rows, V) uninitialised, each row starting on `ROW_ALIGNMENT_BYTES` and padded with zeros.
+
+    A matrix unit takes bfloat16 in pairs: of a row of odd length oneDNN reads one element more, and
+    multiplies it by zero, which leaves NaN where it finds NaN.
+    """
     multiple = ROW_ALIGNMENT_BYTES // dtype.itemsize
     padded = -(-vocabulary // multiple) * multiple
-    return torch.empty(rows, padded, dtype=dtype, device=device)[:, :vocabulary]
+    scratch = torch.empty(rows, padded, dtype=dtype, device=device)
+    scratch[:, vocabulary:] = 0
+    return scratch[:, :vocabulary]
 
 
 def _weight_slice(weight: Tensor, dtype: torch.dtype) -> int:

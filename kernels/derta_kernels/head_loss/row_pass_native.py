@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -16,9 +17,6 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent / "_native"
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # row_pass.h has the same
-
-# One of `instruction_sets()` in place of the best that this machine runs.
-forced_instruction_set: str | None = None
 
 
 class _Rows(ctypes.Structure):
@@ -51,11 +49,13 @@ def row_pass_native(
     """`row_pass_torch`, for float16, bfloat16 and float32 logits and float32 weights.
 
     Logits are left as they are without `form_gradient`. On a CPU it takes `torch.get_num_threads()`
-    threads.
+    threads, and the best instruction set that this machine runs, or the one of `instruction_sets`
+    that the environment variable DERTA_INSTRUCTION_SET names.
 
     Memory: that of its results. Deterministic: one thread, or one thread block, a row.
 
     Raises:
+        ValueError: DERTA_INSTRUCTION_SET names none that this machine runs.
         RuntimeError: CUDA refused the launch.
     """
     assert logits.stride(1) == 1 and token_weight.dtype == torch.float32
@@ -83,9 +83,8 @@ def row_pass_native(
                 ctypes.byref(rows), logits.device.index, ctypes.c_void_p(stream)
             )
     else:
-        isa = forced_instruction_set
         error = _library("cpu").derta_row_pass(
-            ctypes.byref(rows), None if isa is None else isa.encode(), torch.get_num_threads()
+            ctypes.byref(rows), _forced_instruction_set(), torch.get_num_threads()
         )
     if error is not None:
         raise RuntimeError(f"the native row pass failed: {error.decode()}")
@@ -111,6 +110,23 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def instruction_sets() -> list[str]:
     """Those of this CPU that the library has code for, the best one last."""
     return _library("cpu").derta_row_pass_instruction_sets().decode().split()
+
+
+def _forced_instruction_set() -> bytes | None:
+    """The one that DERTA_INSTRUCTION_SET names; None: the best there is.
+
+    Raises:
+        ValueError: this machine does not run it.
+    """
+    name = os.environ.get("DERTA_INSTRUCTION_SET")
+    if name is None:
+        return None
+    if name not in instruction_sets():
+        raise ValueError(
+            f"DERTA_INSTRUCTION_SET must be one of {', '.join(instruction_sets())} on this "
+            f"machine, got {name!r}"
+        )
+    return name.encode()
 
 
 def _not_built(kind: str) -> str | None:

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# A running maximum starts from it: no finite number lies below, and -inf - -inf is no number.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
 
 class LaunchConfig(NamedTuple):
     """How a row is walked: `block` logits at a time by `num_warps` warps."""
@@ -94,8 +97,8 @@ def row_pass(
 
     # Where a row is sure of its token, the sum of exp(z - highest) is 1 and a small rest: the rest
     # is all that its loss and gradient consist of, and added to 1 it would lose its digits. So ones
-    # are counted and the rest is summed. The start is finite: -inf - -inf is no number.
-    b_highest = tl.full([LANES], -3.4e38, tl.float32)
+    # are counted and the rest is summed.
+    b_highest = tl.full([LANES], LOWEST, tl.float32)
     b_ones = tl.zeros([LANES], tl.float32)
     b_rest = tl.zeros([LANES], tl.float32)
     for start in range(0, whole, BLOCK):
