@@ -23,7 +23,7 @@ from derta.demo.world import (
     tuning_records,
 )
 
-TINY = Scale(gadgets=12, hidden_size=8, base_steps=2, tuning_tokens=30_000, held_out=8)
+TINY = Scale(gadgets=6, hidden_size=8, base_steps=2, tuning_tokens=25_000, held_out=4)
 
 
 @pytest.fixture(scope="module")

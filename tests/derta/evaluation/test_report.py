@@ -21,6 +21,7 @@ from derta.evaluation import (
     format_table,
     format_undecided,
     pool,
+    report,
     summarize,
     write_report,
 )
@@ -69,6 +70,20 @@ def summary(seeds: int = 1, names: tuple[str, ...] = ("base", "vanilla", "derta"
             for name in names[1:]
         },
     )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report's page, beside its pictures, which take their time to draw."""
+    return write_report(summary(), tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def drawn(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports get the pictures of that one."""
+    pngs = [written.with_name(f"{name}.png").read_bytes() for name in PICTURES]
+    pictures = {name: (png, "<svg></svg>") for name, png in zip(PICTURES, pngs, strict=True)}
+    monkeypatch.setattr(report, "draw", lambda made: pictures)
 
 
 def test_positions_are_drawn_only_where_the_judge_can_tell_them() -> None:
@@ -226,6 +241,7 @@ def test_seeds_are_pooled_for_every_judge_and_task() -> None:
     assert pooled["lm_eval"] == {"ifeval": {"acc": 0.5}}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_report_with_samples_is_its_owners_alone(tmp_path: Path) -> None:
     made = summary()
     made["variants"]["derta"]["samples"] = [vars(Sample("asr.direct", "a", "b", "", "c", True))]
@@ -281,8 +297,8 @@ class Page(html.parser.HTMLParser):
         self.shown += data
 
 
-def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
-    text = write_report(summary(), tmp_path).read_text("utf-8")
+def test_the_page_loads_nothing_and_runs_nothing(written: Path) -> None:
+    text = written.read_text("utf-8")
     page = Page(text)
     assert not {"script", "link", "iframe", "object", "embed", "img", "base"} & set(page.tags)
     assert all(reference.startswith("#") for reference in page.references)
@@ -292,8 +308,8 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     assert set(re.findall(r"\w+://[^\s\"'<>]+", text)) <= namespaces
 
 
-def test_ids_are_told_apart_across_pictures(tmp_path: Path) -> None:
-    text = write_report(summary(), tmp_path).read_text("utf-8")
+def test_ids_are_told_apart_across_pictures(written: Path) -> None:
+    text = written.read_text("utf-8")
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     for picture in pictures:
         wanted = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", picture))
@@ -313,12 +329,12 @@ def test_text_of_models_and_data_is_text(tmp_path: Path) -> None:
     assert page.shown.count(EVIL) >= 6
 
 
-def test_no_sample_is_shown_that_was_not_asked_for(tmp_path: Path) -> None:
-    assert "blockquote>" not in write_report(summary(), tmp_path).read_text("utf-8")
+def test_no_sample_is_shown_that_was_not_asked_for(written: Path) -> None:
+    assert "blockquote>" not in written.read_text("utf-8")
 
 
-def test_what_readers_should_know_of_the_trials_is_said(tmp_path: Path) -> None:
-    page = Page(write_report(summary(), tmp_path).read_text("utf-8"))
+def test_what_readers_should_know_of_the_trials_is_said(written: Path) -> None:
+    page = Page(written.read_text("utf-8"))
     assert "derta, asr prefill 64: 40 of 40 records left out" in page.shown
     assert "derta, asr completion: 3 of 40 answers empty" in page.shown
     assert "1 min 15 s" in page.shown
@@ -346,6 +362,7 @@ def test_what_cannot_be_reported_writes_nothing(tmp_path: Path, change: Any, mes
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("interrupted_at", [0, 5, 6])
 def test_an_interrupted_report_leaves_only_whole_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
@@ -374,8 +391,7 @@ def test_an_interrupted_report_leaves_only_whole_files(
     assert after["report.html"].endswith(b"</html>\n")
 
 
-def test_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
-    page = write_report(summary(), tmp_path)
+def test_files_can_be_read_by_whom_the_umask_allows(written: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
-    assert page.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert written.stat().st_mode & 0o777 == 0o666 & ~umask
