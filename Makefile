@@ -1,11 +1,11 @@
-# make setup | test | isa | native-test | aot | demo | bench | bench-check | lint : each works on a clean clone
+# make setup | test | slow | isa | native-test | aot | demo | bench | bench-check | lint : each works on a clean clone
 # with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test isa native-test aot demo bench bench-check lint clean
+.PHONY: setup test slow isa native-test aot demo bench bench-check lint clean
 
 setup: $(INSTALLED)
 
@@ -17,8 +17,13 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard 
 	@touch $@
 
 # A thread a process: they share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+	$(PYTEST) -m 'not slow'
+
+# What is long, and what draws its examples, with ten times as many of them.
+slow: setup
+	$(PYTEST) -m 'slow or hypothesis' --hypothesis-profile thorough
 
 # What multiplies, on every instruction set of this CPU in turn.
 isa: setup

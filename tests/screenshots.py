@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look at pages with")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium, which pages are looked at with, is not installed"
+)
 
 DARK, LIGHT = 0, 1  # Blink's numbers of what a reader prefers
 

@@ -146,7 +146,9 @@ def test_a_cpu_offloads_nothing() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="copies of a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="nothing is copied where PyTorch sees no CUDA device"
+)
 def test_on_a_gpu_the_bits_are_the_same_and_the_peak_is_lower() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     model, x = Layers(1024).to(device), torch.randn(8192, 1024, device=device)

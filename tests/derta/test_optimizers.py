@@ -39,7 +39,7 @@ def bytes_of(tensor: Tensor) -> int:
 def test_bfloat16_weights_train_with_states_as_large_as_planned(optim: str, tmp_path: Path) -> None:
     package = OPTIMIZERS[optim]
     if find_spec(package) is None:
-        pytest.skip(f"{optim} needs {package}")
+        pytest.skip(f"{optim} needs {package}, which is not installed")
     model = tiny_model("llama", hidden_size=64, intermediate_size=96).to(torch.bfloat16)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     trainer = DertaTrainer(
