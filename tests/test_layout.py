@@ -32,6 +32,7 @@ LAYERS = [
     },
     {
         "derta.config",
+        "derta.finite",
         "derta.metrics",
         "derta.progress",
         "derta.trainer",
