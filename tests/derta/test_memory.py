@@ -306,7 +306,10 @@ LLAMAS = {  # of billions of parameters
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory of a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="PyTorch sees no CUDA device whose memory a plan could be held against",
+)
 @pytest.mark.parametrize("liger", [False, pytest.param(True, marks=LIGER)])
 @pytest.mark.parametrize(
     ("billions", "method"),

@@ -60,7 +60,7 @@ def row_passes(*dtypes: torch.dtype) -> list[Any]:
             impl,
             dtype,
             marks=pytest.mark.skipif(
-                why_not(impl, dtype) is not None, reason=str(why_not(impl, dtype))
+                why_not(impl, dtype) is not None, reason=f"{impl}: {why_not(impl, dtype)}"
             ),
         )
         for impl in ROW_PASSES
