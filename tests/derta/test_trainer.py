@@ -197,10 +197,10 @@ def sharded_failures(directory: Path) -> list[str]:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         setup(self, *args, **options)
 
-    def sharded(**changes: object) -> DertaTrainer:
+    def sharded() -> DertaTrainer:
         model = tiny_model("llama").requires_grad_(False)
         model.model.norm.weight.requires_grad_()
-        return trainer(directory, model, **{**FAILING, **changes}, ddp_backend="gloo")
+        return trainer(directory, model, **FAILING, ddp_backend="gloo")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Accelerator, "__init__", on_accelerators)
