@@ -23,6 +23,7 @@ SCAN = tl.constexpr(128)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # A running maximum starts from it: no finite number lies below, and -inf - -inf is no number.
+# Scores are in base 2 here: those below -2.36e38 overflow to -inf before they are compared.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
