@@ -334,7 +334,7 @@ class DertaTrainer(Trainer):
         return total
 
     def _watch_finite(self, batch: PackedBatch, loss: Tensor, *, averaged: bool) -> None:
-        # Scaled gradients may overflow: such a step is skipped. DeepSpeed keeps gradients to itself.
+        # Scaled gradients may overflow: such a step is skipped. DeepSpeed keeps its own.
         scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
         self.finite.add(
             batch,
