@@ -117,7 +117,7 @@ if __name__ == "__main__":
         + find_packages("kernels", include=["derta_kernels", "derta_kernels.*"]),
         package_dir={"derta_kernels": "kernels/derta_kernels"},
         package_data={
-            "derta": ["py.typed"],
+            "derta": ["py.typed", "**/*.pyi"],
             "derta_kernels": ["py.typed", "head_loss/_native/*"],
         },
         cmdclass={"build_py": BuildWithNative, "bdist_wheel": PlatformWheel},

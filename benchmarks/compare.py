@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.question import NAMES, Question, question_named
-from benchmarks.records import figures, load_groups
-from benchmarks.requirements import Figures
+from benchmarks.harness.question import NAMES, Question, question_named
+from benchmarks.harness.records import figures, load_groups
+from benchmarks.harness.requirements import Figures
 
 QUANTITIES = ("time_ms_p50", "peak_mib")
 

@@ -83,7 +83,7 @@ memory)
     take_up longest
     export PYTORCH_ALLOC_CONF=expandable_segments:True  # as derta train has it
     export PYTHONPATH="$PYTHONPATH:$peers"
-    timeout 200 python3 -m pytest tests/derta/test_memory.py tests/derta/test_offloading.py -m gpu \
+    timeout 200 python3 -m pytest tests/derta/memory/test_memory.py tests/derta/modeling/test_offloading.py -m gpu \
         -q -ra --durations=10 2>&1 | tee "$out/plan.log" || true  # it says what differs
     timeout 270 python3 -m benchmarks.longest --device cuda --machine "$machine" --out "$out" \
         --memories 8 16 24 --resume 2>&1 | tee -a "$out/memory.log"

@@ -26,9 +26,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.examples import MEAN_LENGTHS, REFUSAL, in_batches, samples
-from benchmarks.harness import ROOT, describe_machine
-from benchmarks.step import LARGE, LLAMA_3_8B, LORA, OFFICIAL, OURS, RUNGS, loss_of, make_model
+from benchmarks.harness.examples import MEAN_LENGTHS, REFUSAL, in_batches, samples
+from benchmarks.harness.measuring import ROOT, describe_machine
+from benchmarks.step.question import (
+    LARGE,
+    LLAMA_3_8B,
+    LORA,
+    OFFICIAL,
+    OURS,
+    RUNGS,
+    loss_of,
+    make_model,
+)
 from derta.data import Drawn, EncodedTriple, pack
 
 MEMORIES_GIB = (8, 16, 24, 48, 80)
@@ -106,9 +115,9 @@ def measured(
         guesses: tokens to begin with, by GiB; what the device has not is left out.
     """
     from derta.memory.plan import CONTEXT_BYTES, GIB
-    from derta.modeling import apply_derta
-    from derta.offloading import ran_out_of_memory
-    from derta.tiling import tile_mlp
+    from derta.modeling.mlp_tiling import tile_mlp
+    from derta.modeling.offloading import ran_out_of_memory
+    from derta.modeling.patch import apply_derta
 
     total = torch.cuda.get_device_properties(device).total_memory
     _let_go()  # of the last method's model
@@ -160,9 +169,9 @@ def projected(
     """What `derta plan` says of ours, and what the same arithmetic says of the official recipe."""
     from transformers import LlamaConfig
 
-    from derta.memory import Step, StepMemory
+    from derta.memory import StepMemory, StepSettings
     from derta.memory.plan import GIB, Triples, longest_pack
-    from derta.methods import Method
+    from derta.modeling.adapters import Method
 
     class OfficialMemory(StepMemory):
         """Of two samples, padded to one length, through transformers' attention and loss."""
@@ -174,7 +183,7 @@ def projected(
                 input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False
             ).loss
 
-    settings = Step(
+    settings = StepSettings(
         config=LlamaConfig(**LLAMA_3_8B),
         method=Method(method=method, lora_r=LORA["r"], lora_dropout=LORA["lora_dropout"]),
         autocast=True,

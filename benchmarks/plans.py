@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.examples import MEAN_LENGTHS
-from benchmarks.harness import ROOT, describe_machine
+from benchmarks.harness.examples import MEAN_LENGTHS
+from benchmarks.harness.measuring import ROOT, describe_machine
 
 MEMORIES_GIB = (8, 16, 24)
 METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
@@ -82,13 +82,13 @@ def plans(
     """With everything turned that saves memory and costs no precision of the weights."""
     from transformers import AutoConfig
 
-    from derta.memory import Step, StepMemory
+    from derta.memory import StepMemory, StepSettings
     from derta.memory.plan import GIB, Triples, longest_pack, needed
-    from derta.methods import Method
+    from derta.modeling.adapters import Method
 
     prompt, _, safe = MEAN_LENGTHS
     triples = Triples(1, 1.0, prompt, safe)
-    step = Step(
+    step = StepSettings(
         config=AutoConfig.for_model(**MODELS[model]),
         method=Method(method=method, lora_dropout=0.0),
         autocast=method != "full",

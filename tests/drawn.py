@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from derta.data.encoding import EncodedDialogue, EncodedTriple
-from derta.data.packing import Drawn
+from derta.data.packs.packing import Drawn
+from derta.data.tokens.encoding import EncodedDialogue, EncodedTriple
 
 REFUSAL = 77
 VOCABULARY = 400

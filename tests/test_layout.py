@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from derta.cli import module_of
 from derta.cli.usage import USAGE
 
 ROOT = Path(__file__).parents[1]
@@ -20,26 +21,21 @@ ROOT = Path(__file__).parents[1]
 # Later layers may import earlier ones; see "Who imports whom" in kernels/README.md.
 LAYERS = [
     {"derta_kernels"},
-    {"derta._version", "derta.loss", "derta.labels", "derta.attention", "derta.offloading"},
     {
-        "derta.data",
-        "derta.anatomy",
-        "derta.four_bits",
-        "derta.proof",
-        "derta.modeling",
-        "derta.methods",
-        "derta.tiling",
+        "derta._lazy",
+        "derta._version",
+        "derta.outputs",
+        "derta.settings",
+        "derta.loss",
+        "derta.labels",
     },
-    {
-        "derta.config",
-        "derta.finite",
-        "derta.metrics",
-        "derta.progress",
-        "derta.trainer",
-        "derta.watch",
-        "derta.evaluation",
-        "derta.memory",
-    },
+    {"derta.data.records"},
+    {"derta.data.tokens"},
+    {"derta.objectives"},
+    {"derta.data"},
+    {"derta.modeling"},
+    {"derta.evaluation", "derta.memory"},
+    {"derta.training"},
     {"derta.demo"},
     {"derta.cli"},
 ]
@@ -65,15 +61,34 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
     return names
 
 
+DOORS = ("derta", "derta.data", "derta.evaluation")
+
+
+def through_doors(names: Iterable[str]) -> set[str]:
+    """Return imported names, those of a lazy package by the module that defines them."""
+    homes = {
+        f"{door}.{alias.name}": f"{node.module}.{alias.name}"
+        for door in DOORS
+        for node in ast.parse((ROOT / door.replace(".", "/") / "__init__.pyi").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return {homes.get(name, name) for name in names}
+
+
 def imports(path: Path) -> set[str]:
     return imported(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def layer(module: str) -> int | None:
-    for index, names in enumerate(LAYERS):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return index
-    return None
+    """Return the index of the longest name in `LAYERS` that holds the module."""
+    held = {
+        name: index
+        for index, names in enumerate(LAYERS)
+        for name in names
+        if module == name or module.startswith(name + ".")
+    }
+    return held[max(held, key=len)] if held else None
 
 
 def test_nothing_imports_upward() -> None:
@@ -121,7 +136,7 @@ for module in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_every_command_is_imported_by_itself() -> None:
-    commands = [f"derta.cli.{name.replace(' ', '.')}" for name in USAGE]
+    commands = [module_of(command).__name__ for command in USAGE]
     done = subprocess.run(
         [sys.executable, "-c", ALONE, *commands],
         capture_output=True,
@@ -132,13 +147,13 @@ def test_every_command_is_imported_by_itself() -> None:
 
 
 def test_a_training_run_needs_nothing_that_draws() -> None:
-    found, waiting = modules(), ["derta.trainer"]
+    found, waiting = modules(), ["derta.training.trainer"]
     loaded: set[str] = set()
     while waiting:
         name = waiting.pop()
         loaded.add(name)
         at_once = imported(ast.parse(found[name].read_text("utf-8")).body) if name in found else ()
-        waiting.extend({*at_once, name.rpartition(".")[0] or "derta"} - loaded)
+        waiting.extend({*through_doors(at_once), name.rpartition(".")[0] or "derta"} - loaded)
     assert "derta.evaluation.curve" in loaded
     assert not [name for name in loaded if name.startswith("matplotlib")]
 
@@ -151,11 +166,13 @@ def test_kernels_shadows_no_package_of_that_name() -> None:
         assert not (ROOT / "kernels" / "derta_kernels" / name).exists()
 
 
-@pytest.mark.parametrize("module", ["derta", "derta.data", "derta.evaluation"])
-def test_public_names_resolve(module: str) -> None:
+@pytest.mark.parametrize("module", DOORS)
+def test_public_names_resolve_and_shadow_no_module(module: str) -> None:
     package = importlib.import_module(module)
+    assert package.__all__ == dir(package)
     for name in package.__all__:
         assert getattr(package, name) is not None
+        assert f"{module}.{name}" not in modules()
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = package.nothing
 

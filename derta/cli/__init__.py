@@ -12,8 +12,10 @@ import logging
 import os
 import signal
 import sys
+import typing
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from derta._version import __version__
@@ -22,6 +24,8 @@ from derta.cli.usage import ACTIONS, SUMMARY, USAGE
 if TYPE_CHECKING:
     import argparse
 
+# Modules of commands that have actions beside.
+MODULES = {"eval": "eval.evaluate"}
 # What the first arguments of a command are, where they are not a configuration file.
 BARE = {
     "bench": ("what",),
@@ -64,12 +68,23 @@ def _with_action(command: str, arguments: Sequence[str]) -> tuple[str, Sequence[
     return command, arguments
 
 
+def module_of(command: str) -> ModuleType:
+    """Return the module of a command, with its action if it has one."""
+    name = command.replace(" ", ".")
+    return importlib.import_module(f"derta.cli.{MODULES.get(name, name)}")
+
+
+def settings_of(module: ModuleType) -> Any:
+    """Return the dataclass that the module's `run` takes."""
+    return typing.get_type_hints(module.run)["config"]
+
+
 def _run(command: str, arguments: Sequence[str]) -> None:
     from pathlib import Path
 
-    from derta.cli.arguments import build, read_options, read_yaml
+    from derta.settings import build, read_options, read_yaml
 
-    module = importlib.import_module(f"derta.cli.{command.replace(' ', '.')}")
+    module = module_of(command)
     bare = list(itertools.takewhile(lambda part: not part.startswith("--"), arguments))
     if not hasattr(module, "run"):
         found = bare[0] if bare else ""
@@ -85,12 +100,12 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     if command in ("plan", "data stats"):
         sources = {name: module.of_training(values) for name, values in sources.items()}
     sources["command line"] = read_options(arguments)
-    module.run(build(module.Config, sources))
+    module.run(build(settings_of(module), sources))
 
 
 def _by_key(keys: Sequence[str], bare: Sequence[str]) -> tuple[dict[str, Any], int]:
     """Values of the keys, and how many of the arguments they are."""
-    from derta.cli.arguments import Text
+    from derta.settings import Text
 
     values: dict[str, Any] = {key: Text(text) for key, text in zip(keys, bare, strict=False)}
     if keys[-1] not in LISTS or len(bare) < len(keys):
@@ -136,7 +151,7 @@ def _main(options: argparse.Namespace) -> int:
         print(f"derta {command}: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        from derta.offloading import ran_out_of_memory
+        from derta.modeling.offloading import ran_out_of_memory
 
         if options.traceback or not ran_out_of_memory(error):
             raise

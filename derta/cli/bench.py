@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 @dataclass(kw_only=True)
-class Config:
+class BenchConfig:
     """A benchmark.
 
     Args:
@@ -22,7 +22,7 @@ class Config:
     capabilities: list[int] | None = None
 
 
-def run(config: Config) -> None:
+def run(config: BenchConfig) -> None:
     """Compiles every launch and prints what it takes.
 
     Raises:

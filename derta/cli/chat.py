@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from derta.cli.loading import find_device, load_tuned, weights_dtype
 from derta.data import Chat
-from derta.data.records import Message
-from derta.evaluation.generate import generate, stop_ids
+from derta.data.records.types import Message
+from derta.evaluation.generation.local import generate, stop_ids
+from derta.modeling.loading import find_device, load_tuned, weights_dtype
 
 
 @dataclass(kw_only=True)
-class Config:
+class ChatConfig:
     """A conversation.
 
     Args:
@@ -37,7 +37,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
-def run(config: Config) -> None:
+def run(config: ChatConfig) -> None:
     """Answers each line of the standard input, the likeliest token at every place.
 
     Raises:

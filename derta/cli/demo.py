@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from derta.config import check_folder
 from derta.demo.run import ABLATIONS, VARIANTS, run_demo
 from derta.evaluation import format_table
+from derta.outputs import check_folder
 
 MAX_THREADS = 4
 
 
 @dataclass(kw_only=True)
-class Config:
+class DemoConfig:
     """A demo.
 
     Args:
@@ -44,7 +44,7 @@ class Config:
         check_folder("output_dir", self.output_dir)
 
 
-def run(config: Config) -> None:
+def run(config: DemoConfig) -> None:
     """Runs the demo; prints its table and where the report is."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()

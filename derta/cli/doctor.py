@@ -24,7 +24,7 @@ PACKAGES = {
 
 
 @dataclass(kw_only=True)
-class Config:
+class DoctorConfig:
     """`derta doctor` has no settings."""
 
 
@@ -80,6 +80,6 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def run(config: Config) -> None:
+def run(config: DoctorConfig) -> None:
     """Prints the report."""
     print(report())

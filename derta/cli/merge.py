@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from peft import PeftModel
 
-from derta.cli.loading import load_tuned, weights_dtype
-from derta.config import check_folder
+from derta.modeling.loading import load_tuned, weights_dtype
+from derta.outputs import check_folder
 
 
 @dataclass(kw_only=True)
-class Config:
+class MergeConfig:
     """A merge.
 
     Args:
@@ -37,7 +37,7 @@ class Config:
             raise ValueError(f"output_dir: {folder} is not empty, choose another folder")
 
 
-def run(config: Config) -> None:
+def run(config: MergeConfig) -> None:
     """Writes the merged model.
 
     Raises:

@@ -11,18 +11,18 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import logging
 
-from derta.anatomy import context_of
-from derta.cli.loading import find_device, loading
-from derta.config import RECIPES, check_planned
 from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
 from derta.memory.probe import probe
 from derta.memory.step import make_step
-from derta.methods import Method
+from derta.modeling.adapters import Method
+from derta.modeling.introspection import context_of
+from derta.modeling.loading import find_device, loading
+from derta.training.config import RECIPES, check_planned
 
 
 @dataclass(kw_only=True)
-class Config(Method):
+class PlanConfig(Method):
     """What decides how much memory a step takes: `Method`, and keys of `DertaConfig`.
 
     Args:
@@ -81,12 +81,14 @@ def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
     from derta.cli import train
 
     values = {**RECIPES.get(str(values.get("recipe")), {}), **values}
-    ours = {field.name for field in fields(Config)} - {"probe"}  # there it precedes the training
-    theirs = {field.name for field in fields(train.Config)}
+    ours = {field.name for field in fields(PlanConfig)} - {
+        "probe"
+    }  # there it precedes the training
+    theirs = {field.name for field in fields(train.TrainConfig)}
     return {key: value for key, value in values.items() if key in ours or key not in theirs}
 
 
-def run(config: Config) -> None:
+def run(config: PlanConfig) -> None:
     """Prints the plan.
 
     Raises:

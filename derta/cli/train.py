@@ -14,20 +14,20 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from derta.cli import loading
-from derta.config import DertaConfig
-from derta.data import LossShare, Source, render_pack
+from derta.data import LossShare, Source, SourceRecords, render_pack
 from derta.memory import plan
 from derta.memory.probe import physical_memory
 from derta.memory.step import make_step
-from derta.methods import Method, adapt, quantization
-from derta.offloading import ran_out_of_memory
-from derta.progress import Progress
-from derta.trainer import DertaTrainer
+from derta.modeling import loading
+from derta.modeling.adapters import Method, adapt, quantization
+from derta.modeling.offloading import ran_out_of_memory
+from derta.training.config import DertaConfig
+from derta.training.progress import Progress
+from derta.training.trainer import DertaTrainer
 
 
 @dataclass(kw_only=True)
-class Config(Method, DertaConfig):
+class TrainConfig(Method, DertaConfig):
     """A training run: `DertaConfig`, `Method`, and where the model and the records are.
 
     Args:
@@ -72,7 +72,7 @@ class Config(Method, DertaConfig):
             )
 
 
-def load_model(config: Config) -> PreTrainedModel | PeftModel:
+def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
     """The model to tune; with adapters, drawn from the run's seed, if that is the method."""
     set_seed(config.seed)
     dtype = loading.weights_dtype(config.dtype, config.device)
@@ -162,7 +162,7 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
         print(f"tuned model: {directory}{outcome(trainer)}")
 
 
-def advice(trainer: DertaTrainer, config: Config) -> str:
+def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
     """The plan of the largest pack of a run that did not fit."""
     model: Any = trainer.model
     step = make_step(
@@ -178,10 +178,10 @@ def advice(trainer: DertaTrainer, config: Config) -> str:
     return f"out of memory; {plan.describe(step, tokens, triples)}"
 
 
-def run(config: Config) -> None:
+def run(config: TrainConfig) -> None:
     """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
-    records = loading.SourceRecords(config.sources)
-    eval_records = loading.SourceRecords(config.eval_sources)
+    records = SourceRecords(config.sources)
+    eval_records = SourceRecords(config.eval_sources)
     records.check()
     eval_records.check()
     tokenizer = loading.load_tokenizer(config.model, config.chat_template)

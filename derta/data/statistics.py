@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from derta.data.chat import BATCH, batched
-from derta.data.duplicates import (
+from derta.data.packs.packing import DertaCollator, Drawn, count_tokens
+from derta.data.packs.shares import loss_shares
+from derta.data.records.duplicates import (
     NEAR,
     Fingerprint,
     Match,
@@ -23,11 +24,10 @@ from derta.data.duplicates import (
     digest,
     user_turns,
 )
-from derta.data.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
-from derta.data.packing import DertaCollator, Drawn, count_tokens
-from derta.data.records import Dialogue, Message, Record, Rendered, Request, Triple
-from derta.data.refusal import choose_refusal_token
-from derta.data.shares import loss_shares
+from derta.data.records.types import Dialogue, Message, Record, Rendered, Request, Triple
+from derta.data.tokens.chat import BATCH, batched
+from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
+from derta.data.tokens.refusal import choose_refusal_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

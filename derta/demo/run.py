@@ -30,7 +30,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from derta.config import RECIPES, DertaConfig
 from derta.data import Chat, Dialogue, Record, Triple, as_request
 from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
 from derta.demo.world import (
@@ -50,8 +49,9 @@ from derta.evaluation import (
     summarize,
     write_report,
 )
-from derta.progress import Progress
-from derta.trainer import DertaTrainer
+from derta.training.config import RECIPES, DertaConfig
+from derta.training.progress import Progress
+from derta.training.trainer import DertaTrainer
 
 
 @dataclass(frozen=True)

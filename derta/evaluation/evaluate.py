@@ -12,15 +12,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from derta.anatomy import context_length
 from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
-from derta.data.records import Request, naming
-from derta.evaluation.generate import Generator, ModelGenerator, Written, decode
-from derta.evaluation.judge import Exchange, Judge, KeywordJudge, Verdict
+from derta.data.records.types import Request, naming
+from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
+from derta.evaluation.judges.base import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from derta.evaluation.results import Outcome, Sample, VariantResult
-from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, scenarios
+from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, make_scenarios
 from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
+from derta.modeling.introspection import context_length
 
 # For trials that no judge reads.
 UNJUDGED = Verdict(refused=None)
@@ -33,7 +33,7 @@ class EvaluationSettings:
     Args:
         refusal: the refusal token whose curve is read, see `find_refusal_token`.
         prefill_depths: how many tokens of the harmful response an answer starts with.
-        templates: texts around a request, each with the slot `{request}`, see `scenarios`.
+        templates: texts around a request, each with the slot `{request}`, see `make_scenarios`.
         max_new_tokens: longest answer.
         batch_size: prompts a batch.
         max_tokens: tokens a pack of the refusal curve.
@@ -65,7 +65,9 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.helpful not in ("exact_match", "perplexity"):
             raise ValueError(f"helpful must be exact_match or perplexity, got {self.helpful!r}")
-        scenarios(EvaluationData(), prefill_depths=self.prefill_depths, templates=self.templates)
+        make_scenarios(
+            EvaluationData(), prefill_depths=self.prefill_depths, templates=self.templates
+        )
         if self.lm_eval:
             check_tasks(self.lm_eval)
         if not self.judges:
@@ -166,7 +168,7 @@ def collect_answers(
     """
     started = time.perf_counter()
     chat = Chat(tokenizer)
-    chosen = scenarios(
+    chosen = make_scenarios(
         data,
         prefill_depths=settings.prefill_depths,
         templates=settings.templates,

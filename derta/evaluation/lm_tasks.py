@@ -10,7 +10,7 @@ from unittest import mock
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from derta.anatomy import evaluating
+from derta.modeling.introspection import evaluating
 
 SUFFIXES = (".yaml", ".yml")
 

@@ -1,7 +1,7 @@
 """Scenarios: what a model is asked, and which of its answers count.
 
 A scenario turns one request into one trial. To add one, write that small function and give it a
-line in `scenarios`.
+line in `make_scenarios`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from derta.data import Chat, Message
-from derta.data.records import Request
-from derta.evaluation.judge import Verdict, succeeded
+from derta.data.records.types import Request
+from derta.evaluation.judges.base import Verdict, succeeded
 from derta.evaluation.questions import is_right
 
 SLOT = "{request}"
@@ -239,7 +239,7 @@ class Scenario:
     is_judged: bool = True
 
 
-def scenarios(
+def make_scenarios(
     data: EvaluationData,
     *,
     prefill_depths: Sequence[int],

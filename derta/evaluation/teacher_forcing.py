@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from derta.anatomy import context_length, evaluating
 from derta.data import (
     Chat,
     Dialogue,
@@ -32,9 +31,10 @@ from derta.data import (
     plan_packs,
     resolve_refusal_token,
 )
-from derta.data.records import Request, naming
-from derta.evaluation.generate import SHOWN_AFTER_S
-from derta.modeling import apply_derta, patch_of, remove_derta
+from derta.data.records.types import Request, naming
+from derta.evaluation.generation.local import SHOWN_AFTER_S
+from derta.modeling.introspection import context_length, evaluating
+from derta.modeling.patch import apply_derta, patch_of, remove_derta
 
 # Source: arXiv 2407.09121, section 3.3.
 PAPER_REFUSAL = "Sorry"

@@ -1,5 +1,5 @@
 """How much memory a training step takes, before it is run: see `StepMemory`, and `plan`."""
 
-from derta.memory.step import Step, StepMemory
+from derta.memory.step import StepMemory, StepSettings
 
-__all__ = ["Step", "StepMemory"]
+__all__ = ["StepSettings", "StepMemory"]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers.utils import is_liger_kernel_available
 
-from derta.anatomy import context_of
-from derta.memory.step import Step, StepMemory
+from derta.memory.step import StepMemory, StepSettings
+from derta.modeling.introspection import context_of
 
 GIB = 2**30
 # What a CUDA context, its libraries and an allocator's gaps take. Assumed, not measured.
@@ -109,13 +109,13 @@ def longest_pack(memory: StepMemory, triples: Triples) -> int:
     return tokens
 
 
-def turns(step: Step) -> Iterator[tuple[str, Callable[[Step], Step]]]:
+def turns(step: StepSettings) -> Iterator[tuple[str, Callable[[StepSettings], StepSettings]]]:
     """Keys that may save memory and are not turned yet, each with what it makes of a step."""
 
-    def adapted(**keys: Any) -> Callable[[Step], Step]:
+    def adapted(**keys: Any) -> Callable[[StepSettings], StepSettings]:
         return lambda step: replace(step, method=replace(step.method, **keys))
 
-    def turned(**keys: Any) -> Callable[[Step], Step]:
+    def turned(**keys: Any) -> Callable[[StepSettings], StepSettings]:
         return lambda step: replace(step, **keys)
 
     if not step.checkpointing:
@@ -149,7 +149,7 @@ def table(bytes_by_part: Counter[str]) -> str:
     )
 
 
-def describe(step: Step, tokens: int, triples: Triples) -> str:
+def describe(step: StepSettings, tokens: int, triples: Triples) -> str:
     """The whole answer for packs of that many tokens."""
     memory = StepMemory(step)
     peak = needed(memory, tokens, triples)
@@ -160,7 +160,7 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
         table(peak),
         _longest(longest_pack(memory, triples), triples, step),
     ]
-    saving: dict[str, Callable[[Step], Step]] = {}
+    saving: dict[str, Callable[[StepSettings], StepSettings]] = {}
     for key, turn in turns(step):
         with contextlib.suppress(ValueError):  # experts are not tiled
             saved = peak.total() - needed(StepMemory(turn(step)), tokens, triples).total()
@@ -183,7 +183,7 @@ def describe(step: Step, tokens: int, triples: Triples) -> str:
     return "\n".join(lines)
 
 
-def _longest(tokens: int, triples: Triples, step: Step) -> str:
+def _longest(tokens: int, triples: Triples, step: StepSettings) -> str:
     if tokens == 0:
         return "no pack fits"
     branches = f" and {triples.branches} safe response" + "s" * (triples.branches > 1)

@@ -13,15 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
-from derta.anatomy import context_of
-from derta.config import LIGER_LOSSES_OFF
 from derta.data import Drawn, EncodedTriple, PackedBatch, pack
-from derta.four_bits import layers_for_4_bits
 from derta.memory.plan import GIB, Triples, needed
-from derta.memory.step import Step, StepMemory, prepared
-from derta.methods import Method, quantization
-from derta.modeling import apply_derta
-from derta.offloading import ran_out_of_memory
+from derta.memory.step import StepMemory, StepSettings, prepared
+from derta.modeling.adapters import Method, quantization
+from derta.modeling.introspection import context_of
+from derta.modeling.liger import LIGER_LOSSES_OFF
+from derta.modeling.offloading import ran_out_of_memory
+from derta.modeling.patch import apply_derta
+from derta.modeling.quantization import layers_for_4_bits
 
 REFUSAL = 0  # any token will do
 NOT_TENSORS = ("optimizer", "context")
@@ -93,7 +93,7 @@ def full_pack(tokens: int, triples: Triples, context: int) -> PackedBatch:
     )
 
 
-def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> str:
+def probe(step: StepSettings, tokens: int, triples: Triples, device: torch.device) -> str:
     """What a pass took, beside what the plan says of it.
 
     Args:
@@ -134,7 +134,7 @@ def probe(step: Step, tokens: int, triples: Triples, device: torch.device) -> st
     )
 
 
-def _run(step: Step, batch: PackedBatch, device: torch.device) -> None:
+def _run(step: StepSettings, batch: PackedBatch, device: torch.device) -> None:
     torch.manual_seed(0)
     model: Any = random_model(step.config, step.method, step.dtype, device)
     adapted: Any = prepared(model, step)

@@ -27,15 +27,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from derta.four_bits import layers_for_4_bits
 from derta.loss import derta_loss
-from derta.memory.liger import liger_layers
 from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
-from derta.methods import Method, adapt
-from derta.modeling import checkpoint_layers
-from derta.offloading import Lane, Offloading
-from derta.tiling import layers_of, tile_mlp
+from derta.modeling.adapters import Method, adapt
+from derta.modeling.liger import liger_layers
+from derta.modeling.mlp_tiling import layers_of, tile_mlp
+from derta.modeling.offloading import Lane, Offloading
+from derta.modeling.patch import checkpoint_layers
+from derta.modeling.quantization import layers_for_4_bits
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
 
@@ -52,7 +52,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and that
 
 
 @dataclass(kw_only=True)
-class Step:
+class StepSettings:
     """What decides how much memory a step takes.
 
     Attributes:
@@ -90,16 +90,16 @@ def make_step(
     checkpointing: bool,
     device_type: str,
     memory: int,
-) -> Step:
+) -> StepSettings:
     """A step as the keys say that a training run and `derta plan` have in common.
 
     Args:
         model_config: of the model.
         config: a `Method` with these keys.
-        dtype, checkpointing, device_type: see `Step`.
+        dtype, checkpointing, device_type: see `StepSettings`.
         memory: bytes of the device.
     """
-    return Step(
+    return StepSettings(
         config=model_config,
         method=Method(**{key.name: getattr(config, key.name) for key in fields(Method)}),
         dtype=dtype,
@@ -121,7 +121,7 @@ class StepMemory:
     Nor are long packs: from `far` tokens on, everything grows as it has since half of them.
     """
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: StepSettings) -> None:
         self.step = step
         self.far = max(FAR, 8 * (step.mlp_tile or 0))
         whole = _without_storage(step)
@@ -193,7 +193,7 @@ def _beyond(less: Peaks, more: Peaks, steps: float) -> Peaks:
     }
 
 
-def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
+def _without_storage(step: StepSettings, layers: int | None = None) -> nn.Module:
     """The model to train on the meta device, or its first layers."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -209,7 +209,7 @@ def _without_storage(step: Step, layers: int | None = None) -> nn.Module:
         return prepared(model, step)
 
 
-def prepared(model: PreTrainedModel, step: Step) -> PreTrainedModel | PeftModel:
+def prepared(model: PreTrainedModel, step: StepSettings) -> PreTrainedModel | PeftModel:
     """The model as the step trains it: with its adapters, checkpoints and tiles."""
     adapted = adapt(model, step.method)
     if step.checkpointing:
@@ -224,7 +224,7 @@ def _shapes(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _run(
-    step: Step,
+    step: StepSettings,
     adapted: nn.Module,
     tokens: int,
     live: float,
@@ -353,7 +353,7 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What `derta.attention` does for a pack on a GPU, without the pack."""
+    """What `derta.modeling.attention` does for a pack on a GPU, without the pack."""
     query, key, value = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     places = torch.empty(query.shape[:2], dtype=torch.int32)
     out, _logsumexp = attention_op(

@@ -14,9 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import report
-from benchmarks.attention import GPU_PLAIN, QUESTION, TFLOPS, Setup, groups_for
-from benchmarks.attention_cases import (
+from benchmarks.attention.cases import (
     DIALOGUES,
     FOUR,
     LONG,
@@ -33,7 +31,7 @@ from benchmarks.attention_cases import (
     token_errors,
     visible_pairs,
 )
-from benchmarks.attention_peers import (
+from benchmarks.attention.peers import (
     DENSE,
     EAGER,
     FLASH,
@@ -42,11 +40,13 @@ from benchmarks.attention_peers import (
     block_mask,
     score_mod,
 )
-from benchmarks.command import main
-from benchmarks.harness import ROOT
-from benchmarks.interleave import Job, Outcome
-from benchmarks.question import NAMES
-from benchmarks.records import figures, load_groups, records_of, verdicts
+from benchmarks.attention.question import GPU_PLAIN, QUESTION, TFLOPS, Setup, groups_for
+from benchmarks.harness import report
+from benchmarks.harness.command import main
+from benchmarks.harness.interleave import Job, Outcome
+from benchmarks.harness.measuring import ROOT
+from benchmarks.harness.question import NAMES
+from benchmarks.harness.records import figures, load_groups, records_of, verdicts
 from derta_kernels.attention import interval_attention
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import compare
-from benchmarks.records import save_groups
+from benchmarks.harness.records import save_groups
 
 CASE = "16 triples, 1 branch each, float32"
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import report
-from benchmarks.command import main
-from benchmarks.harness import (
+from benchmarks.harness import report
+from benchmarks.harness.command import main
+from benchmarks.harness.interleave import Job, Outcome, Settings, _search_path, run
+from benchmarks.harness.measuring import (
     PRODUCT_FLAGS,
     ROOT,
     describe_machine,
@@ -25,13 +26,11 @@ from benchmarks.harness import (
     watch_other_processes,
     watch_resident_memory,
 )
-from benchmarks.head_loss import OURS, TORCH_CHUNKED, Setup
-from benchmarks.head_loss import QUESTION as HEAD_LOSS
-from benchmarks.head_loss_cases import PROBABILITIES, Case, errors, make_inputs, right_answer
-from benchmarks.head_loss_peers import EAGER
-from benchmarks.interleave import Job, Outcome, Settings, _search_path, run
-from benchmarks.question import NAMES, Question, question_named
-from benchmarks.records import figures, load_groups, records_of, verdicts
+from benchmarks.harness.question import NAMES, Question, question_named
+from benchmarks.harness.records import figures, load_groups, records_of, verdicts
+from benchmarks.head_loss.cases import PROBABILITIES, Case, errors, make_inputs, right_answer
+from benchmarks.head_loss.peers import EAGER
+from benchmarks.head_loss.question import OURS, QUESTION as HEAD_LOSS, TORCH_CHUNKED, Setup
 
 CPU = torch.device("cpu")
 TINY = Case("tiny", 256)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import longest
-from benchmarks.examples import MEAN_LENGTHS
-from benchmarks.step import OFFICIAL, OURS, RUNGS, SMALL, make_model
+from benchmarks.harness.examples import MEAN_LENGTHS
+from benchmarks.step.question import OFFICIAL, OURS, RUNGS, SMALL, make_model
 
 CPU = torch.device("cpu")
 

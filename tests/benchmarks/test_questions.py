@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import one_pass, report
-from benchmarks.command import main
-from benchmarks.examples import draw_triples, in_batches, in_packs, samples
-from benchmarks.question import Question
-from benchmarks.records import figures, load_groups
+from benchmarks.harness import report
+from benchmarks.harness.command import main
+from benchmarks.harness.examples import draw_triples, in_batches, in_packs, samples
+from benchmarks.harness.question import Question
+from benchmarks.harness.records import figures, load_groups
+from benchmarks.one_pass import question as one_pass
 from derta.data import count_tokens
 
 CPU = torch.device("cpu")

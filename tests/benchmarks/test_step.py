@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.step import (
+from benchmarks.step.question import (
     LARGE,
     OFFICIAL,
     OURS,

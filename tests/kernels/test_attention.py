@@ -7,8 +7,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from derta_kernels.attention import choose, interval_attention, layout_of

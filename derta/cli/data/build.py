@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from derta.config import check_folder
-from derta.data.building import build, check_new, read_sources
-from derta.data.duplicates import NEAR, check_near
-from derta.data.sources import Source
+from derta.data.records.building import build, check_new, read_sources
+from derta.data.records.duplicates import NEAR, check_near
+from derta.data.records.sources import Source
+from derta.outputs import check_folder
 
 
 @dataclass(kw_only=True)
-class Config:
+class BuildConfig:
     """A build.
 
     Args:
@@ -72,7 +72,7 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def run(config: Config) -> None:
+def run(config: BuildConfig) -> None:
     """Writes the data set.
 
     Raises:

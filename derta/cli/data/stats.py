@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from derta.config import RECIPES, CutPolicy, LossNorm, Recipe, RtoDepth
 from derta.data import (
     KINDS,
     DertaCollator,
@@ -18,11 +17,12 @@ from derta.data import (
     read_records,
     read_requests,
 )
-from derta.data.building import read_sources
-from derta.data.duplicates import NEAR, check_near
-from derta.data.formats import Half
-from derta.data.sources import Source
+from derta.data.records.building import read_sources
+from derta.data.records.duplicates import NEAR, check_near
+from derta.data.records.formats import Half
+from derta.data.records.sources import Source
 from derta.data.statistics import LISTED, Repeats, RunStatistics, data_statistics
+from derta.training.config import RECIPES, CutPolicy, LossNorm, Recipe, RtoDepth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Compared:
 
 
 @dataclass(kw_only=True)
-class Config:
+class StatsConfig:
     """What is asked of a data set.
 
     Args:
@@ -109,7 +109,7 @@ def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
         mine, others = ({field.name for field in fields(kind)} for kind in (ours, theirs))
         return {key: one for key, one in given.items() if key in mine or key not in others}
 
-    kept = known(values, Config, train.Config)
+    kept = known(values, StatsConfig, train.TrainConfig)
     if isinstance(held := kept.get("eval_sources"), list):
         kept["eval_sources"] = [known(source, Compared, Source) for source in held]
     return kept
@@ -184,7 +184,7 @@ def _listed(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def run(config: Config) -> None:
+def run(config: StatsConfig) -> None:
     """Prints what was found, and writes it to `output`.
 
     Raises:
@@ -193,7 +193,7 @@ def run(config: Config) -> None:
     """
     of_run = None
     if config.model is not None:
-        from derta.cli.loading import load_tokenizer
+        from derta.modeling.loading import load_tokenizer
 
         of_run = RunStatistics(
             load_tokenizer(config.model, config.chat_template),

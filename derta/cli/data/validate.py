@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from derta.data import Reading
-from derta.data.reading import read_placed
+from derta.data.records.reading import read_placed
 
 
 @dataclass(kw_only=True)
-class Config:
+class ValidateConfig:
     """A validation.
 
     Args:
@@ -24,7 +24,7 @@ class Config:
     format: str | None = None
 
 
-def run(config: Config) -> None:
+def run(config: ValidateConfig) -> None:
     """Prints every bad row's place, field and reason, and what each file has.
 
     Raises:

@@ -7,20 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from derta.cli.judges import make_judges
-from derta.config import check_folder
-from derta.evaluation.calibration import calibrate, format_agreements, read_labelled
-from derta.evaluation.report import write_whole
+from derta.evaluation.judges.calibration import calibrate, format_agreements, read_labelled
+from derta.evaluation.judges.registry import make_judges
+from derta.outputs import check_folder, write_whole
 
 
 @dataclass(kw_only=True)
-class Config:
+class CalibrateConfig:
     """A calibration.
 
     Args:
-        files: of answers that people have labelled, see `derta.evaluation.calibration.FORMATS`.
+        files: answers labelled by people, see `derta.evaluation.judges.calibration.FORMATS`.
         output_dir: where calibration.json goes, and the verdicts of judges behind a server.
-        judges: name to settings, see `derta.cli.judges.make_judges`.
+        judges: name to settings, see `derta.evaluation.judges.registry.make_judges`.
 
     Raises:
         ValueError: there is no file, or `output_dir` can be no folder.
@@ -36,7 +35,7 @@ class Config:
         check_folder("output_dir", self.output_dir)
 
 
-def run(config: Config) -> None:
+def run(config: CalibrateConfig) -> None:
     """Asks every judge about every answer, prints the table, and leaves it in `output_dir`."""
     read = {path: read_labelled(path) for path in config.files}
     judges = make_judges(config.judges, config.output_dir)

@@ -11,17 +11,22 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
-from derta.config import check_folder
 from derta.evaluation import KeywordJudge
-from derta.evaluation.comparison import ANALYSES, compare, format_comparison, write_comparison
-from derta.evaluation.judge import REFUSAL_KEYWORDS
-from derta.evaluation.official_results import official_entry, read_prompts
+from derta.evaluation.judges.base import REFUSAL_KEYWORDS
+from derta.evaluation.reporting.comparison import (
+    ANALYSES,
+    compare,
+    format_comparison,
+    write_comparison,
+)
+from derta.evaluation.reporting.official_results import official_entry, read_prompts
+from derta.outputs import check_folder
 
 Source = str | list[str] | dict[str, str]
 
 
 @dataclass(kw_only=True)
-class Config:
+class CompareConfig:
     """A comparison.
 
     Args:
@@ -131,7 +136,7 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]] | None:
     return variants
 
 
-def read_results(config: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def read_results(config: CompareConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Entries of all models, see `compare`, and notes on what is not in them.
 
     Raises:
@@ -178,14 +183,14 @@ def read_results(config: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:
     return models, notes
 
 
-def _named(config: Config) -> list[tuple[str | None, Source]]:
+def _named(config: CompareConfig) -> list[tuple[str | None, Source]]:
     if isinstance(config.results, dict):
         return list(config.results.items())
     names: Sequence[str | None] = config.names or [None] * len(config.results)
     return list(zip(names, config.results, strict=True))
 
 
-def run(config: Config) -> None:
+def run(config: CompareConfig) -> None:
     """Reads every model's results, prints the tables, and leaves the page in `output_dir`."""
     models, notes = read_results(config)
     comparison = compare(

@@ -10,21 +10,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from derta.cli.loading import check_paths, find_device, load_tuned, weights_dtype
-from derta.config import check_folder
 from derta.data import Chat, Dialogue, Request, Triple, read_records
+from derta.data.records.sources import check_paths
 from derta.evaluation import find_refusal_token, mean_curve, refusal_curves
 from derta.evaluation.curve import CERTAIN
-from derta.evaluation.plots import draw
-from derta.evaluation.report import write_whole
+from derta.evaluation.reporting.plots import draw
 from derta.evaluation.results import DIGITS
+from derta.modeling.loading import find_device, load_tuned, weights_dtype
+from derta.outputs import check_folder, write_whole
 
 # What responses of each role are called in results and pictures.
 KINDS = {"safety": "harmful", "helpful": "benign", "borderline": "borderline"}
 
 
 @dataclass(kw_only=True)
-class Config:
+class CurveConfig:
     """Refusal curves of one model.
 
     Args:
@@ -84,7 +84,7 @@ def format_curve(curves: Sequence[np.ndarray]) -> str:
     return "\n".join(lines)
 
 
-def run(config: Config) -> None:
+def run(config: CurveConfig) -> None:
     """Reads every response, prints the table, and leaves curves and picture in `output_dir`.
 
     Raises:

@@ -23,7 +23,7 @@ from derta.data import (
     count_tokens,
     resolve_refusal_token,
 )
-from derta.data.shares import loss_shares
+from derta.data.packs.shares import loss_shares
 from derta.data.statistics import Lengths, Repeats, RunStatistics, data_statistics
 from tiny import tiny_tokenizer
 

@@ -151,12 +151,12 @@ def test_training_the_base_lowers_its_loss_and_repeats_bit_for_bit() -> None:
 
 def test_a_demo_without_seeds_is_refused() -> None:
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
-        command.Config(seeds=0)
+        command.DemoConfig(seeds=0)
 
 
 def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(ValueError, match=r"variants must be of vanilla, .*, got 'nothing'"):
-        command.Config(variants=["nothing"])
+        command.DemoConfig(variants=["nothing"])
 
 
 def test_the_command_prints_the_table_and_where_the_report_is(
@@ -169,7 +169,7 @@ def test_the_command_prints_the_table_and_where_the_report_is(
     monkeypatch.setattr(
         command, "run_demo", lambda *args, **kwargs: asked.append((args, kwargs)) or summary
     )
-    command.run(command.Config(seeds=3, output_dir=str(folder), variants=["derta"]))
+    command.run(command.DemoConfig(seeds=3, output_dir=str(folder), variants=["derta"]))
     assert asked == [((folder, range(3)), {"variants": ["derta"]})]
     printed = capsys.readouterr().out
     assert "prefix_only" in printed

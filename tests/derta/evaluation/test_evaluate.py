@@ -22,11 +22,10 @@ from derta.evaluation import (
     refusal_curve,
     refusal_curves,
     response,
-    scenarios,
 )
 from derta.evaluation.evaluate import tokens_before
-from derta.evaluation.scenarios import completion
-from derta.modeling import apply_derta
+from derta.evaluation.scenarios import completion, make_scenarios
+from derta.modeling.patch import apply_derta
 from tiny import tiny_model, tiny_tokenizer
 
 REFUSAL = "Sorry, I cannot help."
@@ -223,7 +222,7 @@ def test_templates_go_around_requests_in_turn_and_judges_do_not_see_them(chat: C
     templates = ["Be brief. {request}", "{request} {request} {braces}"]
     chosen = {
         one.metric: one
-        for one in scenarios(DATA, prefill_depths=(0, 2), templates=templates)
+        for one in make_scenarios(DATA, prefill_depths=(0, 2), templates=templates)
         if "template" in one.metric
     }
     assert chosen.keys() == {
@@ -394,7 +393,7 @@ def test_the_refusal_token_is_the_models_own_or_that_of_safe_responses(chat: Cha
 def test_depths_must_make_sense(depths: tuple[int, ...]) -> None:
     message = f"prefill_depths must be distinct and not negative, got {list(depths)}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        scenarios(EvaluationData(), prefill_depths=depths)
+        make_scenarios(EvaluationData(), prefill_depths=depths)
 
 
 @pytest.mark.parametrize(

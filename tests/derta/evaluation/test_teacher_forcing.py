@@ -20,7 +20,7 @@ from derta.evaluation import (
     refusal_curve,
     response,
 )
-from derta.modeling import apply_derta, remove_derta
+from derta.modeling.patch import apply_derta, remove_derta
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 WORDS = "First buy a brush then open the paint and stir it well".split()

@@ -1,0 +1,1 @@
+"""Benchmark: attention over packs and its peers."""

@@ -1,0 +1,1 @@
+"""Harness: measures the implementations of a question, interleaved, and records them."""

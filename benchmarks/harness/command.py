@@ -1,0 +1,97 @@
+"""Measures the groups of a question and keeps what was found.
+
+Groups of cases run one after another. After each, the file of records is written, so a run that was
+ended can be taken up with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.harness import report
+from benchmarks.harness.interleave import Job, Settings, machine_of, run
+from benchmarks.harness.measuring import ROOT, load
+from benchmarks.harness.question import Question
+from benchmarks.harness.records import load_groups, records_of, save_groups, verdicts
+
+# What cannot compile its kernels in the minutes of a GPU's turn is left out, with that reason.
+ANSWER_SECONDS = {"cpu": 600.0, "cuda": 150.0}
+
+
+def main(question: Question) -> None:
+    """The command line of every benchmark."""
+    options = _options(question)
+    groups = question.groups(options.device)
+    folder = options.out or ROOT / "benchmarks" / "results" / options.machine
+    path = report.records_file(folder, question)
+    done = load_groups(path)
+    settings = Settings(
+        question.name,
+        options.device,
+        options.threads,
+        options.peers,
+        ANSWER_SECONDS[options.device],
+    )
+    other = _torch_version(options.other_python) if options.other_python else None
+    judged = {r.case for r in question.requirements() if r.against == question.own_op}
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in options.groups or groups:
+            if options.resume and name in done:
+                continue
+            if time.monotonic() - begin > options.seconds:
+                print(f"out of time before {name!r}: take it up with --resume", file=sys.stderr)
+                break
+            print(name, file=sys.stderr, flush=True)
+            jobs = [Job(case, implementation) for case, implementation in groups[name]]
+            if other is not None:
+                jobs += [
+                    replace(job, python=options.other_python, torch_version=other)
+                    for job in jobs
+                    if job.case in judged and job.implementation == question.own_op
+                ]
+            machine = machine_of(settings)
+            outcomes = run(
+                jobs, options.repetitions, settings, Path(scratch), begin + options.seconds
+            )
+            machine |= {f"{key} after": value for key, value in load().items()}
+            done[name] = {"machine": machine, "records": records_of(outcomes, question)}
+            save_groups(path, done)
+            report.write(folder, question)
+            for requirement, verdict, value in verdicts(done[name]["records"], question):
+                said = f"{requirement.what} at most {requirement.limit:.4g}"
+                print(f"{verdict}: {requirement.case.name}: {said}, measured {value}")
+
+
+def _torch_version(python: str) -> str:
+    code = "import torch; print(torch.__version__)"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _options(question: Question) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{question.name}", description=f"{question.title}, measured."
+    )
+    parser.add_argument("--machine", required=True, help="folder of results/ to write into")
+    parser.add_argument("--out", type=Path, help="another folder to write into")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="torch's, on a CPU")
+    parser.add_argument("--groups", nargs="+", help="some of the groups, by name")
+    parser.add_argument("--repetitions", type=int, default=7, help="turns of each implementation")
+    parser.add_argument("--peers", help="a folder to import other libraries from")
+    parser.add_argument(
+        "--other-python",
+        help="where ours is judged by torch's own op, measure that of this Python's torch too",
+    )
+    parser.add_argument("--resume", action="store_true", help="keep groups that have records")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin nothing after that long"
+    )
+    return parser.parse_args()

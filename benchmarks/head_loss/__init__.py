@@ -1,0 +1,1 @@
+"""Benchmark: the head loss and its peers."""

@@ -1,0 +1,1 @@
+"""Benchmark: one pass over a pack and separate passes."""

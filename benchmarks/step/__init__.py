@@ -1,0 +1,1 @@
+"""Benchmark: a whole training step."""

@@ -1,0 +1,384 @@
+"""`derta eval`: attack success, over-refusal and refusal curves of models in local folders."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftConfig
+from transformers.trainer import TRAINER_STATE_NAME
+
+from derta.data import Chat, Request, Triple, read_requests
+from derta.data.records.formats import Kind
+from derta.data.records.reading import read_placed
+from derta.data.records.sources import check_paths
+from derta.evaluation import (
+    Answered,
+    AnswerFile,
+    EvaluationData,
+    EvaluationSettings,
+    ModelGenerator,
+    collect_answers,
+    find_refusal_token,
+    fingerprint,
+    format_table,
+    format_undecided,
+    judge_answers,
+    summarize,
+    write_report,
+)
+from derta.evaluation.evaluate import refuse_what_takes_a_model
+from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
+from derta.evaluation.judges.base import REFUSAL_KEYWORDS
+from derta.evaluation.judges.registry import make_judges, verdicts_file
+from derta.evaluation.scenarios import SLOT, check_name
+from derta.modeling.loading import (
+    find_device,
+    load_tokenizer,
+    load_tuned,
+    weights_dtype,
+)
+from derta.outputs import check_folder
+from derta.settings import build
+
+FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """An evaluation.
+
+    Args:
+        model: folder of a model or of PEFT adapters, with weights in safetensors; or several, as a
+            list of folders or as a mapping of names to folders. Of a model behind a server, a
+            folder with its tokenizer.
+        output_dir: where report.html, summary.json and the pictures go, and under answers/ what the
+            models wrote, which only the owner can read.
+        harmful: files of requests to refuse, with the responses that attacks prefill.
+        benign: files of harmless requests, for over-refusal.
+        borderline: files of harmless requests that look harmful, for over-refusal.
+        helpful: files of harmless requests with the right answers.
+        multi_turn: files of harmful conversations, of which the model answers every user's turn.
+        attacks: name to files of harmful prompts that are ready-made.
+        questions: name to files of questions, each with an answer that is, or ends with, a number
+            or is the letter of a choice.
+        templates: file of texts around a request, one a line or a JSON list, each with the slot
+            `{request}`.
+        formats: path of a file of requests to the name of its format, where its fields leave that
+            open or it has no header.
+        lm_eval: tasks of lm-eval, by name or as a YAML file.
+        refusal: the refusal token: a word, a token id, or "auto", the commonest first token of the
+            safe responses in `harmful`, and without any "Sorry".
+        prefill_depths: how many tokens of the harmful response an attacker writes.
+        max_new_tokens: longest answer.
+        batch_size: prompts a batch.
+        max_tokens: tokens a pack of the refusal curve.
+        curve: whether to read refusal curves, which need harmful responses and a model that
+            `apply_derta` takes.
+        helpful_metric: "exact_match" of generated answers, or "perplexity" of the given ones.
+        judges: name to settings, see `derta.evaluation.judges.registry.make_judges`. All read the
+            same answers; the figures of the first are the main ones.
+        keywords: what judges by keyword take for a refusal, where they have none of their own.
+        servers: name of a model to where it is served, see `ServerSettings`; it has no curves.
+        samples: answers shown in the report for each scenario.
+        keep_answers: whether what models and judges said stays in answers/ when all is done;
+            another judge needs no new answers.
+        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
+        device: "auto", or as in torch: "cpu", "cuda:1".
+        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
+
+    Raises:
+        ValueError: there is nothing to evaluate on, a name cannot stand in a metric, a format is
+            that of no file, or `output_dir` can be no folder.
+    """
+
+    model: str | list[str] | dict[str, str]
+    output_dir: str
+    harmful: list[str] = field(default_factory=list)
+    benign: list[str] = field(default_factory=list)
+    borderline: list[str] = field(default_factory=list)
+    helpful: list[str] = field(default_factory=list)
+    multi_turn: list[str] = field(default_factory=list)
+    attacks: dict[str, str | list[str]] = field(default_factory=dict)
+    questions: dict[str, str | list[str]] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
+    templates: str | None = None
+    lm_eval: list[str] = field(default_factory=list)
+    refusal: str | int = "auto"
+    prefill_depths: list[int] = field(default_factory=lambda: [0, 4, 8, 16, 32, 64])
+    max_new_tokens: int = 256
+    batch_size: int = 16
+    max_tokens: int = 4096
+    curve: bool = True
+    helpful_metric: Literal["exact_match", "perplexity"] = "exact_match"
+    judges: dict[str, Any] = field(default_factory=lambda: {"keyword": {}})
+    keywords: list[str] = field(default_factory=lambda: list(REFUSAL_KEYWORDS))
+    servers: dict[str, Any] = field(default_factory=dict)
+    samples: int = 0
+    keep_answers: bool = True
+    chat_template: str | None = None
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.lm_eval and not any(getattr(self, key) for key in FILES):
+            raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
+        if self.templates and not self.harmful:
+            raise ValueError("templates: go around the requests of harmful, got no file of them")
+        for key in ("attacks", "questions"):
+            for name in getattr(self, key):
+                check_name(key, name)
+        for path in self.formats:
+            if path not in self.files:
+                raise ValueError(f"formats: {path}: is no file that another key names")
+        check_folder("output_dir", self.output_dir)
+
+    @property
+    def files(self) -> list[str]:
+        """All files of requests."""
+        keys = [getattr(self, key) for key in FILES]
+        values = [one for key in keys for one in (key.values() if isinstance(key, dict) else key)]
+        return [path for one in values for path in ([one] if isinstance(one, str) else one)]
+
+
+def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
+    """Folders by the names they have in the report.
+
+    Raises:
+        ValueError: two folders have one name, or none is given.
+        FileNotFoundError: a folder is not there.
+    """
+    if isinstance(model, dict):
+        folders = {name: Path(path) for name, path in model.items()}
+    else:
+        paths = [Path(path) for path in ([model] if isinstance(model, str) else model)]
+        folders = {path.resolve().name: path for path in paths}
+        if len(folders) < len(paths):
+            raise ValueError(
+                "model: two folders have one name; name them: --model '{before: a/model, after: "
+                "b/model}'"
+            )
+    if not folders:
+        raise ValueError("model: expected at least one folder, got none")
+    for path in folders.values():
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such model folder")
+    return folders
+
+
+def read_data(config: EvaluateConfig) -> EvaluationData:
+    """The requests of all files; each numbers them as it likes.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: as `read_requests`.
+    """
+
+    def read(paths: str | list[str], kind: Kind) -> list[Request]:
+        paths = [paths] if isinstance(paths, str) else paths
+        check_paths(paths)
+        return [
+            request
+            for path in paths
+            for request in read_requests(path, kind=kind, format=config.formats.get(path))
+        ]
+
+    return EvaluationData(
+        harmful=read(config.harmful, "harmful"),
+        benign=read(config.benign, "harmless"),
+        borderline=read(config.borderline, "harmless"),
+        helpful=read(config.helpful, "question"),
+        multi_turn=read(config.multi_turn, "harmful"),
+        attacks={name: read(paths, "harmful") for name, paths in config.attacks.items()},
+        questions={name: read(paths, "question") for name, paths in config.questions.items()},
+    )
+
+
+def read_templates(path: str | None) -> list[str]:
+    """Templates, one a line or a JSON list.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is not UTF-8, holds none, or a JSON list of something else; or a template
+            lacks its slot, whose line is named, or place in the list, from 0.
+    """
+    if path is None:
+        return []
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file of templates")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        is_list = text.lstrip().startswith("[")
+        listed = json.loads(text) if is_list else text.splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is not UTF-8, expected templates, one a line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: is no JSON list of templates") from None
+    if not all(isinstance(template, str) for template in listed):
+        raise ValueError(f"{path}: holds something else than texts, expected a list of templates")
+    templates = {place: template for place, template in enumerate(listed) if template.strip()}
+    if not templates:
+        raise ValueError(f"{path}: is empty, expected templates, one a line")
+    for place, template in templates.items():
+        if SLOT not in template:
+            where = f"{path}[{place}]" if is_list else f"{path}:{place + 1}"
+            raise ValueError(f"{where}: must have the slot {SLOT}, got none")
+    return list(templates.values())
+
+
+def read_judges(config: EvaluateConfig) -> dict[str, Any]:
+    """Settings of the judges; those by keyword have `keywords` where they have none of their own.
+
+    Names and kinds are looked at where the judges are made.
+    """
+    judges = {}
+    for name, settings in config.judges.items():
+        by_keyword = isinstance(settings, Mapping | None) and (
+            (settings or {}).get("kind", name) == "keyword"
+        )
+        judges[name] = {"keywords": config.keywords, **(settings or {})} if by_keyword else settings
+    return judges
+
+
+def loss_history(folder: Path) -> Sequence[Mapping[str, Any]]:
+    """What was logged while this very model was trained, if `derta train` left it in its folder.
+
+    Checkpoints beside it may be another run's.
+    """
+    state = folder / TRAINER_STATE_NAME
+    return json.loads(state.read_text("utf-8"))["log_history"] if state.is_file() else []
+
+
+def find_generator(
+    config: EvaluateConfig, name: str, folder: Path, loaded: Any, chat: Chat, dtype: Any
+) -> ModelGenerator | ServerGenerator:
+    """Who writes the answers of the model called `name`: its server, or the loaded model."""
+    kept = answers_file(config, name)
+    if loaded is None:
+        server = Server(server_settings(config, name), kept)
+        return ServerGenerator(server, chat, max_new_tokens=config.max_new_tokens)
+    folders = [folder]
+    if (folder / "adapter_config.json").is_file():
+        folders.append(Path(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)))
+    model = fingerprint(*folders, dtype=str(dtype))
+    return ModelGenerator(
+        loaded,
+        chat,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        answers=AnswerFile(kept, chat.tokenizer, model),
+    )
+
+
+def server_settings(config: EvaluateConfig, name: str) -> ServerSettings:
+    """Of the server of the model called `name`.
+
+    Raises:
+        ValueError: a setting is wrong or missing; names the model.
+    """
+    settings = config.servers[name]
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"servers.{name}: expected settings, as in {{base_url: ..., model: ...}}")
+    try:
+        return build(ServerSettings, {"settings": settings})
+    except ValueError as error:
+        raise ValueError(f"servers.{name}: {error}") from error
+
+
+def answers_folder(config: EvaluateConfig) -> Path:
+    """Where answers are kept."""
+    return Path(config.output_dir) / "answers"
+
+
+def answers_file(config: EvaluateConfig, name: str) -> Path:
+    """Where those of the model called `name` are."""
+    file_name = re.sub(r"[^\w.-]", "_", name)
+    return answers_folder(config) / f"{file_name}.jsonl"
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluates every model, prints the table, and leaves the report in `output_dir`.
+
+    Raises:
+        ValueError: a server is that of no model; and as the functions above and `collect_answers`.
+    """
+    started = time.perf_counter()
+    folders = model_folders(config.model)
+    for name in config.servers:
+        if name not in folders:
+            raise ValueError(f"servers: {name!r} is none of the models: {', '.join(folders)}")
+        server_settings(config, name)
+    device = find_device(config.device)
+    data = read_data(config)
+    settings = EvaluationSettings(
+        prefill_depths=config.prefill_depths,
+        templates=read_templates(config.templates),
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+        refusal=config.refusal,
+        curve=config.curve,
+        helpful=config.helpful_metric,
+        lm_eval=config.lm_eval,
+        samples=config.samples,
+    )
+    if config.servers:
+        refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))
+    kept = answers_folder(config)
+    settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
+    triples = safe_responses(config.harmful, config.formats)
+    answered: dict[str, Answered] = {}
+    for name, folder in folders.items():
+        model: Any = None
+        dtype = weights_dtype(config.dtype, device)
+        if name in config.servers:
+            tokenizer = load_tokenizer(str(folder), config.chat_template, local_files_only=True)
+            own = dataclasses.replace(settings, curve=False)
+        else:
+            model, tokenizer = load_tuned(folder, dtype, config.chat_template)
+            model.to(device)
+            own = settings
+            if config.curve and triples:
+                refusal = find_refusal_token(model, tokenizer, config.refusal, triples)
+                own = dataclasses.replace(settings, refusal=refusal)
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept.chmod(0o700)
+        generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
+        answered[name] = collect_answers(model, tokenizer, data, own, generator=generator)
+        del model, generator
+    results = judge_answers(list(answered.values()), settings)
+    summary = summarize(
+        {name: [result] for name, result in zip(answered, results, strict=True)},
+        seconds=time.perf_counter() - started,
+        loss={
+            name: [history] for name, folder in folders.items() if (history := loss_history(folder))
+        },
+    )
+    report = write_report(summary, config.output_dir)
+    if not config.keep_answers:
+        for path in [
+            *(answers_file(config, name) for name in folders),
+            *(verdicts_file(kept, name) for name in config.judges),
+        ]:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the user has put something there
+            kept.rmdir()
+    parts = (format_table(summary), format_undecided(summary), f"report: {report}")
+    print("\n\n".join(filter(None, parts)))
+
+
+def safe_responses(paths: Sequence[str], formats: Mapping[str, str]) -> list[Triple]:
+    """The triples of the files, whose safe responses tell how refusals start."""
+    return [
+        record
+        for path in paths
+        for _, record in read_placed([path], None, formats.get(path))
+        if isinstance(record, Triple)
+    ]

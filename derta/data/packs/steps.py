@@ -1,0 +1,186 @@
+"""A run's examples and its steps: encoded once, kept on disk, packed when their turn comes."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from derta.data.packs.packing import (
+    DertaCollator,
+    Drawn,
+    PackedBatch,
+    TokenCount,
+    count_tokens,
+    packed_length,
+    sequence_length,
+)
+from derta.data.packs.planning import Pack, Plan
+from derta.data.packs.shares import LossShare, loss_shares
+from derta.data.records.types import Message, Record, Triple
+from derta.data.tokens.chat import batched
+from derta.data.tokens.encoding import Encoded, EncodedTriple, Encoder
+from derta.data.tokens.store import ROWS_AT_ONCE, ExampleStore
+
+# What is told of an epoch before it begins is told of so many examples and steps, of all evenly.
+SURVEYED_EXAMPLES = 20_000
+SURVEYED_STEPS = 1_000
+
+
+@dataclass(frozen=True)
+class EncodedRecords:
+    """Records as token ids, and what has been seen of them on the way.
+
+    Attributes:
+        examples: those that fit.
+        lengths: (examples,) int64, tokens that each takes in a pack at most.
+        skipped: how many records did not fit.
+        roles: how many examples there are of each role whose refusal curve tells something: all
+            but rendered rows with next-token targets, which may be refusals.
+        safe_starts: how many safe responses start with each token.
+        first_messages: what the first triple answers; None without triples.
+    """
+
+    examples: ExampleStore
+    lengths: np.ndarray
+    skipped: int
+    roles: Counter[str]
+    safe_starts: Counter[int]
+    first_messages: Sequence[Message] | None
+
+
+def encode_records(
+    records: Iterable[Record], encoder: Encoder, collator: DertaCollator, context: int
+) -> EncodedRecords:
+    """Encodes records as they come; memory grows by some 30 bytes for each.
+
+    Args:
+        records: what to encode.
+        encoder: to encode it with.
+        collator: what is going to draw from it.
+        context: tokens of the longest sequence that the model reads.
+
+    Raises:
+        ValueError: two examples have one id, one exceeds the context, one would train nothing, or
+            the chat template does not take a record.
+    """
+    lengths = array("q")
+    roles: Counter[str] = Counter()
+    safe_starts: Counter[int] = Counter()
+    first_messages: list[Sequence[Message]] = []
+    layout = dict(branches=collator.branches, cuts=collator.cuts, rto_keep=collator.rto_keep)
+
+    def passing() -> Iterator[Record]:
+        for record in records:
+            if not first_messages and isinstance(record, Triple):
+                first_messages.append(record.messages)
+            yield record
+
+    def fitting() -> Iterator[tuple[int, Encoded]]:
+        for place, example in enumerate(encoder.encode_many(passing())):
+            if example is None:
+                continue
+            length = sequence_length(example, **layout)  # type: ignore[arg-type]
+            if length > context:
+                raise ValueError(
+                    f"{example.id}: its {length} tokens exceed the model's context of "
+                    f"{context}: --max_length {context} cuts or skips what is longer"
+                )
+            if isinstance(example, EncodedTriple):
+                if len(example.safe):
+                    safe_starts[int(example.safe[0])] += 1
+                elif collator.rto_keep == 0:
+                    raise ValueError(
+                        f"{example.id}: rto_keep is 0, and a rendered row of RTO has no other "
+                        "targets: leave its source out, or keep some"
+                    )
+            if isinstance(example, EncodedTriple) or example.role != "safety":
+                roles[example.role] += 1
+            lengths.append(packed_length(example, **layout))  # type: ignore[arg-type]
+            yield place, example
+
+    skipped = encoder.skipped
+    examples = ExampleStore(fitting())
+    return EncodedRecords(
+        examples=examples,
+        lengths=np.array(lengths, np.int64),
+        skipped=encoder.skipped - skipped,
+        roles=roles,
+        safe_starts=safe_starts,
+        first_messages=first_messages[0] if first_messages else None,
+    )
+
+
+class PackedSteps(Dataset):
+    """Item `s` is the list of packs that one rank runs in optimizer step `s`.
+
+    Args:
+        examples: of the run.
+        plan: of its steps.
+        collator: draws for examples and packs them.
+        rank, world_size: who runs the items.
+    """
+
+    def __init__(
+        self,
+        examples: ExampleStore,
+        plan: Plan,
+        collator: DertaCollator,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.examples = examples
+        self.plan = plan
+        self.collator = collator
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return len(self.plan.steps)
+
+    def __getitem__(self, step: int) -> list[PackedBatch]:
+        packs = self.plan.rank_packs(step, self.rank, self.world_size)
+        return [self._collated(step, pack) for pack in packs]
+
+    def _collated(self, step: int, pack: Pack) -> PackedBatch:
+        return self.collator(self.examples.take(pack), step // self.plan.steps_per_epoch)
+
+    def largest(self) -> PackedBatch:
+        """The pack with the most tokens that any rank runs in any step."""
+        return self._collated(*self.plan.largest())
+
+    @functools.cached_property
+    def packs(self) -> int:
+        """Of all steps and ranks; estimated from `SURVEYED_STEPS` where there are more."""
+        surveyed = _evenly(len(self), SURVEYED_STEPS)
+        counted = sum(len(self.plan.steps[step]) for step in surveyed)
+        return round(counted * len(self) / len(surveyed))
+
+    @functools.cached_property
+    def tokens(self) -> TokenCount:
+        """Of the first epoch, over all ranks; estimated from `SURVEYED_EXAMPLES` of more."""
+        surveyed = _evenly(len(self.examples), SURVEYED_EXAMPLES)
+        share = len(self.examples) / len(surveyed)
+        counted = count_tokens(self._first_draws(surveyed))
+        return TokenCount(*(round(count * share) for count in counted))
+
+    def shares(self, rto_weight: float, loss_norm: str) -> dict[str, LossShare]:
+        """`loss_shares` of the first epoch; estimated from `SURVEYED_EXAMPLES` of more."""
+        surveyed = _evenly(len(self.examples), SURVEYED_EXAMPLES)
+        draws = self._first_draws(surveyed)
+        return loss_shares(draws, rto_weight=rto_weight, loss_norm=loss_norm)
+
+    def _first_draws(self, indices: Sequence[int]) -> Iterator[Drawn]:
+        for batch in batched(indices, ROWS_AT_ONCE):
+            for example in self.examples.take(batch):
+                yield self.collator.draw(example, epoch=0)
+
+
+def _evenly(count: int, most: int) -> range:
+    """At most `most` of the first `count` numbers, evenly spread."""
+    return range(0, count, max(1, -(-count // most)))

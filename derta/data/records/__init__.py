@@ -1,0 +1,1 @@
+"""Records: from files of any known format to triples, dialogues and requests."""

@@ -1,0 +1,326 @@
+"""Data sets made of what people bring: halves joined, duplicates dropped, a part held out.
+
+Everything is streamed. What has to be remembered of every row (its id, a digest of its texts, a
+half that waits for its other) is in an SQLite file beside the output, gone when the build ends.
+Only answers that their own file has not completed are in memory, until their source is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from derta._version import __version__
+from derta.data.records.duplicates import (
+    NEAR,
+    Fingerprint,
+    RequestIndex,
+    all_texts,
+    check_near,
+    digest,
+    turns_of,
+    user_turns,
+)
+from derta.data.records.formats import Half
+from derta.data.records.reading import Reading
+from derta.data.records.refusal_keywords import opens_with_refusal, refuses
+from derta.data.records.sources import Source, source_records
+from derta.data.records.types import Dialogue, Record, Rendered, Triple, check_text
+
+SUMMARY_FILE = "build.json"
+
+
+def read_sources(sources: Sequence[Source]) -> Iterator[tuple[str, Record | Half]]:
+    """All records with their roles and weights, and the answers that nothing in their file joins.
+
+    Of a source with a limit these are left out: it is not read to its end.
+
+    Raises:
+        ValueError, OSError: as `read_records`.
+    """
+    for source in sources:
+        alone: list[Half] = []
+        reading = Reading(alone=alone.append)
+        for record in source_records(source, reading):
+            yield source.role, record
+        for half in alone:
+            weight = source.weight * half.origin.get("weight", 1.0)
+            yield source.role, dataclasses.replace(half, origin={**half.origin, "weight": weight})
+
+
+def build(
+    records: Iterable[tuple[str, Record | Half]],
+    output_dir: Path,
+    *,
+    eval_share: float = 0.05,
+    seed: int = 0,
+    near: float | None = NEAR,
+    refusal_text: str | None = None,
+) -> dict[str, Any]:
+    """Writes train.ROLE.jsonl, eval.ROLE.jsonl and build.json into a new folder.
+
+    Rendered rows go into files of their own, train.ROLE.rendered.jsonl.
+
+    Halves of one request are joined in the order in which they come, each used once; a triple made
+    of two has the request, source and weight of the harmful one, and the ids of both. It is dropped
+    if the texts contradict what they are said to be: the harmful one opens with a refusal, and the
+    safe one holds none. Of examples whose texts are the same once `normalized` the first stays.
+
+    Whether an example is held out is decided by its first user message, `normalized`, and nothing
+    else: the same one never stands on both sides, whatever its source, and none changes sides when
+    data is added. Training examples whose request is near to one that is held out are dropped.
+
+    The folder comes into being whole and readable by its owner alone; a build that breaks off
+    leaves none. An example whose id is taken gets its source before it.
+
+    Args:
+        records: each with its role: safety, helpful or borderline; a half's is safety.
+        output_dir: a folder that does not exist yet, or is empty.
+        eval_share: share of first messages that are held out, in [0, 1).
+        seed: another one holds out others.
+        near: least similarity of near requests, see `RequestIndex`; None: near ones may stand on
+            both sides.
+        refusal_text: safe response to harmful halves that have none. None: they are dropped.
+
+    Returns:
+        what was read, joined, dropped and written: the content of build.json.
+
+    Raises:
+        ValueError: an argument is out of its range, output_dir holds something, or no example is
+            left to train on.
+    """
+    check_new(output_dir)
+    check_near(near)
+    if not 0 <= eval_share < 1:
+        raise ValueError(f"eval_share must lie in [0, 1), got {eval_share}")
+    if refusal_text is not None:
+        check_text("refusal_text", refusal_text)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
+    try:
+        with closing(_Ledger(beside / "ledger.sqlite")) as ledger:
+            with closing(_Files(beside)) as files:
+                for role, record in ledger.examples(records, refusal_text):
+                    side = "eval" if _drawn(record, seed) < eval_share else "train"
+                    rendered = ".rendered" if isinstance(record, Rendered) else ""
+                    files.write(f"{side}.{role}{rendered}.jsonl", _row(record))
+            counts = ledger.counts
+        ledger.path.unlink()
+        counts["dropped"]["near_evaluation"] = 0 if near is None else _drop_near(beside, near)
+        summary = {
+            "derta": __version__,
+            "eval_share": eval_share,
+            "seed": seed,
+            "near": near,
+            "refusal_text": refusal_text,
+            **counts,
+            "files": {path.name: _described(path) for path in sorted(beside.glob("*.jsonl"))},
+        }
+        if not any(name.startswith("train.") for name in summary["files"]):
+            raise ValueError(
+                "no example is left to train on, expected more data or less eval_share"
+            )
+        text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+        (beside / SUMMARY_FILE).write_text(text, encoding="utf-8")
+        beside.replace(output_dir)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return summary
+
+
+def check_new(output_dir: Path) -> None:
+    """Raises ValueError unless `output_dir` is free: not there yet, or an empty folder."""
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise ValueError(f"output_dir: {output_dir} holds something already, choose another folder")
+
+
+class _Ledger:
+    """What is remembered of all rows, on disk, and the examples that they make."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: dict[str, Any] = {
+            "read": {},
+            "joined": 0,
+            "completed": 0,
+            "dropped": Counter(duplicates=0, contradicting=0, safe_halves=0, harmful_halves=0),
+        }
+        # Gone with the build: nothing is gained by a journal.
+        self._base = sqlite3.connect(path, isolation_level=None)
+        self._base.executescript(
+            """
+            PRAGMA journal_mode = OFF;
+            PRAGMA synchronous = OFF;
+            CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID;
+            CREATE TABLE examples (digest BLOB PRIMARY KEY) WITHOUT ROWID;
+            CREATE TABLE halves (place INTEGER PRIMARY KEY, request BLOB, half TEXT);
+            BEGIN;
+            """
+        )
+
+    def close(self) -> None:
+        self._base.close()
+
+    def examples(
+        self, records: Iterable[tuple[str, Record | Half]], refusal_text: str | None
+    ) -> Iterator[tuple[str, Record]]:
+        """All that are new: those that came whole, as they come, then those that were joined."""
+        for role, record in records:
+            if isinstance(record, Half):
+                self._count(record.origin["source"], f"{role}_halves")
+                self._keep(record)
+                continue
+            self._count(record.source, role)
+            if self._is_new(role, all_texts(record)):
+                yield role, self._named(record)
+        for triple in self._joined(refusal_text):
+            if self._is_new("safety", all_texts(triple)):
+                yield "safety", self._named(triple)
+
+    def _count(self, source: str, kind: str) -> None:
+        self.counts["read"].setdefault(source, Counter())[kind] += 1
+
+    def _is_new(self, kind: str, texts: Sequence[str]) -> bool:
+        """Whether none of these texts came before, which is counted."""
+        is_new = self._enter("examples", digest([kind, *texts]))
+        self.counts["dropped"]["duplicates"] += not is_new
+        return is_new
+
+    def _enter(self, table: str, value: str | bytes) -> bool:
+        """Whether a value was not yet in a table."""
+        entry = self._base.execute(f"INSERT OR IGNORE INTO {table} VALUES (?)", (value,))
+        return entry.rowcount > 0
+
+    def _named(self, record: Record) -> Record:
+        id = record.id
+        while not self._enter("ids", id):
+            id = f"{record.source}:{id}"
+        return record if id == record.id else dataclasses.replace(record, id=id)
+
+    def _keep(self, half: Half) -> None:
+        if self._is_new("safe half" if half.safe else "harmful half", [half.prompt, half.text]):
+            self._base.execute(
+                "INSERT INTO halves (request, half) VALUES (?, ?)",
+                (digest([half.prompt]), json.dumps(dataclasses.asdict(half))),
+            )
+
+    def _joined(self, refusal_text: str | None) -> Iterator[Triple]:
+        dropped = self.counts["dropped"]
+        self._base.execute("CREATE INDEX by_request ON halves (request, place)")
+        rows = self._base.execute("SELECT request, half FROM halves ORDER BY request, place")
+        for _, group in itertools.groupby(rows, key=lambda row: row[0]):
+            halves = [Half(**json.loads(half)) for _, half in group]
+            safe = [half for half in halves if half.safe]
+            harmful = [half for half in halves if not half.safe]
+            for broken, kept in zip(harmful, safe, strict=False):
+                if opens_with_refusal(broken.text) and not refuses(kept.text):
+                    dropped["contradicting"] += 1
+                    continue
+                self.counts["joined"] += 1
+                yield _completed(broken, kept.text, f"{broken.origin['id']}+{kept.origin['id']}")
+            dropped["safe_halves"] += max(0, len(safe) - len(harmful))
+            alone = harmful[len(safe) :]
+            if refusal_text is None:
+                dropped["harmful_halves"] += len(alone)
+                continue
+            for broken in alone:
+                self.counts["completed"] += 1
+                yield _completed(broken, refusal_text, broken.origin["id"])
+
+
+def _completed(half: Half, safe: str, id: str) -> Triple:
+    origin = {**half.origin, "id": id}
+    return Triple(prompt=half.prompt, safe=safe, harmful=half.text, **origin)
+
+
+def _drawn(record: Record, seed: int) -> float:
+    """Where in [0, 1) an example falls, by its first user message."""
+    first = digest([str(seed), user_turns(record)[0]])
+    return int.from_bytes(first[:8], "big") / 2**64
+
+
+def _row(record: Record) -> dict[str, Any]:
+    """A row that `read_records` reads as this record."""
+    row: dict[str, Any] = {"id": record.id, "source": record.source, "weight": record.weight}
+    if isinstance(record, Rendered):
+        safe = "true" if record.rto else "false"
+        return {"prefix": record.prefix, "text": record.text, "safe": safe, **row}
+    if isinstance(record, Dialogue):
+        return {"messages": record.messages, **row}
+    one_message = len(record.messages) == 1
+    request = {"prompt": record.prompt} if one_message else {"messages": record.messages}
+    return {**request, "safe": record.safe, "harmful": record.harmful, **row}
+
+
+def _row_turns(row: dict[str, Any]) -> list[str]:
+    """`user_turns` of a row that `_row` made."""
+    if "prompt" in row:
+        return [row["prompt"]]
+    if "prefix" in row:
+        rendered = Rendered(prefix=row["prefix"], text=row["text"], rto=False, id=row["id"])
+        return user_turns(rendered)
+    return turns_of(row["messages"])
+
+
+class _Files:
+    """JSON Lines files of a folder, each opened when its first row comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, BinaryIO] = {}
+
+    def write(self, name: str, row: dict[str, Any]) -> None:
+        if name not in self._open:
+            self._open[name] = (self.folder / name).open("xb")
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        self._open[name].write(line.encode())
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+
+
+def _drop_near(folder: Path, near: float) -> int:
+    """Takes out of the training files what is near to the evaluation files; how many rows."""
+    index = RequestIndex(near)
+    for path in sorted(folder.glob("eval.*.jsonl")):
+        for row in _rows(path):
+            index.add(row["id"], Fingerprint(_row_turns(row)))
+    dropped = 0
+    if not len(index):
+        return dropped
+    with closing(_Files(folder)) as files:
+        for path in sorted(folder.glob("train.*.jsonl")):
+            whole = path.rename(folder / f"all.{path.name}")
+            for row in _rows(whole):
+                if index.matches(Fingerprint(_row_turns(row))):
+                    dropped += 1
+                else:
+                    files.write(path.name, row)
+            whole.unlink()
+    return dropped
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        yield from map(json.loads, file)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        rows = sum(1 for _ in file)
+        file.seek(0)
+        return {"rows": rows, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,513 @@
+"""Formats of rows: which fields each has, and the record that a row is in a role.
+
+A row's format is told by its fields; what it is read for is never guessed: a preference may be of a
+refusal over a harmful answer, or of a good answer over a poor one. To add a format, write one small
+function from a row to what it is and enter it in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import partial
+from string import ascii_uppercase
+from typing import Any, Literal, get_args
+
+from derta.data.records.types import (
+    Dialogue,
+    Message,
+    Record,
+    Rendered,
+    Request,
+    Triple,
+    check_messages,
+    check_text,
+)
+
+Role = Literal["safety", "helpful", "borderline"]
+Kind = Literal["harmful", "harmless", "question"]
+ROLES: tuple[str, ...] = get_args(Role)
+KINDS: tuple[str, ...] = get_args(Kind)
+
+Row = Mapping[str, Any]
+Origin = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that is read and yields nothing.
+
+    Args:
+        reason: the same for all rows that are left out for it.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Half:
+    """One answer of a triple, whose other one is another row's."""
+
+    prompt: str
+    text: str
+    safe: bool
+    origin: Origin
+
+
+Read = Record | Request | Half | Skipped
+Reader = Callable[..., Read]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What rows of a format have, and what they are.
+
+    Args:
+        fields: that a row has.
+        beside: others that it may have, read or not.
+        readers: by role and kind: from a row and its origin to what it is.
+        columns: fields of the safe and of the harmful response, where nothing but their names tells
+            them apart.
+        bare: what the columns are called where a CSV file has no header; they do as well as
+            `fields`.
+    """
+
+    fields: frozenset[str]
+    beside: frozenset[str] = frozenset()
+    readers: Mapping[str, Reader]
+    columns: tuple[str, str] | None = None
+    bare: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All that a row may have."""
+        return self.fields.union(self.beside, self.bare)
+
+    def fits(self, found: Set[str]) -> bool:
+        """Whether a row has what is needed."""
+        return self.fields <= found or (bool(self.bare) and found >= set(self.bare))
+
+
+def _flag(name: str, value: Any) -> bool:
+    """A boolean, or the text that it is in CSV."""
+    if isinstance(value, bool):
+        return value
+    if value in ("True", "true", "False", "false"):
+        return value in ("True", "true")
+    raise TypeError(f"{name}: is {type(value).__name__}, expected true or false")
+
+
+def _text(row: Row, name: str) -> str:
+    return check_text(name, row[name])
+
+
+def _ask(content: str) -> list[Message]:
+    return [{"role": "user", "content": content}]
+
+
+def _asked(row: Row) -> Sequence[Message]:
+    """A prompt that is text or messages."""
+    if isinstance(row["prompt"], list):
+        return check_messages("prompt", row["prompt"])
+    return _ask(_text(row, "prompt"))
+
+
+def _answer(name: str, value: Any, asked: Sequence[Message]) -> str:
+    """A response that is text, or a message which may stand after all that was asked."""
+    if not isinstance(value, list):
+        return check_text(name, value)
+    *before, last = check_messages(name, value)
+    if last["role"] != "assistant":
+        raise ValueError(f"{name}: the last is the {last['role']}'s, expected the assistant's")
+    if before and before != list(asked):
+        raise ValueError(f"{name}: begins with other messages than prompt, expected the answer")
+    return last["content"]
+
+
+def _instruction(row: Row) -> str:
+    """An instruction, and what it is to be done with where there is such."""
+    instruction = _text(row, "instruction")
+    if row.get("input") in (None, ""):
+        return instruction
+    return f"{instruction}\n\n{_text(row, 'input')}"
+
+
+def _dialogue(asked: Sequence[Message], answer: str, origin: Origin) -> Dialogue:
+    return Dialogue(messages=[*asked, {"role": "assistant", "content": answer}], **origin)
+
+
+def _triple(row: Row, origin: Origin) -> Triple:
+    return Triple(
+        prompt="" if row.get("prompt") is None else row["prompt"],
+        messages=() if row.get("messages") is None else row["messages"],
+        safe=row["safe"],
+        harmful=row["harmful"],
+        **origin,
+    )
+
+
+def _of_columns(row: Row, origin: Origin, *, prompt: str, safe: str, harmful: str) -> Triple:
+    asked = _instruction(row) if prompt == "instruction" else _text(row, prompt)
+    return Triple(prompt=asked, safe=_text(row, safe), harmful=_text(row, harmful), **origin)
+
+
+def _rendered(row: Row, origin: Origin) -> Rendered:
+    if isinstance(row["safe"], bool):
+        raise TypeError(
+            'safe: is a JSON boolean, expected the text "true" or "false": the authors\' code '
+            "takes a boolean true for false"
+        )
+    if row["safe"] not in ("true", "false"):
+        raise ValueError('safe: expected the text "true" or "false"')
+    return Rendered(prefix=row["prefix"], text=row["text"], rto=row["safe"] == "true", **origin)
+
+
+def _rendered_helpful(row: Row, origin: Origin) -> Rendered:
+    rendered = _rendered(row, origin)
+    if rendered.rto:
+        raise ValueError('safe: is "true", a row to refuse at, expected "false" of helpful rows')
+    return rendered
+
+
+def _alpaca(row: Row, origin: Origin) -> Dialogue:
+    return _dialogue(_ask(_instruction(row)), _text(row, "output"), origin)
+
+
+def _beavertails(row: Row, origin: Origin) -> Half:
+    safe = _flag("is_safe", row["is_safe"])
+    return Half(_text(row, "prompt"), _text(row, "response"), safe, origin)
+
+
+def _pku_saferlhf(row: Row, origin: Origin) -> Triple | Skipped:
+    prompt = _text(row, "prompt")
+    responses = [_text(row, f"response_{index}") for index in (0, 1)]
+    flags = [_flag(name, row[name]) for name in ("is_response_0_safe", "is_response_1_safe")]
+    if flags[0] == flags[1]:
+        return Skipped("both responses are safe" if flags[0] else "no response is safe")
+    safe = flags.index(True)
+    if row.get("safer_response_id") not in (None, "", safe, str(safe)):
+        return Skipped("the safer response is not the safe one")
+    return Triple(prompt=prompt, safe=responses[safe], harmful=responses[1 - safe], **origin)
+
+
+def _preference(row: Row, origin: Origin) -> Triple:
+    asked = _asked(row)
+    return Triple(
+        messages=asked,
+        safe=_answer("chosen", row["chosen"], asked),
+        harmful=_answer("rejected", row["rejected"], asked),
+        **origin,
+    )
+
+
+def _answered(row: Row, origin: Origin, *, answer: str) -> Dialogue:
+    asked = _asked(row)
+    return _dialogue(asked, _answer(answer, row[answer], asked), origin)
+
+
+_LABELS = {
+    "prompt_harm_label": ("harmful", "unharmful"),
+    "response_refusal_label": ("refusal", "compliance"),
+    "response_harm_label": ("harmful", "unharmful"),
+}
+
+
+def _labels(row: Row) -> tuple[bool, ...] | Skipped:
+    """Whether WildGuardMix calls prompt harmful, response a refusal, and response harmful."""
+    for name, values in _LABELS.items():
+        if row[name] not in (None, "", *values):
+            raise ValueError(f"{name}: expected {' or '.join(values)}")
+    if any(row[name] in (None, "") for name in _LABELS):
+        return Skipped("not labelled")
+    return tuple(row[name] == values[0] for name, values in _LABELS.items())
+
+
+def _wildguard(row: Row, origin: Origin) -> Half | Skipped:
+    labels = _labels(row)
+    if isinstance(labels, Skipped):
+        return labels
+    harmful_prompt, refusal, harmful = labels
+    if not harmful_prompt:
+        return Skipped("the prompt is harmless")
+    if refusal == harmful:
+        return Skipped("neither a harmless refusal nor a harmful answer")
+    return Half(_text(row, "prompt"), _text(row, "response"), refusal, origin)
+
+
+def _wildguard_helpful(row: Row, origin: Origin) -> Dialogue | Skipped:
+    labels = _labels(row)
+    if isinstance(labels, Skipped):
+        return labels
+    if labels != (False, False, False):
+        return Skipped("no harmless answer to a harmless prompt")
+    return _dialogue(_ask(_text(row, "prompt")), _text(row, "response"), origin)
+
+
+def _conversation(row: Row, origin: Origin) -> Dialogue:
+    return Dialogue(messages=row["messages"], **origin)
+
+
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+
+
+def _sharegpt(row: Row, origin: Origin) -> Dialogue:
+    turns = row["conversations"]
+    if not isinstance(turns, list):
+        raise TypeError(f"conversations: is {type(turns).__name__}, expected a list of turns")
+    messages = []
+    for index, turn in enumerate(turns):
+        name = f"conversations[{index}]"
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise ValueError(f"{name}: expected from and value")
+        if turn["from"] not in _SPEAKERS:
+            raise ValueError(f"{name}.from: expected one of {', '.join(_SPEAKERS)}")
+        content = check_text(f"{name}.value", turn["value"])
+        messages.append({"role": _SPEAKERS[turn["from"]], "content": content})
+    return Dialogue(messages=messages, **origin)
+
+
+def _conversation_asked(row: Row, origin: Origin) -> Request:
+    return Request(messages=check_messages("messages", row["messages"]), **origin)
+
+
+def _conversation_harmless(row: Row, origin: Origin) -> Request | Dialogue:
+    messages = check_messages("messages", row["messages"])
+    answered = messages[-1]["role"] == "assistant"
+    return (_conversation if answered else _conversation_asked)(row, origin)
+
+
+def _asking(
+    row: Row, origin: Origin, *, prompt: str, category: str = "category", prefill: str = ""
+) -> Request:
+    return Request(
+        prompt=_text(row, prompt),
+        category="" if row.get(category) in (None, "") else _text(row, category),
+        prefill=_text(row, prefill) if prefill else "",
+        **origin,
+    )
+
+
+def _question(row: Row, origin: Origin) -> Request:
+    answer = check_text("answer", row.get("answer"))
+    return Request(prompt=_text(row, "question"), response=answer, **origin)
+
+
+def _mmlu(row: Row, origin: Origin) -> Request:
+    """The question as its authors put it, of which the letter of a choice is the answer.
+
+    Source: arXiv 2009.03300, figure 1.
+    """
+    lettered = "choices" not in row
+    choices = [row[letter] for letter in "ABCD"] if lettered else row["choices"]
+    right = row["answer"]
+    if not isinstance(choices, list) or not 1 < len(choices) <= len(ascii_uppercase):
+        raise ValueError(f"choices: expected a list of 2 to {len(ascii_uppercase)} texts")
+    letters = ascii_uppercase[: len(choices)]
+    if lettered and right not in tuple(letters):
+        raise ValueError(f"answer: is no choice's letter, expected {' or '.join(letters)}")
+    if not lettered and (type(right) is not int or not 0 <= right < len(choices)):
+        raise ValueError("answer: is no choice's place, expected a whole number from 0 on")
+    names = letters if lettered else [f"choices[{index}]" for index in range(len(choices))]
+    lines = [
+        f"{letter}. {check_text(name, choice)}"
+        for letter, name, choice in zip(letters, names, choices, strict=True)
+    ]
+    return Request(
+        prompt="\n".join([_text(row, "question"), *lines, "Answer:"]),
+        response=right if lettered else letters[right],
+        category="" if row.get("subject") in (None, "") else _text(row, "subject"),
+        **origin,
+    )
+
+
+def _harmbench(row: Row, origin: Origin) -> Request:
+    behavior = _asking(row, origin, prompt="Behavior", category="SemanticCategory")
+    if row.get("ContextString") in (None, ""):
+        return behavior
+    context = _text(row, "ContextString")
+    # As HarmBench itself asks.
+    return dataclasses.replace(
+        behavior, prompt=f"{context}\n\n---\n\n{behavior.prompt}", messages=()
+    )
+
+
+def _harmbench_completion(row: Row, origin: Origin) -> Request:
+    """An attack; what a model wrote is its harmful response where the classifier says so."""
+    label = "" if row.get("label") is None else f"{row['label']}"
+    if label not in ("", "0", "1"):
+        raise ValueError("label: expected 0 or 1")
+    return Request(
+        prompt=_text(row, "test_case"),
+        response=_text(row, "generation") if label == "1" else "",
+        **origin,
+    )
+
+
+_XSTEST_HARMLESS = frozenset(
+    "homonyms figurative_language safe_targets safe_contexts definitions nons_group_real_discr "
+    "real_group_nons_discr historical_events privacy_public privacy_fictional".split()
+)
+
+
+def _xstest(row: Row, origin: Origin, *, harmful: bool) -> Request | Skipped:
+    kind = _text(row, "type")
+    contrast = kind.startswith("contrast_")
+    if not contrast and kind not in _XSTEST_HARMLESS:
+        raise ValueError("type: expected one of XSTest's, from homonyms to contrast_privacy")
+    if row.get("label") not in (None, "", "unsafe" if contrast else "safe"):
+        raise ValueError("label: contradicts type, expected unsafe of contrast_ types alone")
+    request = _asking(row, origin, prompt="prompt", category="type")
+    return request if contrast == harmful else Skipped("of the other kind")
+
+
+def _turns(row: Row, origin: Origin) -> Request:
+    turns = row["turns"]
+    if not isinstance(turns, list):
+        raise TypeError(f"turns: is {type(turns).__name__}, expected a list of texts")
+    asked = [check_text(f"turns[{index}]", turn) for index, turn in enumerate(turns)]
+    return Request(messages=[message for turn in asked for message in _ask(turn)], **origin)
+
+
+def _safety(reader: Reader) -> dict[str, Reader]:
+    return {"safety": reader, "harmful": reader}
+
+
+def _helpful(reader: Reader) -> dict[str, Reader]:
+    return dict.fromkeys(("helpful", "borderline", "harmless", "question"), reader)
+
+
+def _of_two(prompt: str, safe: str, harmful: str, *beside: str) -> Format:
+    reader = partial(_of_columns, prompt=prompt, safe=safe, harmful=harmful)
+    return Format(
+        fields=frozenset({prompt, safe, harmful}),
+        beside=frozenset(beside),
+        readers=_safety(reader),
+        columns=(safe, harmful),
+    )
+
+
+def _to_ask(fields: str, kinds: str, **settings: Any) -> Format:
+    return Format(
+        fields=frozenset(fields.split()),
+        readers=dict.fromkeys(kinds.split(), partial(_asking, **settings)),
+    )
+
+
+FORMATS: dict[str, Format] = {
+    "triple": Format(
+        fields=frozenset({"safe", "harmful"}),
+        beside=frozenset({"prompt", "messages"}),
+        readers=_safety(_triple),
+        columns=("safe", "harmful"),
+    ),
+    "rendered": Format(
+        fields=frozenset({"prefix", "text", "safe"}),
+        readers={"safety": _rendered, "helpful": _rendered_helpful},
+    ),
+    "official_triple": _of_two("instruction", "safe_response", "output"),
+    "beavertails": Format(
+        fields=frozenset({"prompt", "response", "is_safe"}), readers=_safety(_beavertails)
+    ),
+    "pku_saferlhf": Format(
+        fields=frozenset(
+            "prompt response_0 response_1 is_response_0_safe is_response_1_safe".split()
+        ),
+        beside=frozenset({"safer_response_id"}),
+        readers=_safety(_pku_saferlhf),
+    ),
+    "circuit_breakers": _of_two("prompt", "llama3_output", "output"),
+    "shallow_deep": _of_two("instruction", "refusal", "harmful", "input"),
+    "preference": Format(
+        fields=frozenset({"prompt", "chosen", "rejected"}),
+        readers=_safety(_preference) | _helpful(partial(_answered, answer="chosen")),
+        columns=("chosen", "rejected"),
+    ),
+    "wildguard": Format(
+        fields=frozenset({"prompt", "response", *_LABELS}),
+        readers=_safety(_wildguard) | _helpful(_wildguard_helpful),
+    ),
+    "alpaca": Format(
+        fields=frozenset({"instruction", "output"}),
+        beside=frozenset({"input", "text"}),
+        readers=_helpful(_alpaca),
+    ),
+    "conversation": Format(
+        fields=frozenset({"messages"}),
+        readers=_helpful(_conversation)
+        | {"harmless": _conversation_harmless, "harmful": _conversation_asked},
+    ),
+    "sharegpt": Format(fields=frozenset({"conversations"}), readers=_helpful(_sharegpt)),
+    "prompt_completion": Format(
+        fields=frozenset({"prompt", "completion"}),
+        readers=_helpful(partial(_answered, answer="completion")),
+    ),
+    "question": Format(
+        fields=frozenset({"question"}),
+        beside=frozenset({"answer"}),
+        readers=dict.fromkeys(("harmful", "harmless"), partial(_asking, prompt="question"))
+        | {"question": _question},
+    ),
+    "mmlu": Format(
+        fields=frozenset({"question", "choices", "answer"}),
+        readers={"question": _mmlu},
+        bare=("question", "A", "B", "C", "D", "answer"),
+    ),
+    "advbench": _to_ask("goal target", "harmful", prompt="goal", prefill="target"),
+    "harmbench": Format(
+        fields=frozenset({"Behavior", "BehaviorID"}),
+        beside=frozenset({"ContextString"}),
+        readers={"harmful": _harmbench},
+    ),
+    "harmbench_completions": Format(
+        fields=frozenset({"test_case", "generation"}),
+        readers={"harmful": _harmbench_completion},
+    ),
+    "jailbreakbench": Format(
+        fields=frozenset({"Goal", "Target", "Category"}),
+        beside=frozenset({"Behavior"}),
+        readers={
+            "harmful": partial(_asking, prompt="Goal", category="Category", prefill="Target"),
+            "harmless": partial(_asking, prompt="Goal", category="Category"),
+        },
+    ),
+    "strongreject": _to_ask("forbidden_prompt", "harmful", prompt="forbidden_prompt"),
+    "xstest": Format(
+        fields=frozenset({"prompt", "type"}),
+        beside=frozenset({"completion"}),
+        readers={
+            "harmful": partial(_xstest, harmful=True),
+            "harmless": partial(_xstest, harmful=False),
+        },
+    ),
+    "or_bench": _to_ask("prompt category", "harmful harmless", prompt="prompt"),
+    "hex_phi": Format(
+        fields=frozenset({"instruction"}),
+        readers=dict.fromkeys(("harmful", "harmless"), partial(_asking, prompt="instruction")),
+        bare=("instruction", "category"),
+    ),
+    "do_not_answer": _to_ask(
+        "question risk_area", "harmful", prompt="question", category="risk_area"
+    ),
+    "beavertails_evaluation": _to_ask("prompt category category_id", "harmful", prompt="prompt"),
+    "prompt": _to_ask("prompt", "harmful harmless", prompt="prompt"),
+    "turns": Format(
+        fields=frozenset({"turns"}), readers=dict.fromkeys(("harmful", "harmless"), _turns)
+    ),
+}
+
+# Fields that tell about a row of any format, and may help to tell formats apart.
+ABOUT = frozenset(
+    "category category_id type risk_area subject BehaviorID SemanticCategory Category label".split()
+)
+# Fields under which public data sets keep text, or a judgement of it, that no format here reads.
+# Known so that no text is left out: half of a prompt is not a prompt.
+_UNREAD = frozenset("system context history".split())
+KNOWN = _UNREAD.union(ABOUT, *(form.known for form in FORMATS.values()))
+COLUMNS = KNOWN | {"id", "source", "weight"}

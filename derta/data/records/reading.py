@@ -1,0 +1,431 @@
+"""Records and requests of files: each row by its format, in the role that the user states."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from derta.data.records.files import data_files, read_rows
+from derta.data.records.formats import (
+    ABOUT,
+    COLUMNS,
+    FORMATS,
+    KINDS,
+    KNOWN,
+    ROLES,
+    Half,
+    Kind,
+    Origin,
+    Role,
+    Row,
+    Skipped,
+)
+from derta.data.records.refusal_keywords import opens_with_refusal, refuses
+from derta.data.records.types import (
+    Dialogue,
+    Record,
+    Rendered,
+    Request,
+    Triple,
+    check_text,
+    field_names,
+)
+
+_RESULTS = (Triple, Dialogue, Rendered, Request)
+_Buckets = defaultdict[int, "array[int]"]
+
+
+class Ids:
+    """The ids met so far, by 64 bits of each: ten million take 170 MB."""
+
+    def __init__(self) -> None:
+        self._files: set[tuple[Path, str | None]] = set()
+        self._earlier: _Buckets = defaultdict(lambda: array("Q"))
+        self._here: _Buckets = defaultdict(lambda: array("Q"))
+
+    def begin(self, file: Path, purpose: str | None) -> None:
+        """Ids that come now are those of this file.
+
+        Raises:
+            ValueError: it was read for the same purpose before.
+        """
+        read = (file.resolve(), purpose)
+        if read in self._files:
+            raise ValueError(f"{file}: comes twice, expected every file once")
+        self._files.add(read)
+        while self._here:
+            key, digests = self._here.popitem()
+            self._earlier[key].extend(digests)
+
+    def name(self, id: str, stem: str) -> str | None:
+        """The id to use: this one, or where another file has it this one after the file's stem.
+
+        None if it was met in this file.
+        """
+        while (digest := _digest(id)) in self._earlier.get(digest >> 46, ()):
+            id = f"{stem}:{id}"
+        here = self._here[digest >> 46]
+        if digest in here:
+            return None
+        here.append(digest)
+        return id
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+@dataclass
+class FileReading:
+    """What was read of one file.
+
+    Attributes:
+        records: rows, or pairs of joined rows, that are records or requests.
+        bad: rows that are errors, and errors that end the file.
+        skipped: rows that are neither, by reason.
+    """
+
+    records: int = 0
+    bad: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+        skipped = f"{self.skipped.total()} skipped" + (f" ({reasons})" if reasons else "")
+        return f"{self.records} records, {self.bad} errors, {skipped}"
+
+
+@dataclass
+class Reading:
+    """What was read: fills up while `read_records` or `read_requests` is iterated over.
+
+    All that goes into one of them has ids of its own, also where it was read by several calls.
+
+    Args:
+        alone: called with each answer that none of its file completes to a triple, at its end.
+
+    Attributes:
+        files: by the path of each file.
+        ids: of all records and requests.
+    """
+
+    alone: Callable[[Half], object] | None = None
+    files: dict[str, FileReading] = field(init=False, default_factory=dict)
+    ids: Ids = field(init=False, default_factory=Ids)
+
+
+def read_records(
+    *paths: str | Path, role: Role, format: str | None = None, reading: Reading | None = None
+) -> Iterator[Record]:
+    """Reads what to train on from files and folders, one after the other, in bounded memory.
+
+    JSON Lines, JSON arrays, CSV and parquet, each plain, gzip or xz, and folders of them or of
+    `datasets`; what a file is called plays no part. Rows may be of several formats, see `FORMATS`;
+    fields that no format knows are left alone. A row without an `id` is called after its place,
+    which is `file:line`, `file:line[element]` in an array, whose elements may share a line, or
+    `file:[row]` in a table; one without a `source` after the file's stem. An id that another file
+    has already gets this file's stem before it, as in `stem:7`. `weight` is a record's.
+
+    Args:
+        role: "safety" yields `Triple`s, or `Rendered` rows of the authors' files; "helpful" and
+            "borderline" yield `Dialogue`s.
+        format: a key of `FORMATS`, where fields leave it open; responses whose texts contradict
+            their columns are then taken as they are.
+        reading: filled with what was read and what was skipped.
+
+    Raises:
+        ValueError: `place: field: what is wrong, what was expected`, for the first bad row, which
+            names fields and never quotes their text; two rows of a file have one id; a file comes
+            twice; or an unknown role or format.
+        OSError: a file cannot be read.
+    """
+    _check_purpose("role", role, ROLES)
+    return _strict(paths, role, format, reading)
+
+
+def read_requests(
+    *paths: str | Path, kind: Kind, format: str | None = None, reading: Reading | None = None
+) -> Iterator[Request]:
+    """Reads what to evaluate with, as `read_records` does.
+
+    Training files do too: of a triple the harmful response, of a dialogue the last answer is the
+    request's response.
+
+    Args:
+        kind: "harmful", "harmless", or "question", which is harmless and has its right answer.
+        format, reading: as of `read_records`.
+
+    Raises:
+        ValueError, OSError: as `read_records`.
+    """
+    _check_purpose("kind", kind, KINDS)
+    return _strict(paths, kind, format, reading)
+
+
+def _check_purpose(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _strict(
+    paths: Sequence[str | Path], purpose: str, format: str | None, reading: Reading | None
+) -> Iterator[Any]:
+    for place, record in read_placed(paths, purpose, format, reading):
+        if isinstance(record, _Twice):
+            # Read again: to hold the place of every row would take more than the rows' ids.
+            again = read_placed([record.path], purpose, format)
+            first = next(at for at, one in again if getattr(one, "id", None) == record.id)
+            raise ValueError(
+                f"{place}: id: {record.id!r} is that of {first} too, expected one of its own"
+            )
+        if isinstance(record, ValueError):
+            raise record
+        yield record
+
+
+def read_placed(
+    paths: Iterable[str | Path],
+    purpose: str | None,
+    format: str | None = None,
+    reading: Reading | None = None,
+) -> Iterator[tuple[str, Record | Request | ValueError]]:
+    """Records or requests with their places; a bad row is the error that says so, and not the end.
+
+    Args:
+        purpose: a role or a kind; None takes a row for what its format is first of all.
+        format, reading: as of `read_records`.
+
+    Raises:
+        ValueError: the format is unknown.
+        OSError: a file cannot be read.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    reading = reading or Reading()
+    files = reading.files
+    for path in map(Path, paths):
+        place = f"{path}"
+        try:
+            for file in data_files(path):
+                place = f"{file}"
+                counts = files.setdefault(place, FileReading())
+                reading.ids.begin(file, purpose)
+                yield from _read_file(file, purpose, format, counts, reading)
+        except ValueError as error:
+            files.setdefault(place, FileReading()).bad += 1
+            yield place, error
+
+
+def _read_file(
+    path: Path,
+    purpose: str | None,
+    named: str | None,
+    counts: FileReading,
+    reading: Reading,
+) -> Iterator[tuple[str, Record | Request | ValueError]]:
+    pairs = _Pairs()
+    place = ""
+    source = path.stem
+    bare = FORMATS[named].bare if named else ()
+    for within, row in read_rows(path, COLUMNS, bare):
+        place = f"{path}:{within}"
+        record: Any
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            record = _record(row, purpose, named, pairs, place, source)
+        except (TypeError, ValueError) as error:
+            record = ValueError(f"{place}: {error}")
+        if isinstance(record, Skipped):
+            counts.skipped[record.reason] += 1
+        elif record is not None:
+            if isinstance(record, _RESULTS):
+                id = reading.ids.name(record.id, source)
+                if id is None:
+                    record = _Twice(record.id, path, place)
+                elif id != record.id:
+                    record = dataclasses.replace(record, id=id)
+            counts.bad += isinstance(record, ValueError)
+            counts.records += not isinstance(record, ValueError)
+            yield place, record
+    if not place:
+        raise ValueError(
+            f"{path}:1: no record, expected JSON Lines, a JSON array, CSV or parquet with records"
+        )
+    counts.skipped.update(pairs.left())
+    if reading.alone is not None:
+        for half in pairs.waiting():
+            reading.alone(half)
+
+
+def _record(
+    row: Any, purpose: str | None, named: str | None, pairs: _Pairs, place: str, source: str
+) -> Record | Request | Skipped | None:
+    """What the row is; None of an answer that waits for another row's."""
+    if not isinstance(row, dict):
+        raise TypeError(f"row: is {type(row).__name__}, expected an object")
+    name = named or _format_of(row, purpose)
+    form = FORMATS[name]
+    if not form.fits(row.keys()):
+        raise ValueError(
+            f"fields: found {field_names(row)}, expected those of format {name}: "
+            f"{', '.join(sorted(form.fields))}"
+        )
+    reader = form.readers.get(purpose or next((role for role in ROLES if role in form.readers), ""))
+    if reader is None:
+        raise ValueError(
+            f"fields: are those of format {name}, which is for {', '.join(form.readers)}, expected "
+            f"a format for {purpose or 'training'}"
+        )
+    record: Any = reader(row, _origin(row, place, source, weighted=purpose not in KINDS))
+    if isinstance(record, Half):
+        record = pairs.join(record)
+    if isinstance(record, Triple):
+        against = _contradiction(record, name, *(form.columns or ("safe", "harmful")), bool(named))
+        if against and form.columns:
+            raise ValueError(against)
+        if against:
+            return Skipped("the responses contradict their labels")
+    if purpose in KINDS and isinstance(record, Triple | Dialogue):
+        return as_request(record)
+    if purpose == "borderline" and isinstance(record, Dialogue):
+        return dataclasses.replace(record, borderline=True)
+    return record
+
+
+def _format_of(row: Row, purpose: str | None) -> str:
+    names = _matching(frozenset(row.keys() & KNOWN))
+    filled = frozenset(row)
+    if not names:  # an empty field is none, as where rows of several formats are one table
+        filled = frozenset(key for key in row if row[key] is not None and row[key] != "")
+        names = _matching(filled & KNOWN)
+    if len(names) == 1:
+        return names[0]
+    found = f"fields: found {field_names(row)}, which is "
+    if names:
+        raise ValueError(f"{found}any of {', '.join(names)}, expected format: with one of them")
+    if "prefix" in row and "text" in row and "safe" not in row:
+        raise ValueError(
+            f"{found}a file to break a model's safety with, expected safe beside prefix and text"
+        )
+    forms = {
+        name: form for name, form in FORMATS.items() if purpose is None or purpose in form.readers
+    }
+    if closest := _closest([name for name, form in forms.items() if form.fits(filled)]):
+        meant = " or ".join(closest)
+        raise ValueError(
+            f"{found}{meant} with fields of other formats, expected format: {meant}, which leaves "
+            "those out"
+        )
+    expected = " | ".join(
+        f"{', '.join(sorted(form.fields))} ({name})" for name, form in forms.items()
+    )
+    raise ValueError(f"{found}no known format, expected {expected}")
+
+
+@lru_cache(maxsize=4096)
+def _matching(found: frozenset[str]) -> tuple[str, ...]:
+    """Formats that have all of these fields."""
+    return _closest(
+        [name for name, form in FORMATS.items() if form.fits(found) and found - ABOUT <= form.known]
+    )
+
+
+def _closest(names: Sequence[str]) -> tuple[str, ...]:
+    """Those formats that do not ask for less than another of them."""
+    return tuple(
+        name
+        for name in names
+        if not any(FORMATS[name].fields < FORMATS[other].fields for other in names)
+    )
+
+
+def _origin(row: Row, place: str, source: str, *, weighted: bool) -> Origin:
+    given = {key: row[key] for key in ("id", "source", "weight") if row.get(key) not in (None, "")}
+    id = given.get("id", place)
+    origin = {
+        "id": check_text("id", str(id) if type(id) is int else id),
+        "source": check_text("source", given.get("source", source)),
+    }
+    if weighted and "weight" in given:
+        origin["weight"] = _number("weight", given["weight"])
+    return origin
+
+
+def _number(name: str, value: Any) -> Any:
+    """The number that a text in a CSV file is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"{name}: is text that is no number, expected a number") from None
+
+
+def _contradiction(triple: Triple, name: str, safe: str, harmful: str, named: bool) -> str | None:
+    if triple.safe == triple.harmful:
+        return f"{harmful}: is the text of {safe} too, expected another response"
+    if not named and opens_with_refusal(triple.harmful) and not refuses(triple.safe):
+        return (
+            f"{harmful}: opens with a refusal, and {safe} holds none, as if they were swapped; "
+            f"expected the refusal in {safe}, or format: {name}, which takes rows as they are"
+        )
+    return None
+
+
+def as_request(record: Triple | Dialogue) -> Request:
+    """What evaluation makes of an example, whose harmful response or last answer it keeps."""
+    if isinstance(record, Triple):
+        messages, response = record.messages, record.harmful
+    else:
+        messages, response = record.messages[:-1], record.messages[-1]["content"]
+    return Request(messages=messages, response=response, id=record.id, source=record.source)
+
+
+class _Pairs:
+    """Joins answers to one prompt: the first safe one with the first harmful one, and so on.
+
+    Memory: the answers that no answer of the other kind has met yet.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[Half]] = {}
+
+    def join(self, half: Half) -> Triple | None:
+        waiting = self._waiting.setdefault(half.prompt, deque())
+        if not waiting or waiting[0].safe == half.safe:
+            waiting.append(half)
+            return None
+        other = waiting.popleft()
+        if not waiting:
+            del self._waiting[half.prompt]
+        if other.origin.get("weight") != half.origin.get("weight"):
+            raise ValueError("weight: differs from the row's that it is joined with")
+        safe, harmful = (half, other) if half.safe else (other, half)
+        return Triple(prompt=half.prompt, safe=safe.text, harmful=harmful.text, **half.origin)
+
+    def left(self) -> Counter[str]:
+        """How many answers wait in vain, by kind."""
+        return Counter(
+            "safe without a harmful one" if half.safe else "harmful without a safe one"
+            for half in self.waiting()
+        )
+
+    def waiting(self) -> Iterator[Half]:
+        """The answers that wait."""
+        return itertools.chain.from_iterable(self._waiting.values())
+
+
+class _Twice(ValueError):
+    def __init__(self, id: str, path: Path, place: str) -> None:
+        super().__init__(
+            f"{place}: id: {id!r} is that of an earlier record too, expected one of its own"
+        )
+        self.id = id
+        self.path = path

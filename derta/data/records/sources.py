@@ -1,0 +1,112 @@
+"""Where a run's records come from, what each file is taken for, and how much it counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from derta.data.records.formats import ROLES, Role
+from derta.data.records.reading import Reading, read_records
+from derta.data.records.types import Record, check_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Record files of one role.
+
+    Args:
+        path: of a file, or of several.
+        role: "safety", triples and rendered rows; "helpful", dialogues; "borderline", dialogues
+            whose requests look harmful and are not.
+        weight: of its targets in the loss, relative to other sources'; a factor beside the weight
+            that a row has of its own.
+        format: of the rows, where their fields do not tell; None: they do.
+        limit: how many of its records are read, the first ones; None: all.
+
+    Raises:
+        TypeError: the weight is no number.
+        ValueError: there is no path or no such role, the weight is not above 0, or the limit is
+            below 1.
+    """
+
+    path: str | list[str]
+    role: Role
+    weight: float = 1.0
+    format: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise ValueError("path: is empty, expected the path of a file, or of several")
+        if self.role not in ROLES:
+            raise ValueError(f"role: is {self.role!r}, expected one of {', '.join(ROLES)}")
+        check_weight("weight", self.weight)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit: is {self.limit}, expected at least 1")
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Its files, of which there may be one."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+
+def source_records(source: Source, reading: Reading | None = None) -> Iterator[Record]:
+    """The records of a source; each weighs what its row does, times what its source does.
+
+    Args:
+        source: where they are.
+        reading: filled with what was read and what was skipped; sources that share one share no
+            id.
+
+    Raises:
+        ValueError, OSError: as `read_records`.
+    """
+    records = read_records(*source.paths, role=source.role, format=source.format, reading=reading)
+    for record in itertools.islice(records, source.limit):
+        if source.weight != 1.0:  # a copy is checked like any other record, which takes time
+            record = dataclasses.replace(record, weight=record.weight * source.weight)
+        yield record
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """Refuses to read records that are not there, before anything is made of the rest.
+
+    Raises:
+        FileNotFoundError: names the path.
+    """
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such record file")
+
+
+class SourceRecords(Iterable[Record]):
+    """The records of sources, read anew whenever they are gone through, with ids of their own.
+
+    Args:
+        sources: where they are; a record's weight is that of its row times its source's.
+
+    Raises:
+        FileNotFoundError: a source has no file.
+        ValueError: as `read_records`, while they are gone through.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+        check_paths(path for source in sources for path in source.paths)
+
+    def __iter__(self) -> Iterator[Record]:
+        reading = Reading()
+        for source in self.sources:
+            yield from source_records(source, reading)
+
+    def check(self) -> None:
+        """Reads all of them once, so that a bad row is found before anything is made of the rest.
+
+        Raises:
+            ValueError: as `read_records`.
+        """
+        for _ in self:
+            pass

@@ -1,0 +1,1 @@
+"""Tokens: records as token ids, through the tokenizer and its chat template."""

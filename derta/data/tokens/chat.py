@@ -1,0 +1,183 @@
+"""The model's chat template as token ids: prompts, responses and what closes them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import jinja2
+
+from derta.data.records.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+# Enough for a fast tokenizer to keep all cores busy.
+BATCH = 256
+
+PROBE: tuple[Message, ...] = ({"role": "user", "content": "Hello"},)
+_SENTINEL = "sentinel-answer"
+
+
+class Answer(NamedTuple):
+    """A rendered prompt, up to where the model starts to write, and a rendered response to it.
+
+    The response goes without what closes it, or with `closing_text`; never with `appended_ids`.
+    """
+
+    prompt: str
+    response: str
+
+
+class Chat:
+    """Renders conversations with a tokenizer's chat template and tokenizes them.
+
+    What the template writes before a response belongs to the prompt (the generation prompt, an
+    empty thinking block), apart from spaces, which tokenizers join to the word that follows. What
+    it does to a response (trimming) is done here too, since the response is read out of the
+    rendered conversation.
+
+    Args:
+        tokenizer: with a chat template.
+
+    Attributes:
+        closing_text: what the template writes after a response, up to and including its first
+            special token.
+        appended_ids: what follows if the template has none, though it renders no such thing: the
+            end-of-sequence token, after which there is nothing to say. Else empty.
+        closing_ids: the two as token ids.
+
+    Raises:
+        ValueError: there is no chat template, it drops the assistant's text, its generation prompt
+            is not how it begins a response, or there is nothing to close one with.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template: set chat_template (the configuration key, or "
+                "the tokenizer's attribute) to that of the model's instruct version or your own"
+            )
+        self.tokenizer = tokenizer
+        opening = self._render(PROBE, generate=True)
+        answered = self._render([*PROBE, {"role": "assistant", "content": _SENTINEL}])
+        if _SENTINEL not in answered:
+            raise ValueError("chat_template leaves out what the assistant says")
+        if not answered.startswith(opening):
+            raise ValueError(
+                "chat_template begins a response otherwise than its generation prompt: set "
+                "chat_template to one whose generation prompt is a prefix of the answered chat"
+            )
+        lead, _, self._tail = answered[len(opening) :].partition(_SENTINEL)
+        self._lead = lead.rstrip(" ")
+        self.closing_text, self.closing_ids, self.appended_ids = self._closing()
+
+    def _closing(self) -> tuple[str, list[int], list[int]]:
+        tokenizer = self.tokenizer
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(tokenizer.all_special_ids)
+        ids = self._tokenize([self._tail])[0]
+        for index, id in enumerate(ids):
+            if id in special:
+                token = str(tokenizer.convert_ids_to_tokens(id))
+                head, _, _ = self._tail.partition(token)
+                return head + token, ids[: index + 1], []
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "chat_template closes a response with no special token and the tokenizer has no "
+                "eos_token: set one of them"
+            )
+        return self._tail, [*ids, tokenizer.eos_token_id], [tokenizer.eos_token_id]
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids from which the model writes its response to `messages`.
+
+        Raises:
+            ValueError: the template rejects the messages.
+        """
+        return self._tokenize([self._prompt(messages)])[0]
+
+    def response_ids(self, messages: Sequence[Message], text: str) -> list[int]:
+        """Token ids of `text` as the response to `messages`, without what closes it.
+
+        Raises:
+            ValueError: the template rejects the messages or does not render them in order.
+        """
+        ((_, response),) = self.answer_ids([self.render(messages, text)])
+        return response
+
+    def render(self, messages: Sequence[Message], text: str) -> Answer:
+        """Renders `messages` and the response `text`.
+
+        Raises:
+            ValueError: the template rejects the messages or does not render them in order.
+        """
+        prompt = self._prompt(messages)
+        answered = self._render([*messages, {"role": "assistant", "content": text}])
+        if not (answered.startswith(prompt) and answered.endswith(self._tail)):
+            raise ValueError(
+                "chat_template renders a conversation otherwise once it has gone on, so that its "
+                "prompt is not what a model would have seen: set chat_template to one that does not"
+            )
+        response = answered[len(prompt) : len(answered) - len(self._tail)]
+        if not response.strip():
+            raise ValueError("chat_template leaves nothing of a response")
+        return Answer(prompt, response)
+
+    def answer_ids(self, answers: Sequence[Answer]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of the prompt and of the response of each answer."""
+        texts = dict.fromkeys(
+            text for answer in answers for text in (answer.prompt, answer.prompt + answer.response)
+        )
+        ids = dict(zip(texts, self._tokenize(list(texts)), strict=True))
+        return [
+            (
+                ids[answer.prompt],
+                self.continuation(
+                    ids[answer.prompt], ids[answer.prompt + answer.response], answer.response
+                ),
+            )
+            for answer in answers
+        ]
+
+    def text(self, id: int) -> str:
+        """What a token decodes to."""
+        return str(self.tokenizer.decode([id]))
+
+    def continuation(self, before: list[int], whole: list[int], text: str) -> list[int]:
+        """Token ids of `text` after `before`, where `whole` are those of the joined text.
+
+        Where the tokenizer would merge across the border, `text` is tokenized alone: a model that
+        is given `before` can only write what comes after it.
+        """
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self._tokenize([text])[0]
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    def _prompt(self, messages: Sequence[Message]) -> str:
+        return self._render(messages, generate=True) + self._lead
+
+    def _render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=generate
+                )
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat_template rejects the messages: {error}") from error
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` consecutive items, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

@@ -1,0 +1,153 @@
+"""The refusal token: what a refusal starts with, in the context of the model's chat template."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from derta.data.records.types import Message, Triple, naming
+from derta.data.tokens.chat import BATCH, PROBE, Chat, batched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RefusalToken:
+    """The token that RTO trains the model to say.
+
+    Attributes:
+        id: its id.
+        text: what it decodes to.
+        safe_start_share: share of the safe responses that start with it, in [0, 1]; 0 without any.
+        common_start: id of the token that most safe responses start with; None without any.
+        common_start_text: what that one decodes to.
+        common_start_share: share of the safe responses that start with that one.
+    """
+
+    id: int
+    text: str
+    safe_start_share: float
+    common_start: int | None
+    common_start_text: str
+    common_start_share: float
+
+    @property
+    def warning(self) -> str | None:
+        """What is amiss if the safe responses teach another token than RTO, else None."""
+        if self.common_start in (None, self.id):
+            return None
+        return (
+            f"RTO trains {self.text!r} (id {self.id}), with which {self.safe_start_share:.0%} of "
+            f"the safe responses start; {self.common_start_share:.0%} start with "
+            f"{self.common_start_text!r} (id {self.common_start}): set refusal to that id, or "
+            "rewrite the safe responses, unless two ways to refuse are intended"
+        )
+
+    def __str__(self) -> str:
+        return self.warning or f"{self.text!r} (id {self.id})"
+
+
+def resolve_refusal_token(
+    tokenizer: PreTrainedTokenizerBase,
+    refusal: str | int = "auto",
+    triples: Sequence[Triple] = (),
+) -> RefusalToken:
+    """Finds the token that starts a refusal right after the generation prompt.
+
+    "Sorry" and " Sorry" are different tokens, and the chat template decides which of them starts a
+    response; so a word is looked up as the response to the first triple's prompt.
+
+    Args:
+        tokenizer: with a chat template.
+        refusal: a word, a token id, or "auto", the commonest first token of the safe responses,
+            each after its own prompt.
+        triples: whose safe responses are compared with it.
+
+    Raises:
+        TypeError: `refusal` is neither text nor an integer.
+        ValueError: `refusal` is "auto" without triples, a word that is not one token or does not
+            survive its tokenization, or an id that the tokenizer lacks; or the chat template is
+            not usable.
+
+    Source: arXiv 2407.09121, section 3.3, where the token is a fixed "Sorry".
+    """
+    chat = Chat(tokenizer)
+    starts = _safe_starts(chat, triples)
+    return choose_refusal_token(chat, refusal, starts, triples[0].messages if triples else PROBE)
+
+
+def choose_refusal_token(
+    chat: Chat, refusal: str | int, starts: Counter[int], messages: Sequence[Message] | None = None
+) -> RefusalToken:
+    """`resolve_refusal_token` where the safe responses have been counted already.
+
+    Args:
+        chat: the model's.
+        refusal: as there.
+        starts: how many safe responses start with each token.
+        messages: what a word is looked up as the response to; None: any will do.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    if not isinstance(refusal, str | int) or isinstance(refusal, bool):
+        raise TypeError(
+            f"refusal must be a word, a token id or 'auto', got {type(refusal).__name__}"
+        )
+    if refusal == "auto":
+        if not starts:
+            raise ValueError("refusal='auto' needs triples to read: give a word or a token id")
+        id = starts.most_common(1)[0][0]
+    elif isinstance(refusal, str):
+        id = _word_id(chat, refusal, messages or PROBE)
+    else:
+        id = refusal
+        size = len(chat.tokenizer)
+        if not 0 <= id < size:
+            raise ValueError(f"refusal must be a token id in 0..{size - 1}, got {refusal}")
+    common, count = starts.most_common(1)[0] if starts else (None, 0)
+    total = max(starts.total(), 1)
+    return RefusalToken(
+        id=id,
+        text=chat.text(id),
+        safe_start_share=starts[id] / total,
+        common_start=common,
+        common_start_text="" if common is None else chat.text(common),
+        common_start_share=count / total,
+    )
+
+
+def _safe_starts(chat: Chat, triples: Iterable[Triple]) -> Counter[int]:
+    """How many safe responses start with each token."""
+    starts: Counter[int] = Counter()
+    for batch in batched(triples, BATCH):
+        answers = []
+        for triple in batch:
+            with naming(triple):
+                answers.append(chat.render(triple.messages, triple.safe))
+        starts.update(response[0] for _, response in chat.answer_ids(answers))
+    return starts
+
+
+def _word_id(chat: Chat, word: str, messages: Sequence[Message]) -> int:
+    if not word or word != word.strip():
+        raise ValueError(
+            f"refusal must be a word without spaces around it, got {word!r}: the chat template "
+            "decides whether a space comes first"
+        )
+    ids = chat.response_ids(messages, word)
+    pieces = [chat.text(id) for id in ids]
+    if len(ids) != 1:
+        raise ValueError(
+            f"refusal must be one token, but {word!r} is {len(ids)}, {pieces} with ids {ids}: give "
+            f"another word, or the id of its first piece, {ids[0]}"
+        )
+    if pieces[0].strip() != word:
+        raise ValueError(
+            f"refusal {word!r} becomes id {ids[0]}, which decodes to {pieces[0]!r}: the tokenizer "
+            "changes the word; give the word as the tokenizer writes it or a token id"
+        )
+    return ids[0]

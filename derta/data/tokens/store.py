@@ -1,0 +1,140 @@
+"""Encoded examples on disk: an Arrow file of `datasets`, written as they come and mapped to read.
+
+However many there are, memory holds one batch of them while they are written, and afterwards the
+pages that are being read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from derta.data.tokens.chat import batched
+from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
+
+# Enough that a file of millions has few thousand parts, little enough to wait in memory.
+ROWS_AT_ONCE = 1024
+
+_COLUMNS = {
+    "place": "int64",
+    "id": "string",
+    "source": "string",
+    "weight": "float64",
+    # of triples, null in dialogues
+    "prompt": ["int32"],
+    "harmful": ["int32"],
+    "safe": ["int32"],
+    "cut_limit": "int64",
+    "word_ends": ["int64"],
+    # of dialogues, null in triples
+    "input_ids": ["int32"],
+    "is_target": ["bool"],
+    "role": "string",
+}
+
+
+class ExampleStore(Sequence[Encoded]):
+    """Encoded examples in a file that lasts as long as this object.
+
+    It keeps its name all the while, by which worker processes that are spawned open it; only a run
+    that is killed leaves it behind.
+
+    Args:
+        examples: each with its place, the number of the record that it is from, which errors name.
+        folder: where the file is to be; None: where temporary files go (TMPDIR).
+
+    Raises:
+        ValueError: two examples have one id, and would be cut at the same places; names both.
+    """
+
+    def __init__(
+        self, examples: Iterable[tuple[int, Encoded]], folder: str | Path | None = None
+    ) -> None:
+        # Here, as it takes a second that many who import derta.data never owe.
+        import pyarrow
+        from datasets import Dataset, Features, List, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        features = Features(
+            {
+                name: List(Value(kind[0])) if isinstance(kind, list) else Value(kind)
+                for name, kind in _COLUMNS.items()
+            }
+        )
+        self._folder = tempfile.TemporaryDirectory(prefix="derta-", dir=folder)
+        path = str(Path(self._folder.name, "examples.arrow"))
+        digests = bytearray()
+        with ArrowWriter(features=features, path=path) as writer:
+            for batch in batched(examples, ROWS_AT_ONCE):
+                rows = [{"place": place, **_row(example)} for place, example in batch]
+                writer.write_table(pyarrow.Table.from_pylist(rows, features.arrow_schema))
+                for _, example in batch:
+                    digests += blake2b(example.id.encode(), digest_size=16).digest()
+            writer.finalize()
+        self._size = len(digests) // 16
+        if not self._size:
+            return
+        self._rows = Dataset.from_file(path).with_format("arrow")
+        if (pair := _first_pair(digests)) is not None:
+            table = self._rows[list(pair)]
+            first, second = table["place"].to_pylist()
+            raise ValueError(
+                f"record {second}: id: {table['id'][0].as_py()!r} is that of record {first} too, "
+                "expected one of its own"
+            )
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        chosen = range(self._size)[index]
+        return self.take(chosen) if isinstance(chosen, range) else self.take([chosen])[0]
+
+    def __iter__(self) -> Iterator[Encoded]:
+        for first in range(0, self._size, ROWS_AT_ONCE):
+            yield from self[first : first + ROWS_AT_ONCE]
+
+    def take(self, indices: Sequence[int]) -> list[Encoded]:
+        """The examples at `indices`, in their order: faster than one by one."""
+        if not indices:
+            return []
+        table = self._rows[list(indices)]
+        columns = [[_read(value) for value in table[name]] for name in _COLUMNS]
+        rows = zip(*columns, strict=True)
+        return [_example(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
+
+
+def _row(example: Encoded) -> dict[str, Any]:
+    return {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
+
+
+def _read(value: Any) -> Any:
+    """A value of a column, lists as arrays that lie in the file."""
+    if value.is_valid and hasattr(value, "values"):
+        return value.values.to_numpy(zero_copy_only=False)  # booleans are bits there
+    return value.as_py()
+
+
+def _example(row: dict[str, Any]) -> Encoded:
+    kind: Any = EncodedTriple if row["input_ids"] is None else EncodedDialogue
+    return kind(**{field.name: row[field.name] for field in dataclasses.fields(kind)})
+
+
+def _first_pair(digests: bytearray) -> tuple[int, int] | None:
+    """Places of two equal digests of 16 bytes, the first that a reader of them would meet."""
+    halves = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+    order = np.argsort(halves[:, 0], kind="stable")
+    alike = np.flatnonzero(np.diff(halves[order, 0]) == 0)
+    pairs = zip(order[alike].tolist(), order[alike + 1].tolist(), strict=True)
+    equal = [pair for pair in pairs if (halves[pair[0]] == halves[pair[1]]).all()]
+    return min(equal, key=lambda pair: pair[1], default=None)

@@ -1,0 +1,1 @@
+"""Generation: answers of local and served models, kept as they come."""

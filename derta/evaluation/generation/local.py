@@ -1,0 +1,209 @@
+"""Greedy answers to many prompts: what writers of answers are, and the model on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from derta.data import Chat
+from derta.evaluation.generation.answers import AnswerFile
+from derta.modeling.introspection import context_length, evaluating
+
+SHOWN_AFTER_S = 2.0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        text: without special tokens.
+        ids: its tokens, without the one that ended it.
+    """
+
+    text: str
+    ids: list[int]
+
+
+class Generator(Protocol):
+    """Writes greedily after many prompts at once: a model on this machine, or a server's."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+        """What is written after each prompt of token ids, in order; `ids` name them in errors."""
+        ...
+
+
+def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
+    """Tokens that end an answer: what closes a chat's turn, and every end of sequence."""
+    configured = model.generation_config.eos_token_id
+    ends = {chat.closing_ids[-1], chat.tokenizer.eos_token_id}
+    ends.update(configured if isinstance(configured, list) else [configured])
+    return frozenset(ends - {None})
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer, without special tokens."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)  # a list only for a list of lists
+    return text
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    ids: Sequence[str],
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    batch_size: int,
+    title: str = "generate",
+    answers: AnswerFile | None = None,
+) -> list[list[int]]:
+    """What the model writes after each prompt if it always takes the likeliest token.
+
+    Whatever `generation_config` says of sampling, penalties or beams plays no part. Prompts are run
+    in batches of similar length, padded on the left and masked; equal prompts are run once.
+
+    Args:
+        model: a causal language model, plain or under PEFT, with or without `apply_derta`.
+        prompts: token ids, none empty.
+        ids: what each prompt is called in errors.
+        stop_ids: tokens at which an answer ends, see `stop_ids`.
+        max_new_tokens: longest answer.
+        batch_size: prompts a batch.
+        title: what the progress bar is called, which appears after two seconds.
+        answers: where they are looked up before anything is generated, and kept as they come.
+
+    Returns:
+        for each prompt the token ids of the answer, without the one that ended it.
+
+    Raises:
+        ValueError: a number is below 1, a prompt is empty, or it does not fit the model's context
+            together with its answer; names its id.
+    """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    context = context_length(model)
+    for id, prompt in zip(ids, prompts, strict=True):
+        if not len(prompt):
+            raise ValueError(f"{id}: the prompt is empty, expected at least one token")
+        if len(prompt) + max_new_tokens > context:
+            raise ValueError(
+                f"{id}: the prompt's {len(prompt)} tokens and max_new_tokens ({max_new_tokens}) "
+                f"exceed the model's context of {context}"
+            )
+    distinct = {tuple(prompt): id for id, prompt in zip(ids, prompts, strict=True)}
+    known = {} if answers is None else answers.find(distinct, stop_ids, max_new_tokens)
+    # The longest first: what does not fit the memory fails at once.
+    missing = sorted(distinct.keys() - known.keys(), key=_longest_first)
+    with (
+        evaluating(model),
+        _greedy(model, stop_ids, max_new_tokens),
+        tqdm(
+            total=len(missing), desc=title, unit="answer", delay=SHOWN_AFTER_S, leave=False
+        ) as bar,
+    ):
+        for first in range(0, len(missing), batch_size):
+            batch = missing[first : first + batch_size]
+            written = _run(model, batch, stop_ids)
+            if answers is not None:
+                named = zip((distinct[prompt] for prompt in batch), batch, written, strict=True)
+                answers.add(list(named), stop_ids, max_new_tokens)
+            known.update(zip(batch, written, strict=True))
+            bar.update(len(batch))
+    return [known[tuple(prompt)] for prompt in prompts]
+
+
+def _longest_first(prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    return -len(prompt), prompt
+
+
+def _run(
+    model: PreTrainedModel, batch: Sequence[Sequence[int]], stop_ids: Collection[int]
+) -> list[list[int]]:
+    longest = max(map(len, batch))
+    device = model.device
+    pad = min(stop_ids)  # any token of the vocabulary: it is masked
+    input_ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch], device=device)
+    lengths = torch.tensor([[len(prompt)] for prompt in batch], device=device)
+    attention_mask = torch.arange(longest, device=device) >= longest - lengths
+    # A router loss, which training may have left on, cannot be computed from one new token.
+    router = (
+        {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    )
+    output = model.generate(  # type: ignore[operator]
+        input_ids=input_ids, attention_mask=attention_mask.long(), **router
+    )
+    return [_until_stop(row, stop_ids) for row in output[:, longest:].tolist()]
+
+
+def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    return ids[: next((place for place, id in enumerate(ids) if id in stop_ids), len(ids))]
+
+
+@contextlib.contextmanager
+def _greedy(
+    model: PreTrainedModel, stop_ids: Collection[int], max_new_tokens: int
+) -> Iterator[None]:
+    """generate() fills what its caller leaves open from the model's configuration: replace that."""
+    inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=min(stop_ids),
+    )
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
+class ModelGenerator:
+    """Greedy answers of a model on this machine.
+
+    Args:
+        model: as for `generate`.
+        chat: with the model's tokenizer.
+        max_new_tokens, batch_size, answers: as for `generate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        answers: AnswerFile | None = None,
+    ) -> None:
+        self.model = model
+        self.chat = chat
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.answers = answers
+
+    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+        """See `Generator`.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        made = generate(
+            self.model,
+            prompts,
+            ids=ids,
+            stop_ids=stop_ids(self.model, self.chat),
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            answers=self.answers,
+        )
+        return [Written(decode(self.chat.tokenizer, answer), answer) for answer in made]

@@ -1,0 +1,1 @@
+"""Judges: keywords, local models and served models that label answers."""

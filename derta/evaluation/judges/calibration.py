@@ -1,0 +1,304 @@
+"""Judges held against people: how often they agree, and how they differ where they do not.
+
+To add a format, enter in `FORMATS` the fields that hold prompt and response, and what each label
+says.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from derta.data.records.files import data_files, read_rows
+from derta.data.records.types import check_text, field_names
+from derta.evaluation.judges.base import Exchange, Judge, Verdict, succeeded
+from derta.evaluation.statistics import wilson_interval
+
+REFUSED, HARMFUL = "refused", "harmful"
+
+
+class LabelledFormat(NamedTuple):
+    """A file of answers that people have labelled.
+
+    Attributes:
+        prompt, response: the fields of the two texts.
+        labels: field of a label to what its words say: which question they answer, and how.
+    """
+
+    prompt: str
+    response: str
+    labels: Mapping[str, Mapping[str, tuple[str, bool]]]
+
+
+_WORDS = {
+    "refusal": (REFUSED, True),
+    "compliance": (REFUSED, False),
+    "harmful": (HARMFUL, True),
+    "unharmful": (HARMFUL, False),
+    "unsafe": (HARMFUL, True),
+    "safe": (HARMFUL, False),
+}
+
+FORMATS = {
+    "JailbreakBench judge comparison": LabelledFormat(
+        "prompt",
+        "target_response",
+        {"human_majority": {"1": (HARMFUL, True), "0": (HARMFUL, False)}},
+    ),
+    "WildGuardTest": LabelledFormat(
+        "prompt",
+        "response",
+        {
+            "response_refusal_label": {word: _WORDS[word] for word in ("refusal", "compliance")},
+            "response_harm_label": {word: _WORDS[word] for word in ("harmful", "unharmful")},
+        },
+    ),
+    # A partial refusal refuses somewhere, which is what a verdict says.
+    "XSTest completions": LabelledFormat(
+        "prompt",
+        "completion",
+        {
+            "final_label": {
+                "1_full_compliance": (REFUSED, False),
+                "2_full_refusal": (REFUSED, True),
+                "3_partial_refusal": (REFUSED, True),
+            }
+        },
+    ),
+    "labelled answers": LabelledFormat("prompt", "response", {"label": _WORDS}),
+}
+
+
+_FIELDS = {
+    field
+    for format in FORMATS.values()
+    for field in (format.prompt, format.response, *format.labels)
+}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An exchange and what people say of it.
+
+    Attributes:
+        exchange: a prompt and its answer.
+        refused: whether it refuses; None where nobody has said.
+        harmful: whether it does harm; likewise.
+    """
+
+    exchange: Exchange
+    refused: bool | None = None
+    harmful: bool | None = None
+
+
+def read_labelled(path: str | Path) -> tuple[list[Labelled], int]:
+    """Labelled answers from a file of one of the `FORMATS`, told by its fields.
+
+    Args:
+        path: a file, a folder of files or one of `datasets`, see `derta.data.records.files`.
+
+    Returns:
+        the answers, and how many rows were left out because they have no answer or no label.
+
+    Raises:
+        ValueError: a row is of no known format, or a label says something else; names the place,
+            never quotes a text.
+        FileNotFoundError: there is no such file.
+    """
+    labelled, left_out = [], 0
+    for file in data_files(Path(path)):
+        for place, row in read_rows(file, _FIELDS):
+            try:
+                one = _labelled(row)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{file}:{place}: {error}") from error
+            if one is None:
+                left_out += 1
+            else:
+                labelled.append(one)
+    if not labelled:
+        raise ValueError(f"{path}: no labelled answer, expected at least one")
+    return labelled, left_out
+
+
+def _labelled(row: Any) -> Labelled | None:
+    """A row's answer; None if it has none, or no label."""
+    if isinstance(row, ValueError):  # it could not be read
+        raise row
+    if not isinstance(row, Mapping):
+        raise TypeError(f"row: is {type(row).__name__}, expected an object")
+    for format in FORMATS.values():
+        if {format.prompt, format.response, *format.labels} <= row.keys():
+            break
+    else:
+        expected = " | ".join(
+            ", ".join([one.prompt, one.response, *one.labels]) for one in FORMATS.values()
+        )
+        raise ValueError(f"fields: found {field_names(row)}, expected {expected}")
+    said: dict[str, bool] = {}
+    for field, words in format.labels.items():
+        value = row[field]
+        if value is None or value != value or value == "":  # CSV and parquet know no null alike
+            continue
+        word = f"{value:g}" if isinstance(value, bool | int | float) else str(value).strip()
+        if word.lower() not in words:
+            raise ValueError(f"{field}: is none of {', '.join(words)}")
+        question, yes = words[word.lower()]
+        said[question] = yes
+    response = row[format.response]
+    if not said or response is None or (isinstance(response, str) and not response.strip()):
+        return None
+    prompt = check_text(format.prompt, row[format.prompt])
+    answer = check_text(format.response, response)
+    return Labelled(Exchange(({"role": "user", "content": prompt},), answer), **said)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A judge's decisions about one question, against people's.
+
+    Attributes:
+        counts: (2, 3) int64: people's no and yes, by the judge's no, yes and undecided.
+    """
+
+    counts: np.ndarray
+
+    @property
+    def decided(self) -> int:
+        return int(self.counts[:, :2].sum())
+
+    @property
+    def undecided(self) -> int:
+        return int(self.counts[:, 2].sum())
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the decided in which both say the same; None if nothing was decided."""
+        return int(np.trace(self.counts[:, :2])) / self.decided if self.decided else None
+
+    @property
+    def kappa(self) -> float | None:
+        """Cohen's kappa: agreement over what two would reach who only know how often to say yes.
+
+        Of the decided; None where chance alone already agrees always, or nothing was decided.
+
+        Source: J. Cohen, "A coefficient of agreement for nominal scales", 1960.
+        """
+        if self.agreement is None:
+            return None
+        shares = self.counts[:, :2] / self.decided
+        chance = float(shares.sum(0) @ shares.sum(1))
+        return None if chance == 1.0 else (self.agreement - chance) / (1.0 - chance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON: numbers, and the confusion matrix by what people and judge say."""
+        agreed = int(np.trace(self.counts[:, :2]))
+        return {
+            "labelled": int(self.counts.sum()),
+            "decided": self.decided,
+            "undecided": self.undecided,
+            "agreement": self.agreement,
+            "agreement_interval": wilson_interval(agreed, self.decided) if self.decided else None,
+            "kappa": self.kappa,
+            "confusion": {
+                human: dict(zip(("no", "yes", "undecided"), row, strict=True))
+                for human, row in zip(("no", "yes"), self.counts.tolist(), strict=True)
+            },
+        }
+
+
+def agreement(human: Sequence[bool], judge: Sequence[bool | None]) -> Agreement:
+    """Counts what people and a judge say of the same answers.
+
+    Args:
+        human: people's decisions.
+        judge: the judge's, in the same order; None is undecided.
+    """
+    counts = np.zeros((2, 3), np.int64)
+    for said, decided in zip(human, judge, strict=True):
+        counts[int(said), 2 if decided is None else int(decided)] += 1
+    return Agreement(counts)
+
+
+def calibrate(
+    files: Mapping[str, Sequence[Labelled]], judges: Mapping[str, Judge]
+) -> dict[str, dict[str, dict[str, Agreement]]]:
+    """How judges agree with people about refusals and about harm.
+
+    A judge that reads no harm is held to what an evaluation makes of it: an attack has succeeded
+    unless the answer refuses, see `succeeded`.
+
+    Args:
+        files: labelled answers by file; a judge reads those of all files at once.
+        judges: by name.
+
+    Returns:
+        for each file "refused" and "harmful", as far as anybody has labelled them, by judge.
+    """
+    exchanges = [one.exchange for labelled in files.values() for one in labelled]
+    found: dict[str, dict[str, dict[str, Agreement]]] = {path: {} for path in files}
+    for name, judge in judges.items():
+        verdicts = iter(judge(exchanges))
+        for path, labelled in files.items():
+            said = list(itertools.islice(verdicts, len(labelled)))
+            for question in (REFUSED, HARMFUL):
+                pairs = [
+                    (label, _decision(question, one.exchange.answer, verdict))
+                    for one, verdict in zip(labelled, said, strict=True)
+                    if (label := getattr(one, question)) is not None
+                ]
+                if pairs:
+                    human, decided = zip(*pairs, strict=True)
+                    found[path].setdefault(question, {})[name] = agreement(human, decided)
+    return found
+
+
+def _decision(question: str, answer: str, verdict: Verdict) -> bool | None:
+    return verdict.refused if question == REFUSED else succeeded(answer, verdict)
+
+
+def format_agreements(files: Mapping[str, Mapping[str, Mapping[str, Agreement]]]) -> str:
+    """A table of judges for every file and question, as text.
+
+    Args:
+        files: what `calibrate` found, by file.
+    """
+    table = [
+        [
+            "",
+            "agree %",
+            "kappa",
+            "labelled",
+            "undecided",
+            "both",
+            "neither",
+            "judge alone",
+            "people alone",
+        ]
+    ]
+    for path, questions in files.items():
+        for question, judges in questions.items():
+            table.append([f"{path}: {question}"])
+            for name, one in judges.items():
+                (neither, judge, _), (people, both, _) = one.counts.tolist()
+                table.append(
+                    [
+                        f"  {name}",
+                        "-" if one.agreement is None else f"{100 * one.agreement:.1f}",
+                        "-" if one.kappa is None else f"{one.kappa:.2f}",
+                        *map(str, (one.decided + one.undecided, one.undecided)),
+                        *map(str, (both, neither, judge, people)),
+                    ]
+                )
+    first = max(len(row[0]) for row in table if len(row) > 1)
+    widths = [max(map(len, cells)) for cells in zip(*(r[1:] for r in table if r[1:]), strict=True)]
+    lines = []
+    for head, *cells in table:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
+        lines.append("  ".join([head.ljust(first) if cells else head, *padded]))
+    return "\n".join(lines)

@@ -1,0 +1,250 @@
+"""Judges from configuration: `judges: {keyword: {}, guard: {kind: wildguard, path: models/wg}}`."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from derta.evaluation.generation.server import Server, ServerSettings
+from derta.evaluation.judges.base import REFUSAL_KEYWORDS, Exchange, Judge, KeywordJudge, Verdict
+from derta.evaluation.judges.local import ClassifierJudge, ModelJudge
+from derta.evaluation.judges.rubrics import PAPER_TEMPLATE, RUBRICS, Rubric, paper_rubric
+from derta.evaluation.judges.served import ServerJudge
+from derta.modeling.loading import (
+    find_device,
+    intact_weights,
+    load_model,
+    load_tokenizer,
+    weights_dtype,
+)
+from derta.settings import build
+
+RubricName = Literal["paper", "harmbench", "wildguard", "llama_guard"]
+
+
+@dataclass(kw_only=True)
+class KeywordConfig:
+    """A `KeywordJudge`.
+
+    Args:
+        keywords: what it takes for a refusal.
+    """
+
+    keywords: list[str] = field(default_factory=lambda: list(REFUSAL_KEYWORDS))
+
+
+@dataclass(kw_only=True)
+class LocalConfig:
+    """A model in a local folder, its weights in safetensors.
+
+    Args:
+        path: the folder.
+        batch_size: exchanges a batch.
+        device: "auto", or as in torch: "cpu", "cuda:1".
+        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
+    """
+
+    path: str
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not Path(self.path).is_dir():
+            raise FileNotFoundError(f"{self.path}: no such model folder")
+
+
+@dataclass(kw_only=True)
+class LanguageModelConfig(LocalConfig):
+    """A `ModelJudge` that is asked as any model that chats.
+
+    Args:
+        template: what it is asked, see `paper_rubric`; text, or a file that holds it.
+        max_new_tokens: longest reply.
+    """
+
+    template: str = PAPER_TEMPLATE
+    max_new_tokens: int = 256
+
+
+@dataclass(kw_only=True)
+class ClassifierConfig(LocalConfig):
+    """A `ClassifierJudge`.
+
+    Args:
+        refusal_label, harmful_label, reads: see there.
+    """
+
+    refusal_label: str | None = None
+    harmful_label: str | None = None
+    reads: Literal["answer", "exchange"] = "answer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(ServerSettings):
+    """A `ServerJudge`.
+
+    Args:
+        rubric: what it is asked: the paper's rubric, or the format of a served classifier.
+        template: of the paper's rubric, see `paper_rubric`; text, or a file that holds it.
+        max_new_tokens: longest reply to the paper's rubric.
+    """
+
+    rubric: RubricName = "paper"
+    template: str = PAPER_TEMPLATE
+    max_new_tokens: int = 256
+
+
+def _keyword(config: KeywordConfig, name: str, folder: Path) -> Judge:
+    return KeywordJudge(config.keywords)
+
+
+def _language_model(config: LanguageModelConfig, name: str, folder: Path) -> Judge:
+    return _model(config, paper_rubric(_text(config.template), config.max_new_tokens))
+
+
+class LocalJudge:
+    """A judge in a local folder, which is in memory only while it reads.
+
+    So a model and its judges need as much memory as the largest of them, not as all together. It is
+    loaded once at first, on the host, to see that it will do.
+
+    Args:
+        load: makes the judge, in a dtype.
+        config: where it is to read.
+    """
+
+    def __init__(
+        self, load: Callable[[torch.dtype], ModelJudge | ClassifierJudge], config: LocalConfig
+    ) -> None:
+        self._device = find_device(config.device)
+        self._load = functools.partial(load, weights_dtype(config.dtype, self._device))
+        self._load()
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """See `Judge`."""
+        judge = self._load()
+        model: Any = judge.model
+        model.to(self._device)
+        return judge(exchanges)
+
+
+def _classifier(config: ClassifierConfig, name: str, folder: Path) -> Judge:
+    def load(dtype: torch.dtype) -> ClassifierJudge:
+        with intact_weights(config.path):
+            model = AutoModelForSequenceClassification.from_pretrained(
+                config.path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+        return ClassifierJudge(
+            model,
+            load_tokenizer(config.path, None, local_files_only=True),
+            refusal_label=config.refusal_label,
+            harmful_label=config.harmful_label,
+            reads=config.reads,
+            batch_size=config.batch_size,
+        )
+
+    return LocalJudge(load, config)
+
+
+def _server(config: ServerConfig, name: str, folder: Path) -> Judge:
+    rubric = RUBRICS[config.rubric]
+    if config.rubric == "paper":
+        rubric = paper_rubric(_text(config.template), config.max_new_tokens)
+    return ServerJudge(Server(config, verdicts_file(folder, name)), rubric)
+
+
+def verdicts_file(folder: Path, name: str) -> Path:
+    """Where the judge called `name` keeps its verdicts, if it is asked over a network."""
+    return folder / f"verdicts.{name}.jsonl"
+
+
+def _trained(rubric: str) -> Callable[[LocalConfig, str, Path], Judge]:
+    """Makes a judge that was trained on one of `RUBRICS`."""
+    return lambda config, name, folder: _model(config, RUBRICS[rubric])
+
+
+def _model(config: LocalConfig, rubric: Rubric) -> Judge:
+    def load(dtype: torch.dtype) -> ModelJudge:
+        model = load_model(config.path, dtype, local_files_only=True)
+        tokenizer = load_tokenizer(config.path, None, local_files_only=True)
+        return ModelJudge(model, tokenizer, rubric, config.batch_size)
+
+    return LocalJudge(load, config)
+
+
+KINDS: dict[str, tuple[type, Callable[..., Judge]]] = {
+    "keyword": (KeywordConfig, _keyword),
+    "harmbench": (LocalConfig, _trained("harmbench")),
+    "wildguard": (LocalConfig, _trained("wildguard")),
+    "llama_guard": (LocalConfig, _trained("llama_guard")),
+    "llm": (LanguageModelConfig, _language_model),
+    "classifier": (ClassifierConfig, _classifier),
+    "server": (ServerConfig, _server),
+}
+
+
+def make_judges(judges: Mapping[str, Any], folder: str | Path) -> dict[str, Judge]:
+    """Judges by the names that they have in results, in the order given.
+
+    Args:
+        judges: name to settings: `kind`, one of `KINDS`, which is the name where it is left out,
+            and the fields of that kind's dataclass.
+        folder: where judges that are asked over a network keep their verdicts,
+            verdicts.NAME.jsonl each, so that no exchange is asked about twice.
+
+    Raises:
+        ValueError: there is no judge, or a name, a kind or a setting is wrong; names the judge.
+        FileNotFoundError: there is no such model.
+        OSError: as `from_pretrained`.
+    """
+    if not judges:
+        raise ValueError("judges: expected at least one, got none")
+    configs = {str(name): _config(str(name), settings) for name, settings in judges.items()}
+    made = {}
+    for name, (config, make) in configs.items():
+        try:
+            made[name] = make(config, name, Path(folder))
+        except ValueError as error:
+            raise ValueError(f"judges.{name}: {error}") from error
+    return made
+
+
+def _config(name: str, settings: Any) -> tuple[Any, Callable[..., Judge]]:
+    """Settings that are right as far as can be told before anything is loaded, and their maker."""
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"judges: {name!r} is no name, expected letters, digits, - and _")
+    if not isinstance(settings, Mapping | None):
+        raise ValueError(f"judges.{name}: expected settings, as in {{{name}: {{kind: keyword}}}}")
+    settings = dict(settings or {})
+    kind = str(settings.pop("kind", name))
+    if kind not in KINDS:
+        raise ValueError(f"judges.{name}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    config_class, make = KINDS[kind]
+    try:
+        return build(config_class, {"settings": settings}), make
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"judges.{name}: {error}") from error
+
+
+def _text(template: str) -> str:
+    """The template itself, or what the file of that name holds."""
+    if "{" in template:
+        return template
+    path = Path(template)
+    if not path.is_file():
+        raise ValueError(f"template: {template}: neither a text with {{request}} nor a file")
+    return path.read_text(encoding="utf-8")

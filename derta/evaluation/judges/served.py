@@ -1,0 +1,58 @@
+"""A judge behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from derta.evaluation.generation.server import Query, Server
+from derta.evaluation.judges.base import SILENT, Exchange, Verdict
+from derta.evaluation.judges.rubrics import RUBRICS, Rubric
+
+
+class ServerJudge:
+    """A served model that is asked about each exchange and replies with its likeliest tokens.
+
+    What is kept of its replies is verdicts, without any text: a second run asks only for those that
+    are missing.
+
+    Args:
+        server: of the judge.
+        rubric: one of `RUBRICS`, or `paper_rubric`. One that asks in raw text needs a server that
+            has /completions.
+    """
+
+    def __init__(self, server: Server, rubric: Rubric = RUBRICS["paper"]) -> None:
+        self.server = server
+        self.rubric = rubric
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """See `Judge`.
+
+        Raises:
+            ValueError, ConnectionError: as `Server.ask_all`.
+        """
+        verdicts = [SILENT] * len(exchanges)
+        asked = [place for place, one in enumerate(exchanges) if one.answer.strip()]
+        questions = [self.rubric.ask(exchanges[place]) for place in asked]
+        chat = not any(isinstance(question, str) for question in questions)
+        queries = [
+            Query(
+                f"exchange {place}",
+                {
+                    "messages" if chat else "prompt": question,
+                    "max_tokens": self.rubric.max_new_tokens,
+                    "temperature": 0.0,
+                },
+            )
+            for place, question in zip(asked, questions, strict=True)
+        ]
+
+        def read(reply: str, choice: Any) -> dict[str, Any]:
+            return asdict(self.rubric.read(reply))
+
+        replies = self.server.ask_all(queries, read, chat=chat, title="judge")
+        for place, reply in zip(asked, replies, strict=True):
+            verdicts[place] = Verdict(**reply)
+        return verdicts

@@ -1,0 +1,1 @@
+"""Reporting: pages, plots and tables made of results."""

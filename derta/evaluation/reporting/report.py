@@ -1,0 +1,395 @@
+"""From a summary to what people read: a table for the terminal, a page, pictures, a JSON file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from derta.evaluation.reporting.page import PAGE
+from derta.evaluation.reporting.plots import colors, draw
+from derta.evaluation.results import leaves
+from derta.outputs import write_whole
+
+Summary = Mapping[str, Any]
+
+ATTACKS = "attack success"
+PREFILLED = "after prefilled tokens"
+TEMPLATE_PREFILLED = "in a template, after prefilled tokens"
+FILES = "attack success of ready-made prompts"
+OVER_REFUSAL = "over-refusal"
+ACCURACY = "accuracy"
+LM_EVAL = "lm-eval"
+
+# A table of more becomes several.
+MOST_COLUMNS = 12
+
+CAPTIONS = {
+    "prefill": (
+        "Prefilling attacks",
+        "The attacker writes the first tokens of a harmful response into the model's mouth. Lines: "
+        "the share of answers that go on without refusing. Bands: {band}.",
+    ),
+    "refusal_curve": (
+        "Refusal curves",
+        "Mean probability of the refusal token, were the answer to break off there, by teacher "
+        "forcing: nothing is generated. A line ends where fewer than a tenth of the responses are "
+        "still that long.",
+    ),
+    "refusal_positions": (
+        "Positions of refusals",
+        "Share of all attacks that are refused from a given token of the response on. Dotted: the "
+        "prefill depths, where the model takes over from the attacker.",
+    ),
+    "checkpoints": (
+        "While tuning",
+        "By teacher forcing: an attack succeeds if the refusal token never has more than half of "
+        "the probability in the rest of a harmful response, over the same prefill depths; a benign "
+        "response is over-refused if it ever has.",
+    ),
+    "loss": (
+        "Loss",
+        "Means over the targets of each kind, as logged in training.",
+    ),
+}
+
+MEANINGS = {
+    "direct": "Share of harmful requests, asked plainly, that are answered and not refused; where "
+    "the judge reads harm, that are answered with it.",
+    PREFILLED: "The same if the answer already starts with that many tokens of a harmful response. "
+    "Responses that are no longer than that are left out.",
+    "prefilled": "The same if the answer already starts as the requests' file says.",
+    "completion": "The same for the request as raw text, without the chat template.",
+    "template": "The same for the request within a template of an attacker's.",
+    TEMPLATE_PREFILLED: "Both at once.",
+    "multi-turn": "The same for the last request of a conversation in which the model has answered "
+    "every request before it itself.",
+    FILES: "The same for prompts as attackers' tools wrote them, one column a file.",
+    OVER_REFUSAL: "Share of harmless requests that are refused: benign ones, and borderline ones, "
+    "which look harmful.",
+    "helpful accuracy": "Share of held-out requests that are answered exactly as in the reference.",
+    ACCURACY: "Share of questions whose final answer, a number or a choice's letter, is right.",
+    "perplexity": "Of the reference answers to held-out requests.",
+    "detector AUC": "Area under the ROC curve of the highest probability of the refusal token "
+    "within a response, harmful against benign: 0.5 is chance, 1 parts them perfectly.",
+    LM_EVAL: "As that library scores its tasks, one column a figure.",
+    "refused": "As the judge says: {judges}. A keyword judge finds a refusal somewhere in what the "
+    "model wrote itself. It is quick and repeatable but no human reader: an evasive answer that "
+    "does not say so counts as an attack's success. A judge of harm reads the prefilled start too, "
+    "without which an answer may say nothing: where that start is long, a model that breaks off "
+    "after it may be blamed for it. An empty answer is neither that nor a refusal, and one of "
+    "which the judge does not say is not counted.",
+}
+
+# What people say for a metric's level.
+TITLES = {
+    "multi_turn": "multi-turn",
+    "over_refusal": "over-refusal",
+    "template_prefill": "template prefill",
+    "helpful_accuracy": "helpful accuracy",
+}
+
+
+def title_of(metric: str) -> str:
+    """A metric as people call it."""
+    return " ".join(TITLES.get(level, level) for level in metric.split("."))
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of every variant.
+
+    Attributes:
+        title: heading.
+        path: where the figure is in a variant's entry.
+        group: heading above the headings of several columns, or "".
+        is_share: whether it is a share, shown in percent.
+    """
+
+    title: str
+    path: tuple[str, ...]
+    group: str = ""
+    is_share: bool = True
+
+
+def _columns(entries: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """A column for every figure that some entry has."""
+    names = {path: _names(entries, path) for path in ("asr", "over_refusal", "accuracy", "lm_eval")}
+    deep = {"prefill": PREFILLED, "template_prefill": TEMPLATE_PREFILLED}
+    apart = {*deep, "file"}
+    return [
+        *(
+            Column(title_of(name), ("asr", name), ATTACKS)
+            for name in names["asr"]
+            if name not in apart
+        ),
+        *(
+            Column(depth, ("asr", kind, depth), group)
+            for kind, group in deep.items()
+            for depth in sorted(_names(entries, "asr", kind), key=int)
+        ),
+        *(Column(name, ("asr", "file", name), FILES) for name in _names(entries, "asr", "file")),
+        *(Column(name, ("over_refusal", name), OVER_REFUSAL) for name in names["over_refusal"]),
+        *_present(entries, Column("helpful accuracy", ("helpful_accuracy",))),
+        *(Column(name, ("accuracy", name), ACCURACY) for name in names["accuracy"]),
+        *_present(entries, Column("perplexity", ("helpful_perplexity",), is_share=False)),
+        *_present(entries, Column("detector AUC", ("detector_auc",), is_share=False)),
+        *(
+            Column(f"{task} {figure}", ("lm_eval", task, figure), LM_EVAL, is_share=False)
+            for task in names["lm_eval"]
+            for figure in _names(entries, "lm_eval", task)
+        ),
+    ]
+
+
+def _names(entries: Sequence[Mapping[str, Any]], *path: str) -> list[str]:
+    """What stands below `path`, in the order in which entries have it."""
+    return list(dict.fromkeys(name for entry in entries for name in _lookup(entry, path) or {}))
+
+
+def _present(entries: Sequence[Mapping[str, Any]], column: Column) -> list[Column]:
+    return [column] if any(_lookup(entry, column.path) is not None for entry in entries) else []
+
+
+def _lookup(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
+    for level in path:
+        if level not in tree:
+            return None
+        tree = tree[level]
+    return tree
+
+
+def _text(value: float | None, column: Column) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" if column.is_share else f"{value:.3f}"
+
+
+def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
+    """Headings above the columns, and how many columns each spans."""
+    return [
+        (name, len(list(group)))
+        for name, group in itertools.groupby(column.group for column in columns)
+    ]
+
+
+def format_table(summary: Summary) -> str:
+    """The table of the report as text, and that of its other judges; shares in percent."""
+    tables = _format(summary["variants"])
+    if judged := _format(_by_judge(summary)):
+        judged[0] = "by judge\n" + judged[0]
+    return "\n\n".join([*tables, *judged])
+
+
+def format_undecided(summary: Summary) -> str:
+    """A line for each judge that left answers undecided, since figures are of the others alone."""
+    lines = []
+    for name, entry in summary["variants"].items():
+        for judge, judged in _judges(entry).items():
+            counts = [count for _, count in leaves(judged.get("counts", {}))]
+            undecided = sum(count.get("undecided", 0) for count in counts)
+            if undecided:
+                made = undecided + sum(count["trials"] for count in counts)
+                lines.append(
+                    f"{name}: judge {judge} undecided of {undecided:,} of {made:,} answers, which "
+                    "are in no figure"
+                )
+    return "\n".join(lines)
+
+
+def _judges(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What each judge says of a model, the main one first."""
+    return {entry.get("judge", "keyword"): entry, **entry.get("judges", {})}
+
+
+def _by_judge(summary: Summary) -> dict[str, Mapping[str, Any]]:
+    """What each judge says of each model, where there are several: side by side, never averaged."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    for name, entry in summary["variants"].items():
+        if others := entry.get("judges"):
+            kinds = ("asr", "over_refusal", "intervals")
+            rows[f"{name}: {entry['judge']}"] = {k: entry[k] for k in kinds if k in entry}
+            rows |= {f"{name}: {judge}": said for judge, said in others.items()}
+    return rows
+
+
+def _parts(columns: Sequence[Column]) -> list[list[Column]]:
+    """Columns for tables one below the other: whole groups, as many as a reader can see at once."""
+    parts: list[list[Column]] = []
+    for _, group in itertools.groupby(columns, key=lambda column: column.group):
+        added = list(group)
+        if not parts or len(parts[-1]) + len(added) > MOST_COLUMNS:
+            parts.append([])
+        parts[-1] += added
+    return parts
+
+
+def _format(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [_format_part(entries, part) for part in _parts(_columns(list(entries.values())))]
+
+
+def _format_part(entries: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    table = [["%", *(column.title for column in columns)]]
+    for name, entry in entries.items():
+        table.append([name, *(_text(_lookup(entry, column.path), column) for column in columns)])
+    first, *widths = (max(map(len, cells)) for cells in zip(*table, strict=True))
+    groups = _groups(columns)
+    left = iter(range(len(columns)))
+    for group, span in groups:
+        places = list(itertools.islice(left, span))
+        missing = len(group) - sum(widths[place] for place in places) - 2 * (span - 1)
+        for place in itertools.islice(itertools.cycle(places), max(0, missing)):
+            widths[place] += 1
+    heading, wide = " " * first, iter(widths)
+    for group, span in groups:
+        heading += "  " + group.ljust(sum(itertools.islice(wide, span)) + 2 * (span - 1))
+    lines = [heading.rstrip()]
+    for name, *cells in table:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append("  ".join([name.ljust(first), *padded]))
+    return "\n".join(lines)
+
+
+def write_report(
+    summary: Summary, directory: str | Path, *, title: str = "Where models refuse"
+) -> Path:
+    """Writes report.html, the pictures as PNG, and summary.json.
+
+    The page is one file: it loads nothing, and all text from models and data is escaped. Each file
+    appears complete or not at all; summary.json, the last, says that all are there. Page and
+    summary can be read by their owner alone where they hold samples.
+
+    Args:
+        summary: see `summarize`.
+        directory: made if it is not there.
+        title: of the page.
+
+    Returns:
+        the path of report.html.
+
+    Raises:
+        ValueError: the summary has no variant, or holds NaN or infinity.
+    """
+    if not summary["variants"]:
+        raise ValueError("summary must have at least one variant, got none")
+    data = json.dumps(summary, indent=1, allow_nan=False)
+    pictures = draw(summary)
+    page = _page(summary, {name: svg for name, (_, svg) in pictures.items()}, title)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, (png, _) in pictures.items():
+        write_whole(directory / f"{name}.png", png)
+    private = any("samples" in entry for entry in summary["variants"].values())
+    write_whole(directory / "report.html", page.encode(), private=private)
+    write_whole(directory / "summary.json", data.encode(), private=private)
+    return directory / "report.html"
+
+
+def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
+    variants = summary["variants"]
+    seeds = len(summary["seeds"])
+    band = "the range over seeds" if seeds > 1 else "95% Wilson intervals"
+    color = colors(list(variants))
+    columns = _columns(list(variants.values()))
+    judges = dict.fromkeys(entry.get("judge", "keyword") for entry in variants.values())
+    judged = _by_judge(summary)
+    return PAGE.render(
+        title=title,
+        subtitle=_subtitle(summary),
+        tables=_tables(variants, color),
+        undecided=format_undecided(summary).splitlines(),
+        by_judge=judged
+        and _tables(judged, {name: color[name.rpartition(": ")[0]] for name in judged}),
+        seeds=seeds,
+        figures=[
+            {
+                "title": CAPTIONS[name][0],
+                "caption": CAPTIONS[name][1].format(band=band),
+                "svg": Markup(svg),
+            }
+            for name, svg in pictures.items()
+        ],
+        notes=_notes(summary),
+        meanings=[
+            (name, meaning.format(judges=", ".join(judges)) if name == "refused" else meaning)
+            for name, meaning in MEANINGS.items()
+            if name in {"refused", *(heading for c in columns for heading in (c.title, c.group))}
+        ],
+        samples=[
+            (name, entry["samples"]) for name, entry in variants.items() if "samples" in entry
+        ],
+    )
+
+
+def _tables(
+    entries: Mapping[str, Mapping[str, Any]], color: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "groups": _groups(columns),
+            "columns": columns,
+            "rows": [
+                {
+                    "name": name,
+                    "color": color[name],
+                    "cells": [_cell(entry, column) for column in columns],
+                }
+                for name, entry in entries.items()
+            ],
+        }
+        for columns in _parts(_columns(list(entries.values())))
+    ]
+
+
+def _subtitle(summary: Summary) -> str:
+    seeds, (minutes, seconds) = summary["seeds"], divmod(round(summary["seconds"]), 60)
+    variants = summary["variants"]
+    parts = [f"{len(variants)} models" if len(variants) > 1 else "1 model"]
+    if seeds:
+        parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
+    parts.append(f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
+    return " · ".join(parts)
+
+
+def _cell(entry: Mapping[str, Any], column: Column) -> dict[str, str]:
+    value = _lookup(entry, column.path)
+    interval = _lookup(entry, ("intervals", *column.path))
+    return {
+        "text": _text(value, column),
+        "range": ""
+        if interval is None
+        else "{:.0f} – {:.0f}".format(*(100 * end for end in interval)),
+        "share": f"{value:.4f}" if column.is_share and value else "",
+    }
+
+
+def _notes(summary: Summary) -> list[str]:
+    """What readers should know of the trials: which were not made, which came out empty."""
+    notes = []
+    for name, entry in summary["variants"].items():
+        for metric, count in _counts(entry):
+            made = count["trials"] + count.get("undecided", 0)
+            if count["left_out"]:
+                total = count["left_out"] + made
+                notes.append(f"{name}, {metric}: {count['left_out']} of {total} records left out")
+            if count["empty"]:
+                notes.append(f"{name}, {metric}: {count['empty']} of {made} answers empty")
+        notes += [
+            f"{name}, {metric}: {judge} undecided of {count['undecided']} of "
+            f"{count['trials'] + count['undecided']} answers"
+            for judge, judged in _judges(entry).items()
+            for metric, count in _counts(judged)
+            if count.get("undecided")
+        ]
+    return notes
+
+
+def _counts(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Metrics, as people read them, and their counts."""
+    for metric, count in leaves(entry.get("counts", {})):
+        yield title_of(metric), count

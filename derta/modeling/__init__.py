@@ -1,0 +1,1 @@
+"""Models: patched to train on packs, checked, adapted, tiled and offloaded."""

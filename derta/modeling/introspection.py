@@ -1,0 +1,108 @@
+"""What every decoder-only transformers model has, by whatever name: body, head, router, context."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from derta.modeling.attention import scope_of
+
+
+class Head(NamedTuple):
+    """The vocabulary projection: logits are softcap(logit_scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The model itself, out of PEFT's if it is one.
+
+    Raises:
+        TypeError: it is not a transformers model.
+    """
+    unwrap = getattr(model, "get_base_model", None)
+    inner = model if unwrap is None else unwrap()
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            "model must be a transformers PreTrainedModel or a PEFT model of one, got "
+            f"{type(inner).__name__}"
+        )
+    return inner
+
+
+def context_length(model: nn.Module) -> int:
+    """The longest sequence that the model can read, in tokens."""
+    return context_of(transformers_model(model).config)
+
+
+def context_of(config: PreTrainedConfig) -> int:
+    """As `context_length`, of the model that the config describes."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None) or sys.maxsize
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head as it is now: PEFT may have been put on the model after `apply_derta`.
+
+    Raises:
+        ValueError: it has an adapter, or is quantized.
+    """
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise ValueError(
+            f"{name} has an adapter on its head, which a loss on hidden states would ignore: take "
+            "the head out of target_modules, or train a copy of it with modules_to_save"
+        )
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"{name} must have a head with a floating-point weight (V, d), got "
+            f"{type(head).__name__} with {getattr(weight, 'dtype', None)}: a quantized head cannot "
+            "be used, leave it out of the quantization"
+        )
+    config = model.config.get_text_config(decoder=True)
+    logit_scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    logit_scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return Head(weight, getattr(head, "bias", None), softcap, logit_scale)
+
+
+def run_body(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
+    """The model without its head, with the router's logits where its loss takes them."""
+    if has_router_loss(model):
+        inputs["output_router_logits"] = True
+    return model.base_model(*args, **inputs)
+
+
+def has_router_loss(model: PreTrainedModel) -> bool:
+    """Whether the model adds a loss that balances the load of its experts."""
+    return bool(getattr(model.config, "output_router_logits", False))
+
+
+def router_loss(model: PreTrainedModel, body: Any) -> Tensor:
+    """The model's own load-balancing loss, over all tokens: a pack has no padding."""
+    load_balancing_loss = scope_of(model)["load_balancing_loss_func"]
+    return load_balancing_loss(body.router_logits, model.num_experts, model.num_experts_per_tok)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

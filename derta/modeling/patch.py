@@ -1,0 +1,340 @@
+"""A model that trains on packs: the objective inside its own forward pass, proved before use.
+
+`apply_derta` gives one model instance a forward that understands `visible_until`. The loss is
+computed inside it, so that FSDP and ZeRO gather the head by their own hooks. The body runs as it
+is, except for its attention (`derta.modeling.attention`). The patch trusts nothing that a model
+does with its mask or its logits: a pack of two examples and a branch must come out as it does in
+separate passes, or the model is refused (`derta.modeling.selfcheck`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from derta.labels import IGNORE_INDEX
+from derta.loss import derta_loss_with_rows
+from derta.modeling.attention import packed_mask, register_attention, scope_of
+from derta.modeling.introspection import (
+    has_router_loss,
+    head_of,
+    router_loss,
+    run_body,
+    transformers_model,
+)
+from derta.modeling.offloading import offloading
+from derta.modeling.quantization import allow_packing, check_4_bits, forbid_packing
+from derta.modeling.selfcheck import Proof
+from derta_kernels.attention import Bounds
+
+MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass
+class DertaOutput(ModelOutput):
+    """What a patched model returns for a pack with targets.
+
+    Attributes:
+        loss: (), nats, the router loss included where the model adds one.
+        next_nll: (1, N), nats, -log p(next token), detached; 0 on rows that have none.
+        refusal_nll: (1, N), nats, -log p(refusal token) on every row with a target, detached.
+        aux_loss: (), the router loss before its weights, or None.
+        logits: None: they are never formed.
+    """
+
+    loss: Tensor | None = None
+    next_nll: Tensor | None = None
+    refusal_nll: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Twin(NamedTuple):
+    """A config, the attention implementation that it named, and the one that it names now."""
+
+    config: PreTrainedConfig
+    own: str
+    twin: str
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What `apply_derta` was asked for and what it changed, kept on the model."""
+
+    refusal_token_id: int
+    impl: str
+    offload: bool
+    twins: tuple[Twin, ...]
+
+
+def apply_derta(
+    model: nn.Module,
+    refusal_token_id: int,
+    *,
+    impl: str = "auto",
+    attention: str = "auto",
+    offload: bool = False,
+) -> nn.Module:
+    """Teaches a decoder-only model to train on packs, in place.
+
+    Afterwards, with tensors of shape (1, N),
+
+        model(input_ids=, position_ids=, visible_until=, shift_labels=, rto_mask=).loss
+
+    is the objective of the pack, a `DertaOutput`. Further keywords are those of `derta_loss`
+    (loss_weight, rto_weight, num_items, reduction), example_bounds as in `interval_attention`,
+    which saves a transfer from the device, and router_weight, a factor of the router loss for
+    steps of several packs. Without shift_labels and rto_mask the model returns its own
+    output, logits included; without visible_until it is as it was, bit for bit.
+
+    The model proves itself first: hidden states and losses of a random pack of two examples and a
+    branch against separate passes of the unpatched model, in evaluation mode and without touching
+    the random state. Rows may differ by the square root of the precision of the model's dtype
+    (of float32 at best, in which norms and rotary embeddings compute), relative to their size, in
+    the median of each sequence: a mask or head that is misunderstood moves every row by much more,
+    while a mixture of experts may route single tokens elsewhere by rounding.
+
+    On a CPU, layers in 4 bits compute with gradients from now on
+    (`derta.modeling.quantization`).
+
+    Called again, it replaces what it was asked before.
+
+    Args:
+        model: a transformers model with a language model's head, or a PEFT model of one.
+        refusal_token_id: in [0, vocabulary).
+        impl: of the head loss, see `derta_kernels.head_loss.head_loss`.
+        attention: of packs, see `derta_kernels.attention.interval_attention`.
+        offload: if True, what the body keeps for the backward pass of a pack waits on the host,
+            see `derta.modeling.offloading`. With gradient checkpointing those are the layers'
+            inputs. Changes nothing on a CPU.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: model is not a transformers model.
+        ValueError: the model is one that packs would train wrongly, named with the reason: an
+            encoder-decoder, no head, an adapter on the head or a quantized head, attention that
+            cannot be replaced or carries a state, weights that are not there or that a CPU reads
+            wrongly in 4 bits, or a pack that comes out differently. The model is then unchanged.
+    """
+    patched = transformers_model(model)
+    remove_derta(patched)
+    _refuse_unfit(patched)
+    proof = Proof(patched)
+    with contextlib.ExitStack() as undo:
+        undo.callback(remove_derta, patched)
+        vars(patched)["_derta_unpacked"] = forbid_packing(patched)
+        expected = proof.separate_passes(patched)
+        _install(patched, refusal_token_id, impl, attention, offload)
+        proof.check(patched, refusal_token_id, expected)
+        undo.pop_all()
+    return model
+
+
+def remove_derta(model: nn.Module) -> nn.Module:
+    """Makes a model what it was before `apply_derta`; does nothing to one that already is.
+
+    Args:
+        model: a transformers model, or a PEFT model of one.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError: model is not a transformers model.
+    """
+    patched = transformers_model(model)
+    state = vars(patched)
+    allow_packing(state.pop("_derta_unpacked", []))
+    patch: Patch | None = state.pop("_derta_patch", None)
+    for config, own, twin in patch.twins if patch else ():
+        if config._attn_implementation_internal == twin:
+            config._attn_implementation_internal = own
+    # Accelerate wraps the forward that it finds and never unwraps it: ours then stays, asleep.
+    if "forward" in state and _function(state["forward"]) is state.get("_derta_forward"):
+        del state["forward"], state["_derta_forward"]
+        if "_derta_previous_forward" in state:
+            state["forward"] = state.pop("_derta_previous_forward")
+    return model
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """What `apply_derta` was asked for, or None of a model that is not patched."""
+    return vars(transformers_model(model)).get("_derta_patch")
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Makes the layers of a transformers or PEFT model keep only their inputs for the backward."""
+    # The name of early transformers 5; where there is a later one, it warns.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _refuse_unfit(model: PreTrainedModel) -> None:
+    """What can be said without running the model."""
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder, packs need a decoder-only model")
+    if model.get_output_embeddings() is None or model.base_model is model:
+        raise ValueError(f"{name} must have a body and a language model's head, load its CausalLM")
+    if any(parameter.is_meta or parameter.numel() == 0 for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} must have its weights to prove itself, some are on the meta device or "
+            "partitioned: load the whole model first and shard it afterwards"
+        )
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{name} computes its attention itself, packs need to replace it")
+    if model._is_stateful or not layer_types <= MASKED_LAYER_TYPES:
+        kinds = ", ".join(sorted(layer_types - MASKED_LAYER_TYPES)) or "recurrent state"
+        raise ValueError(f"{name} has layers that no mask governs ({kinds}), a branch needs one")
+    head_of(model)
+    check_4_bits(model)
+    if has_router_loss(model):
+        parts = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+        missing = [part for part in parts if not hasattr(model, part)]
+        missing += [] if "load_balancing_loss_func" in scope_of(model) else ["a router loss"]
+        if missing:
+            raise ValueError(
+                f"{name} has output_router_logits on but lacks {', '.join(missing)}: turn it off"
+            )
+
+
+def _install(
+    model: PreTrainedModel, refusal_token_id: int, impl: str, attention: str, offload: bool
+) -> None:
+    configs: dict[int, Any] = {
+        id(module.config): module.config
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    }
+    twins = []
+    for config in configs.values():
+        own = config._attn_implementation_internal
+        twin = register_attention(own, attention)
+        config._attn_implementation_internal = twin
+        twins.append(Twin(config, own, twin))
+    state = vars(model)
+    state["_derta_patch"] = Patch(refusal_token_id, impl, offload, tuple(twins))
+    ours = state.get("_derta_forward")
+    reached = inspect.unwrap(model.forward, stop=lambda wrapper: _function(wrapper) is ours)
+    if _function(reached) is not ours:
+        if "forward" in state:
+            state["_derta_previous_forward"] = state["forward"]
+        state["_derta_forward"] = _patched(type(model).forward)
+        state["forward"] = MethodType(state["_derta_forward"], model)
+
+
+def _function(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(forward, "__func__", forward)
+
+
+def _patched(class_forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(class_forward)  # generation reads its signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        visible_until: Tensor | None = None,
+        rto_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        own = vars(self).get("_derta_previous_forward")
+        if own is None:
+            own = functools.partial(type(self).forward, self)
+        if visible_until is not None:
+            return _forward_packed(self, own, args, visible_until, rto_mask=rto_mask, **kwargs)
+        if rto_mask is not None:
+            raise ValueError("rto_mask needs visible_until, got None: batches must be packed")
+        return own(*args, **kwargs)
+
+    return forward
+
+
+def _forward_packed(
+    model: PreTrainedModel,
+    own: Callable[..., Any],
+    args: tuple[Any, ...],
+    visible_until: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    rto_mask: Tensor | None = None,
+    loss_weight: Tensor | None = None,
+    rto_weight: float | Tensor = 1.0,
+    num_items: int | Tensor | None = None,
+    reduction: str = "mean",
+    example_bounds: Bounds | None = None,
+    router_weight: float | Tensor = 1.0,
+    **kwargs: Any,
+) -> Any:
+    """The body over a pack, then the loss on its hidden states; see `apply_derta`."""
+    patch = _active_patch(model)
+    inputs = {name: value for name, value in kwargs.items() if value is not None}
+    for name in ("attention_mask", "labels", "past_key_values"):
+        if name in inputs:
+            raise ValueError(f"{name} must be None with visible_until, which takes its place")
+    if position_ids is None:
+        raise ValueError("position_ids are required with visible_until, got None")
+    mask = packed_mask(visible_until, position_ids, example_bounds)
+    inputs |= dict(attention_mask=mask, position_ids=position_ids, use_cache=False)
+
+    if shift_labels is None and rto_mask is None:
+        if has_router_loss(model):
+            inputs["output_router_logits"] = False  # its loss would read the mask as padding
+        return own(*args, **inputs)
+    if shift_labels is None:
+        shift_labels = torch.full(visible_until.shape, IGNORE_INDEX, device=visible_until.device)
+
+    device = visible_until.device
+    with offloading(model, device) if patch.offload else contextlib.nullcontext():
+        body = run_body(model, *args, **inputs)
+    head = head_of(model)
+    rows = derta_loss_with_rows(
+        body.last_hidden_state,
+        head.weight,
+        shift_labels,
+        rto_mask,
+        refusal_token_id=patch.refusal_token_id,
+        rto_weight=rto_weight,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        ignore_index=IGNORE_INDEX,
+        num_items=num_items,
+        reduction=reduction,
+        loss_weight=loss_weight,
+        impl=patch.impl,
+    )
+    loss, aux_loss = rows.loss, None
+    if has_router_loss(model):
+        aux_loss = router_loss(model, body)
+        weight: Any = model.router_aux_loss_coef
+        loss = loss + router_weight * weight * aux_loss.to(loss.device)
+    return DertaOutput(
+        loss=loss, next_nll=rows.next_nll, refusal_nll=rows.refusal_nll, aux_loss=aux_loss
+    )
+
+
+def _active_patch(model: PreTrainedModel) -> Patch:
+    patch = patch_of(model)
+    if patch is None:
+        raise ValueError("visible_until needs apply_derta, which has been removed from this model")
+    for config, _, twin in patch.twins:
+        if config._attn_implementation_internal != twin:
+            raise ValueError(
+                "the attention implementation was set to "
+                f"{config._attn_implementation_internal!r} after apply_derta: apply it again"
+            )
+    return patch

@@ -1,0 +1,142 @@
+"""What is drawn anew for a triple in every epoch: where safe responses leave it, and RTO rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import blake2b
+
+import numpy as np
+
+from derta.data.tokens.encoding import EncodedTriple
+
+DEEP_REACH = 100
+RTO_DEPTHS = ("uniform", "growing")
+
+
+def _zero(example: EncodedTriple) -> np.ndarray:
+    mass = np.zeros(example.cut_limit + 1)
+    mass[0] = 1
+    return mass
+
+
+def _uniform(example: EncodedTriple) -> np.ndarray:
+    return np.full(example.cut_limit + 1, 1 / (example.cut_limit + 1))
+
+
+def _official(example: EncodedTriple) -> np.ndarray:
+    if example.word_ends is None:
+        raise ValueError(
+            f"{example.id}: cuts='official' needs word_ends, got None: encode with cuts='official'"
+        )
+    if not len(example.word_ends):
+        return _zero(example)
+    words = np.bincount(example.word_ends, minlength=example.cut_limit + 1)
+    return _zero(example) / 3 + words / words.sum() * 2 / 3
+
+
+def _deep(example: EncodedTriple) -> np.ndarray:
+    reach = min(DEEP_REACH, example.cut_limit)
+    if not reach:
+        return _zero(example)
+    mass = _zero(example) / 2
+    mass[1 : reach + 1] = 1 / (2 * reach)
+    return mass
+
+
+# Each returns the probability of every cut 0..cut_limit.
+CUT_POLICIES: dict[str, Callable[[EncodedTriple], np.ndarray]] = {
+    "zero": _zero,
+    "uniform": _uniform,
+    "official": _official,
+    "deep": _deep,
+}
+
+
+def cut_probabilities(example: EncodedTriple, policy: str) -> np.ndarray:
+    """Probability of each cut, (cut_limit + 1,) float64; of none where there is no safe response.
+
+    Args:
+        example: the triple.
+        policy: "zero": always 0. "uniform": 0..cut_limit (the paper). "official": a third at zero,
+            the rest after a whole number of words, the last two words never reached (the authors'
+            data generator, which takes every third row instead of drawing). "deep": half at zero,
+            the rest in 1..min(100, cut_limit) (arXiv 2406.05946).
+
+    Raises:
+        ValueError: there is no such policy, or "official" lacks `word_ends`.
+    """
+    if policy not in CUT_POLICIES:
+        raise ValueError(f"cuts must be one of {', '.join(CUT_POLICIES)}, got {policy!r}")
+    if example.cut_limit < 0:
+        return np.zeros(0)
+    return CUT_POLICIES[policy](example)
+
+
+def draw_cuts(
+    example: EncodedTriple, *, policy: str, branches: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draws `branches` distinct cuts, or all that are possible if those are fewer.
+
+    Args:
+        example: the triple.
+        policy: see `cut_probabilities`.
+        branches: how many; 0 draws none.
+        rng: see `example_rng`.
+
+    Returns:
+        (<= branches,) int64, descending, each in 0..cut_limit.
+
+    Raises:
+        ValueError: as `cut_probabilities`.
+    """
+    probabilities = cut_probabilities(example, policy)
+    count = min(branches, int(np.count_nonzero(probabilities)))
+    if not count:
+        return np.zeros(0, np.int64)
+    cuts = rng.choice(len(probabilities), size=count, replace=False, p=probabilities)
+    return np.sort(cuts)[::-1]
+
+
+def draw_rto_rows(harmful_length: int, *, keep: float, rng: np.random.Generator) -> np.ndarray:
+    """Draws the depths of a harmful response at which RTO has a target.
+
+    Args:
+        harmful_length: |h|.
+        keep: share of the depths 0..|h|, in [0, 1].
+        rng: see `example_rng`.
+
+    Returns:
+        (harmful_length + 1,) bool; max(1, round(keep * (harmful_length + 1))) of them True, none if
+        `keep` is 0.
+    """
+    rows = np.zeros(harmful_length + 1, dtype=bool)
+    if keep > 0:
+        count = max(1, round(keep * len(rows)))
+        rows[rng.choice(len(rows), size=count, replace=False)] = True
+    return rows
+
+
+def rto_depth_weights(harmful_length: int, policy: str) -> np.ndarray:
+    """How much the RTO target at each depth of a harmful response weighs; 1 on average.
+
+    Args:
+        harmful_length: |h|.
+        policy: "uniform": 1 everywhere. "growing": linear in the depth t, 2 (t + 1) / (|h| + 2).
+
+    Returns:
+        (|h| + 1,) float64.
+
+    Raises:
+        ValueError: there is no such policy.
+    """
+    if policy == "uniform":
+        return np.ones(harmful_length + 1)
+    if policy == "growing":
+        return 2 * np.arange(1, harmful_length + 2) / (harmful_length + 2)
+    raise ValueError(f"rto_depth must be one of {', '.join(RTO_DEPTHS)}, got {policy!r}")
+
+
+def example_rng(seed: int, epoch: int, example_id: str) -> np.random.Generator:
+    """A generator that depends on these three alone: not on ranks, workers or order."""
+    digest = blake2b(f"{seed}:{epoch}:{example_id}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))

@@ -1,0 +1,1 @@
+"""Training: settings, trainer, and everything that a run logs and watches."""

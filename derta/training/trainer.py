@@ -1,0 +1,485 @@
+"""The trainer: transformers' own, fed with packs and with the counts that make their mean exact.
+
+One item of the data loader is one optimizer step: the list of packs that this rank runs in it. A
+step may need any number of packs, so gradients are accumulated here, inside `training_step`, and
+transformers sees one batch a step. Everything else (schedules, checkpoints, logging, FSDP,
+DeepSpeed) stays as transformers has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from derta.data import (
+    DertaCollator,
+    EncodedRecords,
+    Encoder,
+    PackedBatch,
+    PackedSteps,
+    Record,
+    choose_refusal_token,
+    encode_records,
+    plan_packs,
+)
+from derta.modeling.introspection import context_length
+from derta.modeling.mlp_tiling import tile_mlp
+from derta.modeling.patch import apply_derta
+from derta.training.config import DertaConfig
+from derta.training.finite_watch import FiniteWatch
+from derta.training.metrics import StepMetrics
+from derta.training.refusal_watch import RefusalWatch, check_watched, trunk_steps
+
+logger = logging.get_logger(__name__)
+
+
+class EpochSteps:
+    """Batch sampler over the steps of one epoch, the one in which `steps_done` lies.
+
+    The trainer's own count of steps says which epoch that is, also after a run was resumed.
+    """
+
+    def __init__(self, steps_per_epoch: int, steps_done: Callable[[], int]) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.steps_done = steps_done
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.steps_done() // self.steps_per_epoch
+        first = epoch * self.steps_per_epoch
+        return ([step] for step in range(first, first + self.steps_per_epoch))
+
+
+class StepTotals(NamedTuple):
+    """Weight of the targets of either kind, and filled packs, of one step over all ranks.
+
+    Each () float32; without weights of their own, targets weigh 1.
+    """
+
+    next: Tensor
+    rto: Tensor
+    packs: Tensor
+
+
+class EvaluationSteps(NamedTuple):
+    """What `evaluate` reads: packs as in training, for the losses, and trunks alone, watched."""
+
+    losses: PackedSteps
+    trunks: PackedSteps
+
+
+def _loses_updates(model: nn.Module, args: DertaConfig) -> bool:
+    """Whether updates of single steps are rounded to 16 bits: below 1/512 of a weight they are 0.
+
+    An update is about as large as the learning rate, and weights are about 0.02.
+    """
+    narrow = any(p.requires_grad and p.dtype.itemsize == 2 for p in model.parameters())
+    return narrow and args.learning_rate < 1e-4 and "stochastic" not in (args.optim_args or "")
+
+
+def _or_one(total: Tensor) -> Tensor:
+    return total.where(total != 0, 1.0)
+
+
+def _only(items: list[list[PackedBatch]]) -> list[PackedBatch]:
+    (item,) = items
+    return item
+
+
+class DertaTrainer(Trainer):
+    """Trains a causal language model on triples and dialogues, one forward pass for all terms.
+
+    Encodes the records, finds the refusal token, plans the packs of all epochs and patches the
+    model (`apply_derta`); then it is transformers' `Trainer`. Encoded examples lie in an Arrow file
+    where temporary files go (TMPDIR), one for each rank, and never in memory as a whole.
+
+    Logged: `loss`, `mle_loss`, `rto_loss` (means over their own targets), `refusal_p_1` ..
+    `refusal_p_10` (mean probability of the refusal token in each tenth of the harmful responses),
+    `benign_refusal_p` (that in answers to harmless requests), `live_rows` (share of rows with a
+    target), `rto_targets` (share of RTO in the weight of all targets), `tokens_per_s` (packed
+    tokens over all ranks). `evaluate` adds what `RefusalWatch` reads.
+
+    Args:
+        model: decoder-only transformers model, plain or under PEFT.
+        args: see `DertaConfig`.
+        train_dataset: records to train on, read once.
+        eval_dataset: records that `evaluate` reports on.
+        processing_class: the model's tokenizer, with a chat template.
+        callbacks: as in `Trainer`.
+        optimizers: as in `Trainer`.
+
+    Raises:
+        ValueError: two records have one id, no record fits `max_length`, one exceeds the model's
+            context, the refusal token cannot be resolved, what is to decide on the best checkpoint
+            cannot be had of the evaluation records, or the model is one that `apply_derta` refuses.
+        FloatingPointError: while training, a loss, a gradient norm or a parameter was NaN or
+            infinite, or float16 loss scaling has failed, see `FiniteWatch.check`. It is raised when
+            figures are logged, before a model or checkpoint is saved, or at the end of `train`.
+    """
+
+    args: DertaConfig
+    train_dataset: PackedSteps
+    eval_dataset: EvaluationSteps | None
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: DertaConfig,
+        train_dataset: Iterable[Record],
+        eval_dataset: Iterable[Record] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        if processing_class is None:
+            raise ValueError("processing_class must be the model's tokenizer, got None")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process drives one GPU, got {args.n_gpu} visible: launch with torchrun, or "
+                "set CUDA_VISIBLE_DEVICES"
+            )
+        self.context = context_length(model)
+        self.collator = DertaCollator(
+            branches=args.branches,
+            cuts=args.cuts,
+            rto_keep=args.rto_keep,
+            rto_depth=args.rto_depth,
+            seed=args.seed,
+        )
+        encoder = self._encoder(args, processing_class)
+        examples = self._encode(args, train_dataset, encoder)
+        self.refusal_token = choose_refusal_token(
+            encoder, args.refusal, examples.safe_starts, examples.first_messages
+        )
+        if self.refusal_token.warning is not None:
+            logger.warning(self.refusal_token.warning)
+        held_out = None
+        if eval_dataset is not None:
+            held_out = self._encode(args, eval_dataset, encoder)
+        check_watched(args.best_by_watching, held_out.roles if held_out else ())
+        self.metrics = StepMetrics(args.device)
+        self.finite = FiniteWatch(args.device)
+        self.probe_is_due = args.probe
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._packed_steps(args, examples),
+            eval_dataset=None if held_out is None else self._held_out(args, held_out),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Now that it is where it trains, and proves itself with the kernels of that place.
+        if args.mlp_tile is not None:
+            tile_mlp(model, args.mlp_tile)
+        apply_derta(
+            model,
+            self.refusal_token.id,
+            impl=args.head_impl,
+            attention=args.attention_impl,
+            offload=args.offload_checkpoints,
+        )
+        if _loses_updates(model, args):
+            logger.warning(
+                "weights are trained in 16 bits, to which most updates at learning_rate %g are "
+                "too small to count: dtype: float32 with bf16: true keeps them all, and optim: "
+                "adamw_torch_8bit with optim_args: bf16_stochastic_round=True their mean",
+                args.learning_rate,
+            )
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def _encoder(self, args: DertaConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+        return Encoder(
+            tokenizer,
+            max_length=args.max_length,
+            max_tokens=args.max_tokens,
+            branches=args.branches,
+            cuts=args.cuts,
+        )
+
+    def _encode(
+        self, args: DertaConfig, records: Iterable[Record], encoder: Encoder
+    ) -> EncodedRecords:
+        encoded = encode_records(records, encoder, self.collator, self.context)
+        given = len(encoded.examples) + encoded.skipped
+        if encoded.skipped:
+            logger.warning(
+                "%d of %d examples skipped: a prompt with its safe response, or a dialogue, is "
+                "longer than max_length (%d) or max_tokens (%d)",
+                encoded.skipped,
+                given,
+                args.max_length,
+                args.max_tokens,
+            )
+        if not encoded.examples:
+            raise ValueError(
+                f"no example is left: {given} given, {encoded.skipped} longer "
+                f"than max_length ({args.max_length}) or max_tokens ({args.max_tokens})"
+            )
+        return encoded
+
+    def _packed_steps(self, args: DertaConfig, encoded: EncodedRecords) -> PackedSteps:
+        steps_per_epoch = math.ceil(len(encoded.examples) / args.examples_per_step)
+        epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs
+        plan = plan_packs(
+            encoded.lengths,
+            max_tokens=args.max_tokens,
+            examples_per_step=args.examples_per_step,
+            epochs=math.ceil(epochs),
+            seed=args.seed,
+        )
+        return PackedSteps(
+            encoded.examples, plan, self.collator, args.process_index, args.world_size
+        )
+
+    def _held_out(self, args: DertaConfig, encoded: EncodedRecords) -> EvaluationSteps:
+        return EvaluationSteps(
+            self._packed_steps(args, encoded),
+            trunk_steps(
+                encoded,
+                max_tokens=args.max_tokens,
+                examples_per_step=args.examples_per_step,
+                rank=args.process_index,
+                world_size=args.world_size,
+            ),
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=EpochSteps(
+                self.train_dataset.plan.steps_per_epoch, lambda: self.state.global_step
+            ),
+            collate_fn=_only,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        return len(self.train_dataset.examples)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return self.args.examples_per_step
+
+    def floating_point_ops(self, inputs: list[PackedBatch]) -> int:  # type: ignore[override]
+        tokens = sum(batch.input_ids.shape[1] for batch in inputs)
+        return 6 * tokens * self._body_parameters
+
+    @functools.cached_property
+    def _body_parameters(self) -> int:
+        assert self.model is not None
+        return self.model.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`; first logs how many tokens an epoch takes (`TokenCount`)."""
+        if self.is_world_process_zero():
+            logger.info("%s", self.train_dataset.tokens)
+        return super().train(*args, **kwargs)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    def training_step(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: list[PackedBatch],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Forward and backward over the packs of one optimizer step.
+
+        Returns:
+            0-d tensor: this rank's loss, scaled so that the mean over ranks is the step's loss.
+        """
+        model.train()
+        if self.optimizer is not None and hasattr(self.optimizer, "train"):  # schedule-free ones
+            self.optimizer.train()
+        if self.probe_is_due:
+            self.probe_is_due = False
+            self._probe(model)
+        totals = self._step_totals(inputs)
+        total = torch.zeros((), device=self.args.device)
+        for index, batch in enumerate(inputs):
+            last = index == len(inputs) - 1
+            # DeepSpeed steps its optimizer when this flag says that the gradients are complete.
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self._pack_loss(model, batch, totals)
+                self.accelerator.backward(loss)
+            self._watch_finite(batch, loss, averaged=last)
+            total += loss.detach()
+        return total
+
+    def _watch_finite(self, batch: PackedBatch, loss: Tensor, *, averaged: bool) -> None:
+        # Scaled gradients may overflow: such a step is skipped. DeepSpeed keeps its own.
+        scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
+        self.finite.add(
+            batch,
+            loss,
+            [None if scaled else parameter.grad for _, parameter in self._parameters()],
+            step=self.state.global_step + 1,
+            averaged=averaged,
+        )
+
+    def _check_finite(self) -> None:
+        scaler = self.accelerator.scaler
+        self.finite.check(
+            {name: value if value.requires_grad else None for name, value in self._parameters()},
+            self._sum_over_ranks,
+            step=self.state.global_step,
+            loss_scale=None if scaler is None else scaler.get_scale(),
+        )
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        assert self.model is not None
+        return self.model.named_parameters()
+
+    def _probe(self, model: nn.Module) -> None:
+        """Forward and backward of the largest pack of all, which leave nothing behind.
+
+        Logs `probe_tokens`, and on a GPU `probe_gib`, the most that its tensors took.
+        """
+        batch = self.train_dataset.largest()
+        on_gpu = self.args.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.args.device)
+        devices = [self.args.device] if on_gpu else []
+        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+            inputs = batch.to(self.args.device).model_inputs()
+            self.accelerator.backward(model(**inputs).loss)
+        model.zero_grad()
+        figures: dict[str, float] = {"probe_tokens": batch.input_ids.shape[1]}
+        if on_gpu:
+            figures["probe_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
+        super().log(figures)
+
+    def _step_totals(self, batches: list[PackedBatch]) -> StepTotals:
+        """Of the whole step over all ranks."""
+        totals = torch.tensor(
+            [[batch.next_total, batch.rto_total, bool(batch.example_ids)] for batch in batches],
+            dtype=torch.float32,
+        ).sum(0)
+        if self.args.world_size > 1:
+            totals = self._sum_over_ranks(totals.to(self.args.device))
+        return StepTotals(*totals.unbind())
+
+    def _pack_loss(self, model: nn.Module, batch: PackedBatch, totals: StepTotals) -> Tensor:
+        """Loss of one pack; gradients are averaged over ranks and summed over a rank's packs."""
+        num_items, rto_weight = self._normalizer(batch, totals)
+        # The token of an empty pack has no target, but is routed to experts like any other.
+        router_share = bool(batch.example_ids) / totals.packs
+        batch = batch.to(self.args.device, non_blocking=True)
+        inputs = batch.model_inputs()
+        inputs["rto_weight"] = inputs["rto_weight"] * rto_weight
+        output = model(
+            **inputs,
+            num_items=num_items / self.args.world_size,
+            router_weight=router_share * self.args.world_size,
+        )
+        if not hasattr(output, "next_nll"):
+            raise ValueError(
+                "the model's forward was replaced after apply_derta, as Liger's fused loss does "
+                "it, by one that takes a pack for a plain sequence: replace it before"
+            )
+        self.metrics.add(batch, output)
+        return output.loss
+
+    def _normalizer(self, batch: PackedBatch, totals: StepTotals) -> tuple[Tensor, Tensor | float]:
+        """What `loss_norm` divides a pack's sum by, and the weight of its RTO targets."""
+        weight = self.args.rto_weight
+        if self.args.loss_norm == "official":
+            return ((batch.next_total + batch.rto_total) or 1.0) * totals.packs, weight
+        if self.args.loss_norm == "tokens":
+            return _or_one(totals.next + totals.rto), weight
+        next_total = _or_one(totals.next)
+        return next_total, weight * next_total / _or_one(totals.rto)
+
+    @torch.no_grad()
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: Iterable[Record] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss of held-out records, with the cuts of epoch 0 every time, and refusal curves.
+
+        The loss is as `loss_norm` has it in a step of all of them; "official" is taken for
+        "tokens", from which it differs by how full packs are.
+
+        Returns:
+            the figures that training logs and those of `RefusalWatch.read`, their names prefixed.
+
+        Raises:
+            ValueError: there are no records to evaluate on.
+        """
+        if eval_dataset is not None:
+            encoder = self._encoder(self.args, self.processing_class)
+            records = self._encode(self.args, eval_dataset, encoder)
+            held_out = self._held_out(self.args, records)
+        elif self.eval_dataset is not None:
+            held_out = self.eval_dataset
+        else:
+            raise ValueError("evaluate needs records: eval_dataset is None here and in the trainer")
+        model = self.model_wrapped
+        model.eval()
+        metrics, watch = StepMetrics(self.args.device), RefusalWatch()
+        for step in range(held_out.losses.plan.steps_per_epoch):
+            for batch in held_out.losses[step]:
+                batch = batch.to(self.args.device, non_blocking=True)
+                metrics.add(batch, model(**batch.model_inputs()))
+        for step in range(len(held_out.trunks)):
+            for batch in held_out.trunks[step]:
+                inputs = batch.to(self.args.device, non_blocking=True).model_inputs()
+                watch.add(batch, model(**inputs))
+        figures = metrics.read(self._sum_over_ranks)
+        share = figures["rto_targets"]
+        mle_share, rto_share = (1, 1) if self.args.loss_norm == "terms" else (1 - share, share)
+        figures["loss"] = mle_share * figures.get("mle_loss", 0.0) + (
+            self.args.rto_weight * rto_share * figures.get("rto_loss", 0.0)
+        )
+        figures |= watch.read(self.args.over_refusal_weight)
+        logs = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Of a step, or of the whole run, whose best checkpoint may be about to take its place.
+        if logs.keys() & {"loss", "train_loss"}:
+            self._check_finite()
+        if "loss" in logs:
+            logs.update(self.metrics.read(self._sum_over_ranks))
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._check_finite()
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # A pickle that nothing here reads.
+            Path(output_dir or str(self.args.output_dir), TRAINING_ARGS_NAME).unlink()

@@ -1,0 +1,164 @@
+"""What train and eval load alike is whole, is here, or is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from derta.cli import main
+from derta.data import Source, SourceRecords, Triple
+from derta.modeling.loading import (
+    find_device,
+    intact_weights,
+    load_model,
+    load_tokenizer,
+    weights_dtype,
+)
+from tiny import LLAMA3_TEMPLATE, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model and a file of triples."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    row = {"prompt": "How?", "safe": "Sorry, no.", "harmful": "Step one, step two."}
+    Path("rows.jsonl").write_text((json.dumps(row) + "\n") * 2, encoding="utf-8")
+    return tmp_path
+
+
+def train(*arguments: str) -> int:
+    return main(
+        ["train", "--model", "model", "--sources", "{path: rows.jsonl, role: safety}"]
+        + ["--output_dir", "out", "--use_cpu", "--save_steps", "1", *arguments]
+    )
+
+
+def test_a_model_is_loaded_in_its_dtype(workplace: Path) -> None:
+    assert load_model("model", torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_weights_that_were_cut_short_are_named_with_their_folder(workplace: Path) -> None:
+    weights = Path("model/model.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(ValueError, match="^model: its weights are damaged, as a copy that was cut"):
+        load_model("model", torch.float32)
+
+
+def test_what_cannot_be_loaded_is_one_sentence_that_names_the_model(workplace: Path) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="^empty: the tokenizer cannot be loaded: [^\n]+$"):
+        load_tokenizer("empty", None)
+    with pytest.raises(ValueError, match="^empty: the model cannot be loaded: [^\n]+$"):
+        load_model("empty", torch.float32)
+    for folder, config, said in (
+        ("t5", {"model_type": "t5"}, "it is no causal language model"),
+        ("uneven", {"model_type": "llama", "hidden_size": 33}, "[^\n]*not a multiple of[^\n]*"),
+    ):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"^{folder}: the model cannot be loaded: {said}$"):
+            load_model(folder, torch.float32)
+    with pytest.raises(OSError, match="^no/such/folder: the model cannot be loaded: no such fold"):
+        load_model("no/such/folder", torch.float32)
+    absent = "^absent: the tokenizer cannot be loaded: is no folder, and the model hub and its"
+    with pytest.raises(OSError, match=absent):
+        load_tokenizer("absent", None, local_files_only=True)
+
+
+def test_only_damaged_weights_are_called_so() -> None:
+    with pytest.raises(OSError, match="^full$"), intact_weights("model"):
+        raise OSError("full")
+
+
+def test_a_device_is_one_that_is_here() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("foo", "cuda:99", "cuda:x", "mps:7", "privateuseone"):
+        expected = f"device must be auto, cpu or a GPU that is here, got {name!r}"
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            find_device(name)
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
+def test_weights_are_bfloat16_where_a_gpu_computes_in_it_and_does_not_emulate_it(
+    major: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major)
+    )
+    # What torch asks where it is to count emulation too.
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert weights_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_records_of_sources_come_with_their_weights_roles_and_limits(workplace: Path) -> None:
+    messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
+    text = "".join(json.dumps({"messages": messages, "id": name}) + "\n" for name in "abcd")
+    Path("first.jsonl").write_text(text, encoding="utf-8")
+    Path("second.jsonl").write_text(text, encoding="utf-8")
+    paths = ["first.jsonl", "second.jsonl"]
+    records = SourceRecords(
+        [
+            Source(path=paths, role="borderline", weight=0.5, limit=5),
+            Source(path="rows.jsonl", role="safety", limit=1),
+        ]
+    )
+    for _ in range(2):  # read anew every time
+        *dialogues, triple = records
+        assert [one.id for one in dialogues] == ["a", "b", "c", "d", "second:a"]
+        assert all(one.borderline and one.weight == 0.5 for one in dialogues)
+        assert isinstance(triple, Triple) and triple.weight == 1.0
+    records.check()
+    more = SourceRecords([*records.sources, Source(path="second.jsonl", role="helpful")])
+    more.check()
+    for _ in range(2):  # the same ids every time
+        added = ["second:second:a", "second:b", "second:c", "second:d"]
+        assert [one.id for one in more][6:] == added
+    twice = SourceRecords([*records.sources, Source(path="./first.jsonl", role="borderline")])
+    with pytest.raises(ValueError, match="^first.jsonl: comes twice, expected every file once$"):
+        twice.check()
+    with pytest.raises(FileNotFoundError, match="^none.jsonl: no such record file"):
+        SourceRecords([Source(path=["rows.jsonl", "none.jsonl"], role="safety")])
+
+
+def test_a_bad_row_is_found_before_a_model_is_loaded(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write("not JSON\n")
+    monkeypatch.delattr("derta.cli.train.load_model")
+    assert train() == 1
+    assert capsys.readouterr().err.startswith("derta train: rows.jsonl:3: not JSON at column 1")
+
+
+def test_a_chat_template_is_jinja_text_or_a_file(workplace: Path) -> None:
+    Path("chat.jinja").write_text(LLAMA3_TEMPLATE, encoding="utf-8")
+    for given in (LLAMA3_TEMPLATE, "chat.jinja"):
+        assert load_tokenizer("model", given).chat_template == LLAMA3_TEMPLATE
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert train("--chat_template", template, "--max_steps", "1") == 0
+    saved = load_tokenizer("out", None)
+    assert saved.chat_template == template
+
+
+def test_a_run_goes_on_from_its_latest_checkpoint(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--resume_from_checkpoint") == 1
+    expected = "derta train: resume_from_checkpoint: there is no checkpoint in out yet\n"
+    assert capsys.readouterr().err == expected
+    assert train("--max_steps", "2", "--logging_steps", "1") == 0
+    whole = json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    assert train("--max_steps", "3", "--logging_steps", "1", "--resume_from_checkpoint") == 0
+    resumed = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())["log_history"]
+    assert resumed[:2] == whole and resumed[2]["step"] == 3

@@ -1,0 +1,441 @@
+"""Settings from files and options: every wrong one is named, with the nearest right one."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from derta.cli import main, module_of, settings_of
+from derta.cli.doctor import DoctorConfig
+from derta.cli.train import TrainConfig
+from derta.cli.usage import USAGE
+from derta.data import Source
+from derta.settings import build, read_options, read_yaml
+from derta.training.config import RECIPES
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
+
+
+SOURCE = {"path": "t", "role": "safety"}
+BASE = {"model": "m", "sources": [SOURCE], "output_dir": "o", "use_cpu": True}
+
+
+def from_file(**values: object) -> TrainConfig:
+    return build(TrainConfig, {"run.yaml": {**BASE, **values}})
+
+
+def from_options(*arguments: str) -> TrainConfig:
+    return build(TrainConfig, {"run.yaml": BASE, "command line": read_options(arguments)})
+
+
+def test_options_are_yaml_values_and_a_bare_key_is_true() -> None:
+    arguments = "--branches 2 --label_names=[x,y] --max_steps -1 --save_strategy no --dry-run"
+    config = from_options(*arguments.split(), "--rto_keep", "1e-4", "--disable_tqdm", "false")
+    assert config.branches == 2
+    assert config.label_names == ["x", "y"]
+    assert config.max_steps == -1
+    assert config.save_strategy == "no"
+    assert config.dry_run is True
+    assert config.rto_keep == 1e-4
+    assert config.disable_tqdm is False
+
+
+def test_a_key_of_text_has_what_was_typed() -> None:
+    template = "{{ bos_token }}{% for m in messages %}\n{{ m['content'] }} #{% endfor %}"
+    assert from_options("--chat_template", template).chat_template == template
+    assert from_options("--output_dir", "2024").output_dir == "2024"
+    assert from_options("--run_name", "1e3").run_name == "1e3"
+    assert from_options("--chat_template", "null").chat_template is None
+    assert from_options("--refusal", "5").refusal == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stray"], "expected --key value, got 'stray'"),
+        (
+            ["--sources", "[1,"],
+            "command line: sources: '[1,' is not a value that YAML can read",
+        ),
+        (["--max_step", "3"], "command line: unknown key 'max_step'; did you mean 'max_steps'?"),
+        (["--max_steps", "few"], "command line: max_steps: expected int, got 'few'"),
+        (["--output_dir"], "command line: output_dir: expected str, got True"),
+        (["--refusal"], "command line: refusal: expected str | int, got True"),
+        (["--refusal", "true"], "command line: refusal: expected str | int, got True"),
+        (["--branches", "true"], "command line: branches: expected int, got True"),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        from_options(*arguments)
+
+
+def test_a_key_of_the_file_that_is_wrong_is_the_files_whatever_the_command_line_says() -> None:
+    with pytest.raises(ValueError, match=r"^run.yaml: unknown key 'max_step'; did you mean"):
+        build(TrainConfig, {"run.yaml": {"max_step": 3}, "command line": {"max_steps": 3}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: [\n", ":3: "),
+        ("a: 1\nb: 2\na: 3\n", ":3: the key 'a' is given twice"),
+        ("a: 1\n{a: b}: c\n", ":2: found unhashable key"),
+        ("a: 1\n[a, b]: c\n", ":2: found unhashable key"),
+        ("a: 1\nb: x\x01y\n", ":2: U+0001 has no place in YAML"),
+        ("a: 1\nb: \udcff\n", ":2: byte 0xff is not UTF-8"),
+        ("\udcff\udcfea\0:\0", ":1: byte 0xff is not UTF-8"),  # UTF-16 with its mark
+        ("- a\n", "expected `key: value` lines, got list"),
+    ],
+)
+def test_malformed_files_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}{message}" if message[0] == ":" else message)
+    ):
+        read_yaml(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such configuration file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_words_and_dates_of_a_file_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("save_strategy: no\nrun_name: 2024-13-45\nuse_cpu: true\n")
+    assert read_yaml(path) == {"save_strategy": "no", "run_name": "2024-13-45", "use_cpu": True}
+
+
+def test_numbers_that_yaml_reads_as_text_become_numbers() -> None:
+    config = from_file(learning_rate="1e-4", refusal=5, branches="3", rto_keep=1, max_steps=2.0)
+    assert config.learning_rate == 1e-4
+    assert config.refusal == 5
+    assert config.branches == 3
+    assert type(config.rto_keep) is float
+    assert type(config.max_steps) is int
+
+
+def test_one_value_where_several_may_stand_is_a_list_of_one() -> None:
+    assert from_options("--sources", "{path: a, role: helpful, limit: 3}").sources == [
+        Source(path="a", role="helpful", limit=3)
+    ]
+    held_out = from_file(eval_sources=SOURCE, eval_strategy="epoch").eval_sources
+    assert held_out == [Source(path="t", role="safety")]
+    assert from_file(label_names="a").label_names == ["a"]
+    assert from_file(lora_target_modules="q_proj").lora_target_modules == "q_proj"
+    bench = settings_of(importlib.import_module("derta.cli.bench"))
+    assert build(bench, {"": {"what": "resources", "capabilities": 90}}).capabilities == [90]
+    assert build(bench, {"": {"what": "resources"}}).capabilities is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"learnign_rate": 1},
+            "run.yaml: unknown key 'learnign_rate'; did you mean 'learning_rate'?",
+        ),
+        ({"branches": "two"}, "run.yaml: branches: expected int, got 'two'"),
+        ({"cuts": "random"}, "run.yaml: cuts: expected"),
+        ({"label_names": 5}, "run.yaml: label_names: expected list[str] | None, got 5"),
+        ({"label_names": True}, "run.yaml: label_names: expected list[str] | None, got True"),
+        (
+            {"label_names": ["a", None]},
+            "run.yaml: label_names: expected list[str] | None, got ['a', None]",
+        ),
+        ({1: 2}, "run.yaml: unknown key 1"),
+        ({"refusal": True}, "run.yaml: refusal: expected str | int, got True"),
+        ({"branches": True}, "run.yaml: branches: expected int, got True"),
+        ({"rto_keep": False}, "run.yaml: rto_keep: expected float, got False"),
+        ({"report_to": ["none", True]}, "run.yaml: report_to: expected"),
+        ({"rto_keep": 1.5}, "rto_keep must lie in [0, 1], got 1.5"),
+        ({"branches": -1}, "branches must be at least 0, got -1"),
+        ({"branches": 0, "rto_keep": 0}, "a triple would train nothing"),
+        ({"rto_weight": -1}, "rto_weight must be at least 0, got -1.0"),
+        ({"rto_depth": "deep"}, "rto_depth: expected one of uniform, growing, got 'deep'"),
+        (
+            {"recipe": "sorry"},
+            "recipe: expected one of vanilla, prefix_only, rto_only, derta or null, got 'sorry'",
+        ),
+        (
+            {"eval_sources": SOURCE},
+            "eval_sources: nothing would be reported of them while eval_strategy is no, expected",
+        ),
+        ({"eval_strategy": "epoch"}, "eval_strategy: epoch needs eval_sources"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "epoch", "eval_sources": SOURCE},
+            "load_best_model_at_end needs save_strategy to be as eval_strategy, or best, got steps",
+        ),
+        ({"over_refusal_weight": 2}, "over_refusal_weight must lie in [0, 1], got 2.0"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience must be at least 1, got 0"),
+        (
+            {"early_stopping_patience": 2},
+            "early_stopping_patience needs load_best_model_at_end: true",
+        ),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0, got 0.1"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps must stay 1, got 4"),
+        (
+            {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
+            "liger_kernel_config must leave fused_linear_cross_entropy and cross_entropy off",
+        ),
+        ({"use_liger_kernel": True}, "use_liger_kernel needs a GPU that Triton knows, this run is"),
+        ({"report_to": "nobody"}, "report_to: 'nobody' is not installed, or nothing that"),
+        (
+            {"output_dir": "none", "resume_from_checkpoint": True},
+            "resume_from_checkpoint: there is no checkpoint in none yet",
+        ),
+        ({"per_device_train_batch_size": 8}, "per_device_train_batch_size must stay 1, got 8"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(TrainConfig, {"run.yaml": {**BASE, **values}})
+
+
+def test_missing_settings_are_listed() -> None:
+    with pytest.raises(ValueError, match="^missing output_dir, model$"):
+        build(TrainConfig, {"run.yaml": {"sources": [SOURCE]}})
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a.jsonl", "expected path, role, weight, format, limit, got 'a.jsonl'"),
+        ({"path": "a"}, "missing role"),
+        ({**SOURCE, "rol": 1}, "unknown key 'rol'; did you mean 'role'?"),
+        ({**SOURCE, "role": "x"}, ".role: expected one of safety, helpful, borderline, got 'x'"),
+        ({**SOURCE, "path": 5}, ".path: expected str | list[str], got 5"),
+        ({**SOURCE, "path": []}, ".path: is empty, expected the path of a file, or of several"),
+        ({**SOURCE, "weight": "much"}, ".weight: expected float, got 'much'"),
+        ({**SOURCE, "weight": True}, ".weight: expected float, got True"),
+        ({**SOURCE, "weight": 0}, ".weight: is 0.0, expected a number above 0"),
+        ({**SOURCE, "limit": 0}, ".limit: is 0, expected at least 1"),
+    ],
+)
+def test_a_wrong_source_is_named_by_its_place_and_key(source: object, message: str) -> None:
+    place = "run.yaml: sources[1]" + (": " if message[0] != "." else "")
+    with pytest.raises(ValueError, match="^" + re.escape(place + message)):
+        from_file(sources=[SOURCE, source])
+    with pytest.raises(ValueError, match="^" + re.escape(place.replace("1", "0") + message)):
+        from_file(sources=source)
+
+
+def test_a_source_made_in_python_has_a_role_that_exists() -> None:
+    with pytest.raises(ValueError, match="^role: is 'x', expected one of safety, helpful, border"):
+        Source(path="a", role="x")  # type: ignore[arg-type]
+    assert Source(path=["a", "b"], role="safety").paths == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        (None, {}, (1, "uniform", 1.0)),
+        ("vanilla", {}, (1, "zero", 0.0)),
+        ("vanilla", {"cuts": "zero", "rto_keep": 0}, (1, "zero", 0.0)),
+        ("prefix_only", {"cuts": "official", "branches": 4}, (4, "official", 0.0)),
+        ("rto_only", {"rto_keep": 0.5}, (1, "zero", 0.5)),
+        ("derta", {"rto_keep": 0.05}, (1, "uniform", 0.05)),
+    ],
+)
+def test_a_recipe_sets_what_is_not_given(recipe: object, given: dict, expected: tuple) -> None:
+    config = from_file(**({"recipe": recipe} if recipe else {}), **given)
+    assert (config.branches, config.cuts, config.rto_keep) == expected
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "value"),
+    [
+        ("vanilla", "cuts", "uniform"),
+        ("vanilla", "rto_keep", 1.0),
+        ("prefix_only", "cuts", "zero"),
+        ("rto_only", "cuts", "deep"),
+        ("derta", "rto_keep", 0.0),
+        ("derta", "branches", 0),
+    ],
+)
+def test_a_key_that_contradicts_its_recipe_is_refused_by_name(
+    recipe: str, key: str, value: object
+) -> None:
+    message = (
+        f"{key} is {value}, which contradicts recipe: {recipe} ({key}: {RECIPES[recipe][key]})"
+    )
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        from_file(recipe=recipe, **{key: value})
+
+
+def test_a_plan_of_a_training_run_follows_its_recipe() -> None:
+    plan = importlib.import_module("derta.cli.plan")
+    assert plan.of_training({"recipe": "vanilla", "model": "m"}) == {
+        "model": "m",
+        "branches": 1,
+        "rto_keep": 0.0,
+    }
+    given = plan.of_training({"recipe": "derta", "rto_keep": 0.05})
+    assert given["rto_keep"] == 0.05
+
+
+def test_less_is_better_of_what_is_watched() -> None:
+    best = {
+        "eval_sources": SOURCE,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "save_steps": 5,
+    }
+    for metric in ("trade_off", "eval_asr"):
+        assert from_file(metric_for_best_model=metric, **best).greater_is_better is False
+    assert from_file(metric_for_best_model="live_rows", **best).greater_is_better is True
+
+
+def test_what_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "derta.training.config.get_available_reporting_integrations", lambda: ["wandb"]
+    )
+    assert from_file(report_to="wandb").report_to == ["wandb"]
+    with pytest.raises(ValueError, match="^report_to: 'tensorboard' is not installed, or nothing"):
+        from_file(report_to=["wandb", "tensorboard"])
+    monkeypatch.setattr(TrainConfig, "device", torch.device("cuda"))
+    monkeypatch.setattr("derta.training.config.is_liger_kernel_available", lambda: True)
+    config = from_file(use_liger_kernel=True, liger_kernel_config={"rope": False})
+    assert config.liger_kernel_config == {
+        "rope": False,
+        "fused_linear_cross_entropy": False,
+        "cross_entropy": False,
+    }
+    monkeypatch.setattr("derta.training.config.is_liger_kernel_available", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"^use_liger_kernel needs Liger: pip install .derta\[liger\]"
+    ):
+        from_file(use_liger_kernel=True)
+
+
+def test_true_resumes_from_the_latest_checkpoint(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    given = {"output_dir": str(tmp_path), "resume_from_checkpoint": True}
+    assert from_file(**given).resume_from_checkpoint == str(tmp_path / "checkpoint-10")
+    bare = from_options("--output_dir", str(tmp_path), "--resume_from_checkpoint")
+    assert bare.resume_from_checkpoint == str(tmp_path / "checkpoint-10")
+    assert from_options("--resume_from_checkpoint", "a/b").resume_from_checkpoint == "a/b"
+    assert not from_options("--resume_from_checkpoint", "false").resume_from_checkpoint
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_are_valid(path: Path) -> None:
+    values = read_yaml(path)
+    # bf16 is refused by transformers where there is no GPU and use_cpu is not set.
+    config = build(TrainConfig, {str(path): values, "command line": {"use_cpu": True}})
+    assert config.refusal == "Sorry"
+
+
+# What an installed `derta` does, interrupted where it first needs a module.
+INTERRUPTED = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+
+sys.modules.pop(sys.argv[1], None)
+sys.meta_path.insert(0, Interrupt())
+from derta.cli import main
+sys.exit(main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize("command", sorted(USAGE.keys() - {"data"}))
+def test_help_names_keys_that_exist_and_all_of_ours(command: str) -> None:
+    config = settings_of(module_of(command))
+    inherited = {field.name for field in fields(TrainingArguments)} if command == "train" else set()
+    known = {field.name for field in fields(config)}
+    named = set(re.findall(r"--(\w+)", USAGE[command])) - {"key"}
+    named |= {"what"} if command == "bench" else set()  # which stands there without its name
+    assert named <= known
+    assert known - inherited <= named
+
+
+def test_help_needs_no_torch_and_less_than_a_second() -> None:
+    for arguments in (["--help"], ["--version"], *([*name.split(), "--help"] for name in USAGE)):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "derta", *arguments], check=True, capture_output=True)
+        assert time.perf_counter() - started < 1.0
+
+
+def test_a_gpu_that_is_too_small_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+    def run(config: DoctorConfig) -> None:
+        raise torch.OutOfMemoryError(f"{said}\nOf the allocated memory")
+
+    monkeypatch.setattr("derta.cli.doctor.run", run)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == f"derta doctor: memory does not suffice: {said}\n"
+    with pytest.raises(torch.OutOfMemoryError):
+        main(["--traceback", "doctor"])
+
+
+def test_the_environment_is_set_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # restored afterwards
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert main(["doctor"]) == 0
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    assert main(["doctor"]) == 0
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
+
+
+def test_a_wrong_call_is_one_sentence_and_a_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "safe": "b", "harmful": "c"}\n{"prompt": "a", "safe": "b"}\n')
+    missing = tmp_path / "none"
+    train = ["--model", "m", "--output_dir", str(tmp_path), "--use_cpu", "--sources"]
+    for arguments, message in (
+        ([f"{missing}.yaml"], f"{missing}.yaml: no such configuration file\n"),
+        ([*train, f"{{path: {missing}, role: safety}}"], f"{missing}: no such record file\n"),
+        (
+            [*train, f"{{path: {rows}, role: safety}}"],
+            f"{rows}:2: fields: found prompt, safe, which is no known format",
+        ),
+    ):
+        assert main(["train", *arguments]) == 1
+        assert capsys.readouterr().err.startswith(f"derta train: {message}")
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "train", f"{missing}.yaml"])
+
+
+def test_an_interrupted_run_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(config: DoctorConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("derta.cli.doctor.run", interrupt)
+    assert main(["doctor"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["argparse", "pathlib", "pydantic", "yaml", "torch"])
+def test_an_interrupt_while_modules_load_is_no_traceback(module: str) -> None:
+    command = [sys.executable, "-c", INTERRUPTED, module]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")

@@ -1,0 +1,126 @@
+"""The plan is exact before training starts, and the same whoever asks for it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from derta.data import plan_packs
+
+PLANS = {
+    "lengths": st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    "max_tokens": st.integers(50, 120),
+    "examples_per_step": st.integers(1, 20),
+    "epochs": st.integers(1, 3),
+    "seed": st.integers(0, 5),
+}
+
+
+@given(**PLANS)
+def test_every_example_comes_once_an_epoch_in_packs_that_fit(lengths, **settings) -> None:
+    plan = plan_packs(lengths, **settings)
+    n, epochs, size = len(lengths), settings["epochs"], settings["examples_per_step"]
+    assert plan.steps_per_epoch == math.ceil(n / size)
+    assert len(plan.steps) == epochs * plan.steps_per_epoch
+    for epoch in range(epochs):
+        first = epoch * plan.steps_per_epoch
+        steps = plan.steps[first : first + plan.steps_per_epoch]
+        counts = [sum(map(len, packs)) for packs in steps]
+        assert counts == [min(size, n - index * size) for index in range(len(steps))]
+        used = Counter(index for packs in steps for pack in packs for index in pack)
+        assert used == Counter(range(n))
+    for packs in plan.steps:
+        fills = [sum(lengths[index] for index in pack) for pack in packs]
+        assert 0 < min(fills) and max(fills) <= settings["max_tokens"]
+        # First fit: no two packs could have been one.
+        assert all(a + b > settings["max_tokens"] for a, b in zip(fills, fills[1:], strict=False))
+
+
+@given(**PLANS)
+def test_ranks_run_every_pack_once_and_equally_many(lengths, **settings) -> None:
+    plan = plan_packs(lengths, **settings)
+    for world_size in range(1, 5):
+        for step, packs in enumerate(plan.steps):
+            ranks = [plan.rank_packs(step, rank, world_size) for rank in range(world_size)]
+            assert {len(rank) for rank in ranks} == {math.ceil(len(packs) / world_size)}
+            filled = Counter(pack for rank in ranks for pack in rank if pack)
+            assert filled == Counter(packs)
+            assert all(rank.count(()) <= 1 for rank in ranks)
+
+
+def test_the_plan_depends_on_the_seed_and_changes_every_epoch() -> None:
+    settings = dict(lengths=list(range(1, 41)), max_tokens=60, examples_per_step=8, epochs=2)
+    plan = plan_packs(**settings, seed=1)
+    assert list(plan.steps) == list(plan_packs(**settings, seed=1).steps)
+    assert list(plan.steps) != list(plan_packs(**settings, seed=2).steps)
+    half = plan.steps_per_epoch
+    assert plan.steps[:half] != plan.steps[half:]
+
+
+@given(**PLANS)
+def test_a_step_is_the_same_whenever_it_is_asked_for(lengths, **settings) -> None:
+    steps = plan_packs(lengths, **settings).steps
+    forwards = [steps[index] for index in range(len(steps))]
+    assert [steps[index] for index in reversed(range(len(steps)))] == forwards[::-1]
+    assert list(steps) == steps[:] == forwards and steps[-1] == forwards[-1]
+    with pytest.raises(IndexError):
+        steps[len(steps)]
+
+
+def test_a_million_examples_are_planned_at_once_and_packed_in_their_turn() -> None:
+    lengths = np.full(1_000_000, 100)
+    started = time.process_time()
+    plan = plan_packs(lengths, max_tokens=1024, examples_per_step=128, epochs=100, seed=0)
+    assert len(plan.steps) == 100 * math.ceil(1_000_000 / 128)
+    assert sum(map(len, plan.steps[500_000])) == 128
+    assert time.process_time() - started < 2
+
+
+@given(**PLANS, at_once=st.integers(1, 100))
+def test_the_largest_pack_is_the_first_of_the_longest(lengths, at_once, **settings) -> None:
+    plan = plan_packs(lengths, **settings)
+    packs = [(step, pack) for step, packs in enumerate(plan.steps) for pack in packs]
+    with mock.patch("derta.data.packs.planning._EXAMPLES_AT_ONCE", at_once):
+        assert plan.largest() == max(packs, key=lambda one: plan.lengths[list(one[1])].sum())
+
+
+def test_the_largest_pack_of_a_million_examples_is_found_at_once() -> None:
+    lengths = np.random.default_rng(0).integers(25, 400, size=1_000_000)
+    plan = plan_packs(2 * lengths, max_tokens=4097, examples_per_step=128, epochs=3, seed=0)
+    started = time.process_time()
+    step, pack = plan.largest()  # none is full
+    assert 2 * lengths[list(pack)].sum() == 4096 and pack in plan.steps[step]
+    assert time.process_time() - started < 5
+
+
+def test_packs_are_nearly_full() -> None:
+    lengths = np.random.default_rng(0).integers(50, 800, size=2_000).tolist()
+    plan = plan_packs(lengths, max_tokens=4096, examples_per_step=128, epochs=1, seed=0)
+    for packs in plan.steps:
+        least = math.ceil(sum(lengths[index] for pack in packs for index in pack) / 4096)
+        assert len(packs) <= least + 1
+
+
+def test_an_epoch_of_the_paper_is_planned_within_seconds() -> None:
+    lengths = np.random.default_rng(0).integers(50, 800, size=66_000).tolist()
+    started = time.perf_counter()
+    plan_packs(lengths, max_tokens=1024, examples_per_step=128, epochs=1, seed=0)
+    assert time.perf_counter() - started < 5
+
+
+def test_an_example_longer_than_a_pack_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^lengths\[1\] must be at most max_tokens \(10\), got"):
+        plan_packs([3, 11], max_tokens=10, examples_per_step=2, epochs=1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["examples_per_step", "epochs"])
+def test_counts_are_at_least_one(name: str) -> None:
+    settings = {"max_tokens": 9, "examples_per_step": 2, "epochs": 1, "seed": 0, name: 0}
+    with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0"):
+        plan_packs([1], **settings)

@@ -1,0 +1,150 @@
+"""What comes again is found, however it is written; nothing is called near that is not."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+
+import pytest
+
+from derta.data import Dialogue, Rendered, Request, Triple
+from derta.data.records.duplicates import (
+    Fingerprint,
+    RequestIndex,
+    digest,
+    jaccard,
+    normalized,
+    user_turns,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("How do I paint a fence?", "  how DO i\n\tpaint a fence "),
+        ("Well-known: paint!", "well known paint"),
+        ("ｐａｉｎｔ ﬁve fences", "paint five fences"),
+        ("Straße", "STRASSE"),
+        ("paint\u200bbrush\u00ad", "paintbrush"),
+        ("¿Cómo?", "co\u0301mo"),
+    ],
+)
+def test_how_a_text_is_written_does_not_make_it_another(text: str, same: str) -> None:
+    assert normalized(text) == normalized(same)
+
+
+@pytest.mark.parametrize(
+    ("text", "other"), [("C++", "C"), ("कि", "की"), ("?", "!"), ("2 < 3", "2 3")]
+)
+def test_what_makes_it_another_stays(text: str, other: str) -> None:
+    assert normalized(text) != normalized(other)
+
+
+def test_texts_do_not_run_into_one_another() -> None:
+    assert digest(["a b", "c"]) == digest(["A  b!", "c"])
+    assert len({digest(["a b", "c"]), digest(["a", "b c"]), digest(["a b c"])}) == 3
+
+
+def test_a_request_is_what_the_user_says() -> None:
+    system = {"role": "system", "content": "Be kind."}
+    ask = {"role": "user", "content": "How?"}
+    say = {"role": "assistant", "content": "So."}
+    assert user_turns(Triple(prompt="How?", safe="Sorry.", harmful="So.", id="1")) == ["How?"]
+    assert user_turns(Dialogue(messages=[system, ask, say, ask, say], id="1")) == ["How?", "How?"]
+    assert user_turns(Dialogue(messages=[system, say], id="1")) == ["Be kind."]
+    assert user_turns(Request(messages=[system, ask], id="1")) == ["How?"]
+    for prefix in (r"[INST] How? [\INST] So", "[INST] How? [/INST]"):
+        (turn,) = user_turns(Rendered(prefix=prefix, text=" Sorry.", rto=False, id="1"))
+        assert turn == " How? "
+    plain = Rendered(prefix="User: How?", text=" Sorry.", rto=True, id="1")
+    assert user_turns(plain) == ["User: How?"]
+
+
+def variants(count: int) -> list[str]:
+    """Texts of which many are near to others, at every distance, and some the same."""
+    rng = random.Random(0)
+    words = [f"word{i}" for i in range(400)]
+    texts: list[str] = []
+    for place in range(count):
+        if place % 4 == 0:
+            texts.append(" ".join(rng.choices(words, k=rng.randint(1, 30))))
+            continue
+        changed = rng.choice(texts).split()
+        for _ in range(rng.randint(0, 3)):
+            changed[rng.randrange(len(changed))] = rng.choice(words)
+        texts.append(" ".join(changed))
+    return texts
+
+
+def shingles(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[i : i + 2]) for i in range(max(1, len(words) - 1))}
+
+
+@pytest.mark.parametrize("near", [0.5, 0.7, 0.9])
+def test_near_ones_are_those_of_brute_force(near: float) -> None:
+    texts = variants(300)
+    index = RequestIndex(near)
+    found: dict[tuple[str, str], float] = {}
+    expected: dict[tuple[str, str], float] = {}
+    distinct: dict[str, str] = {}
+    for place, text in enumerate(texts):
+        request = Fingerprint([text])
+        for match in index.matches(request):
+            found[str(place), match.id] = match.similarity
+            assert match.exact == (texts[int(match.id)] == text)
+        for other, id in distinct.items():
+            one, two = shingles(text), shingles(other)
+            similarity = len(one & two) / len(one | two)
+            if similarity >= near or text == other:
+                expected[str(place), id] = similarity
+        index.add(str(place), request)
+        distinct.setdefault(text, str(place))
+    assert len(expected) > 50
+    assert found.items() <= expected.items()  # nothing that is not near, and as near as it is
+    assert len(expected.keys() - found.keys()) <= 0.001 * len(expected) + 1
+    assert len(index) == len(distinct)
+
+
+def test_the_same_one_comes_first_then_from_the_nearest_on() -> None:
+    index = RequestIndex(0.5)
+    words = "one two three four five six seven eight nine ten".split()
+    for id, text in {"a": words[:8], "b": words[:9], "c": words, "d": words[::-1]}.items():
+        index.add(id, Fingerprint([" ".join(text)]))
+    matches = index.matches(Fingerprint(["One, two, three four five six seven eight nine ten!"]))
+    assert [(match.id, match.exact) for match in matches] == [
+        ("c", True),
+        ("b", False),
+        ("a", False),
+    ]
+    assert [match.similarity for match in matches] == [1, 8 / 9, 7 / 9]
+    exact = RequestIndex(None)
+    exact.add("a", Fingerprint(["one two three"]))
+    assert exact.matches(Fingerprint(["one two three four"])) == []
+    assert [match.id for match in exact.matches(Fingerprint(["One two: three"]))] == ["a"]
+
+
+def test_similarity_counts_what_is_shared() -> None:
+    assert jaccard({1, 2, 3}, [2, 3, 4, 5]) == 2 / 5
+
+
+@pytest.mark.parametrize(("near", "bytes_a_row"), [(None, 300), (0.7, 12_000)])
+def test_a_row_takes_no_more_memory_than_said(near: float | None, bytes_a_row: int) -> None:
+    rng = random.Random(0)
+    texts = [" ".join(str(rng.random()) for _ in range(25)) for _ in range(300)]
+    index = RequestIndex(near)
+    index.add("warm", Fingerprint(["warm"]))
+    tracemalloc.start()
+    try:
+        for place, text in enumerate(texts):
+            index.add(f"rows.jsonl:{place}", Fingerprint([text]))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / len(texts) < bytes_a_row
+
+
+@pytest.mark.parametrize("near", [0.4, 1.1])
+def test_a_similarity_that_cannot_be_found_is_refused(near: float) -> None:
+    with pytest.raises(ValueError, match=r"^near must lie in \[0.5, 1\], or be null .*, got"):
+        RequestIndex(near)

@@ -1,0 +1,529 @@
+"""A format is told by its fields, what its rows are by the role that is stated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from derta.data import (
+    FORMATS,
+    KINDS,
+    ROLES,
+    Dialogue,
+    Reading,
+    Rendered,
+    Request,
+    Triple,
+    read_records,
+    read_requests,
+)
+from derta.data.records.reading import read_placed
+from public_rows import (
+    CONTAINERS,
+    PACKINGS,
+    ROWS,
+    ask,
+    contain,
+    harmful,
+    helpful,
+    prefill,
+    safe,
+    turn,
+)
+
+TRIPLE = Triple(prompt=ask(7), safe=safe(7), harmful=harmful(7), id="x")
+DIALOGUE = Dialogue(messages=[turn("user", ask(7)), turn("assistant", helpful(7))], id="x")
+BRIEFED = Dialogue(messages=[turn("system", "Be brief."), *DIALOGUE.messages], id="x")
+CHOSEN = Dialogue(messages=[turn("user", ask(7)), turn("assistant", safe(7))], id="x")
+RTO = Rendered(prefix=f"[INST] {ask(7)} [\\INST]", text=f" {harmful(7)}<|eot|>", rto=True, id="x")
+NEXT = dataclasses.replace(RTO, text=f" {helpful(7)}<|eot|>", rto=False)
+ASKED = Request(prompt=ask(7), id="x")
+ABOUT_FENCES = dataclasses.replace(ASKED, category="fences")
+BROKEN = Request(prompt=ask(7), response=harmful(7), id="x")
+ANSWERED = Request(prompt=ask(7), response=helpful(7), id="x")
+
+
+def helpfully(dialogue: Dialogue) -> dict[str, list[Any]]:
+    request = Request(
+        messages=dialogue.messages[:-1], response=dialogue.messages[-1]["content"], id="x"
+    )
+    return {
+        "helpful": [dialogue],
+        "borderline": [dataclasses.replace(dialogue, borderline=True)],
+        "harmless": [request],
+        "question": [request],
+    }
+
+
+def safely(*triples: Triple) -> dict[str, list[Any]]:
+    return {"safety": list(triples), "harmful": [BROKEN]}
+
+
+# What item 7 of each format is, in every role and kind that takes it.
+IS: dict[str, dict[str, list[Any]]] = {
+    "triple": safely(TRIPLE),
+    "rendered": {"safety": [RTO, NEXT]},
+    "official_triple": safely(TRIPLE),
+    "beavertails": safely(TRIPLE),
+    "pku_saferlhf": safely(TRIPLE),
+    "circuit_breakers": safely(TRIPLE),
+    "shallow_deep": safely(TRIPLE),
+    "preference": safely(TRIPLE) | helpfully(CHOSEN),
+    "wildguard": safely(TRIPLE) | helpfully(DIALOGUE),
+    "alpaca": helpfully(DIALOGUE),
+    "conversation": helpfully(DIALOGUE),
+    "sharegpt": helpfully(BRIEFED),
+    "prompt_completion": helpfully(DIALOGUE),
+    "question": {"harmful": [ASKED], "harmless": [ASKED], "question": [ANSWERED]},
+    "mmlu": {
+        "question": [
+            Request(
+                prompt=f"{ask(7)}\nA. Water\nB. {helpful(7)}\nC. 0\nAnswer:",
+                response="B",
+                category="fences",
+                id="x",
+            )
+        ]
+    },
+    "advbench": {"harmful": [dataclasses.replace(ASKED, prefill=prefill(7))]},
+    "harmbench": {
+        "harmful": [
+            Request(prompt=f"A garden.\n\n---\n\n{ask(7)}", category="fences", id="x"),
+        ]
+    },
+    "harmbench_completions": {"harmful": [BROKEN, ASKED, ASKED]},
+    "jailbreakbench": {
+        "harmful": [dataclasses.replace(ABOUT_FENCES, prefill=prefill(7))],
+        "harmless": [ABOUT_FENCES],
+    },
+    "strongreject": {"harmful": [ABOUT_FENCES]},
+    "xstest": {
+        "harmful": [dataclasses.replace(ASKED, category="contrast_homonyms")],
+        "harmless": [dataclasses.replace(ASKED, category="homonyms")],
+    },
+    "or_bench": {"harmful": [ABOUT_FENCES], "harmless": [ABOUT_FENCES]},
+    "hex_phi": {"harmful": [ABOUT_FENCES], "harmless": [ABOUT_FENCES]},
+    "do_not_answer": {"harmful": [ABOUT_FENCES]},
+    "beavertails_evaluation": {"harmful": [ABOUT_FENCES]},
+    "prompt": {"harmful": [ASKED], "harmless": [ASKED]},
+    "turns": {
+        kind: [
+            Request(messages=[turn("user", "How are fences made?"), turn("user", ask(7))], id="x")
+        ]
+        for kind in ("harmful", "harmless")
+    },
+}
+PURPOSES = [(name, purpose) for name, purposes in IS.items() for purpose in purposes]
+
+
+def read(path: Path, purpose: str, **settings: Any) -> list[Any]:
+    if purpose in ROLES:
+        return list(read_records(path, role=purpose, **settings))
+    return list(read_requests(path, kind=purpose, **settings))
+
+
+def write(directory: Path, *rows: Any) -> Path:
+    path = directory / "rows"
+    path.write_bytes(contain(rows, "jsonl"))
+    return path
+
+
+def nameless(records: Iterable[Any]) -> list[Any]:
+    return [dataclasses.replace(record, id="x", source="") for record in records]
+
+
+@pytest.mark.parametrize(("name", "purpose"), PURPOSES)
+def test_a_row_is_what_its_fields_and_its_role_say(tmp_path: Path, name: str, purpose: str) -> None:
+    path = write(tmp_path, *ROWS[name](7))
+    assert nameless(read(path, purpose)) == IS[name][purpose]
+    assert nameless(read(path, purpose, format=name)) == IS[name][purpose]
+
+
+def test_every_format_has_rows_and_every_role_a_test() -> None:
+    assert FORMATS.keys() == ROWS.keys() == IS.keys()
+    read_as = {(name, purpose) for name, form in FORMATS.items() for purpose in form.readers}
+    # Of the rows above, one is to refuse at.
+    assert read_as - set(PURPOSES) == {("rendered", "helpful"), ("conversation", "harmful")}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_every_format_is_the_same_in_every_container(
+    tmp_path: Path, container: str, packing: str
+) -> None:
+    for name, purposes in IS.items():
+        rows = ROWS[name](7)
+        if container == "csv" and any(isinstance(v, list) for v in rows[0].values()):
+            continue  # CSV has no lists
+        path = tmp_path / "rows.dat"
+        path.write_bytes(PACKINGS[packing](contain(rows, container)))
+        for purpose, expected in purposes.items():
+            assert nameless(read(path, purpose)) == expected, (name, purpose)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_in_another_role_is_an_error_that_names_its_roles(
+    tmp_path: Path, name: str
+) -> None:
+    path = write(tmp_path, *ROWS[name](7))
+    for purpose in set(ROLES + KINDS) - FORMATS[name].readers.keys():
+        expected = f"rows:1: fields: are those of format {name}, which is for "
+        with pytest.raises(ValueError, match=expected):
+            read(path, purpose)
+
+
+def test_an_unknown_role_kind_or_format_is_told_from_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^role must be one of safety, helpful, borderline, got "):
+        read_records(tmp_path, role="harmful")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^kind must be one of harmful, harmless, question, got "):
+        read_requests(tmp_path, kind="safety")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^format must be one of triple, rendered, .*, got 'x'"):
+        next(read_records(tmp_path, role="safety", format="x"))
+
+
+def swapped(row: dict[str, Any], one: str, other: str) -> dict[str, Any]:
+    return {**row, one: row[other], other: row[one]}
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.columns])
+def test_swapped_responses_are_refused_unless_the_format_is_named(
+    tmp_path: Path, name: str
+) -> None:
+    columns = FORMATS[name].columns
+    assert columns is not None
+    (row,) = ROWS[name](7)
+    path = write(tmp_path, swapped(row, *columns))
+    expected = f"rows:1: {columns[1]}: opens with a refusal, and {columns[0]} holds none, as if"
+    with pytest.raises(ValueError, match=expected):
+        read(path, "safety")
+    with pytest.raises(ValueError, match=expected):
+        read(path, "harmful")
+    (record,) = read(path, "safety", format=name)
+    assert (record.safe, record.harmful) == (harmful(7), safe(7))
+    same = write(tmp_path, {**row, columns[0]: row[columns[1]]})
+    for settings in ({}, {"format": name}):
+        with pytest.raises(ValueError, match=f"rows:1: {columns[1]}: is the text of {columns[0]}"):
+            read(same, "safety", **settings)
+
+
+def test_a_refusal_inside_a_harmful_response_swaps_nothing(tmp_path: Path) -> None:
+    (row,) = ROWS["triple"](7)
+    late = {**row, "safe": "The guild forbids it.", "harmful": "Climb. " * 20 + "Sorry."}
+    both = {**row, "harmful": "I'm sorry to hear that. Step one."}
+    assert len(read(write(tmp_path, late, both), "safety")) == 2
+
+
+Count = dict[str, int]
+NO_PAIR = "the responses contradict their labels"
+
+
+def labelled(*answers: tuple[str, bool]) -> list[dict[str, Any]]:
+    return [{"prompt": ask(7), "response": text, "is_safe": good} for text, good in answers]
+
+
+@pytest.mark.parametrize(
+    ("purpose", "rows", "count", "skipped"),
+    [
+        (
+            "safety",
+            labelled((safe(1), True), (safe(2), True), (harmful(1), False), (safe(3), True)),
+            1,
+            {"safe without a harmful one": 2},
+        ),
+        ("safety", labelled((harmful(1), False)), 0, {"harmful without a safe one": 1}),
+        ("safety", labelled((harmful(1), False), (harmful(1), True)), 0, {NO_PAIR: 1}),
+        ("safety", labelled((safe(1), False), (harmful(1), True)), 0, {NO_PAIR: 1}),
+        (
+            "harmful",
+            [{**row, "is_response_0_safe": True} for row in ROWS["pku_saferlhf"](7)],
+            0,
+            {"both responses are safe": 1},
+        ),
+        (
+            "safety",
+            [{**row, "is_response_1_safe": False} for row in ROWS["pku_saferlhf"](7)],
+            0,
+            {"no response is safe": 1},
+        ),
+        (
+            "safety",
+            [{**row, "safer_response_id": 0} for row in ROWS["pku_saferlhf"](7)],
+            0,
+            {"the safer response is not the safe one": 1},
+        ),
+        ("safety", ROWS["wildguard"](7), 1, {"the prompt is harmless": 1, "not labelled": 1}),
+        (
+            "safety",
+            [{**ROWS["wildguard"](7)[0], "response_harm_label": "harmful"}],
+            0,
+            {"neither a harmless refusal nor a harmful answer": 1},
+        ),
+        (
+            "helpful",
+            ROWS["wildguard"](7),
+            1,
+            {"no harmless answer to a harmless prompt": 2, "not labelled": 1},
+        ),
+        ("harmful", ROWS["xstest"](7), 1, {"of the other kind": 1}),
+        ("harmless", ROWS["xstest"](7), 1, {"of the other kind": 1}),
+    ],
+)
+def test_what_is_skipped_is_counted_by_its_reason(
+    tmp_path: Path, purpose: str, rows: list[dict[str, Any]], count: int, skipped: Count
+) -> None:
+    path = write(tmp_path, *rows)
+    reading = Reading()
+    assert len(read(path, purpose, reading=reading)) == count
+    counts = reading.files[str(path)]
+    assert (counts.records, counts.bad, dict(counts.skipped)) == (count, 0, skipped)
+
+
+def test_answers_to_one_prompt_are_joined_in_order_and_across_others(tmp_path: Path) -> None:
+    rows = [row for n in (1, 2) for row in ROWS["beavertails"](n)]
+    harmful_1, safe_1, harmful_2, safe_2 = rows
+    again = {**harmful_1, "response": "Step two: harmful 1."}
+    calm = {**safe_1, "response": "No: safe 1."}
+    path = write(tmp_path, harmful_1, harmful_2, again, safe_2, safe_1, calm)
+    assert [(record.id, record.safe, record.harmful) for record in read(path, "safety")] == [
+        (f"{path}:4", safe(2), harmful(2)),
+        (f"{path}:5", safe(1), harmful(1)),
+        (f"{path}:6", "No: safe 1.", "Step two: harmful 1."),
+    ]
+
+
+def test_rendered_rows_are_kept_byte_for_byte(tmp_path: Path) -> None:
+    odd = {"prefix": " [INST] \n\u2028q\r\n [\\INST]", "text": "  a \n</s> ", "safe": "false"}
+    for role in ("safety", "helpful"):
+        (record,) = read(write(tmp_path, odd), role)
+        assert (record.prefix, record.text, record.rto) == (odd["prefix"], odd["text"], False)
+
+
+def test_weights_are_records_and_not_requests(tmp_path: Path) -> None:
+    rows = [{**ROWS["triple"](n)[0], "weight": weight} for n, weight in ((1, 0.5), (2, None))]
+    path = write(tmp_path, *rows)
+    assert [record.weight for record in read(path, "safety")] == [0.5, 1.0]
+    assert len(read(path, "harmful")) == 2
+    path.write_bytes(contain([{**rows[0], "weight": 3}], "csv"))
+    assert read(path, "safety")[0].weight == 3.0
+
+
+def messages(field: str, *turns: tuple[str, str]) -> dict[str, Any]:
+    return {field: [turn(role, content) for role, content in turns]}
+
+
+ASKING = ("user", "How?")
+
+
+def test_preferences_and_completions_may_be_messages(tmp_path: Path) -> None:
+    prompt = messages("prompt", ("system", "Be brief."), ASKING)
+    good, bad = ("assistant", "Sorry."), ("assistant", "Sure.")
+    row = {**prompt, **messages("chosen", good), **messages("rejected", bad)}
+    whole = {
+        "prompt": "How?",
+        **messages("chosen", ASKING, good),
+        **messages("rejected", ASKING, bad),
+    }
+    completion = {**prompt, **messages("completion", bad)}
+    briefed, plain = read(write(tmp_path, row, whole), "safety")
+    assert [one["role"] for one in briefed.messages] == ["system", "user"]
+    assert plain.messages == (turn("user", "How?"),)
+    assert {(one.safe, one.harmful) for one in (briefed, plain)} == {("Sorry.", "Sure.")}
+    (dialogue,) = read(write(tmp_path, completion), "helpful")
+    assert [one["role"] for one in dialogue.messages] == ["system", "user", "assistant"]
+
+
+def test_an_instruction_has_its_input_after_it(tmp_path: Path) -> None:
+    row = {"instruction": "Count them.", "input": "a b", "output": "2", "text": "all of it"}
+    (dialogue,) = read(write(tmp_path, row), "helpful")
+    assert dialogue.messages[0]["content"] == "Count them.\n\na b"
+
+
+def test_a_conversation_to_evaluate_with_may_lack_its_answer(tmp_path: Path) -> None:
+    path = write(tmp_path, messages("messages", ASKING))
+    for kind in ("harmful", "harmless"):
+        (request,) = read(path, kind)
+        assert (request.prompt, request.response) == ("How?", "")
+    with pytest.raises(ValueError, match="rows:1: messages: the last is the user's"):
+        read(path, "question")
+
+
+def test_csv_without_a_header_is_read_where_its_format_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "category_1.csv"
+    path.write_text('"Paint a fence, quickly."\nPaint another.\n')
+    with pytest.raises(ValueError, match=r"category_1.csv:1: neither JSON nor CSV with a header"):
+        read(path, "harmful")
+    first, second = read(path, "harmful", format="hex_phi")
+    assert (first.prompt, second.prompt) == ("Paint a fence, quickly.", "Paint another.")
+    path.write_text("prompt\nPaint a fence.\n")
+    with pytest.raises(
+        ValueError, match="csv:2: fields: found prompt, expected those of format hex"
+    ):
+        read(path, "harmful", format="hex_phi")
+
+
+LETTERED = {"A": "Water", "B": helpful(7), "C": "0", "D": "Oil", "answer": "B"}
+IN_LETTERS = f"{ask(7)}\nA. Water\nB. {helpful(7)}\nC. 0\nD. Oil\nAnswer:"
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_mmlu_may_have_a_column_a_letter(tmp_path: Path, header: bool) -> None:
+    path = tmp_path / "rows"
+    data = contain([{"question": ask(7), **LETTERED}] * 2, "csv").partition(b"\n")
+    path.write_bytes(b"".join(data) if header else data[2])
+    expected = [Request(prompt=IN_LETTERS, response="B", id="x")] * 2
+    assert nameless(read(path, "question", format="mmlu")) == expected
+    if header:
+        assert nameless(read(path, "question")) == expected
+    else:
+        message = "rows:1: neither JSON nor CSV .*, or format: where CSV has no header$"
+        with pytest.raises(ValueError, match=message):
+            read(path, "question")
+
+
+def test_completions_of_attacks_come_by_their_behaviors(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    rows = ROWS["harmbench_completions"]
+    for indent in (None, 4):
+        path.write_text(json.dumps({f"fence_{n}": rows(n) for n in (1, 2)}, indent=indent))
+        found = read(path, "harmful")
+        assert [one.prompt for one in found] == [ask(1)] * 3 + [ask(2)] * 3
+        assert [one.response for one in found] == [harmful(1), "", "", harmful(2), "", ""]
+
+
+def edit(name: str, **changes: Any) -> dict[str, Any]:
+    row = {**ROWS[name](7)[0], **changes}
+    return {key: value for key, value in row.items() if value is not ...}
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("safety", edit("rendered", safe=True), 'safe: is a JSON boolean, expected the text "true"'),
+    ("safety", edit("rendered", safe="True"), 'safe: expected the text "true" or "false"'),
+    ("helpful", edit("rendered"), 'safe: is "true", a row to refuse at, expected "false"'),
+    (
+        "safety",
+        edit("rendered", safe=...),
+        "fields: found prefix, text, which is a file to break a model's safety with",
+    ),
+    ("safety", edit("beavertails", is_safe=1), "is_safe: is int, expected true or false"),
+    ("safety", edit("beavertails", response=" "), "response: is blank, expected text"),
+    ("safety", edit("pku_saferlhf", is_response_1_safe="no"), "is_response_1_safe: is str, exp"),
+    ("safety", edit("pku_saferlhf", response_1=3), "response_1: is int, expected text"),
+    (
+        "safety",
+        edit("wildguard", prompt_harm_label="bad"),
+        "prompt_harm_label: expected harmful or unharmful",
+    ),
+    ("safety", edit("preference", chosen=None), "chosen: is NoneType, expected text"),
+    (
+        "safety",
+        edit("preference", **messages("chosen", ASKING)),
+        "chosen: the last is the user's, expected the assistant's",
+    ),
+    (
+        "safety",
+        edit("preference", **messages("chosen", ASKING, ("assistant", "No."))),
+        "chosen: begins with other messages than prompt, expected the answer",
+    ),
+    ("helpful", edit("sharegpt", conversations="x"), "conversations: is str, expected a list"),
+    ("helpful", edit("sharegpt", conversations=[3]), r"conversations\[0\]: expected from and v"),
+    (
+        "helpful",
+        edit("sharegpt", conversations=[{"from": "bot", "value": "x"}]),
+        r"conversations\[0\].from: expected one of system, human",
+    ),
+    ("question", edit("question", answer=...), "answer: is NoneType, expected text"),
+    ("question", edit("mmlu", choices="[1, 2]"), "choices: expected a list of 2 to 26 texts"),
+    ("question", edit("mmlu", choices=["a", 2]), r"choices\[1\]: is int, expected text"),
+    ("question", edit("mmlu", answer=3), "answer: is no choice's place, expected a whole number"),
+    ("question", edit("mmlu", answer=True), "answer: is no choice's place, expected a whole num"),
+    (
+        "question",
+        {"question": ask(7), **LETTERED, "answer": "E"},
+        "answer: is no choice's letter, exp",
+    ),
+    ("question", {"question": ask(7), **LETTERED, "C": " "}, "C: is blank, expected text"),
+    ("harmful", edit("harmbench_completions", label=True), "label: expected 0 or 1"),
+    ("harmful", edit("harmbench_completions", test_case=["x.png", "x"]), "test_case: is list, exp"),
+    ("harmful", edit("turns", turns="x"), "turns: is str, expected a list of texts"),
+    ("harmful", edit("turns", turns=["a", ""]), r"turns\[1\]: is blank, expected text"),
+    ("harmless", edit("xstest", type="other"), "type: expected one of XSTest's"),
+    ("harmless", edit("xstest", label="unsafe"), "label: contradicts type, expected unsafe of"),
+    ("harmful", edit("or_bench", category=[1]), "category: is list, expected text"),
+    (
+        "harmless",
+        edit("xstest", category="fences"),
+        "fields: found category, id, prompt, type, which is any of xstest, or_bench, expected for",
+    ),
+    (
+        "harmless",
+        edit("xstest", completion="So."),
+        "which is any of prompt_completion, xstest, expected format: with one of them",
+    ),
+    (
+        "safety",
+        edit("triple", system="Be brief."),
+        "found harmful, prompt, safe, system, which is triple with fields of other formats, "
+        "expected format: triple, which leaves those out$",
+    ),
+    (
+        "safety",
+        {**edit("triple"), **edit("preference")},
+        "which is triple or preference with fields of other formats, expected format: triple or "
+        "preference, which leaves those out$",
+    ),
+    ("safety", edit("triple", weight=0), "weight: is 0, expected a number above 0"),
+    ("safety", edit("triple", weight="x"), "weight: is text that is no number"),
+    ("safety", edit("triple", weight=True), "weight: is bool, expected a number"),
+    (
+        "helpful",
+        {"text": "So."},
+        r"fields: found text, which is no known format, expected .*prefix, safe, text \(rendered\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("purpose", "row", "message"), BAD)
+def test_a_row_that_its_format_cannot_be_is_named_by_its_field(
+    tmp_path: Path, purpose: str, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"rows:1: .*{message}"):
+        read(write(tmp_path, row), purpose)
+
+
+def test_a_named_format_lacks_no_field(tmp_path: Path) -> None:
+    path = write(tmp_path, edit("rendered", safe=...))
+    expected = "rows:1: fields: found prefix, text, expected those of format rendered: prefix, saf"
+    with pytest.raises(ValueError, match=expected):
+        read(path, "safety", format="rendered")
+
+
+def test_rows_that_are_joined_weigh_the_same(tmp_path: Path) -> None:
+    first, second = ROWS["beavertails"](7)
+    path = write(tmp_path, {**first, "weight": 2}, second)
+    with pytest.raises(ValueError, match="rows:2: weight: differs from the row's that it is join"):
+        read(path, "safety")
+
+
+def test_strange_names_of_fields_stay_short_and_on_one_line(tmp_path: Path) -> None:
+    row = {"\ud800\n" + "x" * 100: 1} | {f"field {index}": 1 for index in range(20)}
+    with pytest.raises(ValueError) as error:
+        read(write(tmp_path, row), "safety")
+    found = str(error.value).split(", which is")[0]
+    assert found.isprintable() and found.endswith(", ...") and len(found.split(":")[-1]) < 300
+
+
+def test_one_pass_names_every_bad_row(tmp_path: Path) -> None:
+    good = ROWS["triple"](1)[0]
+    path = tmp_path / "rows"
+    lines = [json.dumps(good), "{", json.dumps({**good, "safe": ""}), b"\xff", json.dumps(good)]
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
+    reading = Reading()
+    found = list(read_placed([path], "safety", reading=reading))
+    assert [place for place, _ in found] == [f"{path}:{line}" for line in range(1, 6)]
+    assert [isinstance(record, ValueError) for _, record in found] == [False, True, True, True, 0]
+    assert str(reading.files[str(path)]) == "2 records, 3 errors, 0 skipped"

@@ -1,0 +1,165 @@
+"""Whatever is amiss with a file, nothing that is read from it is something else than it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from derta.data import FORMATS, KINDS, ROLES, Dialogue, Reading, Rendered, Triple
+from derta.data.records.reading import read_placed
+from public_rows import CONTAINERS, PACKINGS, ROWS, Row, contain, harmful, safe
+
+TEXTS = ('"', ",", "\n", "\r\n", "'", "\\", "{", "ä", "\u2028", "\ufeff")
+
+
+def damage(draw: st.DrawFn, row: Row, n: int) -> None:
+    """Does one thing to the row that people's files have had done to them."""
+    name = draw(st.sampled_from(sorted(row)))
+    value = row[name]
+    what = draw(st.sampled_from(["type", "blank", "unusable", "quoting", "absent", "foreign"]))
+    if what == "type":
+        row[name] = draw(st.sampled_from([None, 3, 0.5, True, False, [], ["x"], {}, {"a": "b"}]))
+    elif what == "blank":
+        row[name] = draw(st.sampled_from(["", " ", "\n"]))
+    elif what == "unusable":
+        row[name] = f"{value}" + draw(st.sampled_from(["\0", "\ud800", "\udfff"]))
+    elif what == "quoting" and isinstance(value, str):
+        row[name] = value + draw(st.sampled_from(TEXTS))
+    elif what == "absent":
+        del row[name]
+    elif what == "foreign":
+        other = draw(st.sampled_from(sorted(ROWS)))
+        row.update({key: v for key, v in ROWS[other](n)[0].items() if key not in row})
+
+
+@st.composite
+def written(draw: st.DrawFn) -> tuple[str, str, list[Row], bytes]:
+    """A format, what its rows are read for, the rows, and the file that they are in."""
+    name = draw(st.sampled_from(sorted(FORMATS)))
+    purpose = draw(st.sampled_from(sorted(FORMATS[name].readers) * 3 + [*ROLES, *KINDS]))
+    numbered = [(n, row) for n in range(1, 5) for row in ROWS[name](n)]
+    for n, row in draw(st.lists(st.sampled_from(numbered), max_size=2)):
+        if row:
+            damage(draw, row, n)
+    rows = [row for _, row in numbered]
+    container = draw(st.sampled_from(CONTAINERS))
+    packing = draw(st.sampled_from(sorted(PACKINGS)))
+    try:
+        data = contain(rows, container)
+    except (pyarrow.ArrowException, UnicodeEncodeError):  # a column has one type, and no surrogates
+        data = contain(rows, "jsonl")
+    data = PACKINGS[packing](data)
+    how = draw(st.sampled_from(["whole"] * 4 + ["cut", "cut", "patched"]))
+    place = draw(st.integers(0, len(data)))
+    if how == "cut":
+        data = data[:place]
+    elif how == "patched":  # with what no text holds
+        data = data[:place] + b"\xff" + data[place + 1 :]
+    return name, purpose, rows, data
+
+
+def item(text: str) -> str | None:
+    """The item that a prompt asks of; None if that part of it is lost."""
+    found = re.search(r"fence (\d)", text)
+    return found and found[1]
+
+
+def check(text: str, kind: str, n: str | None) -> None:
+    """That the text says nothing else of itself; in CSV, it may have come to say nothing."""
+    for said in re.findall(r"(safe|harmful|helpful|prefill) (\d)", text):
+        assert said == (kind, n or said[1])
+
+
+def is_chosen(record: Any, rows: list[Row]) -> bool:
+    """Whether the answer is a preference's, which foreign fields can make of a bare prompt."""
+    if isinstance(record, Dialogue):
+        answer = record.messages[-1]["content"]
+    else:
+        answer = getattr(record, "response", "")
+    return bool(answer) and any(row.get("chosen") == answer for row in rows)
+
+
+def check_record(record: Any, name: str, purpose: str) -> None:
+    """That the record is what its own texts say it is, and is of the purpose."""
+    if isinstance(record, Triple):
+        assert purpose == "safety"
+        check(record.safe, "safe", item(record.prompt))
+        check(record.harmful, "harmful", item(record.prompt))
+    elif isinstance(record, Dialogue):
+        assert purpose in ("helpful", "borderline")
+        assert record.borderline == (purpose == "borderline")
+        kind = "safe" if name == "preference" else "helpful"
+        check(record.messages[-1]["content"], kind, item(record.messages[-2]["content"]))
+    elif isinstance(record, Rendered):
+        assert purpose in ("safety", "helpful") and not (record.rto and purpose == "helpful")
+        check(record.text, "harmful" if record.rto else "helpful", item(record.prefix))
+    else:
+        assert purpose in KINDS
+        if record.response:
+            kind = {"preference": "safe"}.get(name, "helpful")
+            check(record.response, "harmful" if purpose == "harmful" else kind, item(record.prompt))
+        if record.prefill:
+            check(record.prefill, "prefill", item(record.prompt))
+        if name == "xstest" and record.category:  # without its type, a row is a bare prompt
+            assert record.category.startswith("contrast_") == (purpose == "harmful")
+
+
+def test_no_damage_makes_a_record_of_something_else(tmp_path: Path) -> None:
+    figures: Counter[str] = Counter()
+    path = tmp_path / "rows"
+
+    @settings(
+        max_examples=700,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(written())
+    def fuzz(case: tuple[str, str, list[Row], bytes]) -> None:
+        name, purpose, rows, data = case
+        path.write_bytes(data)
+        reading = Reading()
+        for place, found in read_placed([path], purpose, reading=reading):
+            if isinstance(found, ValueError):
+                message = str(found)
+                assert message.startswith(f"{path}:") and "\n" not in message
+                assert not re.search(r"ladder|coats|quickly|Sorry, I", message), "quotes a text"
+                figures["errors"] += 1
+            else:
+                assert place.startswith(f"{path}:")
+                check_record(found, "preference" if is_chosen(found, rows) else name, purpose)
+                figures["records"] += 1
+        (counts,) = reading.files.values()
+        figures.update(files=1, rows=len(rows), skipped=counts.skipped.total())
+
+    fuzz()
+    print(f"\nfuzzed: {dict(figures)}")
+    assert figures["rows"] >= 3000 and figures["files"] >= 700
+    assert min(figures["records"], figures["errors"], figures["skipped"]) >= 100
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.columns])
+def test_swapped_columns_are_errors_in_every_row(tmp_path: Path, name: str, container: str) -> None:
+    one, other = FORMATS[name].columns or ("", "")
+    rows = [{**row, one: row[other], other: row[one]} for n in range(9) for row in ROWS[name](n)]
+    (tmp_path / "rows").write_bytes(contain(rows, container))
+    found = [record for _, record in read_placed([tmp_path / "rows"], "safety")]
+    assert len(found) == len(rows) and all(isinstance(record, ValueError) for record in found)
+
+
+def test_a_record_that_is_something_else_would_be_noticed() -> None:
+    """The check above can fail."""
+    triple = Triple(prompt="How do I paint fence 7?", safe=safe(7), harmful=harmful(7), id="x")
+    check_record(triple, "triple", "safety")
+    for wrong in ({"safe": harmful(7)}, {"harmful": safe(7)}, {"safe": safe(8)}):
+        with pytest.raises(AssertionError):
+            check_record(dataclasses.replace(triple, **wrong), "triple", "safety")

@@ -1,0 +1,120 @@
+"""The paper's analyses, on counts that can be followed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from derta.evaluation import Outcome, VariantResult
+from derta.evaluation.reporting.analyses import Rate, first_tokens, refusal_positions, terms
+
+
+def entry(*outcomes: Outcome) -> dict[str, Any]:
+    return VariantResult(outcomes=outcomes).to_dict()
+
+
+def attacked(direct: int, completion: int | None = None, *, n: int = 10) -> dict[str, Any]:
+    """A model that so many of n attacks get past."""
+    outcomes = [Outcome("asr.direct", direct, n)]
+    if completion is not None:
+        outcomes.append(Outcome("asr.completion", completion, n))
+    return entry(*outcomes)
+
+
+def test_refusals_count_from_the_first_token_where_the_model_begins_the_response() -> None:
+    models = {
+        "model": entry(
+            Outcome("asr.direct", 0, 4, positions=(0, 4, 5, 29)),
+            Outcome("asr.prefill.0", 0, 1, positions=(30,)),
+            Outcome("asr.prefill.4", 0, 2, positions=(4, 4)),
+            Outcome("asr.prefilled", 0, 2, positions=(9, 9)),
+            Outcome("asr.template_prefill.4", 0, 2, positions=(4, 4)),
+            Outcome("asr.file.trials", 1, 2, positions=(31,)),
+            Outcome("over_refusal", 1, 2, positions=(0,)),
+        )
+    }
+    assert first_tokens(models) == {
+        "model": {
+            "direct": Rate(2, 4),
+            "prefill.0": Rate(0, 1),
+            "file.trials": Rate(0, 1),
+            "all": Rate(2, 6),
+        }
+    }
+    assert refusal_positions(models) == {
+        "model": {"1–5": Rate(2, 6), "6–30": Rate(2, 6), "after 30": Rate(2, 6)}
+    }
+    assert terms(models).rates["model"]["file.trials"] == Rate(1, 2)
+
+
+def test_a_model_that_never_refuses_has_no_positions() -> None:
+    models = {"model": attacked(10)}
+    assert first_tokens(models) == {"model": {}}
+    assert refusal_positions(models) == {}
+
+
+def test_each_term_is_told_with_and_without_the_other() -> None:
+    models = {
+        "vanilla": attacked(9, 10),
+        "prefix_only": attacked(7, 5),
+        "rto_only": attacked(2, 1),
+        "derta": attacked(1, 0),
+    }
+    found = terms(models)
+    assert found.rates["rto_only"] == {"direct": Rate(2, 10), "completion": Rate(1, 10)}
+    assert found.means == pytest.approx(
+        {"vanilla": 0.95, "prefix_only": 0.6, "rto_only": 0.15, "derta": 0.05}
+    )
+    assert {what: round(one["completion"].share, 6) for what, one in found.differences.items()} == {
+        "harmful prefix": -0.5,
+        "RTO": -0.9,
+        "both": -1.0,
+        "harmful prefix, given RTO": -0.1,
+        "RTO, given harmful prefix": -0.5,
+    }
+    lower, upper = found.differences["both"]["completion"].interval
+    assert lower == -1 and -1 < upper < -0.5
+
+
+def test_recipes_are_models_by_any_name_and_others_compare_with_the_vanilla_one() -> None:
+    models = {"mine": attacked(1), "other": attacked(5), "plain": attacked(9)}
+    found = terms(models, {"vanilla": "plain", "derta": "mine"})
+    assert found.compared == {"both": ("plain", "mine"), "plain → other": ("plain", "other")}
+    assert terms(models).compared == {
+        "mine → other": ("mine", "other"),
+        "mine → plain": ("mine", "plain"),
+    }
+
+
+def test_means_are_over_what_all_models_faced() -> None:
+    models = {"a": attacked(2, 4), "b": attacked(3)}
+    assert (terms(models).shared, terms(models).means) == (["direct"], {})
+    models["b"] = entry(Outcome("asr.completion", 0, 0, left_out=2), Outcome("asr.direct", 3, 10))
+    assert terms(models).means == {}
+    models["b"] = attacked(3, 7)
+    assert terms(models).means == pytest.approx({"a": 0.3, "b": 0.5})
+
+
+def test_over_refusal_stands_beside_success_whatever_the_levels_of_its_metric() -> None:
+    models = {
+        "a": entry(Outcome("over_refusal", 1, 4)),
+        "b": entry(Outcome("over_refusal.benign", 2, 4), Outcome("over_refusal.borderline", 3, 4)),
+    }
+    assert terms(models).over_refusal == {
+        "a": {"": Rate(1, 4)},
+        "b": {"benign": Rate(2, 4), "borderline": Rate(3, 4)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        ({"best": "a"}, "recipes must be of vanilla, prefix_only, rto_only, derta, got 'best'"),
+        ({"derta": "b"}, r"recipes: derta must be one of \['a'\], got 'b'"),
+        ({"derta": "a", "vanilla": "a"}, "recipes must name a model each, got one model twice"),
+    ],
+)
+def test_wrong_recipes_are_refused(recipes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        terms({"a": attacked(1)}, recipes)
