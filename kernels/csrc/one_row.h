@@ -20,11 +20,13 @@
 #include <cuda_fp16.h>
 #define DERTA_INLINE __device__ __forceinline__
 #define DERTA_LANES(clauses) _Pragma("unroll")
+#define DERTA_UNROLL _Pragma("unroll")
 #define DERTA_SUM float  // a lane adds few tiles, and doubles are slow on consumer GPUs
 #else
 #define DERTA_INLINE inline
 #define DERTA_PRAGMA(text) _Pragma(#text)
 #define DERTA_LANES(clauses) DERTA_PRAGMA(omp simd clauses)
+#define DERTA_UNROLL
 #define DERTA_SUM double
 #endif
 
@@ -212,21 +214,42 @@ DERTA_INLINE Summary with_tile(Summary seen, const typename Team::Logit *tile, i
     return {highest, seen.ones + ones, seen.rest + rest};
 }
 
+// A token that the row is not to say: its loss is -log(1 - p) and the gradient of its logit weight p;
+// that of any other logit is -weight p times the logit's share in 1 - p.
+struct Unlikely {
+    float loss;
+    float own;     // the gradient of the token's own logit
+    float others;  // a logit's gradient is -others times its exp(z - highest)
+};
+
+DERTA_INLINE Unlikely unlikely(float term, float rest, float log_sum, float weight) {
+    const float p = term / (1.0f + rest);
+    // 1 - p: of a row that is sure of the token, exactly the rest. At 0 the loss stays finite.
+    float others = term == 1.0f ? rest : (1.0f + rest) - term;
+    others = others > FLT_MIN ? others : FLT_MIN;
+    const float push = weight * p;
+    const float each = push / others;
+    return {p < 0.5f ? -log1pf(-p) : log_sum - logf(others), push, each < FLT_MAX ? each : FLT_MAX};
+}
+
 // A team has `Logit`, `kTile`, lane(), lanes(), load() and store() of a tile's first logits,
 // merged() of all lanes' summaries and wait() for all lanes.
-template <bool kSoftcap, typename Team>
-DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
+template <bool kSoftcap, int kColumns, typename Team>
+DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
     using Logit = typename Team::Logit;
     constexpr int kTile = Team::kTile;
     const int64_t first = Team::lane() * kTile;
     const int64_t step = Team::lanes() * kTile;
     const int64_t vocabulary = rows.vocabulary;
     Logit *row = static_cast<Logit *>(rows.logits) + i_row * rows.row_stride;
-    const int64_t *tokens = rows.tokens + 2 * i_row;
-    const float *weight = rows.token_weight + 2 * i_row;
+    const int64_t *tokens = rows.tokens + kColumns * i_row;
+    const float *weight = rows.token_weight + kColumns * i_row;
+    float *nll = rows.nll + kColumns * i_row;
     // Before merged(), which waits: after it lanes overwrite what others would still read here.
-    const FinalLogit wanted[2] = {final_logit<kSoftcap>(widened(row[tokens[0]]), rows),
-                                  final_logit<kSoftcap>(widened(row[tokens[1]]), rows)};
+    FinalLogit of_token[kColumns];
+    DERTA_UNROLL
+    for (int k = 0; k < kColumns; ++k)
+        of_token[k] = final_logit<kSoftcap>(widened(row[tokens[k]]), rows);
     alignas(16) Logit tile[kTile];
 
     Summary seen = kNothingSeen;
@@ -237,16 +260,20 @@ DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
     }
     seen = Team::merged(seen);
     const float rest = float((seen.ones - 1) + seen.rest);
+    const float log_sum = log1pf(rest);
+    Unlikely third = {};
+    if constexpr (kColumns == 3)
+        third = unlikely(exponential(of_token[2].z - seen.highest), rest, log_sum, weight[2]);
     if (Team::lane() == 0) {
-        const float log_sum = log1pf(rest);
         rows.logsumexp[i_row] = seen.highest + log_sum;
-        for (int k = 0; k < 2; ++k)
-            rows.nll[2 * i_row + k] = (seen.highest - wanted[k].z) + log_sum;
+        DERTA_UNROLL
+        for (int k = 0; k < 2; ++k) nll[k] = (seen.highest - of_token[k].z) + log_sum;
+        if constexpr (kColumns == 3) nll[2] = third.loss;
     }
     if (!rows.form_gradient) return;
 
     const float both = weight[0] + weight[1];
-    const float share = both / (1.0f + rest);
+    const float share = both / (1.0f + rest) - third.others;
     for (int64_t start = first; start < vocabulary; start += step) {
         const int count = vocabulary - start < kTile ? int(vocabulary - start) : kTile;
         Team::load(tile, row + start, count);
@@ -260,14 +287,26 @@ DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
     // The tokens' own, over what the walk wrote in their places: no other logit pays for a test.
     Team::wait();
     if (Team::lane() == 0) {
-        for (int k = 0; k < 2; ++k) {
-            const float own = tokens[0] == tokens[1] ? both : weight[k];
-            const float term = exponential(wanted[k].z - seen.highest);
+        DERTA_UNROLL
+        for (int k = 0; k < kColumns; ++k) {
+            const float own = (tokens[k] == tokens[0] ? weight[0] : 0.0f) +
+                              (tokens[k] == tokens[1] ? weight[1] : 0.0f);
+            const float term = exponential(of_token[k].z - seen.highest);
             // Exact where the row is sure: the first difference is 0.
-            const float gradient = ((both * term - own) - own * rest) / (1.0f + rest);
-            round_to(gradient * wanted[k].slope, row[tokens[k]]);
+            float gradient = ((both * term - own) - own * rest) / (1.0f + rest);
+            if constexpr (kColumns == 3)
+                gradient += tokens[k] == tokens[2] ? third.own : -(third.others * term);
+            round_to(gradient * of_token[k].slope, row[tokens[k]]);
         }
     }
+}
+
+template <bool kSoftcap, typename Team>
+DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
+    if (rows.columns == 3)
+        row_of_columns<kSoftcap, 3, Team>(rows, i_row);
+    else
+        row_of_columns<kSoftcap, 2, Team>(rows, i_row);
 }
 
 }  // namespace

@@ -19,11 +19,12 @@ struct DertaRows {
     void *logits;              /* (C, V) of dtype; form_gradient: overwritten by the gradient */
     int64_t count;             /* C */
     int64_t vocabulary;        /* V, at least 1 */
+    int64_t columns;           /* K, tokens of a row: 2 to be said, and at 3 one not to be said */
     int64_t row_stride;        /* in logits, at least V; rows may start at any logit */
-    const int64_t *tokens;     /* (C, 2), within [0, V) */
-    const float *token_weight; /* (C, 2) */
+    const int64_t *tokens;     /* (C, K), within [0, V) */
+    const float *token_weight; /* (C, K) */
     float *logsumexp;          /* (C,) */
-    float *nll;                /* (C, 2) */
+    float *nll;                /* (C, K): -log p(token), of the third -log(1 - p(token)) */
     float softcap;             /* 0: none */
     float logit_scale;
     int32_t dtype; /* DERTA_* */

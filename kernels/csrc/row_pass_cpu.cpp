@@ -41,6 +41,7 @@ constexpr int64_t kLogitsWorthAThread = 1 << 16;
 
 const char *derta_row_pass(const DertaRows *rows, const char *instruction_set, int threads) {
     if (rows->dtype < DERTA_BFLOAT16 || rows->dtype > DERTA_FLOAT32) return "unknown dtype";
+    if (rows->columns != 2 && rows->columns != 3) return "rows have two tokens or three";
     const auto &sets = instruction_sets();
     auto chosen = std::prev(sets.end());
     if (instruction_set != nullptr) {

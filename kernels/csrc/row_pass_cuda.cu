@@ -85,6 +85,7 @@ const char *derta_row_pass_cuda(const DertaRows *rows, int device, void *stream)
         case DERTA_FLOAT32: kernel = kernel_of<float>(*rows); break;
         default: return "unknown dtype";
     }
+    if (rows->columns != 2 && rows->columns != 3) return "rows have two tokens or three";
     if (rows->count == 0) return nullptr;
     if (rows->count > INT32_MAX) return "more rows than a grid has blocks";
     const int64_t warps = std::min<int64_t>(rows->vocabulary / 256 + 1, kMaxThreads / kWarp);

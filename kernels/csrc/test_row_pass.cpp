@@ -87,13 +87,14 @@ struct Result {
 
 template <typename Logit>
 Result run(std::vector<Logit> &logits, int64_t count, int64_t vocabulary, int64_t stride,
-           const std::vector<int64_t> &tokens, const std::vector<float> &weight, float softcap,
-           bool form_gradient, const std::string &walker, int threads) {
-    Result result{std::vector<float>(count, NAN), std::vector<float>(2 * count, NAN)};
+           int columns, const std::vector<int64_t> &tokens, const std::vector<float> &weight,
+           float softcap, bool form_gradient, const std::string &walker, int threads) {
+    Result result{std::vector<float>(count, NAN), std::vector<float>(columns * count, NAN)};
     DertaRows rows{};
     rows.logits = logits.data();
     rows.count = count;
     rows.vocabulary = vocabulary;
+    rows.columns = columns;
     rows.row_stride = stride;
     rows.tokens = tokens.data();
     rows.token_weight = weight.data();
@@ -114,7 +115,7 @@ Result run(std::vector<Logit> &logits, int64_t count, int64_t vocabulary, int64_
 
 template <typename Logit>
 void rows_are_right(const std::string &walker, int64_t count, int64_t vocabulary, int64_t stride,
-                    float softcap, double band) {
+                    int columns, float softcap, double band) {
     std::mt19937 random(0);
     std::normal_distribution<float> normal(0.0f, 8.0f);
     // No more memory than the rows have: the last one ends without its padding.
@@ -125,13 +126,17 @@ void rows_are_right(const std::string &walker, int64_t count, int64_t vocabulary
     for (int64_t i = 0; i < count; ++i) {
         tokens.insert(tokens.end(), {i % vocabulary, (i * i + 1) % vocabulary});
         weight.insert(weight.end(), {1.5f, i % 2 ? 0.75f : 0.0f});
+        if (columns == 3) {
+            tokens.push_back((i % 2 ? i : 2 * i + 1) % vocabulary);
+            weight.push_back(0.5f);
+        }
     }
     const std::vector<Logit> before = logits;
     const Result only_read =
-        run(logits, count, vocabulary, stride, tokens, weight, softcap, false, walker, 1);
+        run(logits, count, vocabulary, stride, columns, tokens, weight, softcap, false, walker, 1);
     check(same_bits(logits, before), "logits stay as they are without a gradient");
     const Result result =
-        run(logits, count, vocabulary, stride, tokens, weight, softcap, true, walker, 3);
+        run(logits, count, vocabulary, stride, columns, tokens, weight, softcap, true, walker, 3);
     check(same_bits(result.nll, only_read.nll), "a gradient and more threads change no loss");
 
     for (int64_t i = 0; i < count; ++i) {
@@ -145,16 +150,30 @@ void rows_are_right(const std::string &walker, int64_t count, int64_t vocabulary
         const double highest = *std::max_element(z.begin(), z.end());
         double sum = 0;
         for (double value : z) sum += std::exp(value - highest);
-        const float *w = &weight[2 * i];
-        const int64_t *t = &tokens[2 * i];
+        const float *w = &weight[columns * i];
+        const int64_t *t = &tokens[columns * i];
         check(std::abs(result.logsumexp[i] - (highest + std::log(sum))) < 1e-4, "logsumexp");
         for (int k = 0; k < 2; ++k) {
-            const float nll = result.nll[2 * i + k];
+            const float nll = result.nll[columns * i + k];
             check(nll >= 0 && std::abs(nll - (highest - z[t[k]] + std::log(sum))) < 1e-4, "nll");
+        }
+        // Of a vocabulary of one token, 1 - p is 0: only finite is asked for.
+        const double p_third = columns == 3 ? std::exp(z[t[2]] - highest) / sum : 0.0;
+        double others = 0;
+        for (int64_t j = 0; columns == 3 && j < vocabulary; ++j)
+            others += j == t[2] ? 0.0 : std::exp(z[j] - highest);
+        if (columns == 3) {
+            const float loss = result.nll[columns * i + 2];
+            const double exact = std::log(sum) - std::log(others);
+            check(loss >= 0 && std::isfinite(loss), "unlikelihood is finite");
+            check(vocabulary == 1 || std::abs(loss - exact) < 1e-4, "unlikelihood");
         }
         for (int64_t j = 0; j < vocabulary; ++j) {
             const double p = std::exp(z[j] - highest) / sum;
-            const double g = (w[0] + w[1]) * p - (j == t[0] ? w[0] : 0) - (j == t[1] ? w[1] : 0);
+            double g = (w[0] + w[1]) * p - (j == t[0] ? w[0] : 0) - (j == t[1] ? w[1] : 0);
+            if (columns == 3)
+                g += w[2] * p_third *
+                     (j == t[2] ? 1.0 : -std::exp(z[j] - highest) / std::max(others, 1e-300));
             const double error = std::abs(widened(logits[i * stride + j]) - slope[j] * g);
             check(error <= band * std::abs(slope[j] * g) + 1e-6, "gradient");
         }
@@ -170,9 +189,10 @@ void every_shape_is_right(const std::string &walker, double band) {
         for (int64_t padding : {0, 1, 7})
             for (int64_t count : {0, 1, 3})
                 for (float softcap : {0.0f, 20.0f})
-                    rows_are_right<Logit>(walker, count, vocabulary, vocabulary + padding, softcap,
-                                          band);
-    rows_are_right<Logit>(walker, 64, 4096, 4099, 0.0f, band);  // enough work for several threads
+                    for (int columns : {2, 3})
+                        rows_are_right<Logit>(walker, count, vocabulary, vocabulary + padding,
+                                              columns, softcap, band);
+    rows_are_right<Logit>(walker, 64, 4096, 4099, 2, 0.0f, band);  // work for several threads
 }
 
 // Rounding to the nearest of the numbers of a 16-bit format, ties to even: tried with each of them,
@@ -246,6 +266,8 @@ int main() {
     }
     DertaRows rows{};
     check(derta_row_pass(&rows, "vax", 1) != nullptr, "an unknown instruction set is refused");
+    check(derta_row_pass(&rows, nullptr, 1) != nullptr, "rows without tokens are refused");
+    rows.columns = 2;
     rows.dtype = 3;
     check(derta_row_pass(&rows, nullptr, 1) != nullptr, "an unknown dtype is refused");
     return 0;

@@ -34,6 +34,8 @@ class HeadCase:
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    unlikely_target: Tensor | None = None
+    unlikelihood_weight: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> HeadCase:
         """The same case with hidden, weight and bias in another dtype."""
@@ -75,6 +77,7 @@ def head_case(
     bias: bool = False,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    unlikely: bool = False,
     seed: int = 0,
 ) -> HeadCase:
     """Rows of every kind that are as sure of a target as `probabilities` says.
@@ -88,6 +91,8 @@ def head_case(
         dtype: of hidden, weight and bias, which are rounded to it; row weights are float32.
         probabilities: in (0, 1), taken in turn, each for five rows.
         bias, softcap, logit_scale: the head's, see `head_loss`.
+        unlikely: if True, seven rows in turn are to make unlikely: their surest token twice, the
+            refusal token, any token three times, none.
         seed: everything is drawn from it.
 
     Raises:
@@ -127,7 +132,7 @@ def head_case(
             f"got {tuple(probabilities)}"
         )
 
-    return HeadCase(
+    case = HeadCase(
         hidden=hidden,
         weight=weight,
         target=target,
@@ -139,6 +144,19 @@ def head_case(
         softcap=softcap,
         logit_scale=logit_scale,
     ).to(dtype)
+    if not unlikely:
+        return case
+    turn = torch.arange(rows) % 7
+    unlikely_target = torch.randint(vocabulary, (rows,), generator=generator)
+    # A row without another target has its surest: of any other, float16 loses the gradient.
+    unlikely_target = unlikely_target.where((turn >= 2) & (kind != 4), sure_of)
+    unlikely_target[(turn == 2) & (kind != 4)] = refusal_token_id
+    unlikely_target[turn == 6] = -100
+    return replace(
+        case,
+        unlikely_target=unlikely_target,
+        unlikelihood_weight=0.5 + torch.rand(rows, generator=generator),
+    )
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
@@ -191,9 +209,9 @@ class HostTransfers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def equals_snippet(function: Callable[..., Any]) -> str:
-    """The lines of eager PyTorch under the line "Equals, ...:" of a docstring."""
-    _, found, after = (inspect.getdoc(function) or "").partition("\nEquals, ")
+def equals_snippet(function: Callable[..., Any], heading: str = "Equals, ") -> str:
+    """Return the lines of eager PyTorch under a docstring's line that opens with `heading`."""
+    _, found, after = (inspect.getdoc(function) or "").partition(f"\n{heading}")
     _, _, block = after.partition(":\n\n")
     if not found or not block.startswith("    "):
         raise ValueError(f"{function.__name__} must document what it equals in indented lines")

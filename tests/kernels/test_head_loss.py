@@ -40,6 +40,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "softcap": dict(softcap=50.0),
     "scale": dict(logit_scale=0.25),
     "bias, softcap and scale": dict(bias=True, softcap=60.0, logit_scale=2.0),
+    "unlikely": dict(unlikely=True),
+    "unlikely, bias, softcap and scale": dict(
+        unlikely=True, bias=True, softcap=60.0, logit_scale=2.0
+    ),
 }
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, *LOW_PRECISION]
@@ -120,11 +124,15 @@ def test_it_equals_its_documented_equation(head: str, impl: str) -> None:
     names = case.arguments() | dict(torch=torch, F=F, ignore_index=-100)
     # The snippet computes in float32, which in float64 means: not rounding at all.
     exec(equals_snippet(head_loss).replace(".float()", ""), names)
+    if case.unlikely_target is not None:
+        exec(equals_snippet(head_loss, "and with unlikely_target"), names)
     leaves = [leaf for leaf in (case.hidden, case.weight, case.bias) if leaf is not None]
     expected = [names["loss"], *torch.autograd.grad(names["loss"], leaves)]
     loss = head_loss(**case.arguments(), impl=impl).loss
     actual = [loss, *torch.autograd.grad(loss, leaves)]
     sum_of_terms = case.weight.shape[0] * torch.finfo(torch.float64).eps
+    if case.unlikely_target is not None:
+        sum_of_terms *= 2  # the equation subtracts p = 0.5 from 1
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a.detach(), e.detach()) <= sum_of_terms
 
@@ -340,6 +348,65 @@ def test_each_row_reports_its_logsumexp_and_both_losses(impl: str) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("lead", [8.0, 37.0, 75.0])
+@pytest.mark.parametrize("vocabulary", [2, 97, 4099])
+@pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float32))
+def test_unlikelihood_is_exact_where_the_row_is_sure_of_the_unlikely_token(
+    impl: str, dtype: torch.dtype, vocabulary: int, lead: float
+) -> None:
+    """1 - p is 3e-4 to 1e-33; rows that give the token next to nothing keep a loss of p."""
+    for leader in (0, vocabulary - 1):
+        hidden = torch.tensor([[1.0], [-0.5]], dtype=dtype, device=DEVICE, requires_grad=True)
+        weight = torch.full((vocabulary, 1), -lead, dtype=dtype, device=DEVICE)
+        weight[leader] = 0
+        out = head_loss(
+            hidden,
+            weight,
+            torch.full((2,), -100, device=DEVICE),
+            unlikely_target=torch.full((2,), leader, device=DEVICE),
+            impl=impl,
+        )
+        out.loss.backward()
+        rest = (vocabulary - 1) * math.exp(-lead)
+        low = 1 / (1 + (vocabulary - 1) * math.exp(lead / 2))
+        sum_of_terms = (16 + vocabulary**0.5) * torch.finfo(dtype).eps
+        expected = (math.log1p(rest) - math.log(rest), -math.log1p(-low))
+        assert out.unlikelihood.tolist() == pytest.approx(expected, rel=sum_of_terms)
+        assert hidden.grad is not None
+        gradients = (lead / (1 + rest), lead * low)
+        assert hidden.grad[:, 0].tolist() == pytest.approx(gradients, rel=sum_of_terms)
+
+
+@pytest.mark.parametrize("weight_of_row", [1.0, 1e4])
+@pytest.mark.parametrize(("impl", "dtype"), row_passes(*DTYPES))
+def test_a_row_that_is_certain_of_its_unlikely_token_stays_finite(
+    impl: str, dtype: torch.dtype, weight_of_row: float
+) -> None:
+    hidden = torch.ones(1, 1, dtype=dtype, device=DEVICE, requires_grad=True)
+    weight = torch.full((97, 1), -2000.0, dtype=dtype, device=DEVICE)
+    weight[3] = 0
+    out = head_loss(
+        hidden,
+        weight,
+        torch.tensor([3], device=DEVICE),
+        unlikely_target=torch.tensor([3], device=DEVICE),
+        unlikelihood_weight=torch.tensor([weight_of_row], device=DEVICE),
+        impl=impl,
+    )
+    out.loss.backward()
+    assert 80 < out.unlikelihood.item() < 800 and out.next_nll.item() == 0
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float32, torch.bfloat16))
+def test_unlikely_targets_of_no_row_change_no_bit(impl: str, dtype: torch.dtype) -> None:
+    case = head_case(dtype=dtype, bias=True)
+    none = replace(case, unlikely_target=torch.full_like(case.target, -100))
+    expected, actual = results(case, impl), results(none, impl)
+    assert not expected["unlikelihood"].any()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
 def test_without_a_refusal_token_it_is_the_next_token_loss_alone() -> None:
     case = head_case()
     out = head_loss(case.hidden, case.weight, case.target)
@@ -457,6 +524,16 @@ def test_shapes_masks_strides_and_dtypes_of_any_kind_agree_with_the_reference(
         next_weight=torch.rand(n, generator=generator),  # positive, or a sum might cancel
         rto_weight=torch.rand(n, generator=generator),
         bias=bias,
+        unlikely_target=(
+            torch.randint(vocabulary, (n,), generator=generator).masked_fill(mask(), -100)
+            if vocabulary > 1 and data.draw(st.booleans(), label="unlikely")
+            else None
+        ),
+        unlikelihood_weight=(
+            torch.rand(n, generator=generator)
+            if data.draw(st.booleans(), label="unlikely weight")
+            else None
+        ),
         softcap=data.draw(st.sampled_from((None, 5.0, 30.0)), label="softcap"),
         logit_scale=data.draw(st.sampled_from((1.0, -0.5, 0.125)), label="scale"),
     )
@@ -793,7 +870,18 @@ def test_live_count_and_range_check_share_the_one_host_transfer(
         (
             dict(target=torch.tensor([0, 1, 11, 2, 3])),
             ValueError,
-            r"target must lie in \[0, V\) = \[0, 11\) or be ignore_index, got 11 \(1 such rows\)",
+            r"target must lie in \[0, V\) = \[0, 11\) or be ignore_index, got 11 \(1 such",
+        ),
+        (
+            dict(unlikely_target=torch.tensor([0, 1, 11, 2, 3])),
+            ValueError,
+            r"unlikely_target must lie in \[0, V\) = \[0, 11\) or be ignore_index, got 11",
+        ),
+        (dict(unlikely_target=torch.zeros(5)), ValueError, "unlikely_target must be int64, got"),
+        (
+            dict(unlikelihood_weight=torch.ones(5, requires_grad=True)),
+            ValueError,
+            "unlikelihood_weight must not require a gradient",
         ),
         (dict(target=torch.tensor([0, -1, 1, 2, 3])), ValueError, "target must lie in .* got -1"),
         (dict(target=torch.full((5,), -100), ignore_index=-1), ValueError, "target must lie in"),

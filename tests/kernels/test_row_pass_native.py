@@ -49,11 +49,13 @@ def sure_logits(
     logit_scale: float,
     padding: int = 0,
     probabilities: Sequence[float] = PROBABILITIES,
+    columns: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits that are as sure of a token as `probabilities` say, their tokens and weights.
+    """Return logits that are as sure of a token as `probabilities` say, tokens and weights.
 
-    Rows have both kinds of target, one of them, or the same twice. `padding` is what lies between
-    rows, all NaN.
+    Rows have both kinds of target, one of them, or the same twice. With `columns` 3 they have an
+    unlikely token as well: the sure one, the refusal token, or another, some of weight 0.
+    `padding` is the number of logits between rows, all NaN.
     """
     generator = torch.Generator().manual_seed(0)
     z = 2 * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
@@ -68,6 +70,13 @@ def sure_logits(
     weight = 0.5 + torch.rand(rows, 2, generator=generator)
     weight[kind == 1, 1] = 0
     weight[kind == 2, 0] = 0
+    if columns == 3:
+        third = torch.randint(vocabulary, (rows, 1), generator=generator)
+        turn = torch.arange(rows)[:, None] % 3
+        third = torch.where(turn == 0, tokens[:, :1], third.where(turn == 2, tokens[:, 1:]))
+        tokens = torch.cat((tokens, third), 1)
+        third_weight = torch.rand(rows, 1, generator=generator)
+        weight = torch.cat((weight, third_weight.where(torch.arange(rows)[:, None] % 7 != 6, 0)), 1)
     if softcap is not None:
         z = softcap * torch.atanh(z / softcap)
     logits = torch.full((rows, vocabulary + padding), torch.nan, dtype=dtype)[:, :vocabulary]
@@ -89,8 +98,14 @@ def eager(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     highest = z.detach().amax(1, keepdim=True)
-    log_sum = (z - highest).exp().sum(1, keepdim=True).log()
+    terms = (z - highest).exp()
+    log_sum = terms.sum(1, keepdim=True).log()
     nll = (highest - z.gather(1, tokens)) + log_sum
+    if tokens.shape[1] == 3:
+        others = terms.scatter(1, tokens[:, 2:], 0.0).sum(1, keepdim=True)
+        p = (-nll[:, 2:]).exp().clamp(max=0.5)
+        unlikelihood = torch.where(p < 0.5, -torch.log1p(-p), log_sum - others.log())
+        nll = torch.cat((nll[:, :2], unlikelihood), 1)
     (gradient,) = torch.autograd.grad((weight * nll.where(weight != 0, 0.0)).sum(), leaf)
     return (highest + log_sum).squeeze(1).detach(), nll.detach(), gradient
 
@@ -252,10 +267,13 @@ def test_rows_start_anywhere_and_nothing_between_them_is_touched(
     softcap: float | None,
     logit_scale: float,
 ) -> None:
-    logits, tokens, weight = sure_logits(20, 1000, dtype, softcap, logit_scale, padding)
-    whole = logits.as_strided((20, 1000 + padding), logits.stride())
-    assert_within_budget(logits, tokens, weight, softcap, logit_scale)
-    assert whole[:-1, 1000:].isnan().all() and whole[:, :1000].isfinite().all()
+    for columns in (2, 3):
+        logits, tokens, weight = sure_logits(
+            20, 1000, dtype, softcap, logit_scale, padding, columns=columns
+        )
+        whole = logits.as_strided((20, 1000 + padding), logits.stride())
+        assert_within_budget(logits, tokens, weight, softcap, logit_scale)
+        assert whole[:-1, 1000:].isnan().all() and whole[:, :1000].isfinite().all()
 
 
 @needs_library

@@ -24,7 +24,7 @@ from derta_kernels.attention import (
     triton_backward,
     triton_forward,
 )
-from derta_kernels.attention.launch_configs import LaunchConfig
+from derta_kernels.attention.launch_configs import AttentionLaunch
 from packs import Packed, distance, packed, rows, tensors, with_gradients
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,9 +32,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NARROW = [torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 
 
-def tiles_of(block_q: int, block_k: int) -> dict[launch_configs.Target, LaunchConfig]:
+def tiles_of(block_q: int, block_k: int) -> dict[launch_configs.Target, AttentionLaunch]:
     """A table of tiles so small that a test has many of them."""
-    config = LaunchConfig(block_q, block_k, num_warps=4, num_stages=2)
+    config = AttentionLaunch(block_q, block_k, num_warps=4, num_stages=2)
     return dict.fromkeys(launch_configs.LAUNCH_CONFIGS, config)
 
 

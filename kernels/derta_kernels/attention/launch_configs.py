@@ -14,7 +14,7 @@ MIN_BLOCK_D = 32
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
-class LaunchConfig(NamedTuple):
+class AttentionLaunch(NamedTuple):
     """Tiles of `block_q` queries and `block_k` keys, and what Triton is to make of them."""
 
     block_q: int
@@ -76,11 +76,11 @@ _TABLE = {
     },
 }
 LAUNCH_CONFIGS = {
-    Target(kernel, itemsize, block_d, chip): LaunchConfig(*config)
+    Target(kernel, itemsize, block_d, chip): AttentionLaunch(*config)
     for kernel, rows in _TABLE.items()
     for (itemsize, block_d), configs in rows.items()
     for chip, config in zip(CHIPS, configs, strict=True)
-} | {Target("backward_keys", 2, 128, 90, True): LaunchConfig(16, 128, 8, 2)}
+} | {Target("backward_keys", 2, 128, 90, True): AttentionLaunch(16, 128, 8, 2)}
 
 
 def block_d(head_dim: int) -> int:
@@ -97,7 +97,7 @@ def chip(capability: int, shared_bytes: int) -> int:
 
 def launch_config(
     kernel: str, dtype: torch.dtype, head_dim: int, has_softcap: bool, device: torch.device
-) -> LaunchConfig:
+) -> AttentionLaunch:
     """The row of `LAUNCH_CONFIGS` for a kernel on a device; Triton's interpreter is an 80."""
     target = Target(kernel, dtype.itemsize, block_d(head_dim), _chip_of(device), has_softcap)
     return LAUNCH_CONFIGS.get(target) or LAUNCH_CONFIGS[target._replace(has_softcap=False)]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from derta_kernels.attention import tiles
-from derta_kernels.attention.launch_configs import LaunchConfig, block_d
+from derta_kernels.attention.launch_configs import AttentionLaunch, block_d
 from derta_kernels.attention.layout import Layout
 
 SCAN = tl.constexpr(128)
@@ -28,7 +28,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def constants(
-    head_dim: int, group: int, config: LaunchConfig, has_softcap: bool, has_window: bool
+    head_dim: int, group: int, config: AttentionLaunch, has_softcap: bool, has_window: bool
 ) -> dict[str, Any]:
     """The constexpr arguments of every kernel."""
     return dict(

@@ -2,6 +2,7 @@
 
 from derta_kernels.head_loss.choice import choose
 from derta_kernels.head_loss.chunked import working_bytes
+from derta_kernels.head_loss.head import Head
 from derta_kernels.head_loss.op import HeadLoss, head_loss
 
-__all__ = ["HeadLoss", "choose", "head_loss", "working_bytes"]
+__all__ = ["Head", "HeadLoss", "choose", "head_loss", "working_bytes"]

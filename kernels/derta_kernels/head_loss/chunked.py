@@ -79,15 +79,15 @@ def head_loss_chunked(
 
     Args:
         hidden, weight, bias, softcap, logit_scale: see `head_loss`.
-        tokens: (n, 2) int64, the tokens that each live row is trained to say, within [0, V).
-        token_weight: (n, 2) in the dtype to compute in, the weight of each of them.
+        tokens: (n, K) int64, the tokens of each live row, within [0, V), see `row_pass_torch`.
+        token_weight: (n, K) in the dtype to compute in, the weight of each of them.
         rows: (n,) int64, the live rows of hidden; None: all are.
         row_pass: one of the `row_pass_*`.
         scratch_mb: MiB of the scratch; None: see `chunk_rows`.
         forms: whether to form the gradients of hidden, weight and bias.
 
     Returns:
-        logsumexp (n,) and nll (n, 2) in token_weight's dtype, and the gradients.
+        logsumexp (n,) and nll (n, K) in token_weight's dtype, and the gradients.
     """
     count, (vocabulary, width) = len(tokens), weight.shape
     wide = token_weight.dtype

@@ -33,10 +33,10 @@ def loss_and_gradients(
     form_weight: bool,
     form_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """Loss (), logsumexp (N,), nll (N, 2) and `chunked.Gradients` of all rows, dead ones 0.
+    """Return loss (), logsumexp (N,), nll (N, K) and `chunked.Gradients` of all rows, dead ones 0.
 
-    Takes what `head_loss` made of its arguments: for N rows two tokens each, whether they are
-    targets, and their weights, 0 where they are none.
+    Takes the arguments of `head_loss` as columns: K tokens a row (`live_rows.COLUMNS`), flags of
+    those that are targets, and their weights, 0 without a target.
     """
     rows = live_rows(tokens, has_target, len(weight))
     live_weight = gathered(token_weight, rows)
@@ -94,7 +94,7 @@ def _(
     return (
         wide(),
         wide(len(tokens)),
-        wide(len(tokens), 2),
+        wide(*tokens.shape),
         hidden.new_empty(hidden.shape if form_hidden else 0),
         wide(*weight.shape) if form_weight else wide(0),
         wide(len(weight)) if form_bias else wide(0),

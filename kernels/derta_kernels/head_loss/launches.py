@@ -1,4 +1,4 @@
-"""Every launch of the head loss's Triton kernel, for ahead-of-time compilation."""
+"""All launches of the head loss's Triton kernel, for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from derta_kernels.launch import Launch
 
 
 def head_loss_launches() -> Iterator[Launch]:
-    """Every row of the table with all that a call may ask for."""
+    """Yield a launch for every row of the table and every option of a call."""
     pointers = {"tokens": "*i64", "token_weight": "*fp32", "logsumexp": "*fp32", "nll": "*fp32"}
     numbers = {"vocabulary": "i32", "row_stride": "i32", "softcap": "fp32", "logit_scale": "fp32"}
-    cases: Iterator[tuple[int, str, bool, bool]] = itertools.product(
-        LAUNCH_CONFIGS, ("bf16", "fp16", "fp32"), (False, True), (False, True)
+    cases: Iterator[tuple[int, str, bool, bool, bool]] = itertools.product(
+        LAUNCH_CONFIGS, ("bf16", "fp16", "fp32"), (False, True), (False, True), (False, True)
     )
-    for most, dtype, has_softcap, form_gradient in cases:
+    for most, dtype, has_softcap, has_unlikely, form_gradient in cases:
         config = LAUNCH_CONFIGS[most]
         constants = {
             "HAS_SOFTCAP": has_softcap,
+            "HAS_UNLIKELY": has_unlikely,
             "FORM_GRADIENT": form_gradient,
             "BLOCK": config.block,
         }
         yield Launch(
             name=f"row pass, {dtype}, V <= {most}"
             + ", softcap" * has_softcap
+            + ", unlikely" * has_unlikely
             + ", gradient" * form_gradient,
             kernel=row_pass,
             signature={"logits": f"*{dtype}", **pointers, **numbers}

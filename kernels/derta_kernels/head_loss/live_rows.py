@@ -1,19 +1,25 @@
-"""Which rows have a target, and the way to them and back: dead rows never meet the vocabulary."""
+"""Live rows, those with a target: dead rows never meet the vocabulary."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+# Columns of a row's tokens and weights, by the argument of `head_loss` that they come from. The
+# third is there only if that argument was given.
+COLUMNS = ("target", "refusal_token_id", "unlikely_target")
+
 
 def live_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | None:
-    """Indices of the rows with a target, ascending; None: all rows. Checks the tokens on the way.
+    """Return the indices of the rows with a target, ascending, or None for all rows.
+
+    Checks that targets are tokens of the vocabulary.
 
     Synchronisation: one transfer to the host, of the live count and the count of bad tokens.
 
     Args:
-        tokens: (N, 2) int64, a row's next token and the refusal token.
-        has_target: (N, 2) bool, which of them are targets.
+        tokens: (N, K) int64, a row's tokens, in the order of `COLUMNS`.
+        has_target: (N, K) bool, those that are targets.
         vocabulary: V.
 
     Raises:
@@ -23,9 +29,10 @@ def live_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | N
     out_of_range = has_target & ((tokens < 0) | (tokens >= vocabulary))
     live_count, bad_count = torch.stack((live.sum(), out_of_range.sum())).tolist()
     if bad_count:
+        _, column = out_of_range.nonzero()[0].tolist()
         raise ValueError(
-            f"target must lie in [0, V) = [0, {vocabulary}) or be ignore_index, "
-            f"got {tokens[out_of_range][0].item()} ({bad_count} such rows)"
+            f"{COLUMNS[column]} must lie in [0, V) = [0, {vocabulary}) or be ignore_index, "
+            f"got {tokens[out_of_range][0].item()} ({bad_count} such targets)"
         )
     if live_count == len(live):
         return None
@@ -33,12 +40,12 @@ def live_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | N
 
 
 def gathered(values: Tensor, rows: Tensor | None) -> Tensor:
-    """(n, ...) the values of the live rows of (N, ...)."""
+    """Return the values (n, ...) of the live rows of (N, ...)."""
     return values if rows is None else values.index_select(0, rows)
 
 
 def scattered(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """(N, ...) with the live rows' values (n, ...) in their places and 0 elsewhere."""
+    """Return (N, ...) with the live rows' values (n, ...) in their places and 0 elsewhere."""
     if rows is None:
         return values
     return values.new_zeros(count, *values.shape[1:]).index_copy(0, rows, values)

@@ -1,4 +1,4 @@
-"""The public head loss: checks its arguments and lays them out for an implementation."""
+"""The public head loss: check the arguments and lay them out for an implementation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ _LAYOUT: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "bias": ("(V,)", _FLOATS),
     "target": ("(N,)", (torch.int64,)),
     "rto_mask": ("(N,)", (torch.bool,)),
+    "unlikely_target": ("(N,)", (torch.int64,)),
     "next_weight": ("(N,)", _FLOATS),
     "rto_weight": ("(N,)", _FLOATS),
+    "unlikelihood_weight": ("(N,)", _FLOATS),
 }
 
 
@@ -33,12 +35,14 @@ class HeadLoss(NamedTuple):
         next_nll: (N,), nats, -log p(target); detached; 0 where the row has no next token.
         refusal_nll: (N,), nats, -log p(refusal token) of every live row, whether RTO or not;
             detached; 0 on dead rows, and everywhere if no refusal token was given.
+        unlikelihood: (N,), nats, -log(1 - p(unlikely target)); detached; 0 where the row has none.
     """
 
     loss: Tensor
     logsumexp: Tensor
     next_nll: Tensor
     refusal_nll: Tensor
+    unlikelihood: Tensor
 
 
 def head_loss(
@@ -50,6 +54,8 @@ def head_loss(
     refusal_token_id: int | None = None,
     next_weight: Tensor | None = None,
     rto_weight: Tensor | None = None,
+    unlikely_target: Tensor | None = None,
+    unlikelihood_weight: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -57,11 +63,12 @@ def head_loss(
     impl: str = "auto",
     scratch_mb: float | None = None,
 ) -> HeadLoss:
-    """Sum of the weighted next-token and refusal losses of a vocabulary projection.
+    """Compute the sum of the weighted losses of a vocabulary projection, without its logits.
 
-    Row i is trained to say target[i], unless that is `ignore_index`, and the refusal token where
-    rto_mask[i]. A row with neither is dead: it is not read, and its gradient is zero. (A weight of
-    0 does not make a row dead.)
+    Row i is trained to say target[i], unless that is `ignore_index`, the refusal token where
+    rto_mask[i], and not to say unlikely_target[i], unless that is `ignore_index`. A row without a
+    target is dead: it is not read, and its gradient is zero. (A weight of 0 does not make a row
+    dead.)
 
     Equals, up to rounding:
 
@@ -70,6 +77,12 @@ def head_loss(
         nll, has_next = -torch.log_softmax(z, dim=1), target != ignore_index
         loss = (next_weight * nll.gather(1, target.clamp(min=0)[:, None])[:, 0])[has_next].sum()
         loss = loss + (rto_weight * nll[:, refusal_token_id])[rto_mask].sum()
+
+    and with unlikely_target:
+
+        has_unlikely = unlikely_target != ignore_index
+        p = torch.exp(-nll).gather(1, unlikely_target.clamp(min=0)[:, None])[:, 0]
+        loss = loss + (unlikelihood_weight * -torch.log1p(-p))[has_unlikely].sum()
 
     Memory: see `head_loss_chunked`. Under autocast also the cast weight.
     Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
@@ -84,10 +97,13 @@ def head_loss(
         refusal_token_id: in [0, V); required with rto_mask.
         next_weight: (N,) floating point, factor of each row's next-token loss; None: ones.
         rto_weight: (N,) floating point, factor of each row's refusal loss; None: ones.
+        unlikely_target: (N,) int64 in [0, V), the token that the row is trained not to say, or
+            `ignore_index`; None: no row has one. Its loss is -log(1 - p), exact where p is near 1.
+        unlikelihood_weight: (N,) floating point, factor of that loss; None: ones.
         bias: (V,) in hidden's dtype, added to the logits; None: no bias.
         softcap: > 0, logits become softcap * tanh(logits / softcap) (Gemma 2); None: no cap.
         logit_scale: factor of the logits, before the cap (Cohere, Granite).
-        ignore_index: the value in target that means "none".
+        ignore_index: the value that means "no target".
         impl: "auto", or one that is taken or refused and never replaced: "reference" (all logits
             at once, plain autograd, differentiable twice); in chunks of rows, gradients formed in
             the forward pass, with a row pass in "torch" (everywhere), "native" (C++ and CUDA, where
@@ -105,9 +121,16 @@ def head_loss(
             without refusal_token_id; weights that require a gradient; an unknown impl, or one
             that cannot run there.
 
-    Source: arXiv 2407.09121, equation 2.
+    Source: arXiv 2407.09121, equation 2; unlikelihood: arXiv 1908.04319, equation 3.
     """
-    optional = dict(rto_mask=rto_mask, next_weight=next_weight, rto_weight=rto_weight, bias=bias)
+    optional = dict(
+        rto_mask=rto_mask,
+        next_weight=next_weight,
+        rto_weight=rto_weight,
+        unlikely_target=unlikely_target,
+        unlikelihood_weight=unlikelihood_weight,
+        bias=bias,
+    )
     tensors = dict(hidden=hidden, weight=weight, target=target) | {
         name: tensor for name, tensor in optional.items() if tensor is not None
     }
@@ -120,12 +143,21 @@ def head_loss(
     has_next = target != ignore_index
     is_rto = torch.zeros_like(has_next) if rto_mask is None else rto_mask
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    tokens = torch.stack(
-        (target.where(has_next, 0), torch.full_like(target, refusal_token_id or 0)), 1
-    )
-    has_target = torch.stack((has_next, is_rto), 1)
+    # One column a kind of target, in the order of `live_rows.COLUMNS`.
+    refusals = torch.full_like(target, refusal_token_id or 0)
+    columns = [
+        (target.where(has_next, 0), has_next, next_weight),
+        (refusals, is_rto, rto_weight),
+    ]
+    if unlikely_target is not None:
+        is_unlikely = unlikely_target != ignore_index
+        # Without a token of its own a row has one that it has anyway.
+        unlikely = unlikely_target.where(is_unlikely, refusals)
+        columns.append((unlikely, is_unlikely, unlikelihood_weight))
+    tokens = torch.stack([tokens for tokens, _, _ in columns], 1)
+    has_target = torch.stack([has for _, has, _ in columns], 1)
     token_weight = torch.stack(
-        (_target_weight(next_weight, has_next, wide), _target_weight(rto_weight, is_rto, wide)), 1
+        [_target_weight(row_weight, has, wide) for _, has, row_weight in columns], 1
     )
     if impl == "reference":
         rows = live_rows(tokens, has_target, len(weight))
@@ -157,17 +189,18 @@ def head_loss(
                 for tensor in (hidden, weight, bias)
             ),
         )
-    next_nll, refusal_nll = nll.unbind(1)
+    nothing = torch.zeros_like(logsumexp)
     return HeadLoss(
         loss=loss,
         logsumexp=logsumexp,
-        next_nll=next_nll.where(has_next, 0.0),
-        refusal_nll=torch.zeros_like(refusal_nll) if refusal_token_id is None else refusal_nll,
+        next_nll=nll[:, 0].where(has_next, 0.0),
+        refusal_nll=nothing if refusal_token_id is None else nll[:, 1],
+        unlikelihood=nothing if unlikely_target is None else nll[:, 2].where(is_unlikely, 0.0),
     )
 
 
 def _target_weight(row_weight: Tensor | None, has_target: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N,) weight of each row's target, 0 where it has none."""
+    """Return the weight of each row's target, (N,), 0 where it has none."""
     weight = has_target if row_weight is None else row_weight.where(has_target, 0)
     return weight.to(dtype)
 
@@ -175,7 +208,7 @@ def _target_weight(row_weight: Tensor | None, has_target: Tensor, dtype: torch.d
 def _autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The arguments as `F.linear` would see them: in autocast's dtype where it is on."""
+    """Return the arguments as `F.linear` would see them: in autocast's dtype where it is on."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -190,7 +223,7 @@ def _autocast(
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
-    """Types, shapes, dtypes and devices of the given tensors by name; no host transfer."""
+    """Check types, shapes, dtypes and devices of the given tensors; no host transfer."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -230,7 +263,7 @@ def _check_numbers(
     scratch_mb: float | None,
     vocabulary: int,
 ) -> None:
-    """Types and ranges of the arguments that are not tensors."""
+    """Check types and ranges of the arguments that are not tensors."""
     for name, number, kinds in (
         ("refusal_token_id", refusal_token_id, (int, type(None))),
         ("softcap", softcap, (int, float, type(None))),

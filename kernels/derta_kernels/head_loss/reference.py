@@ -27,14 +27,14 @@ def head_loss_reference(
         hidden: (n, d) floating point.
         weight: (V, d) in hidden's dtype.
         bias: (V,) in hidden's dtype, or None.
-        tokens: (n, 2) int64, the tokens that each row is trained to say, within [0, V).
-        token_weight: (n, 2) in the dtype to compute in, the weight of each of them; a token of
+        tokens: (n, K) int64, the tokens of each row, within [0, V), see `row_pass_torch`.
+        token_weight: (n, K) in the dtype to compute in, the weight of each of them; a token of
             weight 0 is no target, its nll reported but kept out of the loss.
         softcap: bound of the logits, > 0, or None.
         logit_scale: factor of the logits.
 
     Returns:
-        loss (), differentiable; logsumexp (n,) and nll (n, 2), detached; all in token_weight's
+        loss (), differentiable; logsumexp (n,) and nll (n, K), detached; all in token_weight's
         dtype.
     """
     hidden = hidden.contiguous()  # libraries read past the rows of a view, see `chunked._scratch`
@@ -42,7 +42,15 @@ def head_loss_reference(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     highest = z.detach().amax(1, keepdim=True)  # a constant to autograd: it cancels
-    log_sum = (z - highest).exp().sum(1, keepdim=True).log()
+    terms = (z - highest).exp()
+    log_sum = terms.sum(1, keepdim=True).log()
     nll = (highest - z.gather(1, tokens)) + log_sum
+    if tokens.shape[1] == 3:
+        unlikely = tokens[:, 2:]
+        p = (-nll[:, 2:]).exp()
+        others = terms.scatter(1, unlikely, 0.0).sum(1, keepdim=True)
+        near_1 = log_sum - others.clamp(min=torch.finfo(z.dtype).tiny).log()
+        unlikelihood = torch.where(p < 0.5, -torch.log1p(-p.clamp(max=0.5)), near_1)
+        nll = torch.cat((nll[:, :2], unlikelihood), 1)
     loss = (token_weight * nll.where(token_weight != 0, 0.0)).sum()
     return loss, (highest + log_sum).squeeze(1).detach(), nll.detach()

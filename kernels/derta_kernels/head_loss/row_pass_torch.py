@@ -16,7 +16,10 @@ def row_pass_torch(
     logit_scale: float,
     form_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Logsumexp and nll of rows of logits, which are overwritten by their gradient.
+    """Return logsumexp and nll of rows of logits, and overwrite the logits by their gradient.
+
+    A row has K tokens. The first two are to be said, and their nll is -log p(token). The third, if
+    K is 3, is not to be said: its nll is -log(1 - p(token)), finite for p = 1.
 
     Memory: 2^22 logits (or one row, if that is more) widened to token_weight's dtype, and as many
         again with a softcap; nothing without one where logits have that dtype.
@@ -24,14 +27,14 @@ def row_pass_torch(
     Args:
         logits: (C, V) floating point, as the product left them; any row stride. On return the
             gradient of sum(token_weight * nll), or undefined without `form_gradient`.
-        tokens: (C, 2) int64, within [0, V).
-        token_weight: (C, 2) in the dtype to compute in; 0: no target, whatever its nll.
+        tokens: (C, K) int64, within [0, V); K is 2 or 3.
+        token_weight: (C, K) in the dtype to compute in; 0: no target, whatever its nll.
         softcap: bound of the logits, > 0, or None.
         logit_scale: factor of the logits, before the cap.
-        form_gradient: whether to.
+        form_gradient: if False, no gradient is formed.
 
     Returns:
-        logsumexp (C,) and nll (C, 2), in token_weight's dtype.
+        logsumexp (C,) and nll (C, K), in token_weight's dtype.
     """
     logsumexp = token_weight.new_empty(len(logits))
     nll = torch.empty_like(token_weight)
@@ -55,7 +58,7 @@ def _in_place(
     logit_scale: float,
     form_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`row_pass_torch` of logits that are as wide as the computation."""
+    """Do what `row_pass_torch` does, for logits that are as wide as the computation."""
     if logit_scale != 1.0:
         z.mul_(logit_scale)
     slope = None
@@ -71,16 +74,31 @@ def _in_place(
     z.sub_(highest).exp_().scatter_(1, place, 0.0)
     rest = z.sum(1, keepdim=True)
     log_total = rest.log1p()
+    nll = (highest - token_logits) + log_total
+    terms = (token_logits - highest).exp()  # (C, K)
+    if tokens.shape[1] == 3:
+        # 1 - p is the others' share: of a row that is sure of the token, exactly the rest.
+        unlikely = terms[:, 2:]
+        p = unlikely / (1 + rest)
+        others = torch.where(unlikely == 1, rest, (1 + rest) - unlikely)
+        others = others.clamp(min=torch.finfo(z.dtype).tiny)
+        nll[:, 2:] = torch.where(p < 0.5, -torch.log1p(-p), log_total - others.log())
 
     if form_gradient:
-        share = token_weight.sum(1, keepdim=True)
-        z.scatter_(1, place, 1.0).mul_(share / (1 + rest))
-        same = (tokens[:, :1] == tokens[:, 1:]).expand_as(token_weight)
-        own = torch.where(same, share, token_weight)
-        token_gradient = (share * (token_logits - highest).exp() - own) - own * rest
-        z.scatter_(1, tokens, token_gradient / (1 + rest))
+        share = token_weight[:, :2].sum(1, keepdim=True)
+        factor = share / (1 + rest)
+        same = tokens[:, :, None] == tokens[:, None, :2]
+        own = (same * token_weight[:, None, :2]).sum(2)
+        token_gradient = ((share * terms - own) - own * rest) / (1 + rest)
+        if tokens.shape[1] == 3:
+            push = token_weight[:, 2:] * p
+            others_push = (push / others).clamp(max=torch.finfo(z.dtype).max)
+            factor = factor - others_push
+            token_gradient += torch.where(tokens == tokens[:, 2:], push, -(others_push * terms))
+        z.scatter_(1, place, 1.0).mul_(factor)
+        z.scatter_(1, tokens, token_gradient)
         if slope is not None:
             z.mul_(slope)
         if logit_scale != 1.0:
             z.mul_(logit_scale)
-    return (highest + log_total).squeeze(1), (highest - token_logits) + log_total
+    return (highest + log_total).squeeze(1), nll

@@ -11,9 +11,10 @@ from torch import Tensor
 
 # A running maximum starts from it: no finite number lies below, and -inf - -inf is no number.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-class LaunchConfig(NamedTuple):
+class RowLaunch(NamedTuple):
     """How a row is walked: `block` logits at a time by `num_warps` warps."""
 
     block: int
@@ -23,13 +24,13 @@ class LaunchConfig(NamedTuple):
 # By the largest vocabulary that each is for. Eight logits a thread are one 16-byte load of bfloat16
 # and under 64 registers, so that three programs of 16 warps share a multiprocessor.
 LAUNCH_CONFIGS = {
-    1024: LaunchConfig(1024, 4),
-    16384: LaunchConfig(2048, 8),
-    2**31 - 1: LaunchConfig(4096, 16),
+    1024: RowLaunch(1024, 4),
+    16384: RowLaunch(2048, 8),
+    2**31 - 1: RowLaunch(4096, 16),
 }
 
 
-def launch_config(vocabulary: int) -> LaunchConfig:
+def launch_config(vocabulary: int) -> RowLaunch:
     """The row of `LAUNCH_CONFIGS` for rows of `vocabulary` logits, on every architecture."""
     return next(config for most, config in LAUNCH_CONFIGS.items() if vocabulary <= most)
 
@@ -64,6 +65,7 @@ def row_pass_triton(
             softcap or 0.0,
             logit_scale,
             HAS_SOFTCAP=softcap is not None,
+            HAS_UNLIKELY=tokens.shape[1] == 3,
             FORM_GRADIENT=form_gradient,
             BLOCK=config.block,
             num_warps=config.num_warps,
@@ -73,19 +75,21 @@ def row_pass_triton(
 
 @triton.jit
 def row_pass(
-    logits,
-    tokens,
-    token_weight,
-    logsumexp,
-    nll,
-    vocabulary,
-    row_stride,
-    softcap,
+    logits,  # (C, V), rows row_stride apart; overwritten by the gradient
+    tokens,  # (C, K) int64, K = 3 with HAS_UNLIKELY, else 2
+    token_weight,  # (C, K) float32
+    logsumexp,  # (C,) float32, out
+    nll,  # (C, K) float32, out
+    vocabulary,  # V
+    row_stride,  # in logits
+    softcap,  # > 0, or 0 without HAS_SOFTCAP
     logit_scale,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_UNLIKELY: tl.constexpr,
     FORM_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # logits a round
 ):
+    COLUMNS: tl.constexpr = 3 if HAS_UNLIKELY else 2
     i_row = tl.program_id(0).to(tl.int64)
     p_row = logits + i_row * row_stride
     # Each thread owns runs of eight neighbours: their maximum needs no other thread, and the
@@ -116,18 +120,42 @@ def row_pass(
     rest = (tl.sum(b_ones, 0) - 1) + tl.sum(b_rest, 0)
     log_total = _log1p(rest)
 
-    next_token = tl.load(tokens + 2 * i_row)
-    refusal_token = tl.load(tokens + 2 * i_row + 1)
+    p_tokens = tokens + COLUMNS * i_row
+    p_weight = token_weight + COLUMNS * i_row
+    p_nll = nll + COLUMNS * i_row
+    next_token = tl.load(p_tokens)
+    refusal_token = tl.load(p_tokens + 1)
     next_z, _ = _final_logit(tl.load(p_row + next_token), softcap, logit_scale, HAS_SOFTCAP)
     refusal_z, _ = _final_logit(tl.load(p_row + refusal_token), softcap, logit_scale, HAS_SOFTCAP)
     tl.store(logsumexp + i_row, highest + log_total)
-    tl.store(nll + 2 * i_row, (highest - next_z) + log_total)
-    tl.store(nll + 2 * i_row + 1, (highest - refusal_z) + log_total)
+    tl.store(p_nll, (highest - next_z) + log_total)
+    tl.store(p_nll + 1, (highest - refusal_z) + log_total)
+    # The third token's part of the gradient: unlikely_own at its own logit, -others_push times
+    # exp(z - highest) at any other.
+    unlikely_token = -1
+    unlikely_own = 0.0
+    others_push = 0.0
+    if HAS_UNLIKELY:
+        unlikely_place = tl.load(p_tokens + 2)
+        unlikely_token = unlikely_place.to(tl.int32)
+        unlikely_z, _ = _final_logit(
+            tl.load(p_row + unlikely_place), softcap, logit_scale, HAS_SOFTCAP
+        )
+        term = tl.exp(unlikely_z - highest)
+        p = term / (1 + rest)
+        # 1 - p is the others' share: of a row that is sure of the token, exactly the rest.
+        others = tl.where(term == 1, rest, (1 + rest) - term)
+        others = tl.maximum(others, SMALLEST)
+        # Near p = 1, where 1 - p has lost its digits, the loss is the others' share by its log.
+        unlikelihood = tl.where(p < 0.5, _log1p(-p), tl.log(others) - log_total)
+        tl.store(p_nll + 2, -unlikelihood)
+        unlikely_own = tl.load(p_weight + 2) * p
+        others_push = tl.minimum(unlikely_own / others, -LOWEST)
 
     if FORM_GRADIENT:
         tl.debug_barrier()  # no thread writes a token's logit before all have read it
-        next_weight = tl.load(token_weight + 2 * i_row)
-        refusal_weight = tl.load(token_weight + 2 * i_row + 1)
+        next_weight = tl.load(p_weight)
+        refusal_weight = tl.load(p_weight + 1)
         share = next_weight + refusal_weight
         # int32 within a row: comparing every logit's place in int64 would cost twice as much
         next_token = next_token.to(tl.int32)
@@ -137,8 +165,13 @@ def row_pass(
             b_z, b_slope = _final_logit(tl.load(p_row + o_logit), softcap, logit_scale, HAS_SOFTCAP)
             b_own = tl.where(o_logit == next_token, next_weight, 0.0)
             b_own += tl.where(o_logit == refusal_token, refusal_weight, 0.0)
-            b_gradient = _gradient(tl.exp(b_z - highest), rest, share, b_own) * b_slope
-            tl.store(p_row + o_logit, b_gradient.to(logits.dtype.element_ty))
+            b_term = tl.exp(b_z - highest)
+            b_gradient = _gradient(b_term, rest, share, b_own)
+            if HAS_UNLIKELY:
+                b_unlikely = -(others_push * b_term)
+                b_gradient += tl.where(o_logit == unlikely_token, unlikely_own, b_unlikely)
+            b_gradient = (b_gradient * b_slope).to(logits.dtype.element_ty)
+            tl.store(p_row + o_logit, b_gradient)
         # One round at most. An `if` would keep its places from the first walk's on; ptxas 12.9, of
         # Triton 3.6, spills them.
         for start in range(whole, vocabulary, BLOCK):
@@ -149,8 +182,13 @@ def row_pass(
             )
             b_own = tl.where(o_logit == next_token, next_weight, 0.0)
             b_own += tl.where(o_logit == refusal_token, refusal_weight, 0.0)
-            b_gradient = _gradient(tl.exp(b_z - highest), rest, share, b_own) * b_slope
-            tl.store(p_row + o_logit, b_gradient.to(logits.dtype.element_ty), mask=m_tail)
+            b_term = tl.exp(b_z - highest)
+            b_gradient = _gradient(b_term, rest, share, b_own)
+            if HAS_UNLIKELY:
+                b_unlikely = -(others_push * b_term)
+                b_gradient += tl.where(o_logit == unlikely_token, unlikely_own, b_unlikely)
+            b_gradient = (b_gradient * b_slope).to(logits.dtype.element_ty)
+            tl.store(p_row + o_logit, b_gradient, mask=m_tail)
 
 
 @triton.jit
@@ -181,7 +219,10 @@ def _gradient(term, rest, share, own):
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= 0, exact where 1 + x has lost x's digits; libdevice has it, see _tanh."""
+    """Return log(1 + x) for x > -0.5, exact where 1 + x has lost x's digits.
+
+    libdevice has it, but Triton's interpreter lacks libdevice.
+    """
     total = 1 + x
     return tl.where(total == 1, x, tl.log(total) * (x / (total - 1)))
 
