@@ -7,11 +7,13 @@ for it.
 
 from __future__ import annotations
 
+from typing import TypedDict, Unpack
+
 import torch
 from torch import Tensor, nn
 
 from derta.labels import IGNORE_INDEX
-from derta_kernels.head_loss import HeadLoss, head_loss
+from derta_kernels.head_loss import Head, HeadLoss, head_loss
 
 REDUCTIONS = ("mean", "sum")
 
@@ -24,6 +26,8 @@ def derta_loss(
     *,
     refusal_token_id: int | None = None,
     rto_weight: float | Tensor = 1.0,
+    unlikely_target: Tensor | None = None,
+    unlikelihood_weight: float | Tensor = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -34,10 +38,10 @@ def derta_loss(
     impl: str = "auto",
     scratch_mb: float | None = None,
 ) -> Tensor:
-    """Next-token and refusal loss of a vocabulary projection, without its logits.
+    """Compute the next-token and refusal loss of a vocabulary projection, without its logits.
 
     Nothing is shifted: target[i] is what hidden[i] predicts. A row may carry a next token, the
-    refusal token, both, or neither.
+    refusal token, a token to make unlikely, several of them, or none.
 
     Equals, up to rounding:
 
@@ -49,26 +53,37 @@ def derta_loss(
         loss = loss + (loss_weight * rto_weight * nll[..., refusal_token_id])[rto_mask].sum()
         loss = loss / (has_next.sum() + rto_mask.sum() if num_items is None else num_items)
 
+    and with unlikely_target, before the division:
+
+        has_unlikely = unlikely_target != ignore_index
+        p = torch.exp(-nll).gather(-1, unlikely_target.clamp(min=0)[..., None])[..., 0]
+        unlikelihood = -torch.log1p(-p)
+        loss = loss + (loss_weight * unlikelihood_weight * unlikelihood)[has_unlikely].sum()
+
     Memory, numerics, synchronisation: those of `derta_kernels.head_loss.head_loss`.
 
     Args:
         hidden: (..., d) float16, bfloat16, float32 or float64.
         weight: (V, d) in hidden's dtype; under autocast any floating dtype.
         target: (...) int64 in [0, V), or `ignore_index` where a row has no next token.
-        rto_mask: (...) bool, rows that are trained to say the refusal token; None: none.
+        rto_mask: (...) bool, rows that are trained to say the refusal token; None: no row.
         refusal_token_id: in [0, V); required with rto_mask.
         rto_weight: factor of the refusal losses, a number or a tensor of shape () or (...).
+        unlikely_target: (...) int64 in [0, V), the token that a row is trained not to say, or
+            `ignore_index`; None: no row has one.
+        unlikelihood_weight: factor of the unlikelihood losses, a number or a tensor of shape () or
+            (...). These losses add nothing to the number of targets.
         bias: (V,) in hidden's dtype, or None.
         softcap: logits become softcap * tanh(logits / softcap), or None.
         logit_scale: factor of the logits, before the cap.
-        ignore_index: the value in target that means "none".
-        num_items: what "mean" divides by, an int or a tensor of shape () (the targets of a whole
-            accumulated step, say); None: the number of targets in this call, of which a row with
-            both kinds has two. 0 divides by 1.
-        reduction: "mean" or "sum". Neither weight changes what "mean" divides by. There is no
-            "none", as gradients are formed in the forward pass; `derta_loss_with_rows` gives each
-            row's loss as a by-product.
-        loss_weight: (...) floating point, factor of both losses of a row; None: ones.
+        ignore_index: the value that means "no target".
+        num_items: the divisor of "mean", an int or a tensor of shape () (the targets of a whole
+            accumulated step, say); None: the number of targets in this call, where a row with both
+            a next and a refusal token counts twice. 0 divides by 1.
+        reduction: "mean" or "sum". Weights do not change the divisor of "mean". There is no
+            "none", as gradients are formed in the forward pass; `derta_loss_with_rows` returns each
+            row's losses as a by-product.
+        loss_weight: (...) floating point, factor of all losses of a row; None: ones.
         impl, scratch_mb: see `derta_kernels.head_loss.head_loss`.
 
     Returns:
@@ -80,18 +95,17 @@ def derta_loss(
         ValueError: a wrong shape, dtype, device or range, named with what was expected; rto_mask
             without refusal_token_id; num_items with reduction "sum".
 
-    Source: arXiv 2407.09121, equation 2.
+    Source: arXiv 2407.09121, equation 2; unlikelihood: arXiv 1908.04319.
     """
     return derta_loss_with_rows(
         hidden,
-        weight,
+        Head(weight, bias, softcap, logit_scale),
         target,
         rto_mask,
         refusal_token_id=refusal_token_id,
         rto_weight=rto_weight,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        unlikely_target=unlikely_target,
+        unlikelihood_weight=unlikelihood_weight,
         ignore_index=ignore_index,
         num_items=num_items,
         reduction=reduction,
@@ -103,15 +117,14 @@ def derta_loss(
 
 def derta_loss_with_rows(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     target: Tensor,
     rto_mask: Tensor | None = None,
     *,
     refusal_token_id: int | None = None,
     rto_weight: float | Tensor = 1.0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
+    unlikely_target: Tensor | None = None,
+    unlikelihood_weight: float | Tensor = 1.0,
     ignore_index: int = IGNORE_INDEX,
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
@@ -119,46 +132,93 @@ def derta_loss_with_rows(
     impl: str = "auto",
     scratch_mb: float | None = None,
 ) -> HeadLoss:
-    """`derta_loss` together with every row's own, unweighted losses.
+    """Compute `derta_loss` together with every row's own, unweighted losses.
 
-    Takes and raises what `derta_loss` does.
+    Args:
+        hidden, target, ...: as `derta_loss`.
+        head: the vocabulary projection, `derta_kernels.head_loss.Head`.
 
     Returns:
-        `HeadLoss`: loss as `derta_loss` returns it; logsumexp, next_nll and refusal_nll in target's
-        shape, nats, detached. refusal_nll is there for every live row, RTO or not.
+        `HeadLoss`: loss as `derta_loss` returns it; logsumexp, next_nll, refusal_nll and
+        unlikelihood in target's shape, nats, detached. refusal_nll is there for every live row.
+
+    Raises:
+        TypeError, ValueError: as `derta_loss`.
     """
-    _check_rows(hidden, target=target, rto_mask=rto_mask, loss_weight=loss_weight)
-    _check_weights(target, rto_weight, loss_weight)
+    _check_rows(
+        hidden,
+        target=target,
+        rto_mask=rto_mask,
+        unlikely_target=unlikely_target,
+        loss_weight=loss_weight,
+    )
+    _check_weights(
+        target,
+        loss_weight,
+        rto_weight=rto_weight,
+        unlikelihood_weight=unlikelihood_weight,
+    )
     _check_normalisation(reduction, num_items)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if loss_weight is None:
         loss_weight = torch.ones(target.shape, dtype=dtype, device=hidden.device)
+    wide_weight = loss_weight.to(dtype)
 
-    rows = head_loss(
+    def flat(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.reshape(-1)
+
+    found = head_loss(
         hidden.reshape(-1, hidden.shape[-1]),
-        weight,
+        head.weight,
         target.reshape(-1),
-        None if rto_mask is None else rto_mask.reshape(-1),
+        flat(rto_mask),
         refusal_token_id=refusal_token_id,
-        next_weight=loss_weight.reshape(-1),
-        rto_weight=(loss_weight.to(dtype) * rto_weight).reshape(-1),
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        next_weight=flat(loss_weight),
+        rto_weight=flat(wide_weight * rto_weight),
+        unlikely_target=flat(unlikely_target),
+        unlikelihood_weight=(
+            None if unlikely_target is None else flat(wide_weight * unlikelihood_weight)
+        ),
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
         ignore_index=ignore_index,
         impl=impl,
         scratch_mb=scratch_mb,
     )
     if reduction == "sum":
-        loss = rows.loss
+        loss = found.loss
     else:
         if num_items is None:
             num_items = (target != ignore_index).sum()
             if rto_mask is not None:
                 num_items = num_items + rto_mask.sum()
         count = torch.as_tensor(num_items)
-        loss = rows.loss / count.where(count != 0, 1)
-    return HeadLoss(loss, *(values.reshape(target.shape) for values in rows[1:]))
+        loss = found.loss / count.where(count != 0, 1)
+    return HeadLoss(loss, *(values.reshape(target.shape) for values in found[1:]))
+
+
+class HeldOptions(TypedDict, total=False):
+    """Settings of `derta_loss` that a loss module holds."""
+
+    softcap: float | None
+    logit_scale: float
+    reduction: str
+    impl: str
+
+
+class CallOptions(TypedDict, total=False):
+    """Arguments of `derta_loss` that differ from call to call of a loss module."""
+
+    bias: Tensor | None
+    num_items: int | Tensor | None
+    loss_weight: Tensor | None
+
+
+class LossOptions(HeldOptions, CallOptions, total=False):
+    """Keywords of `derta_loss` that its narrower forms pass on."""
+
+    scratch_mb: float | None
 
 
 def rto_loss(
@@ -167,15 +227,9 @@ def rto_loss(
     rto_mask: Tensor,
     *,
     refusal_token_id: int,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    num_items: int | Tensor | None = None,
-    reduction: str = "mean",
-    loss_weight: Tensor | None = None,
-    impl: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> Tensor:
-    """Reinforced transition optimization alone: -log p(refusal token) at every row of rto_mask.
+    """Compute only the RTO term: -log p(refusal token) at every row of rto_mask.
 
     Equals, up to rounding:
 
@@ -196,13 +250,7 @@ def rto_loss(
         torch.full(rto_mask.shape, IGNORE_INDEX, device=hidden.device),
         rto_mask,
         refusal_token_id=refusal_token_id,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        num_items=num_items,
-        reduction=reduction,
-        loss_weight=loss_weight,
-        impl=impl,
+        **options,
     )
 
 
@@ -219,7 +267,7 @@ def linear_cross_entropy(
     options: object | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`torch.nn.functional.linear_cross_entropy` of class indices, without the logits.
+    """Compute `torch.nn.functional.linear_cross_entropy` of class indices, without the logits.
 
     Equals, up to rounding:
 
@@ -236,7 +284,7 @@ def linear_cross_entropy(
         linear_bias: (C,) in input's dtype, or None.
         weight, label_smoothing, options: only their defaults are supported.
         reduction: "mean" over the targets that are not ignored, or "sum".
-        ignore_index: the value in target that means "none"; None: -100.
+        ignore_index: the value that means "no target"; None: -100.
         impl: see `derta_kernels.head_loss.head_loss`.
 
     Returns:
@@ -295,20 +343,14 @@ class DertaLoss(nn.Module):
         refusal_token_id: int,
         *,
         rto_weight: float = 1.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
         ignore_index: int = IGNORE_INDEX,
-        reduction: str = "mean",
-        impl: str = "auto",
+        **options: Unpack[HeldOptions],
     ) -> None:
         super().__init__()
         self.refusal_token_id = refusal_token_id
         self.rto_weight = rto_weight
-        self.softcap = softcap
-        self.logit_scale = logit_scale
         self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.impl = impl
+        self.options = options
 
     def forward(
         self,
@@ -316,12 +358,9 @@ class DertaLoss(nn.Module):
         weight: Tensor,
         target: Tensor,
         rto_mask: Tensor | None = None,
-        *,
-        bias: Tensor | None = None,
-        num_items: int | Tensor | None = None,
-        loss_weight: Tensor | None = None,
+        **options: Unpack[CallOptions],
     ) -> Tensor:
-        """The loss, ()."""
+        """Return the loss, ()."""
         return derta_loss(
             hidden,
             weight,
@@ -329,21 +368,15 @@ class DertaLoss(nn.Module):
             rto_mask,
             refusal_token_id=self.refusal_token_id,
             rto_weight=self.rto_weight,
-            bias=bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
             ignore_index=self.ignore_index,
-            num_items=num_items,
-            reduction=self.reduction,
-            loss_weight=loss_weight,
-            impl=self.impl,
+            **self.options,
+            **options,
         )
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
-        return (
-            f"refusal_token_id={self.refusal_token_id}, rto_weight={self.rto_weight}, "
-            f"reduction={self.reduction!r}, impl={self.impl!r}"
+        """Return the settings as `print` shows them."""
+        return _as_arguments(
+            refusal_token_id=self.refusal_token_id, rto_weight=self.rto_weight, **self.options
         )
 
 
@@ -353,57 +386,35 @@ class RTOLoss(nn.Module):
     Args, shapes, returns and raises: those of `rto_loss` under the same names.
     """
 
-    def __init__(
-        self,
-        refusal_token_id: int,
-        *,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        reduction: str = "mean",
-        impl: str = "auto",
-    ) -> None:
+    def __init__(self, refusal_token_id: int, **options: Unpack[HeldOptions]) -> None:
         super().__init__()
         self.refusal_token_id = refusal_token_id
-        self.softcap = softcap
-        self.logit_scale = logit_scale
-        self.reduction = reduction
-        self.impl = impl
+        self.options = options
 
     def forward(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        rto_mask: Tensor,
-        *,
-        bias: Tensor | None = None,
-        num_items: int | Tensor | None = None,
-        loss_weight: Tensor | None = None,
+        self, hidden: Tensor, weight: Tensor, rto_mask: Tensor, **options: Unpack[CallOptions]
     ) -> Tensor:
-        """The loss, ()."""
+        """Return the loss, ()."""
         return rto_loss(
             hidden,
             weight,
             rto_mask,
             refusal_token_id=self.refusal_token_id,
-            bias=bias,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            num_items=num_items,
-            reduction=self.reduction,
-            loss_weight=loss_weight,
-            impl=self.impl,
+            **self.options,
+            **options,
         )
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
-        return (
-            f"refusal_token_id={self.refusal_token_id}, reduction={self.reduction!r}, "
-            f"impl={self.impl!r}"
-        )
+        """Return the settings as `print` shows them."""
+        return _as_arguments(refusal_token_id=self.refusal_token_id, **self.options)
+
+
+def _as_arguments(**settings: object) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
 def _check_rows(hidden: Tensor, *, name: str = "hidden", **rows: Tensor | None) -> None:
-    """One value for every row of hidden: tensors of its leading shape, on its device."""
+    """Check that tensors have one value for every row of hidden: its leading shape and device."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(hidden).__name__}")
     if hidden.dim() == 0:
@@ -425,17 +436,18 @@ def _check_rows(hidden: Tensor, *, name: str = "hidden", **rows: Tensor | None) 
             )
 
 
-def _check_weights(target: Tensor, rto_weight: float | Tensor, loss_weight: Tensor | None) -> None:
-    """Row weights of a type, shape and dtype that can multiply losses."""
-    if isinstance(rto_weight, Tensor):
-        if rto_weight.shape not in ((), target.shape):
-            raise ValueError(
-                "rto_weight must be a number or a tensor of shape () or target's "
-                f"{tuple(target.shape)}, got {tuple(rto_weight.shape)}"
-            )
-    elif isinstance(rto_weight, bool) or not isinstance(rto_weight, int | float):
-        raise TypeError(f"rto_weight must be a number or a tensor, got {type(rto_weight).__name__}")
-    for name, values in (("rto_weight", rto_weight), ("loss_weight", loss_weight)):
+def _check_weights(target: Tensor, loss_weight: Tensor | None, **factors: float | Tensor) -> None:
+    """Check that row weights have a type, shape and dtype that can multiply losses."""
+    for name, factor in factors.items():
+        if isinstance(factor, Tensor):
+            if factor.shape not in ((), target.shape):
+                raise ValueError(
+                    f"{name} must be a number or a tensor of shape () or target's "
+                    f"{tuple(target.shape)}, got {tuple(factor.shape)}"
+                )
+        elif isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(factor).__name__}")
+    for name, values in (*factors.items(), ("loss_weight", loss_weight)):
         if isinstance(values, Tensor):
             if not values.is_floating_point():
                 raise ValueError(f"{name} must be floating point, got {values.dtype}")
@@ -444,7 +456,7 @@ def _check_weights(target: Tensor, rto_weight: float | Tensor, loss_weight: Tens
 
 
 def _check_normalisation(reduction: str, num_items: int | Tensor | None) -> None:
-    """A reduction that exists and a count that it uses."""
+    """Check that the reduction exists and uses the count."""
     if reduction not in REDUCTIONS:
         raise ValueError(
             f'reduction must be "mean" or "sum", got {reduction!r}; derta_loss_with_rows gives the '

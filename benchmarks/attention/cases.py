@@ -16,6 +16,7 @@ from benchmarks.harness.examples import draw_triples
 from benchmarks.harness.question import Values
 from derta.data import Drawn, EncodedDialogue, EncodedTriple, pack
 from derta.data.packs.packing import packed_length
+from derta.objectives.derta import DertaObjective
 
 PLAIN, DIALOGUES, LONG, ONE, FOUR = (
     "one sequence",
@@ -252,14 +253,14 @@ def _long_branches(tokens: int) -> list[Drawn]:
         "triple", ids[:prompt], ids[:harmful], ids[: branch + 1], cut_limit=harmful
     )
     cuts = harmful * np.array([7, 5, 3, 1]) // 8
-    return [Drawn(triple, cuts, rto_rows=np.ones(harmful + 1, dtype=bool))]
+    return [Drawn(triple, cuts, depths=np.ones(harmful + 1, dtype=bool))]
 
 
 def _short_branches(branches: int, tokens: int) -> list[Drawn]:
     """Triples of the official data's lengths, and one dialogue that fills the pack."""
     found: list[Drawn] = []
     for drawn in draw_triples(tokens // 100, branches, VOCABULARY):
-        length = packed_length(drawn.example, branches=branches, cuts="uniform", rto_keep=1)
+        length = packed_length(drawn.example, DertaObjective(branches=branches))
         if length > tokens:
             break
         found.append(drawn)
@@ -270,7 +271,7 @@ def _short_branches(branches: int, tokens: int) -> list[Drawn]:
 def _dialogue(length: int) -> Drawn:
     is_target = np.arange(length + 1) == length  # the last target is no input
     dialogue = EncodedDialogue("dialogue", np.zeros(length + 1, np.int32), is_target)
-    return Drawn(dialogue, cuts=np.zeros(0, np.int64), rto_rows=np.zeros(0, dtype=bool))
+    return Drawn(dialogue, cuts=np.zeros(0, np.int64), depths=np.zeros(0, dtype=bool))
 
 
 PATTERNS: dict[str, Callable[[int], list[Drawn]]] = {

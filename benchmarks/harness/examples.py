@@ -12,6 +12,7 @@ from torch import Tensor
 from derta.data import DertaCollator, Drawn, EncodedTriple, PackedBatch, pack, plan_packs
 from derta.data.packs.packing import packed_length
 from derta.labels import IGNORE_INDEX
+from derta.objectives.derta import DertaObjective
 
 MEAN_LENGTHS = (40, 380, 70)  # of prompt, harmful and safe response
 SPREAD = 0.4  # the standard deviation of a length's logarithm
@@ -55,9 +56,7 @@ def draw_triples(count: int, branches: int, vocabulary: int) -> list[Drawn]:
 
 def in_packs(drawn: Sequence[Drawn], max_tokens: int) -> list[PackedBatch]:
     """One step's packs, planned as the trainer plans them."""
-    lengths = [
-        packed_length(d.example, branches=len(d.cuts), cuts="uniform", rto_keep=1) for d in drawn
-    ]
+    lengths = [packed_length(d.example, DertaObjective(branches=len(d.cuts))) for d in drawn]
     plan = plan_packs(
         lengths, max_tokens=max_tokens, examples_per_step=len(drawn), epochs=1, seed=0
     )

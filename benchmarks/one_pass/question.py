@@ -82,7 +82,9 @@ def batches_of(case: Case, implementation: str) -> list[Batch]:
     drawn = draw_triples(case.triples, case.branches, SHAPE["vocab_size"])
     if implementation == OURS:
         return [
-            Batch(partial(packed_inputs, pack), pack.shift_labels, pack.rto_mask)
+            Batch(
+                partial(packed_inputs, pack), pack.columns["shift_labels"], pack.columns["rto_mask"]
+            )
             for pack in in_packs(drawn, MAX_TOKENS)
         ]
     found = samples(drawn)

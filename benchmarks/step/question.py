@@ -193,7 +193,7 @@ def loss_of(model: Any, head: str, batch: Any, targets: int) -> Tensor:
 def targets_of(batches: Sequence[Any]) -> int:
     """Of the whole step."""
     return sum(
-        batch.next_count + batch.rto_count
+        batch.totals["mle"].targets + batch.totals["rto"].targets
         if isinstance(batch, PackedBatch)
         else int((batch["labels"] != IGNORE_INDEX).sum())
         for batch in batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +15,14 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from derta.data import LossShare, Source, SourceRecords, render_pack
+from derta.data import LossShares, Source, SourceRecords, render_pack
 from derta.memory import plan
 from derta.memory.probe import physical_memory
 from derta.memory.step import make_step
 from derta.modeling import loading
 from derta.modeling.adapters import Method, adapt, quantization
 from derta.modeling.offloading import ran_out_of_memory
+from derta.objectives.base import Term
 from derta.training.config import DertaConfig
 from derta.training.progress import Progress
 from derta.training.trainer import DertaTrainer
@@ -88,26 +90,27 @@ def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
 def describe(trainer: DertaTrainer) -> str:
     """What is about to be trained on, how much each source counts, and what one pass saves."""
     steps = trainer.train_dataset
-    shares = steps.shares(trainer.args.rto_weight, trainer.args.loss_norm)
+    shares = describe_shares(steps.shares(trainer.args.loss_norm), trainer.objective.terms)
     return (
         f"refusal token {trainer.refusal_token.text!r} (id {trainer.refusal_token.id}); "
         f"{len(steps.examples)} examples, {len(steps)} steps, {steps.packs} packs of at most "
-        f"{trainer.args.max_tokens} tokens\n{describe_shares(shares)}\n{steps.tokens}"
+        f"{trainer.args.max_tokens} tokens\n{shares}\n{steps.tokens}"
     )
 
 
-def describe_shares(shares: dict[str, LossShare], rows: int = 10) -> str:
-    """A table of what `loss_shares` finds, the largest sources first, the rest in one row."""
+def describe_shares(shares: LossShares, terms: Sequence[Term], rows: int = 10) -> str:
+    """Return a table of `loss_shares`: the largest sources first, the rest in one row."""
     named = [(source or "(unnamed)", share) for source, share in shares.items()]
     if rest := [share for _, share in named[rows:]]:
-        total = LossShare(sum(share.next for share in rest), sum(share.rto for share in rest))
+        total = {term.name: sum(share[term.name] for share in rest) for term in terms}
         named = [*named[:rows], (f"{len(rest)} others", total)]
     width = max(len(source) for source, _ in named)
     return "\n".join(
         [
             "effective share of the loss's weight:",
             *(
-                f"  {source:<{width}}  next token {share.next:6.1%}   RTO {share.rto:6.1%}"
+                f"  {source:<{width}}  "
+                + "   ".join(f"{term.title} {share[term.name]:6.1%}" for term in terms)
                 for source, share in named
             ),
         ]
@@ -199,7 +202,9 @@ def run(config: TrainConfig) -> None:
         print(describe(trainer))
     if config.dry_run:
         batch = trainer.train_dataset[0][0]
-        print(render_pack(batch, tokenizer, trainer.refusal_token.id, color=sys.stdout.isatty()))
+        color = sys.stdout.isatty()
+        refusal_id = trainer.refusal_token.id
+        print(render_pack(batch, trainer.objective, tokenizer, refusal_id, color=color))
         return
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

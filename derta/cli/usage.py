@@ -45,6 +45,7 @@ objective
   --cuts             zero | uniform | official | deep
   --rto_keep         share of harmful positions that are RTO targets, 0 to 1
   --rto_weight       weight of RTO in the loss
+  --unlikelihood_weight   weight of -log(1 - p(next harmful token)) at RTO rows
   --rto_depth        uniform | growing, towards the end of the harmful response
   --loss_norm        tokens | official | terms
 best checkpoint, by refusal curves of eval_sources: --metric_for_best_model trade_off
@@ -231,6 +232,7 @@ usage: derta data stats [CONFIG.yaml] --sources SOURCES [--key value ...]
 what a run makes of it
   --model            folder with a tokenizer, or a name on the model hub; without, characters count
   --recipe --refusal --branches --cuts --rto_keep --rto_weight --rto_depth --loss_norm
+  --unlikelihood_weight
   --max_length --max_tokens --seed --chat_template      as in training
 what comes again
   --near             share of their pairs of words that makes requests near, 0.5 to 1; null looks

@@ -1,6 +1,6 @@
 from derta.data.packs.packing import (
+    Collator as Collator,
     DertaCollator as DertaCollator,
-    Drawn as Drawn,
     PackedBatch as PackedBatch,
     TokenCount as TokenCount,
     count_tokens as count_tokens,
@@ -9,7 +9,7 @@ from derta.data.packs.packing import (
     sequence_length as sequence_length,
 )
 from derta.data.packs.planning import Plan as Plan, plan_packs as plan_packs
-from derta.data.packs.shares import LossShare as LossShare, loss_shares as loss_shares
+from derta.data.packs.shares import LossShares as LossShares, loss_shares as loss_shares
 from derta.data.packs.show import render_pack as render_pack
 from derta.data.packs.steps import (
     EncodedRecords as EncodedRecords,
@@ -49,6 +49,7 @@ from derta.data.tokens.refusal import (
     resolve_refusal_token as resolve_refusal_token,
 )
 from derta.data.tokens.store import ExampleStore as ExampleStore
+from derta.objectives.base import Drawn as Drawn
 from derta.objectives.cuts import (
     CUT_POLICIES as CUT_POLICIES,
     RTO_DEPTHS as RTO_DEPTHS,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from derta.data.packs.packing import DertaCollator, Drawn, count_tokens
+from derta.data.packs.packing import Collator, count_tokens
 from derta.data.packs.shares import loss_shares
 from derta.data.records.duplicates import (
     NEAR,
@@ -28,6 +28,7 @@ from derta.data.records.types import Dialogue, Message, Record, Rendered, Reques
 from derta.data.tokens.chat import BATCH, batched
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
 from derta.data.tokens.refusal import choose_refusal_token
+from derta.objectives.base import Drawn, LossNorm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,12 +98,13 @@ class RunStatistics:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        collator: DertaCollator,
+        collator: Collator,
         *,
         max_length: int,
         max_tokens: int,
     ) -> None:
-        draws: Any = {"branches": collator.branches, "cuts": collator.cuts}
+        objective = collator.objective
+        draws: Any = {"branches": objective.branches, "cuts": objective.cuts}
         self.collator = collator
         self.whole = Encoder(tokenizer, max_length=sys.maxsize, max_tokens=sys.maxsize, **draws)
         self.fitting = Encoder(tokenizer, max_length=max_length, max_tokens=max_tokens, **draws)
@@ -134,7 +136,7 @@ class RunStatistics:
         if isinstance(whole, EncodedDialogue):
             longest = len(whole.input_ids)
         else:
-            safe = len(whole.safe) * max(1, self.collator.branches)
+            safe = len(whole.safe) * max(1, self.collator.objective.branches)
             longest = len(whole.prompt) + len(whole.harmful) + safe
         if longest <= limit:
             return whole
@@ -261,8 +263,7 @@ def data_statistics(
     run: RunStatistics | None = None,
     *,
     refusal: str | int = "auto",
-    rto_weight: float = 1.0,
-    loss_norm: str = "tokens",
+    loss_norm: LossNorm = "tokens",
 ) -> dict[str, Any]:
     """What training records are made of, and what a run makes of them.
 
@@ -270,7 +271,7 @@ def data_statistics(
         records: those of training, read once.
         repeats: what counts those that come again, evaluation records in it.
         run: None: lengths are in characters, and nothing is said of a run.
-        refusal, rto_weight, loss_norm: as of a `DertaConfig`.
+        refusal, loss_norm: as of a `DertaConfig`.
 
     Returns:
         plain values, none of them a text of a record: "rows" by source and kind, "unit" and
@@ -295,7 +296,7 @@ def data_statistics(
             for part, characters in character_lengths(record):
                 lengths[part].add(characters)
     else:
-        shares = loss_shares(run.drawn(counted()), rto_weight=rto_weight, loss_norm=loss_norm)
+        shares = loss_shares(run.drawn(counted()), run.collator.objective, loss_norm)
         lengths = run.lengths
         of_run = {
             "tokens": {
@@ -304,7 +305,7 @@ def data_statistics(
                 "shortened": run.shortened,
                 "skipped": run.fitting.skipped,
             },
-            "loss": {source: share._asdict() for source, share in shares.items()},
+            "loss": shares,
             "refusal": run.refusal(refusal),
         }
     return {

@@ -35,7 +35,10 @@ from derta.data.records.types import Request, naming
 from derta.evaluation.generation.local import SHOWN_AFTER_S
 from derta.modeling.introspection import context_length, evaluating
 from derta.modeling.patch import apply_derta, patch_of, remove_derta
+from derta.objectives.derta import DertaObjective
 
+# Responses without branches, the refusal token read at every position.
+TRUNKS = DertaObjective(branches=0, cuts="zero")
 # Source: arXiv 2407.09121, section 3.3.
 PAPER_REFUSAL = "Sorry"
 
@@ -161,13 +164,13 @@ def refusal_curve(
             example does not fit its context.
     """
     drawn = [
-        Drawn(example, cuts=np.zeros(0, np.int64), rto_rows=np.ones(len(example.harmful) + 1, bool))
+        Drawn(example, cuts=np.zeros(0, np.int64), depths=np.ones(len(example.harmful) + 1, bool))
         for example in examples
     ]
     curves = [np.empty(0, np.float32)] * len(drawn)
     with _reading(model, refusal_token_id):
         for read in _read(model, drawn, max_tokens):
-            probability = np.exp(-read.refusal_nll[0].float().cpu().numpy())
+            probability = np.exp(-read.rows["rto"][0].float().cpu().numpy())
             depth, index = read.batch.depth[0].numpy(), read.batch.example_index[0].numpy()
             for nth, place in enumerate(read.places):
                 curves[place] = probability[(index == nth) & (depth >= 0)]
@@ -196,8 +199,8 @@ def perplexity(
     sums, count = [], 0
     with _reading(model):
         for read in _read(model, drawn, max_tokens):
-            sums.append(float(read.next_nll.double().sum()))
-            count += read.batch.next_count
+            sums.append(float(read.rows["mle"].double().sum()))
+            count += read.batch.totals["mle"].targets
     return math.fsum(sums), count
 
 
@@ -206,8 +209,7 @@ class _Read(NamedTuple):
 
     places: tuple[int, ...]
     batch: PackedBatch
-    next_nll: Tensor
-    refusal_nll: Tensor
+    rows: dict[str, Tensor]
 
 
 def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> Iterator[_Read]:
@@ -215,7 +217,7 @@ def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> It
         return
     examples: list[Encoded] = [one.example for one in drawn]
     context = context_length(model)
-    lengths = [packed_length(one, branches=0, cuts="zero", rto_keep=1.0) for one in examples]
+    lengths = [packed_length(one, TRUNKS) for one in examples]
     for example, length in zip(examples, lengths, strict=True):
         if length > context:
             raise ValueError(
@@ -230,9 +232,9 @@ def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> It
     )
     (packs,) = plan.steps
     for places in tqdm(packs, desc="read", unit="pack", delay=SHOWN_AFTER_S, leave=False):
-        batch = pack([drawn[place] for place in places])
+        batch = pack([drawn[place] for place in places], TRUNKS)
         output = model(**batch.to(model.device).model_inputs())
-        yield _Read(places, batch, output.next_nll, output.refusal_nll)
+        yield _Read(places, batch, output.rows)
 
 
 @contextlib.contextmanager

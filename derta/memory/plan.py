@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import is_liger_kernel_available
 
+from derta.data import Drawn, EncodedTriple
+from derta.data.packs.packing import placed
 from derta.memory.step import StepMemory, StepSettings
 from derta.modeling.introspection import context_of
+from derta.objectives.derta import DertaObjective
 
 GIB = 2**30
 # What a CUDA context, its libraries and an allocator's gaps take. Assumed, not measured.
@@ -67,10 +71,22 @@ class Triples:
         """Tokens of the harmful response of a triple with that many tokens."""
         return max(tokens - self.prompt - self.branches * self.safe, 0)
 
+    def drawn(self, tokens: int, name: str = "triple") -> Drawn:
+        """Return a triple with that many tokens, its branches spread evenly over the response."""
+        harmful = self.harmful(tokens)
+        ids = np.arange(tokens, dtype=np.int32) % 100
+        q, h = np.split(ids[: self.prompt + harmful], [self.prompt])
+        cuts = np.linspace(harmful, 0, self.branches + 2).astype(int)[1:-1]
+        depths = np.random.default_rng(0).random(harmful + 1) < self.rto_keep
+        return Drawn(EncodedTriple(name, q, h, ids[: self.safe], harmful), cuts, depths)
+
     def live(self, tokens: int) -> float:
-        """Share of its tokens with a target, rounded up to a tenth."""
-        targets = self.rto_keep * (self.harmful(tokens) + 1) + self.branches * self.safe
-        return min(math.ceil(10 * targets / tokens), 10) / 10
+        """Return the share of rows with a target of any term, rounded up to a tenth."""
+        drawn, objective = self.drawn(tokens), DertaObjective()
+        place = placed(drawn)
+        targets = objective.targets(objective.lay(drawn, place))
+        live = np.any(list(targets.values()), axis=0)
+        return math.ceil(10 * live.mean()) / 10
 
 
 def needed(memory: StepMemory, tokens: int, triples: Triples) -> Counter[str]:

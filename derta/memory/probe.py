@@ -7,13 +7,12 @@ import os
 import resource
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
-from derta.data import Drawn, EncodedTriple, PackedBatch, pack
+from derta.data import PackedBatch, pack
 from derta.memory.plan import GIB, Triples, needed
 from derta.memory.step import StepMemory, StepSettings, prepared
 from derta.modeling.adapters import Method, quantization
@@ -82,15 +81,7 @@ def full_pack(tokens: int, triples: Triples, context: int) -> PackedBatch:
     Their branches are spread evenly over the harmful responses.
     """
     count = -(-tokens // context)
-    harmful = triples.harmful(tokens // count)
-    ids = np.arange(tokens, dtype=np.int32) % 100
-    q, h = np.split(ids[: triples.prompt + harmful], [triples.prompt])
-    cuts = np.linspace(harmful, 0, triples.branches + 2).astype(int)[1:-1]
-    rows = np.random.default_rng(0).random(harmful + 1) < triples.rto_keep
-    safe = ids[: triples.safe]
-    return pack(
-        [Drawn(EncodedTriple(str(n), q, h, safe, harmful), cuts, rows) for n in range(count)]
-    )
+    return pack([triples.drawn(tokens // count, str(number)) for number in range(count)])
 
 
 def probe(step: StepSettings, tokens: int, triples: Triples, device: torch.device) -> str:

@@ -5,22 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from derta.modeling.attention import scope_of
-
-
-class Head(NamedTuple):
-    """The vocabulary projection: logits are softcap(logit_scale * (hidden @ weight.T + bias))."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
+from derta_kernels.head_loss import Head
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

@@ -12,18 +12,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from derta.labels import IGNORE_INDEX
-from derta.loss import derta_loss_with_rows
 from derta.modeling.attention import packed_mask, register_attention, scope_of
 from derta.modeling.introspection import (
     has_router_loss,
@@ -35,6 +32,8 @@ from derta.modeling.introspection import (
 from derta.modeling.offloading import offloading
 from derta.modeling.quantization import allow_packing, check_4_bits, forbid_packing
 from derta.modeling.selfcheck import Proof
+from derta.objectives.base import Number, Objective
+from derta.objectives.derta import DertaObjective
 from derta_kernels.attention import Bounds
 
 MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -46,15 +45,15 @@ class DertaOutput(ModelOutput):
 
     Attributes:
         loss: (), nats, the router loss included where the model adds one.
-        next_nll: (1, N), nats, -log p(next token), detached; 0 on rows that have none.
-        refusal_nll: (1, N), nats, -log p(refusal token) on every row with a target, detached.
+        rows: the losses of each term by its name, (1, N) each, nats, unweighted and detached; 0 on
+            rows without a target. Those of DeRTa are "mle", -log p(next token), and "rto", -log
+            p(refusal token), which is there for every row with a target of any term.
         aux_loss: (), the router loss before its weights, or None.
         logits: None: they are never formed.
     """
 
     loss: Tensor | None = None
-    next_nll: Tensor | None = None
-    refusal_nll: Tensor | None = None
+    rows: dict[str, Tensor] | None = None
     aux_loss: Tensor | None = None
     logits: Tensor | None = None
 
@@ -69,9 +68,10 @@ class Twin(NamedTuple):
 
 @dataclass(frozen=True)
 class Patch:
-    """What `apply_derta` was asked for and what it changed, kept on the model."""
+    """The arguments of `apply_derta` and its changes, kept on the model."""
 
     refusal_token_id: int
+    objective: Objective
     impl: str
     offload: bool
     twins: tuple[Twin, ...]
@@ -81,21 +81,24 @@ def apply_derta(
     model: nn.Module,
     refusal_token_id: int,
     *,
+    objective: Objective | None = None,
     impl: str = "auto",
     attention: str = "auto",
     offload: bool = False,
 ) -> nn.Module:
-    """Teaches a decoder-only model to train on packs, in place.
+    """Make a decoder-only model train on packs, in place.
 
     Afterwards, with tensors of shape (1, N),
 
         model(input_ids=, position_ids=, visible_until=, shift_labels=, rto_mask=).loss
 
-    is the objective of the pack, a `DertaOutput`. Further keywords are those of `derta_loss`
-    (loss_weight, rto_weight, num_items, reduction), example_bounds as in `interval_attention`,
-    which saves a transfer from the device, and router_weight, a factor of the router loss for
-    steps of several packs. Without shift_labels and rto_mask the model returns its own
-    output, logits included; without visible_until it is as it was, bit for bit.
+    is the loss of the pack; the model returns a `DertaOutput`. Other objectives take their own
+    columns as keywords, see `Objective.columns`. Further keywords: loss_weight, rto_weight,
+    num_items and reduction as in `derta_loss`; term_weights, the factor of each term by its name
+    (by default the objective's own); example_bounds as in `interval_attention`, which saves a
+    transfer from the device; router_weight, a factor of the router loss for steps of several packs.
+    Without a column of the objective the model returns its own output, logits included; without
+    visible_until it is as it was, bit for bit.
 
     The model proves itself first: hidden states and losses of a random pack of two examples and a
     branch against separate passes of the unpatched model, in evaluation mode and without touching
@@ -112,6 +115,7 @@ def apply_derta(
     Args:
         model: a transformers model with a language model's head, or a PEFT model of one.
         refusal_token_id: in [0, vocabulary).
+        objective: what packs are trained on; None: DeRTa's with its defaults.
         impl: of the head loss, see `derta_kernels.head_loss.head_loss`.
         attention: of packs, see `derta_kernels.attention.interval_attention`.
         offload: if True, what the body keeps for the backward pass of a pack waits on the host,
@@ -138,6 +142,9 @@ def apply_derta(
         expected = proof.separate_passes(patched)
         _install(patched, refusal_token_id, impl, attention, offload)
         proof.check(patched, refusal_token_id, expected)
+        if objective is not None:
+            state = vars(patched)
+            state["_derta_patch"] = replace(state["_derta_patch"], objective=objective)
         undo.pop_all()
     return model
 
@@ -227,7 +234,7 @@ def _install(
         config._attn_implementation_internal = twin
         twins.append(Twin(config, own, twin))
     state = vars(model)
-    state["_derta_patch"] = Patch(refusal_token_id, impl, offload, tuple(twins))
+    state["_derta_patch"] = Patch(refusal_token_id, DertaObjective(), impl, offload, tuple(twins))
     ours = state.get("_derta_forward")
     reached = inspect.unwrap(model.forward, stop=lambda wrapper: _function(wrapper) is ours)
     if _function(reached) is not ours:
@@ -247,15 +254,14 @@ def _patched(class_forward: Callable[..., Any]) -> Callable[..., Any]:
         self: PreTrainedModel,
         *args: Any,
         visible_until: Tensor | None = None,
-        rto_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         own = vars(self).get("_derta_previous_forward")
         if own is None:
             own = functools.partial(type(self).forward, self)
         if visible_until is not None:
-            return _forward_packed(self, own, args, visible_until, rto_mask=rto_mask, **kwargs)
-        if rto_mask is not None:
+            return _forward_packed(self, own, args, visible_until, **kwargs)
+        if kwargs.get("rto_mask") is not None:
             raise ValueError("rto_mask needs visible_until, got None: batches must be packed")
         return own(*args, **kwargs)
 
@@ -269,10 +275,8 @@ def _forward_packed(
     visible_until: Tensor,
     *,
     position_ids: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    rto_mask: Tensor | None = None,
     loss_weight: Tensor | None = None,
-    rto_weight: float | Tensor = 1.0,
+    term_weights: Mapping[str, Number] | None = None,
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
     example_bounds: Bounds | None = None,
@@ -281,7 +285,9 @@ def _forward_packed(
 ) -> Any:
     """The body over a pack, then the loss on its hidden states; see `apply_derta`."""
     patch = _active_patch(model)
+    objective = patch.objective
     inputs = {name: value for name, value in kwargs.items() if value is not None}
+    columns = {name: inputs.pop(name) for name in objective.columns if name in inputs}
     for name in ("attention_mask", "labels", "past_key_values"):
         if name in inputs:
             raise ValueError(f"{name} must be None with visible_until, which takes its place")
@@ -290,41 +296,31 @@ def _forward_packed(
     mask = packed_mask(visible_until, position_ids, example_bounds)
     inputs |= dict(attention_mask=mask, position_ids=position_ids, use_cache=False)
 
-    if shift_labels is None and rto_mask is None:
+    if not objective.has_targets(columns):
         if has_router_loss(model):
             inputs["output_router_logits"] = False  # its loss would read the mask as padding
         return own(*args, **inputs)
-    if shift_labels is None:
-        shift_labels = torch.full(visible_until.shape, IGNORE_INDEX, device=visible_until.device)
 
     device = visible_until.device
     with offloading(model, device) if patch.offload else contextlib.nullcontext():
         body = run_body(model, *args, **inputs)
-    head = head_of(model)
-    rows = derta_loss_with_rows(
+    loss, rows = objective.loss(
         body.last_hidden_state,
-        head.weight,
-        shift_labels,
-        rto_mask,
+        head_of(model),
+        columns,
         refusal_token_id=patch.refusal_token_id,
-        rto_weight=rto_weight,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        ignore_index=IGNORE_INDEX,
+        loss_weight=loss_weight,
+        term_weights=term_weights or {term.name: term.weight for term in objective.terms},
         num_items=num_items,
         reduction=reduction,
-        loss_weight=loss_weight,
         impl=patch.impl,
     )
-    loss, aux_loss = rows.loss, None
+    aux_loss = None
     if has_router_loss(model):
         aux_loss = router_loss(model, body)
         weight: Any = model.router_aux_loss_coef
         loss = loss + router_weight * weight * aux_loss.to(loss.device)
-    return DertaOutput(
-        loss=loss, next_nll=rows.next_nll, refusal_nll=rows.refusal_nll, aux_loss=aux_loss
-    )
+    return DertaOutput(loss=loss, rows=rows, aux_loss=aux_loss)
 
 
 def _active_patch(model: PreTrainedModel) -> Patch:

@@ -100,11 +100,11 @@ class Proof:
         error = (hidden - expected.hidden).norm(dim=1) / _size(expected.hidden.norm(dim=1))
         self._judge(model, "hidden states", error, hidden.dtype)
 
-        logits = expected.logits.to(output.next_nll.dtype)
+        logits = expected.logits.to(output.rows["mle"].dtype)
         nll = logits.logsumexp(1, keepdim=True) - logits
         for what, tokens, losses in (
-            ("next-token losses", self.pack["shift_labels"], output.next_nll),
-            ("refusal losses", torch.full((1, 19), refusal_token_id), output.refusal_nll),
+            ("next-token losses", self.pack["shift_labels"], output.rows["mle"]),
+            ("refusal losses", torch.full((1, 19), refusal_token_id), output.rows["rto"]),
         ):
             own = nll.gather(1, tokens.to(nll.device).T)[:, 0]
             error = (losses[0] - own).abs() / _size(logits.abs().amax(1))

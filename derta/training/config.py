@@ -12,7 +12,9 @@ from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from transformers.utils import is_liger_kernel_available
 
 from derta.modeling.liger import LIGER_LOSSES_OFF
+from derta.objectives.choice import objective_of
 from derta.objectives.cuts import CUT_POLICIES, RTO_DEPTHS
+from derta.objectives.derta import DertaObjective
 from derta.outputs import check_folder
 
 LossNorm = Literal["tokens", "official", "terms"]
@@ -121,6 +123,7 @@ class DertaConfig(TrainingArguments):
     cuts: CutPolicy = None  # type: ignore[assignment]
     rto_keep: float = None  # type: ignore[assignment]
     rto_weight: float = 1.0
+    unlikelihood_weight: float = 0.0
     rto_depth: RtoDepth = "uniform"
     loss_norm: LossNorm = "tokens"
     max_length: int = 1024
@@ -223,6 +226,11 @@ class DertaConfig(TrainingArguments):
                 )
             if not self.load_best_model_at_end:
                 raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
+
+    @property
+    def objective(self) -> DertaObjective:
+        """The objective that these settings describe."""
+        return objective_of(self)
 
     @property
     def best_by_watching(self) -> str | None:

@@ -1,119 +1,111 @@
-"""What a training run watches, gathered on the device and read only when it is logged."""
+"""Figures of a training run, gathered on the device and read only when they are logged."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from derta.data import PackedBatch
-from derta.labels import IGNORE_INDEX
 from derta.modeling.patch import DertaOutput
+from derta.objectives.base import Mean, Objective
 
-TENTHS = 10
+
+class StepFigures(NamedTuple):
+    """Figures of the packs since the last read, over all ranks.
+
+    Attributes:
+        means: figures by name; those without a target are left out.
+        totals: weight of each term's targets.
+    """
+
+    means: dict[str, float]
+    totals: dict[str, float]
 
 
 class StepMetrics:
-    """Sums over the packs run since the last `read`: by-products of the loss, no extra pass.
+    """Means over the packs run since the last `read`: by-products of the loss, no extra pass.
 
-    `add` never waits for the device; `read` costs one host transfer.
+    `add` never waits for the device; `read` costs one transfer to the host.
 
     Args:
-        device: where the losses are.
+        objective: its terms, and what else it logs.
+        device: the device of the losses.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        self.objective = objective
         self.device = device
         self._reset()
 
     def _reset(self) -> None:
-        self._next_nll = torch.zeros((), device=self.device)
-        self._rto_nll = torch.zeros((), device=self.device)
-        # Slot 0 takes the rows outside harmful responses, so that no row has to be selected.
-        self._probability = torch.zeros(TENTHS + 1, device=self.device)
-        self._rows = torch.zeros(TENTHS + 1, device=self.device)
+        self._totals = {term.name: 0.0 for term in self.objective.terms}
+        self._losses = {name: torch.zeros((), device=self.device) for name in self._totals}
         self._live_rows = torch.zeros((), device=self.device)
-        self._benign_probability = torch.zeros((), device=self.device)
-        self._benign_rows = torch.zeros((), device=self.device)
-        self._next_total = self._rto_total = 0.0
+        self._means: dict[str, Mean] = {}
         self._tokens = 0
         self._since = time.perf_counter()
 
     def add(self, batch: PackedBatch, output: DertaOutput) -> None:
-        """Adds one pack's by-products.
+        """Add the by-products of one pack.
 
         Args:
             batch: the pack, on the device.
-            output: what the patched model returned for it.
+            output: the patched model's output for it.
         """
-        next_nll, refusal_nll = output.next_nll, output.refusal_nll
-        assert next_nll is not None and refusal_nll is not None
-        rto = batch.rto_mask.float()
-        self._next_nll += (next_nll * batch.loss_weight).sum()
-        self._rto_nll += (refusal_nll * rto * batch.loss_weight * batch.rto_weight).sum()
-        slot = (batch.depth_tenth + 1).flatten()
-        refusal_probability = torch.exp(-refusal_nll)
-        probability = refusal_probability * rto
-        self._probability.scatter_add_(0, slot, probability.flatten().float())
-        self._benign_probability += (refusal_probability * batch.benign).sum()
-        self._benign_rows += batch.benign.sum()
-        self._rows.scatter_add_(0, slot, rto.flatten())
-        self._live_rows += ((batch.shift_labels != IGNORE_INDEX) | batch.rto_mask).sum()
-        self._next_total += batch.next_total
-        self._rto_total += batch.rto_total
+        assert output.rows is not None
+        targets = self.objective.targets(batch.columns)
+        weights = self.objective.row_weights(batch.columns)
+        for name, rows in targets.items():
+            weight = batch.loss_weight * weights[name]
+            self._losses[name] += (output.rows[name] * weight).where(rows, 0).sum()
+            self._totals[name] += batch.totals[name].weight
+        self._live_rows += torch.stack(list(targets.values())).any(0).sum()
+        for name, mean in self.objective.means(batch, output.rows).items():
+            if name in self._means:
+                mean = Mean(*(old + new for old, new in zip(self._means[name], mean, strict=True)))
+            self._means[name] = mean
         self._tokens += batch.input_ids.shape[1]
 
-    def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last read, over all ranks; starts anew.
+    def read(self, reduce: Callable[[Tensor], Tensor]) -> StepFigures:
+        """Return the means since the last read, over all ranks, and start anew.
 
         Args:
             reduce: sums a tensor over all ranks.
 
         Returns:
-            the figures that `DertaTrainer` names; those without a target are left out.
+            The figures that `DertaTrainer` names.
         """
-        host = torch.tensor(
-            [self._next_total, self._rto_total, self._tokens],
-            dtype=torch.float32,
-            device=self.device,
-        )
-        sums = torch.cat(
-            [
-                torch.stack(
-                    [
-                        self._next_nll,
-                        self._rto_nll,
-                        self._live_rows,
-                        self._benign_probability,
-                        self._benign_rows,
-                    ]
-                ),
-                host,
-                self._probability[1:],
-                self._rows[1:],
-            ]
-        )
-        next_nll, rto_nll, live_rows, benign_probability, benign_rows, *rest = reduce(sums).tolist()
-        next_total, rto_total, tokens, *tenths = rest
+        host = torch.tensor([*self._totals.values(), self._tokens], device=self.device)
+        device = torch.stack([*self._losses.values(), self._live_rows])
+        parts = [host.float(), device.float()]
+        for mean in self._means.values():
+            parts += [mean.total.flatten().float(), mean.divisor.flatten().float()]
+        sums = iter(reduce(torch.cat(parts)).tolist())
         seconds = time.perf_counter() - self._since
-        self._reset()
+        shapes = {name: mean.total.shape for name, mean in self._means.items()}
 
-        figures = {}
-        if next_total:
-            figures["mle_loss"] = next_nll / next_total
-        if rto_total:
-            figures["rto_loss"] = rto_nll / rto_total
-        for tenth, (probability, rows) in enumerate(
-            zip(tenths[:TENTHS], tenths[TENTHS:], strict=True)
-        ):
-            if rows:
-                figures[f"refusal_p_{tenth + 1}"] = probability / rows
-        if benign_rows:
-            figures["benign_refusal_p"] = benign_probability / benign_rows
+        totals = {name: next(sums) for name in self._totals}
+        tokens = next(sums)
+        losses = {name: next(sums) for name in totals}
+        live_rows = next(sums)
+        means = {f"{name}_loss": losses[name] / totals[name] for name in totals if totals[name]}
+        for name, shape in shapes.items():
+            names = [f"{name}_{index + 1}" for index in range(shape.numel())] if shape else [name]
+            numerators = [next(sums) for _ in names]
+            means |= {
+                one: numerator / count
+                for one, numerator in zip(names, numerators, strict=True)
+                if (count := next(sums))
+            }
         if tokens:
-            figures["live_rows"] = live_rows / tokens
-            figures["rto_targets"] = rto_total / ((next_total + rto_total) or 1.0)
-            figures["tokens_per_s"] = tokens / seconds
-        return figures
+            means["live_rows"] = live_rows / tokens
+            counted = [term.name for term in self.objective.terms if term.counted]
+            everything = sum(totals[name] for name in counted) or 1.0
+            means |= {f"{name}_targets": totals[name] / everything for name in counted[1:]}
+            means["tokens_per_s"] = tokens / seconds
+        self._reset()
+        return StepFigures(means, totals)

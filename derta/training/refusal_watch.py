@@ -67,11 +67,8 @@ def trunk_steps(
         max_tokens, examples_per_step: see `plan_packs`.
         rank, world_size: who runs the steps.
     """
-    collator = DertaCollator(branches=0, cuts="zero", rto_keep=1.0)
-    lengths = [
-        packed_length(example, branches=0, cuts="zero", rto_keep=1.0)
-        for example in records.examples
-    ]
+    collator = DertaCollator(branches=0, cuts="zero")
+    lengths = [packed_length(example, collator.objective) for example in records.examples]
     plan = plan_packs(
         lengths, max_tokens=max_tokens, examples_per_step=examples_per_step, epochs=1, seed=0
     )
@@ -96,9 +93,9 @@ class RefusalWatch:
             batch: the pack, on the CPU.
             output: what the patched model returned for it, on any device.
         """
-        assert output.refusal_nll is not None
-        self._probabilities.append(torch.exp(-output.refusal_nll[0].float()))
-        watched = (batch.rto_mask | batch.benign)[0].numpy()
+        assert output.rows is not None
+        self._probabilities.append(torch.exp(-output.rows["rto"][0].float()))
+        watched = (batch.columns["rto_mask"] | batch.benign)[0].numpy()
         # strict=False: the empty pack has bounds and no example.
         for role, (start, end) in zip(batch.example_roles, batch.example_bounds, strict=False):
             rows = start + np.flatnonzero(watched[start:end])

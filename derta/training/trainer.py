@@ -32,7 +32,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from derta.data import (
-    DertaCollator,
+    Collator,
     EncodedRecords,
     Encoder,
     PackedBatch,
@@ -45,6 +45,7 @@ from derta.data import (
 from derta.modeling.introspection import context_length
 from derta.modeling.mlp_tiling import tile_mlp
 from derta.modeling.patch import apply_derta
+from derta.objectives.base import Objective
 from derta.training.config import DertaConfig
 from derta.training.finite_watch import FiniteWatch
 from derta.training.metrics import StepMetrics
@@ -73,18 +74,19 @@ class EpochSteps:
 
 
 class StepTotals(NamedTuple):
-    """Weight of the targets of either kind, and filled packs, of one step over all ranks.
+    """Targets of one step over all ranks, each () float32.
 
-    Each () float32; without weights of their own, targets weigh 1.
+    Attributes:
+        terms: weight of each term's targets; a target without a weight of its own weighs 1.
+        packs: the number of filled packs.
     """
 
-    next: Tensor
-    rto: Tensor
+    terms: dict[str, Tensor]
     packs: Tensor
 
 
 class EvaluationSteps(NamedTuple):
-    """What `evaluate` reads: packs as in training, for the losses, and trunks alone, watched."""
+    """Steps that `evaluate` runs: packs as in training, for the losses, and trunks, watched."""
 
     losses: PackedSteps
     trunks: PackedSteps
@@ -99,27 +101,24 @@ def _loses_updates(model: nn.Module, args: DertaConfig) -> bool:
     return narrow and args.learning_rate < 1e-4 and "stochastic" not in (args.optim_args or "")
 
 
-def _or_one(total: Tensor) -> Tensor:
-    return total.where(total != 0, 1.0)
-
-
 def _only(items: list[list[PackedBatch]]) -> list[PackedBatch]:
     (item,) = items
     return item
 
 
 class DertaTrainer(Trainer):
-    """Trains a causal language model on triples and dialogues, one forward pass for all terms.
+    """Trains a causal language model on triples and dialogues, all terms in one forward pass.
 
     Encodes the records, finds the refusal token, plans the packs of all epochs and patches the
     model (`apply_derta`); then it is transformers' `Trainer`. Encoded examples lie in an Arrow file
     where temporary files go (TMPDIR), one for each rank, and never in memory as a whole.
 
-    Logged: `loss`, `mle_loss`, `rto_loss` (means over their own targets), `refusal_p_1` ..
-    `refusal_p_10` (mean probability of the refusal token in each tenth of the harmful responses),
-    `benign_refusal_p` (that in answers to harmless requests), `live_rows` (share of rows with a
-    target), `rto_targets` (share of RTO in the weight of all targets), `tokens_per_s` (packed
-    tokens over all ranks). `evaluate` adds what `RefusalWatch` reads.
+    Logged: `loss`; `mle_loss` and `rto_loss`, and `unlikelihood_loss` if it has a weight (means
+    over their own targets); `refusal_p_1` .. `refusal_p_10` (mean probability of the refusal token
+    in each tenth of the harmful responses); `benign_refusal_p` (the same in answers to harmless
+    requests); `live_rows` (share of rows with a target); `rto_targets` (share of RTO in the weight
+    of all targets); `tokens_per_s` (packed tokens over all ranks). `evaluate` adds the figures of
+    `RefusalWatch`.
 
     Args:
         model: decoder-only transformers model, plain or under PEFT.
@@ -162,13 +161,8 @@ class DertaTrainer(Trainer):
                 "set CUDA_VISIBLE_DEVICES"
             )
         self.context = context_length(model)
-        self.collator = DertaCollator(
-            branches=args.branches,
-            cuts=args.cuts,
-            rto_keep=args.rto_keep,
-            rto_depth=args.rto_depth,
-            seed=args.seed,
-        )
+        self.objective: Objective = args.objective
+        self.collator = Collator(self.objective, seed=args.seed)
         encoder = self._encoder(args, processing_class)
         examples = self._encode(args, train_dataset, encoder)
         self.refusal_token = choose_refusal_token(
@@ -180,7 +174,7 @@ class DertaTrainer(Trainer):
         if eval_dataset is not None:
             held_out = self._encode(args, eval_dataset, encoder)
         check_watched(args.best_by_watching, held_out.roles if held_out else ())
-        self.metrics = StepMetrics(args.device)
+        self.metrics = StepMetrics(self.objective, args.device)
         self.finite = FiniteWatch(args.device)
         self.probe_is_due = args.probe
         super().__init__(
@@ -198,6 +192,7 @@ class DertaTrainer(Trainer):
         apply_derta(
             model,
             self.refusal_token.id,
+            objective=self.objective,
             impl=args.head_impl,
             attention=args.attention_impl,
             offload=args.offload_checkpoints,
@@ -224,7 +219,7 @@ class DertaTrainer(Trainer):
     def _encode(
         self, args: DertaConfig, records: Iterable[Record], encoder: Encoder
     ) -> EncodedRecords:
-        encoded = encode_records(records, encoder, self.collator, self.context)
+        encoded = encode_records(records, encoder, self.objective, self.context)
         given = len(encoded.examples) + encoded.skipped
         if encoded.skipped:
             logger.warning(
@@ -377,45 +372,47 @@ class DertaTrainer(Trainer):
         super().log(figures)
 
     def _step_totals(self, batches: list[PackedBatch]) -> StepTotals:
-        """Of the whole step over all ranks."""
+        """Return the totals of the whole step over all ranks."""
+        names = [term.name for term in self.objective.terms]
         totals = torch.tensor(
-            [[batch.next_total, batch.rto_total, bool(batch.example_ids)] for batch in batches],
+            [
+                [*(batch.totals[name].weight for name in names), bool(batch.example_ids)]
+                for batch in batches
+            ],
             dtype=torch.float32,
         ).sum(0)
         if self.args.world_size > 1:
             totals = self._sum_over_ranks(totals.to(self.args.device))
-        return StepTotals(*totals.unbind())
+        *terms, packs = totals.unbind()
+        return StepTotals(dict(zip(names, terms, strict=True)), packs)
 
     def _pack_loss(self, model: nn.Module, batch: PackedBatch, totals: StepTotals) -> Tensor:
-        """Loss of one pack; gradients are averaged over ranks and summed over a rank's packs."""
-        num_items, rto_weight = self._normalizer(batch, totals)
+        """Return the loss of one pack.
+
+        Gradients are averaged over ranks and summed over a rank's packs.
+        """
+        num_items, term_weights = self.objective.normalizer(
+            self.args.loss_norm,
+            {name: total.weight for name, total in batch.totals.items()},
+            totals.terms,
+            totals.packs,
+        )
         # The token of an empty pack has no target, but is routed to experts like any other.
         router_share = bool(batch.example_ids) / totals.packs
         batch = batch.to(self.args.device, non_blocking=True)
-        inputs = batch.model_inputs()
-        inputs["rto_weight"] = inputs["rto_weight"] * rto_weight
         output = model(
-            **inputs,
+            **batch.model_inputs(),
+            term_weights=term_weights,
             num_items=num_items / self.args.world_size,
             router_weight=router_share * self.args.world_size,
         )
-        if not hasattr(output, "next_nll"):
+        if not hasattr(output, "rows"):
             raise ValueError(
                 "the model's forward was replaced after apply_derta, as Liger's fused loss does "
                 "it, by one that takes a pack for a plain sequence: replace it before"
             )
         self.metrics.add(batch, output)
         return output.loss
-
-    def _normalizer(self, batch: PackedBatch, totals: StepTotals) -> tuple[Tensor, Tensor | float]:
-        """What `loss_norm` divides a pack's sum by, and the weight of its RTO targets."""
-        weight = self.args.rto_weight
-        if self.args.loss_norm == "official":
-            return ((batch.next_total + batch.rto_total) or 1.0) * totals.packs, weight
-        if self.args.loss_norm == "tokens":
-            return _or_one(totals.next + totals.rto), weight
-        next_total = _or_one(totals.next)
-        return next_total, weight * next_total / _or_one(totals.rto)
 
     @torch.no_grad()
     def evaluate(  # type: ignore[override]
@@ -445,7 +442,7 @@ class DertaTrainer(Trainer):
             raise ValueError("evaluate needs records: eval_dataset is None here and in the trainer")
         model = self.model_wrapped
         model.eval()
-        metrics, watch = StepMetrics(self.args.device), RefusalWatch()
+        metrics, watch = StepMetrics(self.objective, self.args.device), RefusalWatch()
         for step in range(held_out.losses.plan.steps_per_epoch):
             for batch in held_out.losses[step]:
                 batch = batch.to(self.args.device, non_blocking=True)
@@ -454,11 +451,10 @@ class DertaTrainer(Trainer):
             for batch in held_out.trunks[step]:
                 inputs = batch.to(self.args.device, non_blocking=True).model_inputs()
                 watch.add(batch, model(**inputs))
-        figures = metrics.read(self._sum_over_ranks)
-        share = figures["rto_targets"]
-        mle_share, rto_share = (1, 1) if self.args.loss_norm == "terms" else (1 - share, share)
-        figures["loss"] = mle_share * figures.get("mle_loss", 0.0) + (
-            self.args.rto_weight * rto_share * figures.get("rto_loss", 0.0)
+        figures, totals = metrics.read(self._sum_over_ranks)
+        shares = self.objective.shares(self.args.loss_norm, totals)
+        figures["loss"] = sum(
+            float(share) * figures.get(f"{name}_loss", 0.0) for name, share in shares.items()
         )
         figures |= watch.read(self.args.over_refusal_weight)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
@@ -471,7 +467,7 @@ class DertaTrainer(Trainer):
         if logs.keys() & {"loss", "train_loss"}:
             self._check_finite()
         if "loss" in logs:
-            logs.update(self.metrics.read(self._sum_over_ranks))
+            logs.update(self.metrics.read(self._sum_over_ranks).means)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

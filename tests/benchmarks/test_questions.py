@@ -60,7 +60,7 @@ def test_both_recipes_have_the_same_targets_and_the_tokens_that_a_run_reports() 
     drawn = draw_triples(40, 3, 500)
     packs, found = in_packs(drawn, 4096), samples(drawn)
     assert max(batch.input_ids.shape[1] for batch in packs) <= 4096
-    targets = sum(batch.next_count + batch.rto_count for batch in packs)
+    targets = sum(batch.totals["mle"].targets + batch.totals["rto"].targets for batch in packs)
     assert targets == sum(int((sample.labels >= 0).sum()) for sample in found)
     tokens = count_tokens(drawn)
     assert tokens.one_pass == sum(batch.input_ids.shape[1] for batch in packs)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from derta.data import (
     KINDS,
-    DertaCollator,
+    Collator,
     Record,
     Request,
     TokenCount,
@@ -22,6 +22,9 @@ from derta.data.records.duplicates import NEAR, check_near
 from derta.data.records.formats import Half
 from derta.data.records.sources import Source
 from derta.data.statistics import LISTED, Repeats, RunStatistics, data_statistics
+from derta.objectives.base import Term
+from derta.objectives.choice import objective_of
+from derta.objectives.derta import DertaObjective
 from derta.training.config import RECIPES, CutPolicy, LossNorm, Recipe, RtoDepth
 
 
@@ -50,8 +53,8 @@ class StatsConfig:
         model: folder with a tokenizer, or a name on the model hub; null counts characters.
         chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
         recipe: what branches, cuts and rto_keep are where they are not given; null: as "derta".
-        refusal, branches, cuts, rto_keep, rto_weight, rto_depth, loss_norm, max_length, max_tokens,
-        seed: as in training.
+        refusal, branches, cuts, rto_keep, rto_weight, rto_depth, unlikelihood_weight, loss_norm,
+        max_length, max_tokens, seed: as in training.
         near: requests are near that share this part of their pairs of words, in [0.5, 1]; null
             looks for the same ones alone.
         listed: how many of each kind of repeated requests are named.
@@ -71,6 +74,7 @@ class StatsConfig:
     cuts: CutPolicy | None = None
     rto_keep: float | None = None
     rto_weight: float = 1.0
+    unlikelihood_weight: float = 0.0
     rto_depth: RtoDepth = "uniform"
     loss_norm: LossNorm = "tokens"
     max_length: int = 1024
@@ -91,12 +95,11 @@ class StatsConfig:
             raise ValueError(f"output: {self.output} is there already, choose another file")
 
     @property
-    def draws(self) -> dict[str, Any]:
-        """Branches, cuts and rto_keep, as the recipe has them where they are not given."""
+    def objective(self) -> DertaObjective:
+        """The objective that these settings describe, with the recipe's values for missing ones."""
         recipe = RECIPES[self.recipe or "derta"]
-        return recipe | {
-            name: given for name in recipe if (given := getattr(self, name)) is not None
-        }
+        missing = {name: value for name, value in recipe.items() if getattr(self, name) is None}
+        return objective_of(replace(self, **missing))
 
 
 def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,8 +133,8 @@ def compared_records(sources: Sequence[Compared]) -> Iterator[Record | Request]:
             yield from read_records(*paths, role=role, format=source.format)
 
 
-def describe(found: Mapping[str, Any]) -> str:
-    """The tables of `data_statistics`."""
+def describe(found: Mapping[str, Any], terms: Sequence[Term]) -> str:
+    """Return the tables of `data_statistics`, with a column for each term of the loss."""
     lines = ["records"]
     for source, kinds in found["rows"].items():
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
@@ -141,7 +144,7 @@ def describe(found: Mapping[str, Any]) -> str:
     for part, lengths in found["lengths"].items():
         lines.append(f"  {part:<20}" + "".join(f"{lengths[name]:>10,}" for name in columns))
     if "tokens" in found:
-        lines += _of_run(found)
+        lines += _of_run(found, terms)
     near = "" if found["near"] is None else f" (near: {found['near']:.2f} of the pairs of words)"
     duplicates, leakage = found["duplicates"], found["leakage"]
     lines.append(
@@ -159,7 +162,7 @@ def describe(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _of_run(found: Mapping[str, Any]) -> list[str]:
+def _of_run(found: Mapping[str, Any], terms: Sequence[Term]) -> list[str]:
     tokens, refusal = found["tokens"], found["refusal"]
     lines = []
     if tokens["one_pass"]:
@@ -168,9 +171,11 @@ def _of_run(found: Mapping[str, Any]) -> list[str]:
         f"longer than a run takes: {tokens['shortened']:,} harmful responses shortened, "
         f"{tokens['skipped']:,} records skipped"
     )
-    lines.append(f"{'share of the loss':<22}{'next token':>16}{'refusal token':>16}")
+    titles = "".join(f"{term.title:>16}" for term in terms)
+    lines.append(f"{'share of the loss':<22}{titles}")
     for source, share in found["loss"].items():
-        lines.append(f"  {source:<20}{share['next']:>16.1%}{share['rto']:>16.1%}")
+        values = "".join(f"{share[term.name]:>16.1%}" for term in terms)
+        lines.append(f"  {source:<20}{values}")
     if refusal is not None:
         token = f"{refusal['text']!r} (id {refusal['id']}), with which most safe responses start"
         lines.append(f"refusal token: {refusal['warning'] or token}")
@@ -197,7 +202,7 @@ def run(config: StatsConfig) -> None:
 
         of_run = RunStatistics(
             load_tokenizer(config.model, config.chat_template),
-            DertaCollator(**config.draws, rto_depth=config.rto_depth, seed=config.seed),
+            Collator(config.objective, seed=config.seed),
             max_length=config.max_length,
             max_tokens=config.max_tokens,
         )
@@ -208,10 +213,9 @@ def run(config: StatsConfig) -> None:
         Repeats(evaluation, near=config.near, listed=config.listed),
         of_run,
         refusal=config.refusal,
-        rto_weight=config.rto_weight,
         loss_norm=config.loss_norm,
     )
-    print(describe(found))
+    print(describe(found, config.objective.terms))
     if config.output is not None:
         text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         with Path(config.output).open("x", encoding="utf-8") as file:

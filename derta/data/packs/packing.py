@@ -3,7 +3,7 @@
 A triple is laid out as `trunk | branch | branch ...`, branches in descending order of cut. Query i
 sees key j if j <= i < visible_until[j]. A prompt token is visible to the end of the example; the
 harmful token t to the end of the last branch that is cut after it, or of the trunk; a token of a
-branch to the end of that branch.
+branch to the end of that branch. The objective says which rows have targets.
 """
 
 from __future__ import annotations
@@ -18,119 +18,80 @@ import torch
 from torch import Tensor
 
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
-from derta.labels import IGNORE_INDEX
-from derta.objectives.cuts import (
-    cut_probabilities,
-    draw_cuts,
-    draw_rto_rows,
-    example_rng,
-    rto_depth_weights,
-)
+from derta.objectives.base import Drawn, Objective, Place, Total
+from derta.objectives.cuts import example_rng
+from derta.objectives.derta import DertaObjective
 
 Bounds = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One pack of N tokens: what the device needs, and what the host knows about it.
+    """A pack of N tokens: tensors for the device, and what the host knows about them.
 
     Attributes:
         input_ids: (1, N) int64.
-        position_ids: (1, N) int64, within each logical sequence: a branch goes on where it leaves.
+        position_ids: (1, N) int64, within each logical sequence: a branch continues the positions
+            of its trunk at the cut.
         visible_until: (1, N) int32, see this module.
-        shift_labels: (1, N) int64, the token that this row predicts, or -100.
-        rto_mask: (1, N) bool, whether this row predicts the refusal token.
-        example_index: (1, N) int32, place in `example_ids`.
-        depth: (1, N) int32, how much of the harmful response this row of the trunk has read,
+        columns: the objective's columns, (1, N) each, see `Objective.columns`; DeRTa's are
+            shift_labels (int64, the token that the row predicts, or -100), rto_mask (bool, rows
+            that predict the refusal token) and rto_weight (float32, weight of an RTO target by its
+            depth, beside loss_weight).
+        example_index: (1, N) int32, index into `example_ids`.
+        depth: (1, N) int32, tokens of the harmful response that this row of the trunk has read,
             0..|h|; -1 on every other row.
         depth_tenth: (1, N) int64, floor(10 * depth / (|h| + 1)); -1 where depth is.
-        loss_weight: (1, N) float32, its example's weight.
-        rto_weight: (1, N) float32, what an RTO target here weighs by its depth, 1 elsewhere; a
-            factor beside loss_weight.
-        benign: (1, N) bool, whether this row has a target and answers what is no harmful request.
+        loss_weight: (1, N) float32, weight of the row's example.
+        benign: (1, N) bool, rows with a target in answers to harmless requests.
         example_ids: ids of the packed examples.
-        example_roles: of each example "safety", "helpful" or "borderline", see `EncodedDialogue`.
+        example_roles: role of each example, "safety", "helpful" or "borderline", see
+            `EncodedDialogue`.
         example_bounds: start and end of each example.
         branch_bounds: start and end of each branch of each example.
-        next_count, rto_count: targets of each kind.
-        next_total, rto_total: the loss_weight of all targets of each kind.
+        totals: targets of each term, by the term's name.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     visible_until: Tensor
-    shift_labels: Tensor
-    rto_mask: Tensor
+    columns: dict[str, Tensor]
     example_index: Tensor
     depth: Tensor
     depth_tenth: Tensor
     loss_weight: Tensor
-    rto_weight: Tensor
     benign: Tensor
     example_ids: tuple[str, ...]
     example_roles: tuple[str, ...]
     example_bounds: Bounds
     branch_bounds: tuple[Bounds, ...]
-    next_count: int
-    rto_count: int
-    next_total: float
-    rto_total: float
+    totals: dict[str, Total]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        """The same pack with its tensors on `device`."""
+        """Return the pack with its tensors on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
-        """The same pack in pinned memory, from which the host need not wait for a copy."""
+        """Return the pack in pinned memory, from which copies do not block the host."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        changed["columns"] = {name: change(value) for name, value in self.columns.items()}
         return dataclasses.replace(self, **changed)
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a patched model, see `derta.apply_derta`."""
-        names = "input_ids position_ids visible_until shift_labels rto_mask loss_weight rto_weight"
-        inputs = {name: getattr(self, name) for name in names.split()}
-        return inputs | {"example_bounds": (self.example_bounds,)}  # one batch row
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """An example and what was drawn for it.
-
-    Attributes:
-        example: the example.
-        cuts: (branches,) int64, distinct, descending, each in 0..cut_limit; empty for a dialogue.
-        rto_rows: (|h| + 1,) bool, the depths with an RTO target; empty for a dialogue.
-        rto_depth: how RTO targets weigh by depth, see `rto_depth_weights`.
-
-    Raises:
-        ValueError: cuts or RTO rows are not such.
-    """
-
-    example: Encoded
-    cuts: np.ndarray
-    rto_rows: np.ndarray
-    rto_depth: str = "uniform"
-
-    def __post_init__(self) -> None:
-        limit, rows = -1, 0
-        if isinstance(self.example, EncodedTriple):
-            limit, rows = self.example.cut_limit, len(self.example.harmful) + 1
-        in_range = np.all((self.cuts >= 0) & (self.cuts <= limit))
-        if not in_range or np.any(np.diff(self.cuts) >= 0):
-            raise ValueError(
-                f"cuts of {self.example.id} must be distinct, descending and in 0..{limit}, got "
-                f"{self.cuts.tolist()}"
-            )
-        if self.rto_rows.shape != (rows,):
-            raise ValueError(
-                f"rto_rows of {self.example.id} must have shape ({rows},), got "
-                f"{self.rto_rows.shape}"
-            )
+        """Return keyword arguments of a patched model, see `derta.apply_derta`."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "visible_until": self.visible_until,
+            "loss_weight": self.loss_weight,
+            "example_bounds": (self.example_bounds,),  # one batch row
+            **self.columns,
+        }
 
 
 class _Layout(NamedTuple):
@@ -139,24 +100,18 @@ class _Layout(NamedTuple):
     input_ids: np.ndarray
     position_ids: np.ndarray
     visible_until: np.ndarray
-    shift_labels: np.ndarray
-    rto_mask: np.ndarray
-    rto_weight: np.ndarray
     depth: np.ndarray
     depth_tenth: np.ndarray
     branches: list[tuple[int, int]]
 
 
-def _lay_triple(
-    triple: EncodedTriple, cuts: np.ndarray, rto_rows: np.ndarray, rto_depth: str
-) -> _Layout:
+def _lay_triple(triple: EncodedTriple, cuts: np.ndarray, reach: int) -> _Layout:
     start, full, branch = len(triple.prompt), len(triple.harmful), len(triple.safe) - 1
-    reach = _reach(cuts, rto_rows)
     trunk = start + reach
     first_rows = trunk + branch * np.arange(len(cuts))
     length = trunk + branch * len(cuts)
 
-    # As branches descend, those cut after harmful token t are the first ones: this many.
+    # Branches descend: the number of those cut after harmful token t.
     readers = np.searchsorted(-cuts, -np.arange(reach))
     visible_until = np.concatenate(
         [
@@ -165,13 +120,6 @@ def _lay_triple(
             np.repeat(first_rows + branch, branch),
         ]
     )
-    shift_labels = np.full(length, IGNORE_INDEX)
-    shift_labels[start - 1 + cuts] = triple.safe[:1]
-    shift_labels[trunk:] = np.tile(triple.safe[1:], len(cuts))
-    rto_mask = np.zeros(length, dtype=bool)
-    rto_mask[start - 1 + np.flatnonzero(rto_rows)] = True
-    rto_weight = np.ones(length)
-    rto_weight[start - 1 : trunk] = rto_depth_weights(full, rto_depth)[: reach + 1]
     depth = np.full(length, -1)
     depth[start - 1 : trunk] = np.arange(reach + 1)
     return _Layout(
@@ -182,30 +130,18 @@ def _lay_triple(
             [np.arange(trunk), (start + cuts[:, None] + np.arange(branch)).ravel()]
         ),
         visible_until=visible_until,
-        shift_labels=shift_labels,
-        rto_mask=rto_mask,
-        rto_weight=rto_weight,
         depth=depth,
         depth_tenth=np.where(depth < 0, -1, 10 * depth // (full + 1)),
         branches=[(int(row), int(row) + branch) for row in first_rows],
     )
 
 
-def _reach(cuts: np.ndarray, rto_rows: np.ndarray) -> int:
-    """How much of the harmful response is laid out: up to the trunk's last target."""
-    return int(max(cuts.max(initial=0), np.flatnonzero(rto_rows).max(initial=0)))
-
-
 def _lay_dialogue(dialogue: EncodedDialogue) -> _Layout:
     length = _dialogue_length(dialogue)
-    labels = np.where(dialogue.is_target, dialogue.input_ids, IGNORE_INDEX)[1 : length + 1]
     return _Layout(
         input_ids=dialogue.input_ids[:length],
         position_ids=np.arange(length),
         visible_until=np.full(length, length),
-        shift_labels=labels,
-        rto_mask=np.zeros(length, dtype=bool),
-        rto_weight=np.ones(length),
         depth=np.full(length, -1),
         depth_tenth=np.full(length, -1),
         branches=[],
@@ -213,42 +149,56 @@ def _lay_dialogue(dialogue: EncodedDialogue) -> _Layout:
 
 
 def _dialogue_length(dialogue: EncodedDialogue) -> int:
-    """Rows up to the one that predicts the last target, which itself is only a label."""
+    """Return the number of rows up to the one that predicts the last target."""
     return int(np.flatnonzero(dialogue.is_target)[-1])
+
+
+def placed(drawn: Drawn) -> Place:
+    """Return where the parts of a drawn example lie when it is laid out on its own."""
+    example = drawn.example
+    if isinstance(example, EncodedDialogue):
+        return Place(_dialogue_length(example))
+    trunk, branch = len(example.prompt) + drawn.reach, len(example.safe) - 1
+    first_rows = [trunk + branch * index for index in range(len(drawn.cuts))]
+    return Place(trunk + branch * len(drawn.cuts), len(example.prompt) - 1, first_rows)
+
+
+def _lay(drawn: Drawn) -> _Layout:
+    if isinstance(drawn.example, EncodedTriple):
+        return _lay_triple(drawn.example, drawn.cuts, drawn.reach)
+    return _lay_dialogue(drawn.example)
 
 
 _EMPTY = _Layout(
     input_ids=np.zeros(1),
     position_ids=np.zeros(1),
     visible_until=np.ones(1),
-    shift_labels=np.full(1, IGNORE_INDEX),
-    rto_mask=np.zeros(1),
-    rto_weight=np.ones(1),
     depth=np.full(1, -1),
     depth_tenth=np.full(1, -1),
     branches=[],
 )
 
 
-def pack(examples: Sequence[Drawn]) -> PackedBatch:
-    """Lays examples end to end.
+def pack(examples: Sequence[Drawn], objective: Objective | None = None) -> PackedBatch:
+    """Lay examples end to end.
 
     Only what a target needs is laid out: the last token of a safe response or a dialogue is a label
     and never an input, and a trunk ends at its last target. The row where a branch leaves carries
     the branch's first token as its label, and the refusal token too if it is an RTO row.
 
     Args:
-        examples: none makes the empty pack: one token and no target, for ranks that have run out.
+        examples: none makes the empty pack, one token without a target, for ranks that have run
+            out of examples.
+        objective: says which rows have targets; None: DeRTa's with its defaults.
 
     Returns:
-        the pack, its tensors on the CPU.
+        The pack, its tensors on the CPU.
     """
-    layouts = [
-        _lay_triple(drawn.example, drawn.cuts, drawn.rto_rows, drawn.rto_depth)
-        if isinstance(drawn.example, EncodedTriple)
-        else _lay_dialogue(drawn.example)
-        for drawn in examples
-    ] or [_EMPTY]
+    objective = objective or DertaObjective()
+    layouts = [_lay(drawn) for drawn in examples] or [_EMPTY]
+    laid = [objective.lay(drawn, placed(drawn)) for drawn in examples] or [
+        {name: np.full(1, fill) for name, fill in objective.columns.items()}
+    ]
     lengths = np.array([len(layout.input_ids) for layout in layouts])
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -256,30 +206,31 @@ def pack(examples: Sequence[Drawn]) -> PackedBatch:
         layout.visible_until + start for layout, start in zip(layouts, starts, strict=True)
     ]
 
-    def row(columns: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(columns)).to(dtype)[None]
+    def row(parts: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(dtype)[None]
 
     def each(values: Sequence[Any] | np.ndarray, dtype: torch.dtype) -> Tensor:
-        """One value for every row of an example."""
+        """Return one value for every row of an example."""
         return row([np.repeat(values, lengths)], dtype)
 
     roles = tuple(drawn.example.role for drawn in examples)
-    labels = row([layout.shift_labels for layout in layouts], torch.int64)
-    has_next = labels != IGNORE_INDEX
-    rto_mask = row([layout.rto_mask for layout in layouts], torch.bool)
+    columns = {
+        name: row([one[name] for one in laid], _DTYPES[type(fill)])
+        for name, fill in objective.columns.items()
+    }
+    targets = objective.targets(columns)
+    has_target = torch.stack(list(targets.values())).any(0)
     weight = each([drawn.example.weight for drawn in examples] or [1.0], torch.float32)
     return PackedBatch(
         input_ids=row([layout.input_ids for layout in layouts], torch.int64),
         position_ids=row([layout.position_ids for layout in layouts], torch.int64),
         visible_until=row(visible_until, torch.int32),
-        shift_labels=labels,
-        rto_mask=rto_mask,
+        columns=columns,
         example_index=each(np.arange(len(layouts)), torch.int32),
         depth=row([layout.depth for layout in layouts], torch.int32),
         depth_tenth=row([layout.depth_tenth for layout in layouts], torch.int64),
         loss_weight=weight,
-        rto_weight=row([layout.rto_weight for layout in layouts], torch.float32),
-        benign=each([role != "safety" for role in roles] or [False], torch.bool) & has_next,
+        benign=each([role != "safety" for role in roles] or [False], torch.bool) & has_target,
         example_ids=tuple(drawn.example.id for drawn in examples),
         example_roles=roles,
         example_bounds=tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
@@ -287,11 +238,14 @@ def pack(examples: Sequence[Drawn]) -> PackedBatch:
             tuple((start + first, start + last) for first, last in layout.branches)
             for layout, start in zip(layouts, starts.tolist(), strict=True)
         ),
-        next_count=int(has_next.sum()),
-        rto_count=int(rto_mask.sum()),
-        next_total=float(weight[has_next].double().sum()),
-        rto_total=float(weight[rto_mask].double().sum()),
+        totals={
+            name: Total(int(rows.sum()), float(weight[rows].double().sum()))
+            for name, rows in targets.items()
+        },
     )
+
+
+_DTYPES = {int: torch.int64, bool: torch.bool, float: torch.float32}
 
 
 class TokenCount(NamedTuple):
@@ -325,97 +279,83 @@ def count_tokens(examples: Iterable[Drawn]) -> TokenCount:
             apart += length
             continue
         start, safe = len(example.prompt), len(example.safe)
-        one_pass += start + _reach(cuts, drawn.rto_rows) + (safe - 1) * len(cuts)
+        one_pass += start + drawn.reach + (safe - 1) * len(cuts)
         apart += (start + safe) * len(cuts) + int(cuts.sum())
-        if drawn.rto_rows.any():
+        if drawn.depths.any():
             apart += start + len(example.harmful)
     return TokenCount(one_pass, apart)
 
 
-def packed_length(example: Encoded, *, branches: int, cuts: str, rto_keep: float) -> int:
-    """Tokens that an example takes in a pack at most, whatever is drawn for it.
-
-    Args:
-        example: the example.
-        branches, cuts, rto_keep: see `DertaCollator`.
+def packed_length(example: Encoded, objective: Objective) -> int:
+    """Return the most tokens that an example takes in a pack, whatever is drawn for it.
 
     Raises:
-        ValueError: as `cut_probabilities`.
+        ValueError: as `Objective.extent`.
     """
     if isinstance(example, EncodedDialogue):
         return _dialogue_length(example)
-    possible = np.flatnonzero(cut_probabilities(example, cuts))
-    count = min(branches, len(possible))
-    furthest_cut = possible[-1] if count else 0
-    reach = len(example.harmful) if rto_keep > 0 else furthest_cut
-    return int(len(example.prompt) + reach + count * (len(example.safe) - 1))
+    most = objective.extent(example)
+    trunk = len(example.prompt) + max(most.cut, most.depth)
+    return trunk + most.branches * (len(example.safe) - 1)
 
 
-def sequence_length(example: Encoded, *, branches: int, cuts: str, rto_keep: float) -> int:
-    """Tokens of the longest logical sequence of an example, whatever is drawn for it.
+def sequence_length(example: Encoded, objective: Objective) -> int:
+    """Return the tokens of an example's longest logical sequence, whatever is drawn for it.
 
-    That is its trunk, or what a branch sees: the same as one branch packed without RTO.
-
-    Args:
-        example: the example.
-        branches, cuts, rto_keep: see `DertaCollator`.
+    That is its trunk, or the furthest branch with the trunk before it.
 
     Raises:
-        ValueError: as `cut_probabilities`.
+        ValueError: as `Objective.extent`.
     """
-    return max(
-        packed_length(example, branches=0, cuts=cuts, rto_keep=rto_keep),
-        packed_length(example, branches=min(branches, 1), cuts=cuts, rto_keep=0.0),
-    )
+    if isinstance(example, EncodedDialogue):
+        return _dialogue_length(example)
+    most = objective.extent(example)
+    branch = most.cut + len(example.safe) - 1 if most.branches else 0
+    return len(example.prompt) + max(most.depth, branch)
 
 
-class DertaCollator:
-    """Draws cuts and RTO rows for examples and packs them.
+class Collator:
+    """Draws for examples what an objective trains of them, and packs them.
 
     Args:
-        branches: safe responses per triple, each after a cut of its own; 0 for RTO alone.
-        cuts: how cuts are drawn, see `derta.objectives.cuts`.
-        rto_keep: share of the harmful response's positions with an RTO target, in [0, 1].
-        rto_depth: how RTO targets weigh by depth, see `derta.objectives.cuts`.
+        objective: draws and says which rows have targets.
         seed: with the epoch and an example's id, all that the draws depend on.
+    """
+
+    def __init__(self, objective: Objective, *, seed: int = 0) -> None:
+        self.objective = objective
+        self.seed = seed
+
+    def __call__(self, examples: Sequence[Encoded], epoch: int = 0) -> PackedBatch:
+        """Pack `examples` with the draws of `epoch`."""
+        return pack([self.draw(example, epoch) for example in examples], self.objective)
+
+    def draw(self, example: Encoded, epoch: int) -> Drawn:
+        """Return what `epoch` draws for one example."""
+        return self.objective.draw(example, example_rng(self.seed, epoch, example.id))
+
+
+class DertaCollator(Collator):
+    """`Collator` of `DertaObjective`.
+
+    Args:
+        seed: see `Collator`.
+        branches, cuts, rto_keep, rto_depth: see `DertaObjective`.
 
     Raises:
-        ValueError: a value is out of range, or triples would have no target.
+        ValueError: as `DertaObjective`.
     """
 
     def __init__(
         self,
         *,
-        branches: int = 1,
-        cuts: str = "uniform",
-        rto_keep: float = 1.0,
-        rto_depth: str = "uniform",
+        branches: int = DertaObjective.branches,
+        cuts: str = DertaObjective.cuts,
+        rto_keep: float = DertaObjective.rto_keep,
+        rto_depth: str = DertaObjective.rto_depth,
         seed: int = 0,
     ) -> None:
-        if branches < 0:
-            raise ValueError(f"branches must be at least 0, got {branches}")
-        if not 0 <= rto_keep <= 1:
-            raise ValueError(f"rto_keep must lie in [0, 1], got {rto_keep}")
-        if branches == 0 and rto_keep == 0:
-            raise ValueError("branches and rto_keep are both 0: a triple would train nothing")
-        self.branches = branches
-        self.cuts = cuts
-        self.rto_keep = rto_keep
-        self.rto_depth = rto_depth
-        self.seed = seed
-
-    def __call__(self, examples: Sequence[Encoded], epoch: int = 0) -> PackedBatch:
-        """Packs `examples` with the draws of `epoch`."""
-        return pack([self.draw(example, epoch) for example in examples])
-
-    def draw(self, example: Encoded, epoch: int) -> Drawn:
-        """What `epoch` draws for one example."""
-        if isinstance(example, EncodedDialogue):
-            return Drawn(example, cuts=np.zeros(0, np.int64), rto_rows=np.zeros(0, bool))
-        rng = example_rng(self.seed, epoch, example.id)
-        return Drawn(
-            example,
-            cuts=draw_cuts(example, policy=self.cuts, branches=self.branches, rng=rng),
-            rto_rows=draw_rto_rows(len(example.harmful), keep=self.rto_keep, rng=rng),
-            rto_depth=self.rto_depth,
+        objective = DertaObjective(
+            branches=branches, cuts=cuts, rto_keep=rto_keep, rto_depth=rto_depth
         )
+        super().__init__(objective, seed=seed)

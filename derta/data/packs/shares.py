@@ -1,65 +1,54 @@
-"""What a loss is made of, before anything is trained: how much weight each source has in it."""
+"""The share of each source and term in the weight of a run's loss, before it is trained."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
-from derta.data.packs.packing import Drawn
-from derta.data.tokens.encoding import EncodedTriple
-from derta.objectives.cuts import rto_depth_weights
+from derta.data.packs.packing import placed
+from derta.objectives.base import Drawn, LossNorm, Objective
 
-
-class LossShare(NamedTuple):
-    """Of one source, the share of the loss's whole weight that either term has, in [0, 1]."""
-
-    next: float
-    rto: float
+LossShares = dict[str, dict[str, float]]
 
 
 def loss_shares(
-    examples: Iterable[Drawn], *, rto_weight: float = 1.0, loss_norm: str = "tokens"
-) -> dict[str, LossShare]:
-    """The effective share of the loss's weight, by source and term.
+    examples: Iterable[Drawn], objective: Objective, loss_norm: LossNorm = "tokens"
+) -> LossShares:
+    """Return the effective share of the loss's weight, by source and by term.
 
-    A target weighs what its example does, an RTO target also `rto_weight` and what its depth gives.
+    A target weighs as much as its example, its term and its row's own weight together.
 
     Args:
         examples: what is trained on, as drawn for an epoch.
-        rto_weight, loss_norm: as in `derta.DertaConfig`; "official" is taken for "tokens", from
-            which it differs by how full packs are.
+        objective: its terms.
+        loss_norm: see `Objective.shares`.
 
     Returns:
-        by source, the largest first; all of them sum to 1.
+        Shares in [0, 1] by term for each source, the largest source first; all of them sum to 1.
     """
-    next_weights: dict[str, float] = defaultdict(float)
-    rto_weights: dict[str, float] = defaultdict(float)
-    rto_total = 0.0  # as the mean counts it: without what RTO weighs beside
+    nothing: dict[str, float] = dict.fromkeys((term.name for term in objective.terms), 0.0)
+    totals = nothing.copy()
+    weights: LossShares = defaultdict(nothing.copy)
     for drawn in examples:
-        example = drawn.example
-        if isinstance(example, EncodedTriple):
-            next_count = len(drawn.cuts) * len(example.safe)
-            depths = rto_depth_weights(len(example.harmful), drawn.rto_depth)[drawn.rto_rows]
-            rto_weights[example.source] += example.weight * rto_weight * float(depths.sum())
-            rto_total += example.weight * len(depths)
-        else:
-            next_count = int(np.count_nonzero(example.is_target[1:]))
-        next_weights[example.source] += example.weight * next_count
-    if loss_norm == "terms":
-        next_total = sum(next_weights.values())
-        next_weights = _divided(next_weights, next_total)
-        rto_weights = _divided(rto_weights, rto_total)
-    total = sum(next_weights.values()) + sum(rto_weights.values())
-    next_weights, rto_weights = _divided(next_weights, total), _divided(rto_weights, total)
-    shares = {
-        source: LossShare(next_weights.get(source, 0.0), rto_weights.get(source, 0.0))
-        for source in next_weights
+        columns = objective.lay(drawn, placed(drawn))
+        row_weights = objective.row_weights(columns)
+        of_source = weights[drawn.example.source]
+        for name, rows in objective.targets(columns).items():
+            totals[name] += drawn.example.weight * np.count_nonzero(rows)
+            of_source[name] += drawn.example.weight * float(np.sum(rows * row_weights[name]))
+    factors = {
+        name: float(factor) / (totals[name] or 1.0)
+        for name, factor in objective.shares(loss_norm, totals).items()
     }
-    return dict(sorted(shares.items(), key=lambda item: -sum(item[1])))
-
-
-def _divided(weights: dict[str, float], total: float) -> dict[str, float]:
-    return {source: weight / (total or 1.0) for source, weight in weights.items()}
+    parts = {
+        source: {name: factors[name] * weight for name, weight in of_source.items()}
+        for source, of_source in weights.items()
+    }
+    whole = sum(sum(part.values()) for part in parts.values()) or 1.0
+    shares = {
+        source: {name: value / whole for name, value in part.items()}
+        for source, part in parts.items()
+    }
+    return dict(sorted(shares.items(), key=lambda item: -sum(item[1].values())))

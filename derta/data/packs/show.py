@@ -1,4 +1,4 @@
-"""A pack as text: what every row reads, and what it is trained to say."""
+"""A pack as text: what every row reads, and what it is trained on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from derta.data.packs.packing import PackedBatch
-from derta.labels import IGNORE_INDEX
+from derta.objectives.base import Objective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,28 +20,34 @@ COLORS = {"prompt": "36", "harmful": "31", "cut": "1;33", "safe": "32", "answer"
 
 def render_pack(
     batch: PackedBatch,
+    objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
     refusal_token_id: int,
     color: bool = True,
 ) -> str:
-    """Text for a terminal: a line for each row with a target, and one for each run without.
+    """Return text for a terminal: a line for each row with a target, one for each run without.
 
     A line gives the row, its position, its part (prompt, harmful, safe and the number of its
-    branch, or a dialogue's answer), its token, and what it is trained to say next: the following
-    token, the refusal token, where a branch leaves ("cut") the branch's first token.
+    branch, or a dialogue's answer), its token, and its targets: the following token, the refusal
+    token, where a branch leaves ("cut") the branch's first token.
 
     Args:
         batch: the pack.
+        objective: names its targets.
         tokenizer: decodes its tokens.
-        refusal_token_id: what RTO rows are trained to say.
-        color: whether parts are in ANSI colours; a non-empty environment variable NO_COLOR turns
+        refusal_token_id: the token that refusals start with.
+        color: if True, parts are in ANSI colours; a non-empty environment variable NO_COLOR turns
             them off.
     """
     color = color and not os.environ.get("NO_COLOR")
     batch = batch.to("cpu")
     tokens, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
-    labels, rto = batch.shift_labels[0].tolist(), batch.rto_mask[0].tolist()
+    columns = {name: column[0].tolist() for name, column in batch.columns.items()}
     depths = batch.depth[0].tolist()
+    targets = objective.targets(batch.columns)
+    (main, *_) = objective.terms
+    has_main = targets[main.name][0].tolist()
+    live = torch.stack(list(targets.values())).any(0)[0].tolist()
 
     def quote(ids: list[int]) -> str:
         return repr(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -47,9 +55,10 @@ def render_pack(
     def paint(text: str, part: str) -> str:
         return f"\x1b[{COLORS[part.split()[0]]}m{text}\x1b[0m" if color else text
 
+    counts = [f"{batch.totals[term.name].targets} {term.title} targets" for term in objective.terms]
     lines = [
-        f"{len(tokens)} tokens, {len(batch.example_ids)} examples, {batch.next_count} next-token "
-        f"targets, {batch.rto_count} refusal targets: {quote([refusal_token_id])}",
+        f"{len(tokens)} tokens, {len(batch.example_ids)} examples, {', '.join(counts)}; "
+        f"refusal token {quote([refusal_token_id])}",
         "parts: " + ", ".join(paint(part, part) for part in COLORS),
     ]
     # strict=False: the empty pack has bounds and no example.
@@ -57,18 +66,18 @@ def render_pack(
         batch.example_ids, batch.example_bounds, batch.branch_bounds, strict=False
     ):
         lines += ["", id]
-        parts = _parts(bounds, branches, depths, labels)
-        cuts = [row for row in parts if depths[row] >= 0 and labels[row] != IGNORE_INDEX]
+        parts = _parts(bounds, branches, depths, has_main)
+        cuts = [row for row in parts if depths[row] >= 0 and has_main[row]]
         branch_of = {row: len(cuts) - index for index, row in enumerate(cuts)}
-        for part, run in _runs(parts, labels, rto):
-            said = []
-            if run[0] in branch_of:
-                text = f"cut, safe {branch_of[run[0]]} -> {quote([labels[run[0]]])}"
-                said.append(paint(text, "cut"))
-            elif labels[run[0]] != IGNORE_INDEX:
-                said.append(f"-> {quote([labels[run[0]]])}")
-            if rto[run[0]]:
-                said.append("-> refuse")
+        for part, run in _runs(parts, live):
+            first = run[0]
+            notes = objective.notes({name: one[first] for name, one in columns.items()}, quote)
+            said = [
+                paint(f"cut, safe {branch_of[first]} {note}", "cut")
+                if term == main.name and first in branch_of
+                else note
+                for term, note in notes
+            ]
             read = paint(quote([tokens[row] for row in run]), part)
             lines.append(
                 f"{run[0]:>6} {positions[run[0]]:>6}  {part:<8}  {read}  {'  '.join(said)}".rstrip()
@@ -80,12 +89,12 @@ def _parts(
     bounds: tuple[int, int],
     branches: Sequence[tuple[int, int]],
     depths: Sequence[int],
-    labels: Sequence[int],
+    has_main: Sequence[bool],
 ) -> dict[int, str]:
-    """The part that each row of an example belongs to."""
+    """Return the part that each row of an example belongs to."""
     start, end = bounds
     if max(depths[start:end]) < 0:
-        answers = {row + 1 for row in range(start, end) if labels[row] != IGNORE_INDEX}
+        answers = {row + 1 for row in range(start, end) if has_main[row]}
         return {row: "answer" if row in answers else "prompt" for row in range(start, end)}
     parts = {row: "harmful" if depths[row] > 0 else "prompt" for row in range(start, end)}
     for number, branch in enumerate(branches, start=1):
@@ -93,12 +102,10 @@ def _parts(
     return parts
 
 
-def _runs(
-    parts: dict[int, str], labels: Sequence[int], rto: Sequence[bool]
-) -> list[tuple[str, list[int]]]:
-    """Each row with a target apart, and runs of rows of one part without."""
+def _runs(parts: dict[int, str], live: Sequence[bool]) -> list[tuple[str, list[int]]]:
+    """Return each row with a target by itself, and runs of rows of one part without."""
 
     def key(row: int) -> tuple[str, int | None]:
-        return parts[row], row if rto[row] or labels[row] != IGNORE_INDEX else None
+        return parts[row], row if live[row] else None
 
     return [(part, list(rows)) for (part, _), rows in itertools.groupby(parts, key)]

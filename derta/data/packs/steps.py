@@ -12,8 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from derta.data.packs.packing import (
-    DertaCollator,
-    Drawn,
+    Collator,
     PackedBatch,
     TokenCount,
     count_tokens,
@@ -21,11 +20,12 @@ from derta.data.packs.packing import (
     sequence_length,
 )
 from derta.data.packs.planning import Pack, Plan
-from derta.data.packs.shares import LossShare, loss_shares
+from derta.data.packs.shares import LossShares, loss_shares
 from derta.data.records.types import Message, Record, Triple
 from derta.data.tokens.chat import batched
 from derta.data.tokens.encoding import Encoded, EncodedTriple, Encoder
 from derta.data.tokens.store import ROWS_AT_ONCE, ExampleStore
+from derta.objectives.base import Drawn, LossNorm, Objective
 
 # What is told of an epoch before it begins is told of so many examples and steps, of all evenly.
 SURVEYED_EXAMPLES = 20_000
@@ -55,14 +55,14 @@ class EncodedRecords:
 
 
 def encode_records(
-    records: Iterable[Record], encoder: Encoder, collator: DertaCollator, context: int
+    records: Iterable[Record], encoder: Encoder, objective: Objective, context: int
 ) -> EncodedRecords:
     """Encodes records as they come; memory grows by some 30 bytes for each.
 
     Args:
         records: what to encode.
         encoder: to encode it with.
-        collator: what is going to draw from it.
+        objective: draws from what is encoded.
         context: tokens of the longest sequence that the model reads.
 
     Raises:
@@ -73,7 +73,6 @@ def encode_records(
     roles: Counter[str] = Counter()
     safe_starts: Counter[int] = Counter()
     first_messages: list[Sequence[Message]] = []
-    layout = dict(branches=collator.branches, cuts=collator.cuts, rto_keep=collator.rto_keep)
 
     def passing() -> Iterator[Record]:
         for record in records:
@@ -85,7 +84,7 @@ def encode_records(
         for place, example in enumerate(encoder.encode_many(passing())):
             if example is None:
                 continue
-            length = sequence_length(example, **layout)  # type: ignore[arg-type]
+            length = sequence_length(example, objective)
             if length > context:
                 raise ValueError(
                     f"{example.id}: its {length} tokens exceed the model's context of "
@@ -94,14 +93,14 @@ def encode_records(
             if isinstance(example, EncodedTriple):
                 if len(example.safe):
                     safe_starts[int(example.safe[0])] += 1
-                elif collator.rto_keep == 0:
+                elif objective.extent(example).depth < 0:
                     raise ValueError(
                         f"{example.id}: rto_keep is 0, and a rendered row of RTO has no other "
                         "targets: leave its source out, or keep some"
                     )
             if isinstance(example, EncodedTriple) or example.role != "safety":
                 roles[example.role] += 1
-            lengths.append(packed_length(example, **layout))  # type: ignore[arg-type]
+            lengths.append(packed_length(example, objective))
             yield place, example
 
     skipped = encoder.skipped
@@ -130,7 +129,7 @@ class PackedSteps(Dataset):
         self,
         examples: ExampleStore,
         plan: Plan,
-        collator: DertaCollator,
+        collator: Collator,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -169,11 +168,10 @@ class PackedSteps(Dataset):
         counted = count_tokens(self._first_draws(surveyed))
         return TokenCount(*(round(count * share) for count in counted))
 
-    def shares(self, rto_weight: float, loss_norm: str) -> dict[str, LossShare]:
-        """`loss_shares` of the first epoch; estimated from `SURVEYED_EXAMPLES` of more."""
+    def shares(self, loss_norm: LossNorm) -> LossShares:
+        """Return `loss_shares` of the first epoch, estimated from at most `SURVEYED_EXAMPLES`."""
         surveyed = _evenly(len(self.examples), SURVEYED_EXAMPLES)
-        draws = self._first_draws(surveyed)
-        return loss_shares(draws, rto_weight=rto_weight, loss_norm=loss_norm)
+        return loss_shares(self._first_draws(surveyed), self.collator.objective, loss_norm)
 
     def _first_draws(self, indices: Sequence[int]) -> Iterator[Drawn]:
         for batch in batched(indices, ROWS_AT_ONCE):

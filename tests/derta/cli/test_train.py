@@ -20,7 +20,8 @@ from transformers.trainer_utils import TrainOutput
 
 from derta.cli import main
 from derta.cli.train import TrainConfig, describe_shares, load_model
-from derta.data import LossShare, Source
+from derta.data import Source
+from derta.objectives.derta import DertaObjective
 from derta.training.trainer import DertaTrainer
 from runs import poison
 from tiny import tiny_model, tiny_tokenizer
@@ -214,8 +215,8 @@ def test_a_run_begins_with_what_each_source_counts_for(
 
 
 def test_many_sources_share_the_last_row_of_the_table() -> None:
-    shares = {f"{n}": LossShare(0.2, 0.05) for n in range(4)}
-    table = describe_shares(shares, rows=2).splitlines()
+    shares = {f"{n}": {"mle": 0.2, "rto": 0.05} for n in range(4)}
+    table = describe_shares(shares, DertaObjective().terms, rows=2).splitlines()
     assert len(table) == 4
     assert table[-1].split() == ["2", "others", "next", "token", "40.0%", "RTO", "10.0%"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from derta.data import (
-    DertaCollator,
+    Collator,
     Dialogue,
     EncodedDialogue,
     Encoder,
@@ -25,6 +25,7 @@ from derta.data import (
 )
 from derta.data.packs.shares import loss_shares
 from derta.data.statistics import Lengths, Repeats, RunStatistics, data_statistics
+from derta.objectives.derta import DertaObjective
 from tiny import tiny_tokenizer
 
 
@@ -57,7 +58,7 @@ def mixed() -> list[Record]:
 
 
 def run_statistics(max_length: int = 1024, max_tokens: int = 4096, **draws: Any) -> RunStatistics:
-    collator = DertaCollator(**draws)
+    collator = Collator(DertaObjective(**draws))
     return RunStatistics(tiny_tokenizer(), collator, max_length=max_length, max_tokens=max_tokens)
 
 
@@ -79,13 +80,14 @@ def test_a_run_makes_of_the_records_what_is_said(limits: tuple[int, int], loss_n
     draws: Any = {"branches": 2, "cuts": "uniform"}
     encoder = Encoder(tiny_tokenizer(), max_length=limits[0], max_tokens=limits[1], **draws)
     whole = Encoder(tiny_tokenizer(), max_length=10**6, max_tokens=10**6, **draws)
-    collator = DertaCollator(**draws, rto_keep=0.5)
+    collator = Collator(DertaObjective(**draws, rto_keep=0.5, rto_weight=0.5))
     examples = list(encoder.encode_many(mixed()))
     drawn = [collator.draw(example, 0) for example in examples if example is not None]
-    settings: Any = {"rto_weight": 0.5, "loss_norm": loss_norm}
-
     found = data_statistics(
-        mixed(), Repeats(), run_statistics(*limits, **draws, rto_keep=0.5), **settings
+        mixed(),
+        Repeats(),
+        run_statistics(*limits, **draws, rto_keep=0.5, rto_weight=0.5),
+        loss_norm=loss_norm,
     )
     tokens = found["tokens"]
     assert (tokens["one_pass"], tokens["apart"]) == tuple(count_tokens(drawn))
@@ -95,9 +97,7 @@ def test_a_run_makes_of_the_records_what_is_said(limits: tuple[int, int], loss_n
         for fitted, full in zip(examples, whole.encode_many(mixed()), strict=True)
         if hasattr(full, "harmful")
     )
-    assert found["loss"] == {
-        source: share._asdict() for source, share in loss_shares(drawn, **settings).items()
-    }
+    assert found["loss"] == loss_shares(drawn, collator.objective, loss_norm)
     assert found["rows"] == {
         "fences": {"triples": 20},
         "buckets": {"helpful": 10, "borderline": 1},

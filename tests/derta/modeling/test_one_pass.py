@@ -33,7 +33,7 @@ def log_probabilities(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
 def separate_passes(model: PreTrainedModel, drawn: tuple[Drawn, ...] = DRAWN) -> Tensor:
     """The objective, written out: the mean over all targets of all sequences."""
     losses = []
-    for example, cuts, rto_rows in ((one.example, one.cuts, one.rto_rows) for one in drawn):
+    for example, cuts, rto_rows in ((one.example, one.cuts, one.depths) for one in drawn):
         if isinstance(example, EncodedDialogue):
             table = log_probabilities(model, example.input_ids)
             for place in np.flatnonzero(example.is_target):
@@ -95,13 +95,13 @@ def test_the_rows_of_one_pass_are_probabilities_of_separate_passes() -> None:
     output = model(**batch.model_inputs())
     inputs = {**batch.model_inputs(), "shift_labels": None, "rto_mask": None}
     nll = -F.log_softmax(model(**inputs).logits, dim=-1)
-    has_next = batch.shift_labels != -100
-    targets = batch.shift_labels.where(has_next, 0)[..., None]
+    has_next = batch.columns["shift_labels"] != -100
+    targets = batch.columns["shift_labels"].where(has_next, 0)[..., None]
     next_nll = nll.gather(-1, targets)[..., 0].where(has_next, 0)
-    assert torch.allclose(output.next_nll, next_nll, rtol=0, atol=1e-12)
-    live = has_next | batch.rto_mask
-    assert torch.allclose(output.refusal_nll, nll[..., REFUSAL].where(live, 0), rtol=0, atol=1e-12)
-    assert not output.next_nll.requires_grad and not output.refusal_nll.requires_grad
+    assert torch.allclose(output.rows["mle"], next_nll, rtol=0, atol=1e-12)
+    live = has_next | batch.columns["rto_mask"]
+    assert torch.allclose(output.rows["rto"], nll[..., REFUSAL].where(live, 0), rtol=0, atol=1e-12)
+    assert not output.rows["mle"].requires_grad and not output.rows["rto"].requires_grad
     assert output.logits is None and output.aux_loss is None
 
 
@@ -147,7 +147,7 @@ def test_examples_of_a_pack_do_not_touch_each_other_by_a_bit(architecture: str) 
         embeddings.requires_grad_()
         output = model(inputs_embeds=embeddings, **inputs, reduction="sum")
         (gradient,) = torch.autograd.grad(output.loss, embeddings)
-        return output.next_nll[0], output.refusal_nll[0], gradient[0]
+        return output.rows["mle"][0], output.rows["rto"][0], gradient[0]
 
     for ours, theirs in zip(rows(batch), rows(other), strict=True):
         assert torch.equal(ours[:start], theirs[:start])

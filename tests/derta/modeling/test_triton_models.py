@@ -26,7 +26,7 @@ FEW_HEADS = dict(num_attention_heads=2, num_key_value_heads=1)
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes its time by the tile."""
-    config = launch_configs.LaunchConfig(64, 64, num_warps=4, num_stages=1)
+    config = launch_configs.AttentionLaunch(64, 64, num_warps=4, num_stages=1)
     table = dict.fromkeys(launch_configs.LAUNCH_CONFIGS, config)
     monkeypatch.setattr(launch_configs, "LAUNCH_CONFIGS", table)
 

@@ -84,7 +84,7 @@ def one_step(
 
 def mean_loss(tuned: DertaTrainer, pack: PackedBatch) -> float:
     """The weighted mean over all targets of a pack."""
-    total = torch.tensor(pack.next_total + pack.rto_total)
+    total = torch.tensor(pack.totals["mle"].weight + pack.totals["rto"].weight)
     return tuned.model(**pack.model_inputs(), num_items=total).loss.item()
 
 
@@ -338,24 +338,29 @@ def test_logged_figures_are_those_of_the_batch(tmp_path: Path) -> None:
     output = tuned.model(**pack.model_inputs())
     tuned.train()
     log = tuned.state.log_history[0]
-    rto, live = pack.rto_mask, pack.rto_mask | (pack.shift_labels != -100)
+    rto, live = (
+        pack.columns["rto_mask"],
+        pack.columns["rto_mask"] | (pack.columns["shift_labels"] != -100),
+    )
     weight = pack.loss_weight
-    mle = (weight * output.next_nll).sum() / weight[pack.shift_labels != -100].sum()
+    mle = (weight * output.rows["mle"]).sum() / weight[pack.columns["shift_labels"] != -100].sum()
     assert log["mle_loss"] == pytest.approx(mle.item())
-    refusal = (weight * output.refusal_nll)[rto].sum() / weight[rto].sum()
+    refusal = (weight * output.rows["rto"])[rto].sum() / weight[rto].sum()
     assert log["rto_loss"] == pytest.approx(refusal.item())
-    assert pack.benign.sum() == sum(pack.shift_labels[0, a:b].ge(0).sum() for a, b in answers(pack))
-    benign = torch.exp(-output.refusal_nll[pack.benign]).mean()
+    assert pack.benign.sum() == sum(
+        pack.columns["shift_labels"][0, a:b].ge(0).sum() for a, b in answers(pack)
+    )
+    benign = torch.exp(-output.rows["rto"][pack.benign]).mean()
     assert log["benign_refusal_p"] == pytest.approx(benign.item(), rel=1e-5)
     assert log["live_rows"] == pytest.approx(live.float().mean().item())
-    share = pack.rto_total / (pack.rto_total + pack.next_total)
+    share = pack.totals["rto"].weight / (pack.totals["rto"].weight + pack.totals["mle"].weight)
     assert log["rto_targets"] == pytest.approx(share)
     assert log["loss"] == pytest.approx(
         (1 - share) * log["mle_loss"] + share * log["rto_loss"], rel=1e-5
     )
     for tenth in range(10):
         rows = rto & (pack.depth_tenth == tenth)
-        expected = torch.exp(-output.refusal_nll[rows]).mean().item()
+        expected = torch.exp(-output.rows["rto"][rows]).mean().item()
         assert log[f"refusal_p_{tenth + 1}"] == pytest.approx(expected, rel=1e-5)
     assert log["tokens_per_s"] > 0
 
@@ -387,10 +392,10 @@ def test_rto_grows_with_depth_where_it_is_told_to(tmp_path: Path) -> None:
     log = tuned.state.log_history[0]
     sums, totals = 0.0, 0.0
     for start, end in pack.example_bounds:
-        rows = torch.nonzero(pack.rto_mask[0, start:end]).flatten() + start
+        rows = torch.nonzero(pack.columns["rto_mask"][0, start:end]).flatten() + start
         ramp = torch.arange(1, len(rows) + 1) * 2 / (len(rows) + 1)
         weight = pack.loss_weight[0, rows]
-        sums += float((ramp * weight * output.refusal_nll[0, rows]).sum())
+        sums += float((ramp * weight * output.rows["rto"][0, rows]).sum())
         totals += float(weight.sum())
     assert log["rto_loss"] == pytest.approx(sums / totals, rel=1e-5)
     assert log["loss"] == pytest.approx(log["mle_loss"] + 0.5 * log["rto_loss"], rel=1e-5)
@@ -540,8 +545,9 @@ def test_only_ranks_that_write_a_model_touch_its_folder(
 
 
 def test_an_example_longer_than_the_context_is_named_before_training(tmp_path: Path) -> None:
-    examples = trainer(tmp_path).train_dataset.examples
-    lengths = [sequence_length(one, branches=2, cuts="uniform", rto_keep=1.0) for one in examples]
+    unlimited = trainer(tmp_path)
+    examples = unlimited.train_dataset.examples
+    lengths = [sequence_length(one, unlimited.objective) for one in examples]
     longest = max(lengths)
     trainer(tmp_path, tiny_model("llama", max_position_embeddings=longest))
     short = tiny_model("llama", max_position_embeddings=longest - 1)

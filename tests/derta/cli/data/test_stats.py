@@ -48,7 +48,7 @@ def test_all_is_told_in_a_table_and_in_a_file(capsys: pytest.CaptureFixture[str]
     shares = found["loss"]
     assert sum(sum(terms.values()) for terms in shares.values()) == pytest.approx(1)
     assert shares["fences"]["rto"] > 0 == shares["ladders"]["rto"]
-    assert f"{shares['ladders']['next']:.1%}" in told
+    assert f"{shares['ladders']['mle']:.1%}" in told
     assert found["refusal"]["text"] == "Sorry" and "refusal token: 'Sorry' (id" in told
     assert found["duplicates"]["example"] == 1
     assert found["leakage"]["leaked"] == 2

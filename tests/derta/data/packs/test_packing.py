@@ -23,6 +23,7 @@ from derta.data import (
     packed_length,
     sequence_length,
 )
+from derta.objectives.derta import DertaObjective
 
 REFUSE = -1
 
@@ -95,7 +96,7 @@ def wanted(drawn: Drawn) -> Counter:
         part.tolist() for part in (example.prompt, example.harmful, example.safe)
     )
     for depth in range(len(harmful) + 1):
-        if drawn.rto_rows[depth]:
+        if drawn.depths[depth]:
             targets[tuple(prompt + harmful[:depth]), REFUSE] += 1
     for cut in drawn.cuts:
         for index in range(len(safe)):
@@ -113,9 +114,9 @@ def trained(batch: PackedBatch, start: int, end: int) -> Counter:
     targets: Counter = Counter()
     for row in range(start, end):
         context = tuple(batch.input_ids[0, seen(batch, row)].tolist())
-        if batch.shift_labels[0, row] != -100:
-            targets[context, int(batch.shift_labels[0, row])] += 1
-        if batch.rto_mask[0, row]:
+        if batch.columns["shift_labels"][0, row] != -100:
+            targets[context, int(batch.columns["shift_labels"][0, row])] += 1
+        if batch.columns["rto_mask"][0, row]:
             targets[context, REFUSE] += 1
     return targets
 
@@ -129,7 +130,10 @@ def test_every_target_is_read_in_its_own_context(drawn: list[Drawn]) -> None:
         assert trained(batch, start, end) == wanted(d)
         total += wanted(d)
     refusals = sum(count for (_, said), count in total.items() if said == REFUSE)
-    assert (batch.next_count, batch.rto_count) == (total.total() - refusals, refusals)
+    assert (batch.totals["mle"].targets, batch.totals["rto"].targets) == (
+        total.total() - refusals,
+        refusals,
+    )
 
 
 @given(draws())
@@ -144,7 +148,7 @@ def test_positions_count_what_a_row_sees(drawn: list[Drawn]) -> None:
 def test_nothing_is_computed_that_no_target_needs(drawn: list[Drawn]) -> None:
     drawn = [d for d in drawn if wanted(d)]
     batch = pack(drawn)
-    live = (batch.shift_labels != -100) | batch.rto_mask
+    live = (batch.columns["shift_labels"] != -100) | batch.columns["rto_mask"]
     needed = {key for row in torch.nonzero(live[0]).flatten().tolist() for key in seen(batch, row)}
     assert needed == set(range(batch.input_ids.shape[1])) or not drawn
     # And no trunk, branch or prompt is laid out twice.
@@ -161,7 +165,7 @@ def test_tokens_are_counted_as_they_are_run(drawn: list[Drawn]) -> None:
             apart += max(len(context) for context, _ in wanted(d))
             continue
         prompt, harmful, safe = d.example.prompt, d.example.harmful, d.example.safe
-        samples = [[*prompt, *harmful]] if d.rto_rows.any() else []
+        samples = [[*prompt, *harmful]] if d.depths.any() else []
         samples += [[*prompt, *harmful[:cut], *safe] for cut in d.cuts]
         apart += sum(map(len, samples))
     assert count_tokens(drawn) == (pack(drawn).input_ids.shape[1], apart)
@@ -210,12 +214,12 @@ def test_rows_know_where_they_are(drawn: list[Drawn]) -> None:
             else:
                 assert depth[row - start] == read
                 assert tenth[row - start] == int(10 * read / (len(harmful) + 1))
-                assert batch.rto_mask[0, row] == d.rto_rows[read]
+                assert batch.columns["rto_mask"][0, row] == d.depths[read]
         assert len(branches) == len(d.cuts)
         for (first, last), cut in zip(branches, d.cuts, strict=True):
             assert batch.input_ids[0, first:last].tolist() == safe[:-1].tolist()
-            assert batch.shift_labels[0, first:last].tolist() == safe[1:].tolist()
-            assert batch.shift_labels[0, start + len(prompt) - 1 + cut] == safe[0]
+            assert batch.columns["shift_labels"][0, first:last].tolist() == safe[1:].tolist()
+            assert batch.columns["shift_labels"][0, start + len(prompt) - 1 + cut] == safe[0]
 
 
 @given(
@@ -232,14 +236,13 @@ def test_every_draw_fits_what_was_planned(
         branches = 1
     collator = DertaCollator(branches=branches, cuts=cuts, rto_keep=rto_keep, seed=3)
     batch = collator(examples, epoch)
-    layout = dict(branches=branches, cuts=cuts, rto_keep=rto_keep)
     for example, (start, end) in zip(examples, batch.example_bounds, strict=True):
-        limit = packed_length(example, **layout)
+        limit = packed_length(example, collator.objective)
         assert end - start <= limit
         if isinstance(example, EncodedDialogue) or rto_keep == 1.0:
             assert end - start == limit
         read = int(batch.position_ids[0, start:end].max()) + 1
-        longest = sequence_length(example, **layout)
+        longest = sequence_length(example, collator.objective)
         assert read <= longest
         if isinstance(example, EncodedDialogue) or (cuts == "zero" and rto_keep == 1.0):
             assert read == longest
@@ -255,8 +258,8 @@ def test_the_longest_sequence_is_the_trunk_or_what_a_branch_sees() -> None:
         (1, "zero", 0.5, 3 + 8),
         (1, "zero", 0.0, 3 + 3),
     ):
-        layout = dict(branches=branches, cuts=cuts, rto_keep=rto_keep)
-        assert sequence_length(triple, **layout) == expected, layout
+        objective = DertaObjective(branches=branches, cuts=cuts, rto_keep=rto_keep)
+        assert sequence_length(triple, objective) == expected, objective
 
 
 def example_triple(**changes: object) -> EncodedTriple:
@@ -282,6 +285,7 @@ def test_dtypes_are_those_that_models_and_kernels_expect() -> None:
     }
     for batch in (pack(()), DertaCollator()([example_triple()])):
         tensors = {name: t for name, t in vars(batch).items() if isinstance(t, torch.Tensor)}
+        tensors |= batch.columns
         assert {name: tensor.dtype for name, tensor in tensors.items()} == expected
         assert {tensor.shape for tensor in tensors.values()} == {batch.input_ids.shape}
 
@@ -290,31 +294,33 @@ def test_dtypes_are_those_that_models_and_kernels_expect() -> None:
 def test_rows_weigh_what_their_example_and_depth_do(drawn: list[Drawn], policy: str) -> None:
     weights = [1.0 + index for index in range(len(drawn))]
     drawn = [
-        replace(d, example=replace(d.example, weight=weight), rto_depth=policy)
+        replace(d, example=replace(d.example, weight=weight))
         for d, weight in zip(drawn, weights, strict=True)
     ]
-    batch = pack(drawn)
+    batch = pack(drawn, DertaObjective(rto_depth=policy))
     next_total = rto_total = 0.0
     for d, weight, (start, end) in zip(drawn, weights, batch.example_bounds, strict=True):
         assert set(batch.loss_weight[0, start:end].tolist()) == {weight}
-        next_total += weight * int((batch.shift_labels[0, start:end] != -100).sum())
-        rto_total += weight * int(batch.rto_mask[0, start:end].sum())
+        next_total += weight * int((batch.columns["shift_labels"][0, start:end] != -100).sum())
+        rto_total += weight * int(batch.columns["rto_mask"][0, start:end].sum())
         for row in range(start, end):
             depth, expected = int(batch.depth[0, row]), 1.0
             if depth >= 0 and policy == "growing":
                 expected = 2 * (depth + 1) / (len(d.example.harmful) + 2)
-            assert float(batch.rto_weight[0, row]) == pytest.approx(expected)
-    assert (batch.next_total, batch.rto_total) == (next_total, rto_total)
+            assert float(batch.columns["rto_weight"][0, row]) == pytest.approx(expected)
+    assert (batch.totals["mle"].weight, batch.totals["rto"].weight) == (next_total, rto_total)
 
 
 def test_the_empty_pack_is_one_token_without_a_target() -> None:
     batch = pack(())
     assert batch.input_ids.shape == (1, 1)
     assert seen(batch, 0) == [0]
-    assert batch.shift_labels.tolist() == [[-100]] and not batch.rto_mask.any()
+    assert (
+        batch.columns["shift_labels"].tolist() == [[-100]] and not batch.columns["rto_mask"].any()
+    )
     assert batch.example_ids == () and batch.example_bounds == ((0, 1),)
-    assert (batch.next_count, batch.rto_count) == (0, 0)
-    assert (batch.next_total, batch.rto_total) == (0.0, 0.0)
+    assert (batch.totals["mle"].targets, batch.totals["rto"].targets) == (0, 0)
+    assert (batch.totals["mle"].weight, batch.totals["rto"].weight) == (0.0, 0.0)
 
 
 def test_a_plain_sequence_is_laid_out_as_one() -> None:
@@ -330,10 +336,10 @@ def test_a_pack_moves_as_one(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> N
     batch = DertaCollator()([example_triple()])
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
     moved = batch.pin_memory() if pinned else batch.to("meta", non_blocking=True)
-    for name, value in vars(moved).items():
+    for name, value in (*vars(moved).items(), *moved.columns.items()):
         if isinstance(value, torch.Tensor):
             assert value.device.type == "meta", name
-        else:
+        elif name != "columns":
             assert value == getattr(batch, name), name
     assert batch.input_ids.device.type == "cpu"
     assert set(batch.model_inputs()) == {
@@ -354,7 +360,10 @@ def test_what_is_drawn_for_an_example_does_not_depend_on_its_company() -> None:
 
     def labels(batch: PackedBatch, index: int) -> list:
         start, end = batch.example_bounds[index]
-        return [batch.shift_labels[0, start:end].tolist(), batch.rto_mask[0, start:end].tolist()]
+        return [
+            batch.columns["shift_labels"][0, start:end].tolist(),
+            batch.columns["rto_mask"][0, start:end].tolist(),
+        ]
 
     alone, together = collator([first], epoch=1), collator([second, first], epoch=1)
     assert labels(alone, 0) == labels(together, 1)
@@ -377,7 +386,7 @@ def test_a_collator_that_would_train_nothing_is_refused(changes: dict, message: 
 
 def test_an_unknown_policy_is_refused_before_anything_is_drawn() -> None:
     with pytest.raises(ValueError, match="^cuts must be one of zero, uniform"):
-        packed_length(example_triple(), branches=1, cuts="often", rto_keep=1.0)
+        packed_length(example_triple(), DertaObjective(cuts="often"))
 
 
 @pytest.mark.parametrize("cuts", [[9], [-1], [2, 2], [1, 2]])
@@ -386,6 +395,6 @@ def test_impossible_cuts_are_refused(cuts: list[int]) -> None:
         Drawn(example_triple(), np.array(cuts), np.ones(9, bool))
 
 
-def test_rto_rows_have_to_match_the_harmful_response() -> None:
-    with pytest.raises(ValueError, match=r"^rto_rows of t must have shape \(9,\), got \(8,\)"):
+def test_depths_have_to_match_the_harmful_response() -> None:
+    with pytest.raises(ValueError, match=r"^depths of t must have shape \(9,\), got \(8,\)"):
         Drawn(example_triple(), np.array([1]), np.ones(8, bool))

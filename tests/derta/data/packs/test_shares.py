@@ -1,4 +1,4 @@
-"""What a source counts for in the loss is told before anything is trained."""
+"""The share of each source and term in the loss is told before anything is trained."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from derta.data import DertaCollator, Drawn, loss_shares, pack
+from derta.objectives.derta import DertaObjective
+from derta.objectives.unlikelihood import UnlikelihoodObjective
 from drawn import DRAWN
+
+OBJECTIVE = UnlikelihoodObjective(rto_weight=0.5, rto_depth="growing", unlikelihood_weight=0.25)
 
 
 def of(drawn: Drawn, source: str, weight: float) -> Drawn:
-    example = replace(drawn.example, source=source, weight=weight)
-    return replace(drawn, example=example, rto_depth="growing")
+    return replace(drawn, example=replace(drawn.example, source=source, weight=weight))
 
 
 MIXED = [of(one, "abc"[i % 3], 1 + i / 2) for i, one in enumerate(DRAWN)]
@@ -21,25 +24,29 @@ MIXED = [of(one, "abc"[i % 3], 1 + i / 2) for i, one in enumerate(DRAWN)]
 
 @pytest.mark.parametrize("loss_norm", ["tokens", "terms"])
 def test_shares_are_those_of_the_weights_of_the_loss(loss_norm: str) -> None:
-    """Of each row's factor in the loss, as the trainer has it; see `DertaTrainer._normalizer`."""
-    batch = pack(MIXED)
-    rto_weight = 0.5
-    norms = (batch.next_total, batch.rto_total) if loss_norm == "terms" else (1.0, 1.0)
-    has_next = batch.shift_labels != -100
-    next_rows = batch.loss_weight * has_next / norms[0]
-    rto_rows = batch.loss_weight * batch.rto_mask * batch.rto_weight * rto_weight / norms[1]
-    total = float(next_rows.sum() + rto_rows.sum())
-    shares = loss_shares(MIXED, rto_weight=rto_weight, loss_norm=loss_norm)
+    """Each row's factor in the loss of a step, as the trainer computes it, adds up to them."""
+    batch = pack(MIXED, OBJECTIVE)
+    totals = {name: total.weight for name, total in batch.totals.items()}
+    num_items, factors = OBJECTIVE.normalizer(loss_norm, totals, totals, 1)
+    targets = OBJECTIVE.targets(batch.columns)
+    weights = OBJECTIVE.row_weights(batch.columns)
+    rows = {
+        name: batch.loss_weight * targets[name] * weights[name] * factor / num_items
+        for name, factor in factors.items()
+    }
+    whole = float(sum(values.sum() for values in rows.values()))
+    shares = loss_shares(MIXED, OBJECTIVE, loss_norm)
     for source in "abc":
         places = [i for i, drawn in enumerate(MIXED) if drawn.example.source == source]
-        rows = np.isin(batch.example_index.numpy(), places)
-        assert shares[source].next == pytest.approx(float(next_rows[rows].sum()) / total)
-        assert shares[source].rto == pytest.approx(float(rto_rows[rows].sum()) / total)
-    assert sum(map(sum, shares.values())) == pytest.approx(1)
-    assert list(shares) == sorted(shares, key=lambda source: -sum(shares[source]))
+        own = np.isin(batch.example_index.numpy(), places)
+        for name, values in rows.items():
+            assert shares[source][name] == pytest.approx(float(values[own].sum()) / whole), name
+    sums = {source: sum(share.values()) for source, share in shares.items()}
+    assert sum(sums.values()) == pytest.approx(1)
+    assert list(shares) == sorted(shares, key=lambda source: -sums[source])
 
 
-def test_dialogues_alone_have_no_rto_and_nothing_has_no_shares() -> None:
+def test_dialogues_have_no_rto_and_no_examples_no_shares() -> None:
     dialogue = DertaCollator().draw(DRAWN[1].example, epoch=0)
-    assert loss_shares([dialogue]) == {"": (1.0, 0.0)}
-    assert loss_shares([]) == {}
+    assert loss_shares([dialogue], DertaObjective()) == {"": {"mle": 1.0, "rto": 0.0}}
+    assert loss_shares([], DertaObjective()) == {}

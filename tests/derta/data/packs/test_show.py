@@ -7,7 +7,7 @@ import re
 import pytest
 
 from derta.data import (
-    DertaCollator,
+    Collator,
     Dialogue,
     Encoder,
     PackedBatch,
@@ -16,6 +16,9 @@ from derta.data import (
     render_pack,
     resolve_refusal_token,
 )
+from derta.objectives.unlikelihood import UnlikelihoodObjective
+
+OBJECTIVE = UnlikelihoodObjective(branches=2, rto_keep=0.5, unlikelihood_weight=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -40,24 +43,26 @@ def batch(tokenizer) -> PackedBatch:
             id="second",
         ),
     ]
-    settings = {"branches": 2, "cuts": "uniform"}
-    encoder = Encoder(tokenizer, max_length=256, max_tokens=256, **settings)
-    return DertaCollator(**settings, rto_keep=0.5)(list(encoder.encode_many(records)))
+    encoder = Encoder(tokenizer, max_length=256, max_tokens=256, branches=2, cuts="uniform")
+    return Collator(OBJECTIVE)(list(encoder.encode_many(records)))
 
 
 def test_every_row_with_a_target_is_a_line_that_says_it(batch: PackedBatch, tokenizer) -> None:
     sorry = resolve_refusal_token(tokenizer, "Sorry").id
-    lines = render_pack(batch, tokenizer, sorry, color=False).split("\n")
+    lines = render_pack(batch, OBJECTIVE, tokenizer, sorry, color=False).split("\n")
     shown = {int(line[:6]): line for line in lines if re.match(r" *\d+ +\d+  ", line)}
-    live = (batch.shift_labels != -100) | batch.rto_mask
+    live = (batch.columns["shift_labels"] != -100) | batch.columns["rto_mask"]
     for row in live[0].nonzero().flatten().tolist():
         token = repr(tokenizer.decode([batch.input_ids[0, row]]))
-        line, label = shown[row], int(batch.shift_labels[0, row])
+        line, label = shown[row], int(batch.columns["shift_labels"][0, row])
         assert line[6:].split()[0] == str(int(batch.position_ids[0, row]))
         assert f"  {token}  " in line
-        assert line.endswith("-> refuse") == bool(batch.rto_mask[0, row])
+        assert ("-> refuse" in line) == bool(batch.columns["rto_mask"][0, row])
         assert (f"-> {tokenizer.decode([label])!r}" in line) if label != -100 else True
         assert ("cut, safe" in line) == (label == sorry)
+        unlikely = int(batch.columns["unlikely_labels"][0, row])
+        assert ("  not " in line) == (unlikely != -100)
+        assert unlikely == -100 or line.endswith(f"  not {tokenizer.decode([unlikely])!r}")
     branches = batch.branch_bounds[0]
     for number, (start, end) in enumerate(branches, start=1):
         assert {shown[row][15:21] for row in range(start, end)} == {f"safe {number}"}
@@ -73,13 +78,14 @@ def test_every_row_with_a_target_is_a_line_that_says_it(batch: PackedBatch, toke
 def test_colour_is_only_for_those_who_want_it(
     batch: PackedBatch, tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = render_pack(batch, tokenizer, 0, color=False)
-    colored = render_pack(batch, tokenizer, 0)
+    plain = render_pack(batch, OBJECTIVE, tokenizer, 0, color=False)
+    colored = render_pack(batch, OBJECTIVE, tokenizer, 0)
     assert "\x1b[31m" in colored and "\x1b" not in plain
     assert re.sub(r"\x1b\[[\d;]+m", "", colored) == plain
     monkeypatch.setenv("NO_COLOR", "1")
-    assert render_pack(batch, tokenizer, 0) == plain
+    assert render_pack(batch, OBJECTIVE, tokenizer, 0) == plain
 
 
 def test_an_empty_pack_can_be_shown(tokenizer) -> None:
-    assert render_pack(pack(()), tokenizer, 0, color=False).startswith("1 tokens, 0 examples")
+    shown = render_pack(pack((), OBJECTIVE), OBJECTIVE, tokenizer, 0, color=False)
+    assert shown.startswith("1 tokens, 0 examples")

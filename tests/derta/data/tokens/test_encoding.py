@@ -271,14 +271,14 @@ def test_a_rendered_row_has_the_targets_of_the_official_code(
 
     example = Encoder(tokenizer, **ENDLESS).encode(row)
     for cuts in ("uniform", "official", "deep", "zero"):
-        batch = DertaCollator(branches=2, cuts=cuts)([example])
+        collator = DertaCollator(branches=2, cuts=cuts)
+        batch = collator([example])
         assert batch.input_ids[0].tolist() == ids[:-1]
         assert batch.position_ids[0].tolist() == list(range(len(ids) - 1))
-        said = batch.shift_labels.masked_fill(batch.rto_mask, refusal)
+        said = batch.columns["shift_labels"].masked_fill(batch.columns["rto_mask"], refusal)
         assert said[0].tolist() == labels[1:]
         assert not batch.benign.any()
-        length = packed_length(example, branches=2, cuts=cuts, rto_keep=1.0)
-        assert length == batch.input_ids.shape[1]
+        assert packed_length(example, collator.objective) == batch.input_ids.shape[1]
 
 
 def test_a_rendered_prefix_keeps_its_own_tokens(templated) -> None:
