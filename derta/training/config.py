@@ -74,6 +74,8 @@ class DertaConfig(TrainingArguments):
         rto_keep: share of the harmful response's positions that are RTO targets, in [0, 1], drawn
             anew every epoch. 0 turns RTO off; the official full-parameter recipe is 0.05.
         rto_weight: weight of every RTO target in the loss's numerator.
+        unlikelihood_weight: weight of the unlikelihood loss, -log(1 - p(next harmful token)), at
+            RTO rows; 0 turns it off.
         rto_depth: how that weight is spread over a harmful response, its mean staying the same:
             "uniform", or "growing", linearly towards its end.
         loss_norm: "tokens", the mean over all targets of a step; "official", the mean over each
@@ -202,8 +204,9 @@ class DertaConfig(TrainingArguments):
         check_planned(self)
         if self.branches == 0 and self.rto_keep == 0.0:
             raise ValueError("branches and rto_keep are both 0: a triple would train nothing")
-        if self.rto_weight < 0.0:
-            raise ValueError(f"rto_weight must be at least 0, got {self.rto_weight}")
+        for name in ("rto_weight", "unlikelihood_weight"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.cuts not in CUT_POLICIES:
             raise ValueError(f"cuts must be one of {', '.join(CUT_POLICIES)}, got {self.cuts!r}")
         if self.rto_depth not in RTO_DEPTHS:
