@@ -39,7 +39,7 @@ DertaConfig(output_dir="runs", cuts="often")  # error: has incompatible type "Li
 batch: PackedBatch = DertaCollator(branches=2)([])
 DertaCollator(branchez=2)  # error: Unexpected keyword argument "branchez"
 Triple(prompt="How?", safe="Sorry.", harmful="Sure.", id="a")
-Triple(prompt="How?", safe="Sorry.")  # error: Missing named argument "harmful"
+Triple(prompt="How?", safe="Sorry.", id="a")  # error: Missing named argument "harmful"
 Dialogue(messages=3, id="b")  # error: Argument "messages" to "Dialogue" has incompatible type
 model: nn.Module = apply_derta(nn.Linear(2, 2), 7)
 apply_derta(nn.Linear(2, 2), "Sorry")  # error: Argument 2 to "apply_derta" has incompatible type
