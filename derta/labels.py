@@ -17,7 +17,7 @@ def derta_labels(
     keep: float | Literal["official"] = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Labels that train RTO rows to refuse at every position: ordinary in, ordinary out.
+    """Return labels that train RTO rows to refuse at every position.
 
     In a row of is_rto every label becomes the refusal token, and a share of them is then dropped;
     all other rows are returned as they are. Nothing is shifted: the model's own loss does that, as
@@ -36,7 +36,7 @@ def derta_labels(
             them, so a row never loses its last. "official" keeps max(1, (T + 19) // 20) of the T
             positions of the padded row, prompt and padding included, as the official full-parameter
             recipe does; a row may lose all its labels that way.
-        generator: of the draws, which are made on its device; None: torch's own on the CPU. With
+        generator: draws on its device; None: torch's own on the CPU. With
             "official" the same seed gives the official code's mask: one permutation of T for every
             RTO row, in order.
 
@@ -60,7 +60,7 @@ def derta_labels(
 
 
 def _share_of_labels(labelled: Tensor, keep: float, generator: torch.Generator | None) -> Tensor:
-    """(B, T) bool: max(1, round(keep * L)) of each row's L labelled positions, position 0 last."""
+    """Draw (B, T) bool: max(1, round(keep * L)) of each row's L labels, position 0 last."""
     device = "cpu" if generator is None else generator.device
     score = torch.rand(labelled.shape, generator=generator, device=device).to(labelled.device)
     score[:, :1] += 1
@@ -70,7 +70,7 @@ def _share_of_labels(labelled: Tensor, keep: float, generator: torch.Generator |
 
 
 def _official_positions(is_rto: Tensor, length: int, generator: torch.Generator | None) -> Tensor:
-    """(B, T) bool: what the official script leaves of each RTO row's T positions."""
+    """Return (B, T) bool: the positions of each RTO row that the official script keeps."""
     device = "cpu" if generator is None else generator.device
     dropped_count = length - max(1, (length + 19) // 20)
     kept = torch.ones(len(is_rto), length, dtype=torch.bool, device=device)

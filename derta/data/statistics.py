@@ -1,7 +1,7 @@
-"""What a data set is made of: lengths, what a run makes of it, requests that come again.
+"""Statistics of a data set: lengths, tokens and targets of a run, repeated requests.
 
-Records stream through. What is remembered of them does not grow with their number, but for the
-index of requests, of which `RequestIndex` says what a row takes, and 0.1 KB of every example.
+Records stream through. Memory does not grow with their number, except for the index of requests
+(`RequestIndex` says by how much) and 0.1 KB for every example.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LISTED = 20
 
 
 class Lengths:
-    """The distribution of a length, exact; what it remembers is each length that there is."""
+    """The exact distribution of a length; memory holds each distinct length."""
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
@@ -46,7 +46,7 @@ class Lengths:
         self._counts[length] += 1
 
     def summary(self) -> dict[str, int]:
-        """How many there are, and the length that 5%, half, 95% and all of them do not exceed."""
+        """Return the number of rows, and the lengths that 5%, 50%, 95% and all do not exceed."""
         ordered = sorted(self._counts)
         reached = np.cumsum([self._counts[length] for length in ordered])
         rows = int(reached[-1])
@@ -58,7 +58,7 @@ class Lengths:
 
 
 def character_lengths(record: Record) -> Iterator[tuple[str, int]]:
-    """The parts of an example and their characters, without those of a chat template."""
+    """Yield the parts of an example and their characters, without those of a chat template."""
     if isinstance(record, Rendered):
         yield "rendered", len(record.prefix) + len(record.text)
         return
@@ -72,7 +72,7 @@ def character_lengths(record: Record) -> Iterator[tuple[str, int]]:
 
 
 def token_lengths(record: Record, example: Encoded) -> Iterator[tuple[str, int]]:
-    """The parts of an example and their tokens, with those of the chat template."""
+    """Yield the parts of an example and their tokens, with those of the chat template."""
     if isinstance(example, EncodedDialogue):
         yield "rendered" if isinstance(record, Rendered) else "dialogue", len(example.input_ids)
     elif isinstance(record, Rendered):
@@ -84,12 +84,12 @@ def token_lengths(record: Record, example: Encoded) -> Iterator[tuple[str, int]]
 
 
 class RunStatistics:
-    """What a training run makes of records: tokens, targets of each kind, the refusal token.
+    """Records as a training run sees them: tokens, targets of each term, the refusal token.
 
     Args:
-        tokenizer: with a chat template.
-        collator: what draws cuts and RTO rows, here those of the first epoch.
-        max_length, max_tokens: as of a `DertaConfig`.
+        tokenizer: tokenizer with a chat template.
+        collator: draws for the first epoch.
+        max_length, max_tokens: as in `DertaConfig`.
 
     Raises:
         ValueError: the tokenizer cannot be used, see `Encoder`.
@@ -114,7 +114,7 @@ class RunStatistics:
         self._first_messages: Sequence[Message] | None = None
 
     def drawn(self, records: Iterable[Record]) -> Iterator[Drawn]:
-        """Counts records as they come, and gives what the run would train on."""
+        """Count records as they come, and yield the examples that the run would train on."""
         for batch in batched(records, BATCH):
             for record, example in zip(batch, self.whole.encode_many(batch), strict=True):
                 assert example is not None  # everything fits
@@ -131,7 +131,7 @@ class RunStatistics:
                     yield drawn
 
     def _fitted(self, record: Record, whole: Encoded) -> Encoded | None:
-        """The record as the run encodes it, which seldom differs from all of it."""
+        """Return the record as the run encodes it: seldom less than the whole."""
         limit = min(self.fitting.max_length, self.fitting.max_tokens)
         if isinstance(whole, EncodedDialogue):
             longest = len(whole.input_ids)
@@ -146,7 +146,7 @@ class RunStatistics:
         return fitted
 
     def refusal(self, refusal: str | int) -> dict[str, Any] | None:
-        """The refusal token and what is amiss with it; None without triples.
+        """Return the refusal token and a warning about it; None without triples.
 
         Raises:
             TypeError, ValueError: as `resolve_refusal_token`.
@@ -163,16 +163,16 @@ class RunStatistics:
 
 
 class Repeats:
-    """Requests of training records that come again, in training or evaluation.
+    """Requests of training records that are repeated in training or evaluation.
 
-    A training record counts once as each of "example", all of its texts came before; else "same",
-    its request did; else "near", one near to it did. Against evaluation it counts as "same" or
-    "near". Ids are listed, texts never.
+    Within training, a record counts as "example" if all of its texts came before, else as "same" if
+    its request did, else as "near" if a similar request did. Against evaluation it counts as "same"
+    or "near". Ids are listed, texts never.
 
     Args:
-        evaluation: what is held against training; it is read at once.
-        near: least similarity of near requests, see `RequestIndex`; None looks for the same alone.
-        listed: how many of each kind are listed.
+        evaluation: records to compare with training; read at once.
+        near: least similarity of near requests, see `RequestIndex`; None finds identical ones only.
+        listed: the number of repeats of each kind to list.
 
     Raises:
         ValueError: `near` is out of its range.
@@ -196,7 +196,7 @@ class Repeats:
         self._leaked: set[str] = set()
 
     def add(self, record: Record) -> None:
-        """Counts a training record."""
+        """Count a training record."""
         request, name = Fingerprint(user_turns(record)), _name(record)
         if leaks := self._evaluation.matches(request):
             self._leaked.update(match.id for match in leaks)
@@ -211,7 +211,7 @@ class Repeats:
         self._train.add(name, request)
 
     def summary(self) -> dict[str, Any]:
-        """Counts, and the first of each kind."""
+        """Return the counts, and the first repeats of each kind."""
         return {
             "near": self._near,
             "duplicates": self._within.summary(),
@@ -224,7 +224,7 @@ class Repeats:
 
 
 class _Found:
-    """Records of each kind: how many, and the first of them."""
+    """Repeats by kind: their number, and the first of them."""
 
     def __init__(self, kinds: Sequence[str], listed: int) -> None:
         self._counts = dict.fromkeys(kinds, 0)
@@ -247,7 +247,7 @@ def _kind(match: Match) -> str:
 
 
 def _name(record: Record | Request) -> str:
-    """The id, after the source unless it holds it, as a place does."""
+    """Return the id, with its source before it unless the id holds it."""
     return record.id if record.source in record.id else f"{record.source}: {record.id}"
 
 
@@ -265,21 +265,21 @@ def data_statistics(
     refusal: str | int = "auto",
     loss_norm: LossNorm = "tokens",
 ) -> dict[str, Any]:
-    """What training records are made of, and what a run makes of them.
+    """Compute statistics of training records, and of a run on them.
 
     Args:
-        records: those of training, read once.
-        repeats: what counts those that come again, evaluation records in it.
-        run: None: lengths are in characters, and nothing is said of a run.
-        refusal, loss_norm: as of a `DertaConfig`.
+        records: training records, read once.
+        repeats: counts repeated requests; holds the evaluation records.
+        run: counts tokens and targets; None counts characters and leaves the run out.
+        refusal, loss_norm: as in `DertaConfig`.
 
     Returns:
-        plain values, none of them a text of a record: "rows" by source and kind, "unit" and
-        "lengths" by part, with a run "tokens", "loss" by source and term, and "refusal"; "near",
-        "duplicates" and "leakage", see `Repeats`.
+        Plain values without any text of a record: "rows" by source and kind, "unit" and "lengths"
+        by part; with a run "tokens", "loss" by source and term, and "refusal"; "near", "duplicates"
+        and "leakage", see `Repeats`.
 
     Raises:
-        ValueError: as `RunStatistics`, or the refusal token cannot be resolved.
+        ValueError: as `RunStatistics`; the refusal token cannot be resolved.
     """
     rows: dict[str, Counter[str]] = defaultdict(Counter)
 

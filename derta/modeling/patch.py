@@ -1,4 +1,4 @@
-"""A model that trains on packs: the objective inside its own forward pass, proved before use.
+"""A model that trains on packs: the objective inside its own forward pass, checked before use.
 
 `apply_derta` gives one model instance a forward that understands `visible_until`. The loss is
 computed inside it, so that FSDP and ZeRO gather the head by their own hooks. The body runs as it
@@ -41,15 +41,15 @@ MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass
 class DertaOutput(ModelOutput):
-    """What a patched model returns for a pack with targets.
+    """Output of a patched model for a pack with targets.
 
     Attributes:
         loss: (), nats, the router loss included where the model adds one.
         rows: the losses of each term by its name, (1, N) each, nats, unweighted and detached; 0 on
             rows without a target. Those of DeRTa are "mle", -log p(next token), and "rto", -log
             p(refusal token), which is there for every row with a target of any term.
-        aux_loss: (), the router loss before its weights, or None.
-        logits: None: they are never formed.
+        aux_loss: (), the router loss without its weights, or None.
+        logits: always None; logits are never formed.
     """
 
     loss: Tensor | None = None
@@ -59,7 +59,7 @@ class DertaOutput(ModelOutput):
 
 
 class Twin(NamedTuple):
-    """A config, the attention implementation that it named, and the one that it names now."""
+    """A config, the attention implementation that it named before, and the one it names now."""
 
     config: PreTrainedConfig
     own: str
@@ -100,24 +100,25 @@ def apply_derta(
     Without a column of the objective the model returns its own output, logits included; without
     visible_until it is as it was, bit for bit.
 
-    The model proves itself first: hidden states and losses of a random pack of two examples and a
-    branch against separate passes of the unpatched model, in evaluation mode and without touching
-    the random state. Rows may differ by the square root of the precision of the model's dtype
-    (of float32 at best, in which norms and rotary embeddings compute), relative to their size, in
-    the median of each sequence: a mask or head that is misunderstood moves every row by much more,
-    while a mixture of experts may route single tokens elsewhere by rounding.
+    A self-check comes first: it compares hidden states and losses of a random pack of two examples
+    and a branch with separate passes of the unpatched model, in evaluation mode and without
+    touching the random state. The median row of each sequence may differ by the square root of the
+    precision of the model's dtype (of float32 at best, in which norms and rotary embeddings
+    compute), relative to its size. A misread mask or head moves every row by much more, while a
+    mixture of experts may route single tokens elsewhere by rounding.
 
     On a CPU, layers in 4 bits compute with gradients from now on
     (`derta.modeling.quantization`).
 
-    Called again, it replaces what it was asked before.
+    A second call replaces the first.
 
     Args:
         model: a transformers model with a language model's head, or a PEFT model of one.
         refusal_token_id: in [0, vocabulary).
-        objective: what packs are trained on; None: DeRTa's with its defaults.
-        impl: of the head loss, see `derta_kernels.head_loss.head_loss`.
-        attention: of packs, see `derta_kernels.attention.interval_attention`.
+        objective: the objective of packs; None: DeRTa's with its defaults.
+        impl: implementation of the head loss, see `derta_kernels.head_loss.head_loss`.
+        attention: implementation of attention over packs, see
+            `derta_kernels.attention.interval_attention`.
         offload: if True, what the body keeps for the backward pass of a pack waits on the host,
             see `derta.modeling.offloading`. With gradient checkpointing those are the layers'
             inputs. Changes nothing on a CPU.
@@ -127,10 +128,10 @@ def apply_derta(
 
     Raises:
         TypeError: model is not a transformers model.
-        ValueError: the model is one that packs would train wrongly, named with the reason: an
-            encoder-decoder, no head, an adapter on the head or a quantized head, attention that
-            cannot be replaced or carries a state, weights that are not there or that a CPU reads
-            wrongly in 4 bits, or a pack that comes out differently. The model is then unchanged.
+        ValueError: packs would train the model wrongly; names the reason: an encoder-decoder, no
+            head, an adapter on the head or a quantized head, attention that cannot be replaced or
+            carries a state, missing weights, 4-bit weights that a CPU misreads, or a failed
+            self-check. The model is then unchanged.
     """
     patched = transformers_model(model)
     remove_derta(patched)
@@ -150,7 +151,7 @@ def apply_derta(
 
 
 def remove_derta(model: nn.Module) -> nn.Module:
-    """Makes a model what it was before `apply_derta`; does nothing to one that already is.
+    """Undo `apply_derta`; a model without it stays as it is.
 
     Args:
         model: a transformers model, or a PEFT model of one.
@@ -177,19 +178,19 @@ def remove_derta(model: nn.Module) -> nn.Module:
 
 
 def patch_of(model: nn.Module) -> Patch | None:
-    """What `apply_derta` was asked for, or None of a model that is not patched."""
+    """Return the arguments of `apply_derta`, or None for a model that is not patched."""
     return vars(transformers_model(model)).get("_derta_patch")
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Makes the layers of a transformers or PEFT model keep only their inputs for the backward."""
+    """Checkpoint the layers of a transformers or PEFT model: keep only their inputs."""
     # The name of early transformers 5; where there is a later one, it warns.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _refuse_unfit(model: PreTrainedModel) -> None:
-    """What can be said without running the model."""
+    """Check all that can be checked without running the model."""
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     layer_types = set(getattr(config, "layer_types", None) or ())
@@ -283,7 +284,7 @@ def _forward_packed(
     router_weight: float | Tensor = 1.0,
     **kwargs: Any,
 ) -> Any:
-    """The body over a pack, then the loss on its hidden states; see `apply_derta`."""
+    """Run the body over a pack, then the loss on its hidden states; see `apply_derta`."""
     patch = _active_patch(model)
     objective = patch.objective
     inputs = {name: value for name, value in kwargs.items() if value is not None}

@@ -1,8 +1,8 @@
-"""What an objective is: targets on rows of a pack, and a loss of named terms over them.
+"""An objective: targets on rows of a pack, and a loss of named terms over them.
 
-An objective is one module. It draws what an epoch trains of an example, says which rows carry which
-targets and weights, computes its terms from hidden states, head and pack, and names what it logs.
-Packing, model, trainer, metrics, plan, statistics and dry run know its terms by name only.
+An objective is one module. It draws branches and targets of an example for each epoch, lays them
+out as columns of a pack, computes its terms from hidden states, head and columns, and names its
+figures. Packing, model, trainer, metrics, plan, statistics and dry run know its terms by name only.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class Extent(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the parts of one example lie among its rows.
+    """Positions of the parts of one example among its rows.
 
     Attributes:
         rows: the number of rows.
-        trunk: of a triple, the row at depth 0, which predicts the first token of a response.
-        branches: of a triple, the first row of each branch, in the order of `Drawn.cuts`.
+        trunk: the row at depth 0 of a triple, which predicts the first token of a response.
+        branches: the first row of each branch of a triple, in the order of `Drawn.cuts`.
     """
 
     rows: int
@@ -114,9 +114,9 @@ class Total(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """A figure to log, as a sum and what it is divided by, both () or (K,).
+    """A figure to log, as a sum and its divisor, both () or (K,).
 
-    (K,) is logged as K figures, numbered from 1; one whose divisor is 0 is left out.
+    K figures are numbered from 1; a figure whose divisor is 0 is left out.
     """
 
     total: Tensor
@@ -124,7 +124,7 @@ class Mean(NamedTuple):
 
 
 class Objective(ABC):
-    """What a training run minimises: a sum of weighted terms over the targets of packs.
+    """The loss that a training run minimises: a weighted sum of terms over targets of packs.
 
     Attributes:
         branches: the most safe responses that are drawn per triple.
@@ -154,7 +154,7 @@ class Objective(ABC):
 
     @abstractmethod
     def draw(self, example: Encoded, rng: np.random.Generator) -> Drawn:
-        """Draw what an epoch trains of an example."""
+        """Draw the branches and targets of an example for one epoch."""
 
     @abstractmethod
     def extent(self, example: EncodedTriple) -> Extent:
@@ -195,7 +195,7 @@ class Objective(ABC):
             refusal_token_id: the token that refusals start with.
             loss_weight: (1, N) weight of each row's example; None: ones.
             term_weights: factor of each term by its name.
-            num_items: what "mean" divides by; None: the number of targets.
+            num_items: the divisor of "mean"; None: the number of targets.
             reduction: "mean" or "sum".
             impl: see `derta_kernels.head_loss.head_loss`.
 
@@ -209,7 +209,7 @@ class Objective(ABC):
 
         Args:
             batch: a `PackedBatch` on the device.
-            rows: what `loss` returned beside the loss.
+            rows: the row losses that `loss` returned.
         """
 
     @abstractmethod
@@ -231,7 +231,7 @@ class Objective(ABC):
         Args:
             norm: "tokens", the mean over all counted targets; "terms", each term by its own mean.
                 "official" differs from "tokens" by how full packs are only, and is taken for it.
-            totals: weight of each term's targets over all that is averaged.
+            totals: weight of each term's targets over everything that is averaged.
         """
         if norm == "terms":
             return {term.name: term.weight for term in self.terms}
@@ -245,7 +245,7 @@ class Objective(ABC):
         step: Mapping[str, Number],
         packs: Number,
     ) -> tuple[Number, dict[str, Number]]:
-        """Return what divides a pack's sum over its targets, and the factor of each term in it.
+        """Return the divisor of a pack's sum over targets, and the factor of each term in it.
 
         Args:
             norm: "tokens", the mean over all counted targets of a step; "official", the mean over

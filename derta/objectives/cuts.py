@@ -1,4 +1,4 @@
-"""What is drawn anew for a triple in every epoch: where safe responses leave it, and RTO rows."""
+"""Draws for a triple, anew in every epoch: cuts, where safe responses leave it, and RTO rows."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CUT_POLICIES: dict[str, Callable[[EncodedTriple], np.ndarray]] = {
 
 
 def cut_probabilities(example: EncodedTriple, policy: str) -> np.ndarray:
-    """Probability of each cut, (cut_limit + 1,) float64; of none where there is no safe response.
+    """Return the probability of each cut, (cut_limit + 1,) float64; () without a safe response.
 
     Args:
         example: the triple.
@@ -75,12 +75,12 @@ def cut_probabilities(example: EncodedTriple, policy: str) -> np.ndarray:
 def draw_cuts(
     example: EncodedTriple, *, policy: str, branches: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draws `branches` distinct cuts, or all that are possible if those are fewer.
+    """Draw `branches` distinct cuts, or all possible ones if those are fewer.
 
     Args:
         example: the triple.
         policy: see `cut_probabilities`.
-        branches: how many; 0 draws none.
+        branches: the number of cuts.
         rng: see `example_rng`.
 
     Returns:
@@ -98,7 +98,7 @@ def draw_cuts(
 
 
 def draw_rto_rows(harmful_length: int, *, keep: float, rng: np.random.Generator) -> np.ndarray:
-    """Draws the depths of a harmful response at which RTO has a target.
+    """Draw the depths of a harmful response with an RTO target.
 
     Args:
         harmful_length: |h|.
@@ -117,7 +117,7 @@ def draw_rto_rows(harmful_length: int, *, keep: float, rng: np.random.Generator)
 
 
 def rto_depth_weights(harmful_length: int, policy: str) -> np.ndarray:
-    """How much the RTO target at each depth of a harmful response weighs; 1 on average.
+    """Return the weight of an RTO target at each depth of a harmful response, 1 on average.
 
     Args:
         harmful_length: |h|.
@@ -137,6 +137,6 @@ def rto_depth_weights(harmful_length: int, policy: str) -> np.ndarray:
 
 
 def example_rng(seed: int, epoch: int, example_id: str) -> np.random.Generator:
-    """A generator that depends on these three alone: not on ranks, workers or order."""
+    """Return a generator that depends on these three only: not on ranks, workers or order."""
     digest = blake2b(f"{seed}:{epoch}:{example_id}".encode(), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "little"))

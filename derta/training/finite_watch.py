@@ -1,8 +1,8 @@
-"""Stops a run in which something is no longer finite, before anything of it is saved.
+"""Stop a run in which a loss, gradient or weight is no longer finite, before anything is saved.
 
-Losses and gradients are looked at after every pack, on the device, where what was found waits until
-figures are logged or a model is saved. A pack is then named as exactly as it can be known: a loss
-is one rank's own, but gradients may show only once they are averaged over ranks.
+Losses and gradients are checked after every pack, on the device. The result waits there until
+figures are logged or a model is saved. The message names the pack as exactly as possible: a loss
+belongs to one rank, but gradients may show only once they are averaged over ranks.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ def not_finite(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor
     a weight or gradient of 1e19 is past use already.
 
     Args:
-        tensors: of any dtype and device; of one that is sharded, this rank's part. None is finite.
-        device: of the result.
+        tensors: any dtype and device; a sharded one is checked by this rank's part. None counts as
+            finite.
+        device: device of the result.
 
     Returns:
-        one bool a tensor.
+        One bool per tensor.
     """
     tensors = list(tensors)
     norms = [torch.zeros((), device=device)] * len(tensors)
@@ -53,7 +54,7 @@ def not_finite(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor
 
 
 class _Pack(NamedTuple):
-    """A pack that ran since the last check: whether its gradients showed, and whose they were."""
+    """A pack that ran since the last check; `shows` and `averaged` describe its gradients."""
 
     step: int
     example_ids: tuple[str, ...]
@@ -62,7 +63,7 @@ class _Pack(NamedTuple):
 
 
 class _Mark(NamedTuple):
-    """What a rank found first: after which pack, in its loss or not, in which gradients."""
+    """A rank's first finding: its pack, if it is in the loss, and indices of gradients."""
 
     pack: int
     in_loss: bool
@@ -75,7 +76,7 @@ class FiniteWatch:
     `add` never waits for the device; `check` costs one host transfer while all is finite.
 
     Args:
-        device: where the losses are.
+        device: the device of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -99,10 +100,10 @@ class FiniteWatch:
         Args:
             batch: the pack.
             loss: its loss on this rank.
-            gradients: of all parameters, accumulated so far; None where there is none, or where one
-                is not to be looked at.
-            step: optimizer step that the pack is of.
-            averaged: whether gradients that are not sharded are by now those of all ranks.
+            gradients: accumulated gradients of all parameters; None for a missing one, or one to
+                skip.
+            step: the pack's optimizer step.
+            averaged: if True, gradients that are not sharded are averaged over all ranks by now.
         """
         gradients = list(gradients)
         bad_loss = ~torch.isfinite(loss.detach())
@@ -126,10 +127,10 @@ class FiniteWatch:
         """Stop a run in which something was not finite since the last check, or now is not.
 
         Args:
-            parameters: all of them by name, in the order of gradients; None for a frozen one.
+            parameters: all parameters by name, in the order of gradients; None for a frozen one.
             reduce: sums a tensor over all ranks, so that every rank stops.
-            step: optimizer step that the parameters are of.
-            loss_scale: what float16 losses are multiplied by; None: losses are not scaled.
+            step: the optimizer step of the parameters.
+            loss_scale: factor of float16 losses; None: losses are not scaled.
 
         Raises:
             FloatingPointError: a loss or a gradient norm was not finite, with step, examples and
@@ -166,7 +167,7 @@ class FiniteWatch:
         return [_Mark(pack, in_loss, [index for index, bad in enumerate(gradients) if bad])]
 
     def _first_of(self, marks: list[_Mark], names: list[str]) -> str:
-        """What happened first on any rank, and where."""
+        """Describe the first finding of any rank, and its place."""
         first = min(mark.pack for mark in marks)
         marks = [mark for mark in marks if mark.pack == first]
         own = [mark for mark in self._own_mark() if mark.pack == first]
@@ -186,7 +187,7 @@ class FiniteWatch:
         return f"{what} is not finite at step {pack.step} in {where}"
 
     def _shown_with(self, last: int) -> list[tuple[str, ...]]:
-        """Examples of a pack, and of those before it whose gradients showed only with its own."""
+        """Return the examples of a pack, and of packs before it whose gradients showed with it."""
         first = last
         while first and not self._packs[first - 1].shows:
             first -= 1
@@ -194,7 +195,7 @@ class FiniteWatch:
 
 
 def _some(indices: Iterable[int], names: list[str], shown: int = 3) -> str:
-    """The first few of those names, and how many more there are."""
+    """Return the first few of the names, and the number of the others."""
     chosen = [names[index] for index in sorted(set(indices))]
     rest = f" and {len(chosen) - shown} more" if len(chosen) > shown else ""
     return ", ".join(chosen[:shown]) + rest

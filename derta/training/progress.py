@@ -1,4 +1,4 @@
-"""What a person watching a training run sees: one bar, and one line each time figures are read."""
+"""The terminal of a training run: one bar, and one line for each log."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 def format_figures(step: int, logs: dict[str, float]) -> str:
-    """One line of a training log, from the figures that `DertaTrainer` logs."""
+    """Return a line of a training log, from the figures that `DertaTrainer` logs."""
     parts = [f"step {step:>5}", f"loss {logs['loss']:.4f}"]
-    if "mle_loss" in logs:
-        parts.append(f"mle {logs['mle_loss']:.4f}")
-    if "rto_loss" in logs:
-        parts.append(f"rto {logs['rto_loss']:.4f}")
+    parts += [
+        f"{name.removesuffix('_loss')} {value:.4f}"
+        for name, value in logs.items()
+        if name.endswith("_loss")
+    ]
     tenths = [logs[key] for key in (f"refusal_p_{i}" for i in range(1, 11)) if key in logs]
     if tenths:
         parts.append(f"p(refusal) {tenths[0]:.2f} first tenth, {tenths[-1]:.2f} last")
@@ -27,7 +28,7 @@ def format_figures(step: int, logs: dict[str, float]) -> str:
 
 
 def format_evaluation(step: int, logs: dict[str, float]) -> str:
-    """One line of what `DertaTrainer` logs of held-out records."""
+    """Return a line of the figures that `DertaTrainer` logs for held-out records."""
     names = {
         "loss": "loss",
         "asr": "attack success",
@@ -41,7 +42,7 @@ def format_evaluation(step: int, logs: dict[str, float]) -> str:
 
 
 def format_probe(logs: dict[str, float]) -> str:
-    """One line of what `DertaTrainer` logs of its probe."""
+    """Return a line of the figures that `DertaTrainer` logs for its probe."""
     peak = f", {logs['probe_gib']:.2f} GiB at its peak" if "probe_gib" in logs else ""
     return f"probe: the largest pack fits, {logs['probe_tokens']:,} tokens{peak}"
 
@@ -50,8 +51,8 @@ class Progress(TrainerCallback):
     """A bar over the steps of a run; with `lines`, also a line per log.
 
     Args:
-        title: what the bar is called.
-        lines: whether every log becomes a line of its own.
+        title: title of the bar.
+        lines: if True, every log is a line of its own.
     """
 
     def __init__(self, title: str, *, lines: bool = True) -> None:

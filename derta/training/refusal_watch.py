@@ -1,7 +1,7 @@
 """Safety and over-refusal while training: refusal curves of held-out records, without generation.
 
-A response is read with the probability of the refusal token at every position. A harmful one that
-passes is a successful attack; an answer to a harmless request that is stopped is an over-refusal.
+Every response has a curve: the probability of the refusal token at each position. A harmful one
+that passes is a successful attack; a stopped answer to a harmless request is an over-refusal.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from derta.data import (
 from derta.evaluation import EvaluationSettings, forced_rates
 from derta.modeling.patch import DertaOutput
 
-# As `forced_rates` has them in evaluations: what attackers have written already, in tokens.
+# Tokens that attackers have written already, as evaluations have them, see `forced_rates`.
 PREFILL_DEPTHS = EvaluationSettings().prefill_depths
 
 
 def check_watched(metric: str | None, roles: Collection[str]) -> None:
-    """Sees to it that a metric can be had of the evaluation records before a run relies on it.
+    """Check that the evaluation records give a metric, before a run relies on it.
 
     Args:
         metric: one of `derta.training.config.WATCHED`, or None.
-        roles: that the evaluation records have, see `Source`.
+        roles: roles of the evaluation records, see `Source`.
 
     Raises:
         ValueError: records of a role are missing.
@@ -60,12 +60,12 @@ def trunk_steps(
     rank: int,
     world_size: int,
 ) -> PackedSteps:
-    """Harmful responses and answers as trunks alone, each with all of its positions watched.
+    """Plan harmful responses and answers as trunks without branches, watched at every position.
 
     Args:
-        records: whose.
+        records: the encoded records.
         max_tokens, examples_per_step: see `plan_packs`.
-        rank, world_size: who runs the steps.
+        rank, world_size: the process that runs the steps, and the number of processes.
     """
     collator = DertaCollator(branches=0, cuts="zero")
     lengths = [packed_length(example, collator.objective) for example in records.examples]
@@ -76,9 +76,10 @@ def trunk_steps(
 
 
 class RefusalWatch:
-    """Gathers refusal curves by the role of what they are of.
+    """Gathers refusal curves by the role of their records.
 
-    `add` never waits for the device, which keeps 4 bytes a token; `read` costs one host transfer.
+    `add` never waits for the device and keeps 4 bytes a token there; `read` costs one transfer to
+    the host.
     """
 
     def __init__(self) -> None:
@@ -87,11 +88,11 @@ class RefusalWatch:
         self._tokens = 0
 
     def add(self, batch: PackedBatch, output: DertaOutput) -> None:
-        """Adds the curves of one pack of `trunk_steps`.
+        """Add the curves of one pack of `trunk_steps`.
 
         Args:
             batch: the pack, on the CPU.
-            output: what the patched model returned for it, on any device.
+            output: the patched model's output for it, on any device.
         """
         assert output.rows is not None
         self._probabilities.append(torch.exp(-output.rows["rto"][0].float()))
@@ -110,13 +111,13 @@ class RefusalWatch:
         return [(role, probability[rows]) for role, rows in self._rows]
 
     def read(self, over_refusal_weight: float) -> dict[str, float]:
-        """What the curves of all ranks come to.
+        """Return the rates over the curves of all ranks.
 
         Returns:
-            asr: attack success, of harmful responses; over_refusal and over_refusal_borderline: of
-            answers to helpful and to borderline requests; see `forced_rates`. trade_off: w times
-            the mean of the over-refusals that are there, and (1 - w) times asr. What there are no
-            curves for is left out.
+            asr: attack success of harmful responses. over_refusal and over_refusal_borderline:
+            over-refusal of answers to helpful and to borderline requests, see `forced_rates`.
+            trade_off: (1 - w) asr + w times the mean over-refusal. Rates without curves are left
+            out.
         """
         curves: dict[str, list[np.ndarray]] = {"safety": [], "helpful": [], "borderline": []}
         for role, curve in gather_object(self._curves()):

@@ -1,4 +1,4 @@
-"""The trainer: transformers' own, fed with packs and with the counts that make their mean exact.
+"""The trainer: transformers' own, fed with packs and the counts that make their mean exact.
 
 One item of the data loader is one optimizer step: the list of packs that this rank runs in it. A
 step may need any number of packs, so gradients are accumulated here, inside `training_step`, and
@@ -93,7 +93,7 @@ class EvaluationSteps(NamedTuple):
 
 
 def _loses_updates(model: nn.Module, args: DertaConfig) -> bool:
-    """Whether updates of single steps are rounded to 16 bits: below 1/512 of a weight they are 0.
+    """Return whether 16-bit weights round updates away: those below 1/512 of a weight are lost.
 
     An update is about as large as the learning rate, and weights are about 0.02.
     """
@@ -124,15 +124,15 @@ class DertaTrainer(Trainer):
         model: decoder-only transformers model, plain or under PEFT.
         args: see `DertaConfig`.
         train_dataset: records to train on, read once.
-        eval_dataset: records that `evaluate` reports on.
+        eval_dataset: records for `evaluate`.
         processing_class: the model's tokenizer, with a chat template.
         callbacks: as in `Trainer`.
         optimizers: as in `Trainer`.
 
     Raises:
         ValueError: two records have one id, no record fits `max_length`, one exceeds the model's
-            context, the refusal token cannot be resolved, what is to decide on the best checkpoint
-            cannot be had of the evaluation records, or the model is one that `apply_derta` refuses.
+            context, the refusal token cannot be resolved, the evaluation records do not give the
+            metric of the best checkpoint, or `apply_derta` refuses the model.
         FloatingPointError: while training, a loss, a gradient norm or a parameter was NaN or
             infinite, or float16 loss scaling has failed, see `FiniteWatch.check`. It is raised when
             figures are logged, before a model or checkpoint is saved, or at the end of `train`.
@@ -290,7 +290,7 @@ class DertaTrainer(Trainer):
         return self.model.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`; first logs how many tokens an epoch takes (`TokenCount`)."""
+        """Train as `Trainer.train`; log the tokens of an epoch first (`TokenCount`)."""
         if self.is_world_process_zero():
             logger.info("%s", self.train_dataset.tokens)
         return super().train(*args, **kwargs)
@@ -304,7 +304,7 @@ class DertaTrainer(Trainer):
         inputs: list[PackedBatch],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Forward and backward over the packs of one optimizer step.
+        """Run forward and backward over the packs of one optimizer step.
 
         Returns:
             0-d tensor: this rank's loss, scaled so that the mean over ranks is the step's loss.
@@ -353,9 +353,9 @@ class DertaTrainer(Trainer):
         return self.model.named_parameters()
 
     def _probe(self, model: nn.Module) -> None:
-        """Forward and backward of the largest pack of all, which leave nothing behind.
+        """Run forward and backward of the run's largest pack, without any lasting effect.
 
-        Logs `probe_tokens`, and on a GPU `probe_gib`, the most that its tensors took.
+        Logs `probe_tokens`, and on a GPU `probe_gib`, the peak memory of tensors.
         """
         batch = self.train_dataset.largest()
         on_gpu = self.args.device.type == "cuda"
@@ -421,13 +421,13 @@ class DertaTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Loss of held-out records, with the cuts of epoch 0 every time, and refusal curves.
+        """Compute the loss of held-out records, with the cuts of epoch 0, and refusal curves.
 
-        The loss is as `loss_norm` has it in a step of all of them; "official" is taken for
-        "tokens", from which it differs by how full packs are.
+        The loss is that of one step of all records under `loss_norm`; "official" is taken for
+        "tokens", from which it differs by how full packs are only.
 
         Returns:
-            the figures that training logs and those of `RefusalWatch.read`, their names prefixed.
+            The figures of training and of `RefusalWatch.read`, with the prefix.
 
         Raises:
             ValueError: there are no records to evaluate on.

@@ -249,12 +249,12 @@ _DTYPES = {int: torch.int64, bool: torch.bool, float: torch.float32}
 
 
 class TokenCount(NamedTuple):
-    """Tokens that a model runs over in an epoch, none of them padding.
+    """Tokens that a model runs over in an epoch, without padding.
 
     Attributes:
-        one_pass: those of the packs.
-        apart: those of the official recipe for the same targets: of every triple q + h, if it has
-            an RTO target, and q + h[:k] + r for each of its branches; of dialogues the same.
+        one_pass: tokens of the packs.
+        apart: tokens of the official recipe for the same targets: q + h for every triple with an
+            RTO target, q + h[:k] + r for each of its branches, and dialogues as they are.
     """
 
     one_pass: int
@@ -269,7 +269,7 @@ class TokenCount(NamedTuple):
 
 
 def count_tokens(examples: Iterable[Drawn]) -> TokenCount:
-    """Tokens of these examples in one pass, and apart."""
+    """Count the tokens of these examples in one pass, and apart."""
     one_pass = apart = 0
     for drawn in examples:
         example, cuts = drawn.example, drawn.cuts
@@ -318,8 +318,8 @@ class Collator:
     """Draws for examples what an objective trains of them, and packs them.
 
     Args:
-        objective: draws and says which rows have targets.
-        seed: with the epoch and an example's id, all that the draws depend on.
+        objective: draws, and says which rows have targets.
+        seed: draws depend on it, the epoch and the example's id only.
     """
 
     def __init__(self, objective: Objective, *, seed: int = 0) -> None:

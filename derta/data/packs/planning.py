@@ -1,4 +1,4 @@
-"""Which examples go into which pack and step, for all epochs, known before training starts."""
+"""The plan of a run: the packs of every step of every epoch, known before training starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 Pack = tuple[int, ...]
 
-_EXAMPLES_AT_ONCE = 1 << 17  # whose packs are measured together
+_EXAMPLES_AT_ONCE = 1 << 17  # measured together
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,10 +18,10 @@ class Plan:
     """The packs of every optimizer step.
 
     Attributes:
-        steps: for each step of all epochs in order its packs, each a tuple of example indices;
-            packed when it is asked for, the same whenever that is.
-        steps_per_epoch: how many of the steps make an epoch.
-        lengths: (examples,) int64, tokens of each example, at most.
+        steps: the packs of each step of all epochs in order, each a tuple of example indices.
+            They are formed on demand, and are the same every time.
+        steps_per_epoch: the number of steps in an epoch.
+        lengths: (examples,) int64, the most tokens of each example.
     """
 
     steps: _Steps
@@ -29,16 +29,16 @@ class Plan:
     lengths: np.ndarray
 
     def rank_packs(self, step: int, rank: int, world_size: int) -> list[Pack]:
-        """The packs of `step` that `rank` runs: as many on every rank, () for an empty pack.
+        """Return the packs of `step` that `rank` runs: as many on every rank, () for an empty pack.
 
-        Neighbours, which are of similar length, go to different ranks.
+        Neighbours have similar lengths and go to different ranks.
         """
         packs = self.steps[step]
         empty: list[Pack] = [()] * (-len(packs) % world_size)
         return (packs + empty)[rank::world_size]
 
     def largest(self) -> tuple[int, Pack]:
-        """The first of the packs with the most tokens, and its step."""
+        """Return the step and examples of the first pack with the most tokens."""
         step = self.steps.fullest()
         return step, max(self.steps[step], key=lambda pack: self.lengths[list(pack)].sum())
 
@@ -51,17 +51,17 @@ def plan_packs(
     epochs: int,
     seed: int,
 ) -> Plan:
-    """Shuffles the examples of every epoch, cuts them into steps and packs each step.
+    """Shuffle the examples of every epoch, cut them into steps and pack each step.
 
-    A step is packed first-fit decreasing: the longest example first, each into the first pack that
-    has room. What is kept is the lengths and the order of one epoch.
+    A step is packed first-fit decreasing: the longest example first, each into the first pack with
+    room. Memory holds the lengths and the order of one epoch.
 
     Args:
-        lengths: tokens of each example, at most; see `packed_length`.
-        max_tokens: tokens of a pack, at most.
+        lengths: the most tokens of each example, see `packed_length`.
+        max_tokens: the most tokens of a pack.
         examples_per_step: examples of a step; the last step of an epoch may have fewer.
-        epochs: how many times every example is used.
-        seed: with the epoch, all that the order depends on.
+        epochs: the number of times that every example is used.
+        seed: the order depends on it and the epoch only.
 
     Raises:
         ValueError: an example is longer than a pack, or a number is below 1.
@@ -81,7 +81,7 @@ def plan_packs(
 
 
 class _Steps(Sequence[list[Pack]]):
-    """The steps of `plan_packs`, each packed when it is asked for."""
+    """The steps of `plan_packs`, packed on demand."""
 
     def __init__(
         self, lengths: np.ndarray, max_tokens: int, examples_per_step: int, epochs: int, seed: int
@@ -110,7 +110,7 @@ class _Steps(Sequence[list[Pack]]):
         return _first_fit_decreasing(examples, self.lengths[examples], self.max_tokens)
 
     def fullest(self) -> int:
-        """The first step with the pack of the most tokens; many are packed at once, by lengths."""
+        """Return the first step with the fullest pack; many steps are measured at once."""
         width = min(self.examples_per_step, len(self.lengths))
         at_once = max(1, _EXAMPLES_AT_ONCE // width)
         best, most = 0, 0
@@ -151,11 +151,11 @@ def _first_fit_decreasing(examples: np.ndarray, lengths: np.ndarray, max_tokens:
 
 
 def _largest_fills(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Tokens of the largest pack of each step, as `_first_fit_decreasing` packs them.
+    """Return the tokens of each step's largest pack, as `_first_fit_decreasing` packs them.
 
     Args:
         lengths: (steps, examples) int64; 0 where a step has fewer examples.
-        max_tokens: tokens of a pack, at most.
+        max_tokens: the most tokens of a pack.
     """
     steps = np.arange(len(lengths))
     room = np.full((len(lengths), 1), max_tokens)

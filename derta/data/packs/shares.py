@@ -21,7 +21,7 @@ def loss_shares(
     A target weighs as much as its example, its term and its row's own weight together.
 
     Args:
-        examples: what is trained on, as drawn for an epoch.
+        examples: the examples to train on, as drawn for an epoch.
         objective: its terms.
         loss_norm: see `Objective.shares`.
 

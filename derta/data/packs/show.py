@@ -35,7 +35,7 @@ def render_pack(
         batch: the pack.
         objective: names its targets.
         tokenizer: decodes its tokens.
-        refusal_token_id: the token that refusals start with.
+        refusal_token_id: token that refusals start with.
         color: if True, parts are in ANSI colours; a non-empty environment variable NO_COLOR turns
             them off.
     """

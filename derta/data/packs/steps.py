@@ -1,4 +1,4 @@
-"""A run's examples and its steps: encoded once, kept on disk, packed when their turn comes."""
+"""A run's examples and steps: encoded once, kept on disk, packed when their turn comes."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from derta.data.tokens.encoding import Encoded, EncodedTriple, Encoder
 from derta.data.tokens.store import ROWS_AT_ONCE, ExampleStore
 from derta.objectives.base import Drawn, LossNorm, Objective
 
-# What is told of an epoch before it begins is told of so many examples and steps, of all evenly.
+# Figures of an epoch are estimated before it begins, from this many evenly spread examples.
 SURVEYED_EXAMPLES = 20_000
 SURVEYED_STEPS = 1_000
 
 
 @dataclass(frozen=True)
 class EncodedRecords:
-    """Records as token ids, and what has been seen of them on the way.
+    """Records as token ids, and counts taken while they were encoded.
 
     Attributes:
-        examples: those that fit.
-        lengths: (examples,) int64, tokens that each takes in a pack at most.
-        skipped: how many records did not fit.
-        roles: how many examples there are of each role whose refusal curve tells something: all
-            but rendered rows with next-token targets, which may be refusals.
-        safe_starts: how many safe responses start with each token.
-        first_messages: what the first triple answers; None without triples.
+        examples: the examples that fit.
+        lengths: (examples,) int64, the most tokens that each takes in a pack.
+        skipped: the number of records that did not fit.
+        roles: the number of examples by role, without rendered rows with next-token targets: those
+            may be refusals, and their refusal curves say nothing.
+        safe_starts: the number of safe responses that start with each token.
+        first_messages: the messages of the first triple; None without triples.
     """
 
     examples: ExampleStore
@@ -57,11 +57,11 @@ class EncodedRecords:
 def encode_records(
     records: Iterable[Record], encoder: Encoder, objective: Objective, context: int
 ) -> EncodedRecords:
-    """Encodes records as they come; memory grows by some 30 bytes for each.
+    """Encode records as they come; memory grows by about 30 bytes for each.
 
     Args:
-        records: what to encode.
-        encoder: to encode it with.
+        records: the records to encode.
+        encoder: encodes them.
         objective: draws from what is encoded.
         context: tokens of the longest sequence that the model reads.
 
@@ -119,10 +119,10 @@ class PackedSteps(Dataset):
     """Item `s` is the list of packs that one rank runs in optimizer step `s`.
 
     Args:
-        examples: of the run.
-        plan: of its steps.
+        examples: the run's examples.
+        plan: the plan of its steps.
         collator: draws for examples and packs them.
-        rank, world_size: who runs the items.
+        rank, world_size: the process that runs the items, and the number of processes.
     """
 
     def __init__(
@@ -150,19 +150,19 @@ class PackedSteps(Dataset):
         return self.collator(self.examples.take(pack), step // self.plan.steps_per_epoch)
 
     def largest(self) -> PackedBatch:
-        """The pack with the most tokens that any rank runs in any step."""
+        """Return the pack with the most tokens that any rank runs in any step."""
         return self._collated(*self.plan.largest())
 
     @functools.cached_property
     def packs(self) -> int:
-        """Of all steps and ranks; estimated from `SURVEYED_STEPS` where there are more."""
+        """The number of packs of all steps and ranks, estimated from at most `SURVEYED_STEPS`."""
         surveyed = _evenly(len(self), SURVEYED_STEPS)
         counted = sum(len(self.plan.steps[step]) for step in surveyed)
         return round(counted * len(self) / len(surveyed))
 
     @functools.cached_property
     def tokens(self) -> TokenCount:
-        """Of the first epoch, over all ranks; estimated from `SURVEYED_EXAMPLES` of more."""
+        """Tokens of the first epoch over all ranks, estimated from at most `SURVEYED_EXAMPLES`."""
         surveyed = _evenly(len(self.examples), SURVEYED_EXAMPLES)
         share = len(self.examples) / len(surveyed)
         counted = count_tokens(self._first_draws(surveyed))
@@ -180,5 +180,5 @@ class PackedSteps(Dataset):
 
 
 def _evenly(count: int, most: int) -> range:
-    """At most `most` of the first `count` numbers, evenly spread."""
+    """Return at most `most` of the first `count` numbers, evenly spread."""
     return range(0, count, max(1, -(-count // most)))
