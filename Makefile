@@ -1,11 +1,11 @@
-# make setup | test | slow | isa | native-test | aot | demo | bench | bench-check | lint : each works on a clean clone
-# with Python 3.11 to 3.13.
+# make setup | test | slow | isa | native-test | aot | demo | docs | bench | bench-check | lint : each works on a clean
+# clone with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test slow isa native-test aot demo bench bench-check lint clean
+.PHONY: setup test slow isa native-test aot demo docs bench bench-check lint clean
 
 setup: $(INSTALLED)
 
@@ -13,7 +13,7 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard 
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) \
 		else f"Python 3.11 to 3.13 is needed, {v[0]}.{v[1]} found: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[triton,test,lint]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[triton,test,lint,docs]'
 	@touch $@
 
 # A thread a process: they share the cores.
@@ -43,6 +43,10 @@ aot: setup
 
 demo: setup
 	$(BIN)/derta demo
+
+# Warnings are errors.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # What a CPU can say in a few minutes; MACHINE names the folder of results.
 MACHINE ?= $(shell uname -m)-$(shell nproc)-cores

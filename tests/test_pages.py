@@ -1,27 +1,55 @@
-"""What the README shows works: its Python runs, and so do its commands that need no download."""
+"""The README and the pages hold: their Python runs, their commands run, the pages are built."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from derta.cli import main
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+NOT_RUN = "# not run here: "
+REASONS = {"needs several GPUs"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(page: Path, language: str) -> list[str]:
+    """Return a page's blocks of code in a language, without those that say why they do not run."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    skipped = [block for block in found if block.startswith(NOT_RUN)]
+    assert {block.splitlines()[0].removeprefix(NOT_RUN) for block in skipped} <= REASONS
+    return [block for block in found if block not in skipped]
+
+
+def commands(page: Path) -> list[str]:
+    """Return the `derta` commands of a page."""
+    lines = [
+        line.split("#")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()
+    ]
+    return [line for line in lines if line.startswith("derta ")]
+
+
+def having(found: Callable[..., list[str]], *options: str) -> list[Path]:
+    return [page for page in PAGES if found(page, *options)]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 @pytest.fixture
@@ -65,8 +93,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(workplace: Path, code: str) -> None:
+@pytest.mark.parametrize("page", having(blocks, "python"), ids=name)
+def test_python_blocks_run(workplace: Path, page: Path) -> None:
+    """One after the other, in one namespace: later blocks use what those before them made."""
     model = tiny_model("llama")
     input_ids = torch.arange(12).reshape(1, 12) + 10
     namespace = {
@@ -78,13 +107,10 @@ def test_python_blocks_run(workplace: Path, code: str) -> None:
         "is_rto": torch.tensor([True]),
         "target": torch.full((1, 12), -100).index_fill(1, torch.tensor([3]), 7),
         "rto_mask": torch.ones(1, 12, dtype=torch.bool),
+        "torch": torch,
     }
-    exec(compile(code, "README.md", "exec"), namespace)
-
-
-def commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    return [line for line in lines if line.startswith("derta ")]
+    for code in blocks(page, "python"):
+        exec(compile(code, name(page), "exec"), namespace)
 
 
 # The examples' sizes are for a GPU; these make the same commands last seconds.
@@ -94,38 +120,37 @@ SMALL = {
 }
 
 
+@pytest.mark.parametrize("page", having(commands), ids=name)
 def test_commands_run(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workplace: Path, page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One after the other, in this process: several read what those before them have written."""
     monkeypatch.setenv("PATH", "")
-    assert len(commands()) >= 6
-    for command in commands():
+    for command in commands(page):
         extra = next((more for prefix, more in SMALL.items() if command.startswith(prefix)), "")
         monkeypatch.setattr("sys.stdin", io.StringIO())
         status = main(shlex.split(f"{command} {extra}")[1:])
         assert status == 0, f"{command}\n{capsys.readouterr().err[-2000:]}"
-    assert list((workplace / "outputs").rglob("adapter_model.safetensors"))
-    assert list((workplace / "outputs").rglob("report.html"))
 
 
-@pytest.mark.parametrize("command", ["derta data validate", "derta doctor"])
-def test_a_command_runs_in_an_interpreter_of_its_own(workplace: Path, command: str) -> None:
-    (given,) = (line for line in commands() if line.startswith(command))
+def test_a_command_runs_in_an_interpreter_of_its_own(workplace: Path) -> None:
+    command = "derta data validate safety.jsonl --role safety"
+    assert any(command in one for page in PAGES for one in commands(page))
     done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(given)],
+        [sys.executable, "-m", *shlex.split(command)],
         capture_output=True,
         stdin=subprocess.DEVNULL,
         text=True,
         env={"PATH": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
     )
-    assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_make_targets_named_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make (\w+)", README):
-        assert f"\n{target}:" in makefile, target
+    for page in PAGES:
+        for target in re.findall(r"`make (\w+)`|^make (\w+)", page.read_text(), re.MULTILINE):
+            assert f"\n{''.join(target)}:" in makefile, target
 
 
 def demo_table() -> list[str]:
@@ -150,7 +175,8 @@ def demo_table() -> list[str]:
 
 
 def test_the_table_is_that_of_the_recorded_run() -> None:
-    assert demo_table() == re.findall(r"^\| \w+ \| [\d.| ]+\|$", README, re.MULTILINE)
+    text = README.read_text(encoding="utf-8").replace("**", "")
+    assert demo_table() == re.findall(r"^\| \w+ \| [\d.| ]+\|$", text, re.MULTILINE)
 
 
 def test_the_ablations_table_is_that_of_the_recorded_runs() -> None:
@@ -173,5 +199,30 @@ def test_the_ablations_table_is_that_of_the_recorded_runs() -> None:
             ]
             cells = " | ".join(f"{100 * share:.1f}" for share in shares)
             rows.append(f"| {variant} | {cells} |")
-    page = (ROOT / "docs/depth-weights.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guides/depth-weights.md").read_text(encoding="utf-8")
     assert rows == re.findall(r"^\| \w+ \| [\d.| ]+\|$", page, re.MULTILINE)
+
+
+def test_the_picture_of_a_pack_is_that_of_a_real_one(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs/pictures.py")
+    assert spec is not None and spec.loader is not None
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    pictures.draw_pack(tmp_path / "pack.png")
+    drawn, kept = (Image.open(path) for path in (tmp_path / "pack.png", ROOT / "docs/pack.png"))
+    assert drawn.size == kept.size
+
+
+def test_pages_are_built_without_a_warning_and_fetch_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for built in (tmp_path / "site").rglob("*.html"):
+        page = built.read_text(encoding="utf-8")
+        assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?:", page), built.name
