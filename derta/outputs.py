@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def check_folder(field: str, path: str) -> None:
@@ -33,3 +35,28 @@ def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def compact_json(value: Any, depth: int = 2) -> str:
+    """Return JSON with a line for each entry down to `depth`, and one line for all within.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    return _compact(value, depth, "") + "\n"
+
+
+def _compact(value: Any, depth: int, indent: str) -> str:
+    if depth == 0 or not value or not isinstance(value, dict | list):
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+    inner = indent + " "
+    if isinstance(value, list):
+        opening, closing, entries = "[", "]", [_compact(one, depth - 1, inner) for one in value]
+    else:
+        opening, closing = "{", "}"
+        entries = [
+            f"{json.dumps(str(key), ensure_ascii=False)}: {_compact(one, depth - 1, inner)}"
+            for key, one in value.items()
+        ]
+    lines = f",\n{inner}".join(entries)
+    return f"{opening}\n{inner}{lines}\n{indent}{closing}"
