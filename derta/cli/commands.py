@@ -45,7 +45,8 @@ COMMANDS = {
     "train": Command(
         "tune a model on triples and dialogues",
         "training.TrainSettings",
-        about="Every key may stand in CONFIG.yaml or on the command line, which wins.",
+        about="Every key may stand in CONFIG.yaml or on the command line, which wins. derta schema "
+        "prints a JSON Schema of CONFIG.yaml for editors.",
         epilog="Every field of transformers' TrainingArguments is a key too: --lr_scheduler_type, "
         "--warmup_steps, --weight_decay, --max_steps, --logging_steps, --eval_strategy, "
         "--save_strategy, --save_total_limit, --metric_for_best_model, --load_best_model_at_end, "
@@ -55,6 +56,13 @@ COMMANDS = {
         "estimate the memory of a training step and the longest pack that fits",
         "training.PlanConfig",
         about="A training run's CONFIG.yaml serves as well: its other keys have no effect here.",
+    ),
+    "schema": Command(
+        "print the JSON Schema of a training run's configuration",
+        "training.SchemaConfig",
+        (),
+        "Editors with a YAML language server complete and check a file whose first line is: "
+        "# yaml-language-server: $schema=derta.schema.json",
     ),
     "eval": Command(
         "measure attack success, over-refusal and refusal curves of a model",

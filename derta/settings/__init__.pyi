@@ -12,3 +12,4 @@ from derta.settings.reading import (
     read_text as read_text,
     read_yaml as read_yaml,
 )
+from derta.settings.schema import json_schema as json_schema

@@ -1,4 +1,4 @@
-"""Settings of `derta train` and `derta plan`."""
+"""Settings of `derta train`, `derta plan` and `derta schema`."""
 
 from __future__ import annotations
 
@@ -56,3 +56,12 @@ class PlanConfig(Method, DtypeSettings, RecipeSettings, PackSettings, MemorySett
         super().__post_init__()
         self.follow_recipe()
         self.check_memory()
+
+
+@dataclass(kw_only=True)
+class SchemaConfig:
+    """The place of the JSON Schema."""
+
+    output: str | None = setting(
+        None, "File to write; an existing one is replaced.", shown="print to the standard output"
+    )
