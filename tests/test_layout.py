@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from derta.cli import module_of
-from derta.cli.usage import USAGE
+from derta.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ LAYERS = [
         "derta.loss",
         "derta.labels",
     },
-    {"derta.data.records"},
+    {"derta.data.records", "derta.data.defaults", "derta.objectives.defaults"},
     {"derta.data.tokens"},
     {"derta.objectives"},
     {"derta.data"},
@@ -61,7 +61,7 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
     return names
 
 
-DOORS = ("derta", "derta.data", "derta.evaluation")
+DOORS = ("derta", "derta.data", "derta.evaluation", "derta.settings")
 
 
 def through_doors(names: Iterable[str]) -> set[str]:
@@ -136,7 +136,7 @@ for module in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_every_command_is_imported_by_itself() -> None:
-    commands = [module_of(command).__name__ for command in USAGE]
+    commands = [module_of(command).__name__ for command in COMMANDS]
     done = subprocess.run(
         [sys.executable, "-c", ALONE, *commands],
         capture_output=True,

@@ -1,7 +1,7 @@
-"""The command line: `derta COMMAND ...`, see `derta.cli.usage`.
+"""The command line: `derta COMMAND ...`, see `derta.cli.commands`.
 
-Nothing heavy is imported before a command has its arguments, and nothing that takes any time before
-`main` is there to answer an interrupt.
+Nothing heavy is imported before a command has its arguments, and nothing slow before `main` can
+answer an interrupt.
 """
 
 from __future__ import annotations
@@ -19,51 +19,43 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from derta._version import __version__
-from derta.cli.usage import ACTIONS, SUMMARY, USAGE
 
 if TYPE_CHECKING:
     import argparse
 
-# Modules of commands that have actions beside.
+# The modules of commands that have actions as well.
 MODULES = {"eval": "eval.evaluate"}
-# What the first arguments of a command are, where they are not a configuration file.
-BARE = {
-    "bench": ("what",),
-    "merge": ("model",),
-    "chat": ("model",),
-    "data validate": ("files",),
-    "eval calibrate": ("files",),
-    "eval compare": ("results",),
-    "eval curve": ("model", "data"),
-}
-# Which of those take all that are left.
-LISTS = {"files", "data", "results"}
-# transformers and PEFT import torchao and bitsandbytes where these are installed, which then say
-# what they lack on this machine or will change; lm-eval says which defaults it takes.
+# transformers and PEFT import torchao and bitsandbytes if they are installed. These then report
+# what they lack on this machine, or what will change; lm-eval reports its defaults.
 TALKATIVE = ("bitsandbytes.backends.cpu.ops", "lm_eval", "torchao", "torch.utils._pytree")
 
 
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
+    from derta.cli.commands import COMMANDS
+
+    commands = {name: entry.summary for name, entry in COMMANDS.items() if " " not in name}
     parser = argparse.ArgumentParser(
         prog="derta",
         description="Decoupled refusal training (arXiv 2407.09121).",
         epilog="commands:\n"
-        + "".join(f"  {name:8}{summary}\n" for name, summary in SUMMARY.items())
-        + "\nderta COMMAND --help tells more.",
+        + "".join(f"  {name:8}{summary}\n" for name, summary in commands.items())
+        + "\nderta COMMAND --help describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"derta {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    parser.add_argument("command", choices=list(SUMMARY), metavar="COMMAND")
+    parser.add_argument("command", choices=list(commands), metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     return parser
 
 
 def _with_action(command: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """A first argument that names one of a command's actions becomes part of the command."""
-    if arguments and arguments[0] in ACTIONS.get(command, ()):
+    """Join a command and its action, if the first argument names one."""
+    from derta.cli.commands import actions_of
+
+    if arguments and arguments[0] in actions_of(command):
         return f"{command} {arguments[0]}", arguments[1:]
     return command, arguments
 
@@ -82,43 +74,55 @@ def settings_of(module: ModuleType) -> Any:
 def _run(command: str, arguments: Sequence[str]) -> None:
     from pathlib import Path
 
+    from derta.cli.commands import COMMANDS, actions_of
     from derta.settings import build, read_options, read_yaml
 
-    module = module_of(command)
+    entry = COMMANDS[command]
     bare = list(itertools.takewhile(lambda part: not part.startswith("--"), arguments))
-    if not hasattr(module, "run"):
+    if not entry.settings:
         found = bare[0] if bare else ""
-        raise ValueError(f"expected one of {', '.join(ACTIONS[command])}, got {found!r}")
+        raise ValueError(f"expected one of {', '.join(actions_of(command))}, got {found!r}")
+    module = module_of(command)
+    config_class = settings_of(module)
     sources: dict[str, dict[str, Any]] = {}
-    if command in BARE:
-        sources["arguments"], count = _by_key(BARE[command], bare)
+    count = 0
+    if entry.arguments is not None:
+        sources["arguments"], count = _by_key(entry.arguments, bare)
     elif bare:
-        sources[bare[0]], count = read_yaml(Path(bare[0])), 1
-    else:
-        count = 0
-    arguments = arguments[count:]
-    if command in ("plan", "data stats"):
-        sources = {name: module.of_training(values) for name, values in sources.items()}
-    sources["command line"] = read_options(arguments)
-    module.run(build(settings_of(module), sources))
+        sources[bare[0]], count = _of_training(read_yaml(Path(bare[0])), config_class), 1
+    sources["command line"] = read_options(arguments[count:])
+    module.run(build(config_class, sources))
+
+
+def _of_training(values: dict[str, Any], config_class: Any) -> dict[str, Any]:
+    """Return the values of a file, for a part of training without the keys of the other parts."""
+    from derta.settings import shared
+    from derta.training.settings import RecipeSettings
+
+    if not issubclass(config_class, RecipeSettings):
+        return values
+    from derta.cli.train import TrainConfig
+
+    return values if config_class is TrainConfig else shared(values, config_class, TrainConfig)
 
 
 def _by_key(keys: Sequence[str], bare: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """Values of the keys, and how many of the arguments they are."""
+    """Return the values of the keys, and the number of arguments that they are."""
+    from derta.cli.commands import LISTS
     from derta.settings import Text
 
     values: dict[str, Any] = {key: Text(text) for key, text in zip(keys, bare, strict=False)}
-    if keys[-1] not in LISTS or len(bare) < len(keys):
+    if not keys or keys[-1] not in LISTS or len(bare) < len(keys):
         return values, len(values)
     values[keys[-1]] = list(bare[len(keys) - 1 :])
     return values, len(bare)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Returns:
-        the exit status: 0, 1 after an error that was the user's to mend, 130 when interrupted.
+        the exit status: 0, 1 after an error that the user can fix, 130 after an interrupt.
     """
     try:
         return _main(_parser().parse_args(argv))
@@ -130,18 +134,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     command, arguments = _with_action(options.command, options.arguments)
     if {"-h", "--help"} & set(arguments):
-        print(USAGE[command], end="")
+        from derta.cli.commands import help_of
+
+        print(help_of(command), end="")
         return 0
-    # Nothing is reported to anybody, unless the user has decided otherwise.
+    # Nothing is reported to anybody, unless the user decides otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Packs differ in length: segments that grow leave fewer gaps in a GPU's memory.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which would be passed over
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which it overrides
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    # Temporary files, of millions of examples, go only where Python ends by itself.
+    # Only a regular exit of Python removes temporary files, which may hold millions of examples.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         _run(command, arguments)

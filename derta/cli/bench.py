@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
 
 from tqdm import tqdm
 
-
-@dataclass(kw_only=True)
-class BenchConfig:
-    """A benchmark.
-
-    Args:
-        what: "resources": registers, local and shared memory of every launch.
-        capabilities: of the GPUs to compile for, 90 for 9.0; None: all that are known.
-    """
-
-    what: Literal["resources"]
-    capabilities: list[int] | None = None
+from derta.cli.settings.tools import BenchConfig
 
 
 def run(config: BenchConfig) -> None:

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers.utils import logging
 
+from derta.cli.settings.tools import ChatConfig
 from derta.data import Chat
 from derta.data.records.types import Message
 from derta.evaluation.generation.local import generate, stop_ids
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
-
-
-@dataclass(kw_only=True)
-class ChatConfig:
-    """A conversation.
-
-    Args:
-        model: folder of a model or of adapters.
-        prefill: what every answer begins with, as an attacker would write it.
-        max_new_tokens: longest answer.
-        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
-        device: "auto", or as in torch: "cpu", "cuda:1".
-        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
-    """
-
-    model: str
-    prefill: str = ""
-    max_new_tokens: int = 256
-    chat_template: str | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 def run(config: ChatConfig) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from dataclasses import dataclass
 
 import torch
 
 from derta import __version__
+from derta.cli.settings.tools import DoctorConfig
 from derta_kernels import attention, head_loss
 
 PACKAGES = {
@@ -21,11 +21,6 @@ PACKAGES = {
     "liger-kernel": "optional",
     "bitsandbytes": "optional",
 }
-
-
-@dataclass(kw_only=True)
-class DoctorConfig:
-    """`derta doctor` has no settings."""
 
 
 def _packages() -> list[tuple[str, str]]:

@@ -6,21 +6,22 @@ import itertools
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
-from derta.data import LossShares, Source, SourceRecords, render_pack
+from derta.cli.settings.training import TrainSettings
+from derta.data import LossShares, SourceRecords, render_pack
 from derta.memory import plan
 from derta.memory.probe import physical_memory
 from derta.memory.step import make_step
 from derta.modeling import loading
-from derta.modeling.adapters import Method, adapt, quantization
+from derta.modeling.adapters import adapt, quantization
 from derta.modeling.offloading import ran_out_of_memory
 from derta.objectives.base import Term
 from derta.training.config import DertaConfig
@@ -29,34 +30,17 @@ from derta.training.trainer import DertaTrainer
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Method, DertaConfig):
-    """A training run: `DertaConfig`, `Method`, and where the model and the records are.
-
-    Args:
-        model: model folder, or a name on the model hub; weights are read from safetensors only.
-        sources: what to train on, see `Source`.
-        eval_sources: what losses and refusal curves are reported of, likewise.
-        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
-        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
-        dry_run: shows one pack and what its rows are trained to say, and trains nothing.
+class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
+    """A training run: our settings and transformers'.
 
     Raises:
-        ValueError: as `DertaConfig`, one of eval_sources and eval_strategy is given without the
-            other, or adapters would take the place of the model they are for.
+        ValueError: as `DertaConfig`, eval_sources and eval_strategy do not go together, or adapters
+            would replace their base model.
     """
-
-    model: str
-    sources: list[Source]
-    output_dir: str = field()
-    eval_sources: list[Source] = field(default_factory=list)
-    chat_template: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    dry_run: bool = False
 
     disable_tqdm: bool | None = True
 
     def __post_init__(self) -> None:
-        Method.__post_init__(self)
         DertaConfig.__post_init__(self)
         if self.eval_sources and self.eval_strategy == "no":
             raise ValueError(

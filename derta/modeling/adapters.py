@@ -2,44 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-
-@dataclass(kw_only=True)
-class Method:
-    """The keys of a tuning method.
-
-    Args:
-        method: "full"; "lora", adapters on a frozen model; "qlora", the same with the frozen linear
-            layers in 4 bits (NF4 of bitsandbytes, its constants quantized too) that have a multiple
-            of 64 inputs. The head is never quantized, and under adapters frozen: no gradient of it
-            ever exists.
-        lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save: as in PEFT.
-        lora_dora: adapters that learn magnitude and direction apart (DoRA).
-
-    Raises:
-        ValueError: lora_r or lora_dropout is out of its range.
-    """
-
-    method: Literal["full", "lora", "qlora"] = "full"
-    lora_r: int = 16
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    lora_target_modules: str | list[str] = "all-linear"
-    lora_modules_to_save: list[str] = field(default_factory=list)
-    lora_dora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.lora_r < 1:
-            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+from derta.modeling.method import Method
 
 
 def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | None:

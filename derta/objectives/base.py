@@ -10,15 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from derta.data.tokens.encoding import Encoded, EncodedTriple
+from derta.objectives.defaults import LossNorm
 from derta_kernels.head_loss import Head
 
-LossNorm = Literal["tokens", "official", "terms"]
 Number = float | Tensor
 
 

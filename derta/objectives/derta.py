@@ -20,31 +20,25 @@ from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss_with_rows
 from derta.objectives.base import Drawn, Extent, Mean, Number, Objective, Place, Term
 from derta.objectives.cuts import cut_probabilities, draw_cuts, draw_rto_rows, rto_depth_weights
+from derta.objectives.defaults import RTO_WEIGHT, DrawSettings
 from derta_kernels.head_loss import Head, HeadLoss
 
 TENTHS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class DertaObjective(Objective):
+class DertaObjective(DrawSettings, Objective):
     """The paper's objective, equation 2.
 
     Args:
-        branches: safe responses per triple, each after a cut of its own; 0 for RTO only.
-        cuts: policy that draws cuts, see `derta.objectives.cuts`.
-        rto_keep: share of the harmful response's positions with an RTO target, in [0, 1].
-        rto_depth: policy of the weight of RTO targets by depth, see `derta.objectives.cuts`.
+        branches, cuts, rto_keep, rto_depth: see `DrawSettings`.
         rto_weight: factor of the RTO term in the loss.
 
     Raises:
         ValueError: a value is out of range, or triples would have no target.
     """
 
-    branches: int = 1
-    cuts: str = "uniform"
-    rto_keep: float = 1.0
-    rto_depth: str = "uniform"
-    rto_weight: float = 1.0
+    rto_weight: float = RTO_WEIGHT
 
     def __post_init__(self) -> None:
         if self.branches < 0:

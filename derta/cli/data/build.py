@@ -3,45 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from derta.data.records.building import build, check_new, read_sources
-from derta.data.records.duplicates import NEAR, check_near
-from derta.data.records.sources import Source
-from derta.outputs import check_folder
-
-
-@dataclass(kw_only=True)
-class BuildConfig:
-    """A build.
-
-    Args:
-        sources: what it is made of, as in training; a source's weight is written into its rows.
-        output_dir: a folder that is not there yet, or is empty.
-        eval_share: share of requests that are held out, in [0, 1).
-        seed: another one holds out others.
-        near: training examples whose request is as near as this to one that is held out are left
-            out, in [0.5, 1]; null leaves them.
-        refusal_text: what completes harmful responses without a safe one, for trying things out;
-            they are left out otherwise.
-
-    Raises:
-        ValueError: output_dir holds something, or a number is out of its range.
-    """
-
-    sources: list[Source]
-    output_dir: str
-    eval_share: float = 0.05
-    seed: int = 0
-    near: float | None = NEAR
-    refusal_text: str | None = None
-
-    def __post_init__(self) -> None:
-        check_folder("output_dir", self.output_dir)
-        check_new(Path(self.output_dir))
-        check_near(self.near)
+from derta.cli.settings.data import BuildConfig
+from derta.data.records.building import build, read_sources
 
 
 def describe(summary: Mapping[str, Any], folder: Path) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from derta.cli.settings.data import Compared, StatsConfig
 from derta.data import (
     KINDS,
     Collator,
@@ -18,104 +18,10 @@ from derta.data import (
     read_requests,
 )
 from derta.data.records.building import read_sources
-from derta.data.records.duplicates import NEAR, check_near
 from derta.data.records.formats import Half
-from derta.data.records.sources import Source
-from derta.data.statistics import LISTED, Repeats, RunStatistics, data_statistics
+from derta.data.statistics import Repeats, RunStatistics, data_statistics
 from derta.objectives.base import Term
 from derta.objectives.choice import objective_of
-from derta.objectives.derta import DertaObjective
-from derta.training.config import RECIPES, CutPolicy, LossNorm, Recipe, RtoDepth
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """Files that training data is held against.
-
-    Args:
-        path: of a file, or of several.
-        role: what they are read for: a role in training, or a kind of request to evaluate with.
-        format: name of their format, where their fields leave it open.
-    """
-
-    path: str | list[str]
-    role: Literal["safety", "helpful", "borderline", "harmful", "harmless", "question"]
-    format: str | None = None
-
-
-@dataclass(kw_only=True)
-class StatsConfig:
-    """What is asked of a data set.
-
-    Args:
-        sources: what a run trains on, as in training.
-        eval_sources: what is not to be trained on.
-        model: folder with a tokenizer, or a name on the model hub; null counts characters.
-        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
-        recipe: what branches, cuts and rto_keep are where they are not given; null: as "derta".
-        refusal, branches, cuts, rto_keep, rto_weight, rto_depth, unlikelihood_weight, loss_norm,
-        max_length, max_tokens, seed: as in training.
-        near: requests are near that share this part of their pairs of words, in [0.5, 1]; null
-            looks for the same ones alone.
-        listed: how many of each kind of repeated requests are named.
-        output: a JSON file for all of this.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-
-    sources: list[Source]
-    eval_sources: list[Compared] = field(default_factory=list)
-    model: str | None = None
-    chat_template: str | None = None
-    refusal: str | int = "auto"
-    recipe: Recipe | None = None
-    branches: int | None = None
-    cuts: CutPolicy | None = None
-    rto_keep: float | None = None
-    rto_weight: float = 1.0
-    unlikelihood_weight: float = 0.0
-    rto_depth: RtoDepth = "uniform"
-    loss_norm: LossNorm = "tokens"
-    max_length: int = 1024
-    max_tokens: int = 4096
-    seed: int = 0
-    near: float | None = NEAR
-    listed: int = LISTED
-    output: str | None = None
-
-    def __post_init__(self) -> None:
-        check_near(self.near)
-        for name in ("max_length", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.listed < 0:
-            raise ValueError(f"listed must be at least 0, got {self.listed}")
-        if self.output is not None and Path(self.output).exists():
-            raise ValueError(f"output: {self.output} is there already, choose another file")
-
-    @property
-    def objective(self) -> DertaObjective:
-        """The objective that these settings describe, with the recipe's values for missing ones."""
-        recipe = RECIPES[self.recipe or "derta"]
-        missing = {name: value for name, value in recipe.items() if getattr(self, name) is None}
-        return objective_of(replace(self, **missing))
-
-
-def of_training(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training run's configuration says of its data."""
-    from derta.cli import train
-
-    def known(given: Any, ours: type, theirs: type) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        mine, others = ({field.name for field in fields(kind)} for kind in (ours, theirs))
-        return {key: one for key, one in given.items() if key in mine or key not in others}
-
-    kept = known(values, StatsConfig, train.TrainConfig)
-    if isinstance(held := kept.get("eval_sources"), list):
-        kept["eval_sources"] = [known(source, Compared, Source) for source in held]
-    return kept
 
 
 def compared_records(sources: Sequence[Compared]) -> Iterator[Record | Request]:
@@ -202,7 +108,7 @@ def run(config: StatsConfig) -> None:
 
         of_run = RunStatistics(
             load_tokenizer(config.model, config.chat_template),
-            Collator(config.objective, seed=config.seed),
+            Collator(objective_of(config), seed=config.seed),
             max_length=config.max_length,
             max_tokens=config.max_tokens,
         )
@@ -215,7 +121,7 @@ def run(config: StatsConfig) -> None:
         refusal=config.refusal,
         loss_norm=config.loss_norm,
     )
-    print(describe(found, config.objective.terms))
+    print(describe(found, objective_of(config).terms))
     if config.output is not None:
         text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         with Path(config.output).open("x", encoding="utf-8") as file:

@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
+from derta.cli.settings.data import ValidateConfig
 from derta.data import Reading
 from derta.data.records.reading import read_placed
-
-
-@dataclass(kw_only=True)
-class ValidateConfig:
-    """A validation.
-
-    Args:
-        files: record files, folders of them, or folders that `datasets` saved.
-        role: what they are read for: a role in training, or a kind of request to evaluate with.
-        format: name of their format, where their fields leave it open.
-    """
-
-    files: list[str]
-    role: Literal["safety", "helpful", "borderline", "harmful", "harmless", "question"]
-    format: str | None = None
 
 
 def run(config: ValidateConfig) -> None:

@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from derta.cli.settings.evaluation import CalibrateConfig
 from derta.evaluation.judges.calibration import calibrate, format_agreements, read_labelled
 from derta.evaluation.judges.registry import make_judges
-from derta.outputs import check_folder, write_whole
-
-
-@dataclass(kw_only=True)
-class CalibrateConfig:
-    """A calibration.
-
-    Args:
-        files: answers labelled by people, see `derta.evaluation.judges.calibration.FORMATS`.
-        output_dir: where calibration.json goes, and the verdicts of judges behind a server.
-        judges: name to settings, see `derta.evaluation.judges.registry.make_judges`.
-
-    Raises:
-        ValueError: there is no file, or `output_dir` can be no folder.
-    """
-
-    files: list[str]
-    output_dir: str
-    judges: dict[str, Any] = field(default_factory=lambda: {"keyword": {}})
-
-    def __post_init__(self) -> None:
-        if not self.files:
-            raise ValueError("files: expected at least one file of labelled answers, got none")
-        check_folder("output_dir", self.output_dir)
+from derta.outputs import write_whole
 
 
 def run(config: CalibrateConfig) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoTokenizer
 
+from derta.cli.settings.evaluation import CompareConfig, ResultFiles
 from derta.evaluation import KeywordJudge
-from derta.evaluation.judges.base import REFUSAL_KEYWORDS
 from derta.evaluation.reporting.comparison import (
     ANALYSES,
     compare,
@@ -20,52 +19,6 @@ from derta.evaluation.reporting.comparison import (
     write_comparison,
 )
 from derta.evaluation.reporting.official_results import official_entry, read_prompts
-from derta.outputs import check_folder
-
-Source = str | list[str] | dict[str, str]
-
-
-@dataclass(kw_only=True)
-class CompareConfig:
-    """A comparison.
-
-    Args:
-        results: what each model left: a summary.json of `derta eval`, or its folder; or result
-            files of the official repository, as a file, a folder, a pattern, a list of these, or a
-            mapping of attacks to files. Files that no mapping names are of the attack that their
-            folder is called after. A list, or a mapping of models to one of these.
-        output_dir: where comparison.html, comparison.json and the pictures go.
-        names: of the models, where results is a list.
-        analysis: "first_tokens", "positions" or "terms" alone, or "all".
-        recipes: recipe of the objective (vanilla, prefix_only, rto_only, derta) to the model that
-            it made; None: models named like a recipe.
-        prompts: official test files, for result files that have prompt and answer in one.
-        keywords: what the judge takes for a refusal in official result files.
-        tokenizer: folder of a tokenizer in whose tokens positions there are counted; None: in
-            words.
-        keep_repeats: count a request as often as an official result file has it.
-    """
-
-    results: list[str] | dict[str, Source]
-    output_dir: str
-    names: list[str] = field(default_factory=list)
-    analysis: Literal["all", "first_tokens", "positions", "terms"] = "all"
-    recipes: dict[str, str] | None = None
-    prompts: list[str] = field(default_factory=list)
-    keywords: list[str] = field(default_factory=lambda: list(REFUSAL_KEYWORDS))
-    tokenizer: str | None = None
-    keep_repeats: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.results:
-            raise ValueError("results: expected at least one file or folder, got none")
-        if self.names and isinstance(self.results, dict):
-            raise ValueError("names are for a list of results, a mapping has its own")
-        if self.names and len(self.names) != len(self.results):
-            raise ValueError(
-                f"names must be as many as results, {len(self.results)}, got {len(self.names)}"
-            )
-        check_folder("output_dir", self.output_dir)
 
 
 def find_files(source: str) -> list[Path]:
@@ -86,7 +39,7 @@ def find_files(source: str) -> list[Path]:
     return found
 
 
-def by_attack(source: Source) -> dict[str, Path]:
+def by_attack(source: ResultFiles) -> dict[str, Path]:
     """Result files by the attack that each is about.
 
     Raises:
@@ -183,7 +136,7 @@ def read_results(config: CompareConfig) -> tuple[dict[str, dict[str, Any]], list
     return models, notes
 
 
-def _named(config: CompareConfig) -> list[tuple[str | None, Source]]:
+def _named(config: CompareConfig) -> list[tuple[str | None, ResultFiles]]:
     if isinstance(config.results, dict):
         return list(config.results.items())
     names: Sequence[str | None] = config.names or [None] * len(config.results)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from derta.cli.settings.evaluation import CurveConfig
 from derta.data import Chat, Dialogue, Request, Triple, read_records
 from derta.data.records.sources import check_paths
 from derta.evaluation import find_refusal_token, mean_curve, refusal_curves
@@ -17,47 +17,10 @@ from derta.evaluation.curve import CERTAIN
 from derta.evaluation.reporting.plots import draw
 from derta.evaluation.results import DIGITS
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
-from derta.outputs import check_folder, write_whole
+from derta.outputs import write_whole
 
 # What responses of each role are called in results and pictures.
 KINDS = {"safety": "harmful", "helpful": "benign", "borderline": "borderline"}
-
-
-@dataclass(kw_only=True)
-class CurveConfig:
-    """Refusal curves of one model.
-
-    Args:
-        model: folder of a model or of PEFT adapters, with weights in safetensors.
-        data: files of triples, whose harmful responses are read, or of dialogues, whose last
-            answers are.
-        role: what the files are, as in training.
-        output_dir: where curve.json, curve.png and curve.svg go; none of them holds any text.
-        refusal: the refusal token: a word, a token id, or "auto", the commonest first token of the
-            safe responses, and without any "Sorry".
-        max_tokens: tokens a pack.
-        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
-        device: "auto", or as in torch: "cpu", "cuda:1".
-        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
-
-    Raises:
-        ValueError: a number is out of its range, or `output_dir` can be no folder.
-    """
-
-    model: str
-    data: list[str]
-    role: Literal["safety", "helpful", "borderline"] = "safety"
-    output_dir: str = "outputs/curve"
-    refusal: str | int = "auto"
-    max_tokens: int = 4096
-    chat_template: str | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        check_folder("output_dir", self.output_dir)
 
 
 def format_curve(curves: Sequence[np.ndarray]) -> str:

@@ -8,13 +8,13 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
+from derta.cli.settings.evaluation import EvaluateConfig
 from derta.data import Chat, Request, Triple, read_requests
 from derta.data.records.formats import Kind
 from derta.data.records.reading import read_placed
@@ -36,116 +36,17 @@ from derta.evaluation import (
 )
 from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
-from derta.evaluation.judges.base import REFUSAL_KEYWORDS
 from derta.evaluation.judges.registry import make_judges, verdicts_file
-from derta.evaluation.scenarios import SLOT, check_name
+from derta.evaluation.scenarios import SLOT
 from derta.modeling.loading import (
     find_device,
     load_tokenizer,
     load_tuned,
     weights_dtype,
 )
-from derta.outputs import check_folder
 from derta.settings import build
 
 FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig:
-    """An evaluation.
-
-    Args:
-        model: folder of a model or of PEFT adapters, with weights in safetensors; or several, as a
-            list of folders or as a mapping of names to folders. Of a model behind a server, a
-            folder with its tokenizer.
-        output_dir: where report.html, summary.json and the pictures go, and under answers/ what the
-            models wrote, which only the owner can read.
-        harmful: files of requests to refuse, with the responses that attacks prefill.
-        benign: files of harmless requests, for over-refusal.
-        borderline: files of harmless requests that look harmful, for over-refusal.
-        helpful: files of harmless requests with the right answers.
-        multi_turn: files of harmful conversations, of which the model answers every user's turn.
-        attacks: name to files of harmful prompts that are ready-made.
-        questions: name to files of questions, each with an answer that is, or ends with, a number
-            or is the letter of a choice.
-        templates: file of texts around a request, one a line or a JSON list, each with the slot
-            `{request}`.
-        formats: path of a file of requests to the name of its format, where its fields leave that
-            open or it has no header.
-        lm_eval: tasks of lm-eval, by name or as a YAML file.
-        refusal: the refusal token: a word, a token id, or "auto", the commonest first token of the
-            safe responses in `harmful`, and without any "Sorry".
-        prefill_depths: how many tokens of the harmful response an attacker writes.
-        max_new_tokens: longest answer.
-        batch_size: prompts a batch.
-        max_tokens: tokens a pack of the refusal curve.
-        curve: whether to read refusal curves, which need harmful responses and a model that
-            `apply_derta` takes.
-        helpful_metric: "exact_match" of generated answers, or "perplexity" of the given ones.
-        judges: name to settings, see `derta.evaluation.judges.registry.make_judges`. All read the
-            same answers; the figures of the first are the main ones.
-        keywords: what judges by keyword take for a refusal, where they have none of their own.
-        servers: name of a model to where it is served, see `ServerSettings`; it has no curves.
-        samples: answers shown in the report for each scenario.
-        keep_answers: whether what models and judges said stays in answers/ when all is done;
-            another judge needs no new answers.
-        chat_template: Jinja text, or a file that holds it, for a tokenizer that has none.
-        device: "auto", or as in torch: "cpu", "cuda:1".
-        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
-
-    Raises:
-        ValueError: there is nothing to evaluate on, a name cannot stand in a metric, a format is
-            that of no file, or `output_dir` can be no folder.
-    """
-
-    model: str | list[str] | dict[str, str]
-    output_dir: str
-    harmful: list[str] = field(default_factory=list)
-    benign: list[str] = field(default_factory=list)
-    borderline: list[str] = field(default_factory=list)
-    helpful: list[str] = field(default_factory=list)
-    multi_turn: list[str] = field(default_factory=list)
-    attacks: dict[str, str | list[str]] = field(default_factory=dict)
-    questions: dict[str, str | list[str]] = field(default_factory=dict)
-    formats: dict[str, str] = field(default_factory=dict)
-    templates: str | None = None
-    lm_eval: list[str] = field(default_factory=list)
-    refusal: str | int = "auto"
-    prefill_depths: list[int] = field(default_factory=lambda: [0, 4, 8, 16, 32, 64])
-    max_new_tokens: int = 256
-    batch_size: int = 16
-    max_tokens: int = 4096
-    curve: bool = True
-    helpful_metric: Literal["exact_match", "perplexity"] = "exact_match"
-    judges: dict[str, Any] = field(default_factory=lambda: {"keyword": {}})
-    keywords: list[str] = field(default_factory=lambda: list(REFUSAL_KEYWORDS))
-    servers: dict[str, Any] = field(default_factory=dict)
-    samples: int = 0
-    keep_answers: bool = True
-    chat_template: str | None = None
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.lm_eval and not any(getattr(self, key) for key in FILES):
-            raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
-        if self.templates and not self.harmful:
-            raise ValueError("templates: go around the requests of harmful, got no file of them")
-        for key in ("attacks", "questions"):
-            for name in getattr(self, key):
-                check_name(key, name)
-        for path in self.formats:
-            if path not in self.files:
-                raise ValueError(f"formats: {path}: is no file that another key names")
-        check_folder("output_dir", self.output_dir)
-
-    @property
-    def files(self) -> list[str]:
-        """All files of requests."""
-        keys = [getattr(self, key) for key in FILES]
-        values = [one for key in keys for one in (key.values() if isinstance(key, dict) else key)]
-        return [path for one in values for path in ([one] if isinstance(one, str) else one)]
 
 
 def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
 from derta.objectives.base import Drawn, Objective, Place, Total
 from derta.objectives.cuts import example_rng
+from derta.objectives.defaults import CutPolicy, RtoDepth
 from derta.objectives.derta import DertaObjective
 
 Bounds = tuple[tuple[int, int], ...]
@@ -350,9 +351,9 @@ class DertaCollator(Collator):
         self,
         *,
         branches: int = DertaObjective.branches,
-        cuts: str = DertaObjective.cuts,
+        cuts: CutPolicy = DertaObjective.cuts,
         rto_keep: float = DertaObjective.rto_keep,
-        rto_depth: str = DertaObjective.rto_depth,
+        rto_depth: RtoDepth = DertaObjective.rto_depth,
         seed: int = 0,
     ) -> None:
         objective = DertaObjective(

@@ -11,32 +11,34 @@ from pathlib import Path
 from derta.data.records.formats import ROLES, Role
 from derta.data.records.reading import Reading, read_records
 from derta.data.records.types import Record, check_weight
+from derta.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Record files of one role.
 
-    Args:
-        path: of a file, or of several.
-        role: "safety", triples and rendered rows; "helpful", dialogues; "borderline", dialogues
-            whose requests look harmful and are not.
-        weight: of its targets in the loss, relative to other sources'; a factor beside the weight
-            that a row has of its own.
-        format: of the rows, where their fields do not tell; None: they do.
-        limit: how many of its records are read, the first ones; None: all.
-
     Raises:
         TypeError: the weight is no number.
-        ValueError: there is no path or no such role, the weight is not above 0, or the limit is
-            below 1.
+        ValueError: the path is empty, the role is unknown, the weight is not above 0, or the limit
+            is below 1.
     """
 
-    path: str | list[str]
-    role: Role
-    weight: float = 1.0
-    format: str | None = None
-    limit: int | None = None
+    path: str | list[str] = setting(help="Path of a file or a folder, or several.")
+    role: Role = setting(
+        help="safety: triples and rendered rows; helpful: dialogues; borderline: dialogues whose "
+        "requests look harmful and are not."
+    )
+    weight: float = setting(
+        1.0,
+        "Weight of its targets in the loss, relative to other sources. Multiplies the weight of a "
+        "row.",
+        gt=0,
+    )
+    format: str | None = setting(None, "Format of the rows, if their fields do not tell it.")
+    limit: int | None = setting(
+        None, "Number of records that are read, from the first; null: all.", ge=1
+    )
 
     def __post_init__(self) -> None:
         if not self.paths:

@@ -10,18 +10,23 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
 from derta.cli import main, module_of, settings_of
+from derta.cli.commands import COMMANDS, help_of
 from derta.cli.doctor import DoctorConfig
+from derta.cli.settings.data import StatsConfig
+from derta.cli.settings.training import PlanConfig
 from derta.cli.train import TrainConfig
-from derta.cli.usage import USAGE
 from derta.data import Source
-from derta.settings import build, read_options, read_yaml
-from derta.training.config import RECIPES
+from derta.objectives.cuts import CUT_POLICIES, RTO_DEPTHS
+from derta.objectives.defaults import CutPolicy, Recipe, RtoDepth
+from derta.settings import build, keys_of, read_options, read_yaml, shared
+from derta.training.config import RECIPES, DertaConfig
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 
@@ -269,22 +274,27 @@ def test_a_recipe_sets_what_is_not_given(recipe: object, given: dict, expected: 
 def test_a_key_that_contradicts_its_recipe_is_refused_by_name(
     recipe: str, key: str, value: object
 ) -> None:
-    message = (
-        f"{key} is {value}, which contradicts recipe: {recipe} ({key}: {RECIPES[recipe][key]})"
-    )
+    ours = getattr(RECIPES[recipe], key)
+    message = f"{key} is {value}, which contradicts recipe: {recipe} ({key}: {ours})"
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         from_file(recipe=recipe, **{key: value})
 
 
 def test_a_plan_of_a_training_run_follows_its_recipe() -> None:
-    plan = importlib.import_module("derta.cli.plan")
-    assert plan.of_training({"recipe": "vanilla", "model": "m"}) == {
-        "model": "m",
-        "branches": 1,
-        "rto_keep": 0.0,
-    }
-    given = plan.of_training({"recipe": "derta", "rto_keep": 0.05})
-    assert given["rto_keep"] == 0.05
+    given = {"model": "m", "gpu": 8}
+    vanilla = build(PlanConfig, {"": {**given, "recipe": "vanilla"}})
+    assert (vanilla.branches, vanilla.rto_keep) == (1, 0.0)
+    assert build(PlanConfig, {"": {**given, "recipe": "derta", "rto_keep": 0.05}}).rto_keep == 0.05
+    with pytest.raises(ValueError, match="^rto_keep is 1.0, which contradicts recipe: vanilla"):
+        build(PlanConfig, {"": {**given, "recipe": "vanilla", "rto_keep": 1.0}})
+
+
+def test_a_part_of_training_ignores_the_other_keys_of_a_training_run_and_no_unknown_ones() -> None:
+    values = {"model": "m", "learning_rate": 1e-5, "probe": True, "max_tokns": 3}
+    assert shared(values, PlanConfig, TrainConfig) == {"model": "m", "max_tokns": 3}
+    held = [{**SOURCE, "weight": 2.0, "limit": 3, "weigth": 1}]
+    found = shared({"eval_sources": held}, StatsConfig, TrainConfig)
+    assert found == {"eval_sources": [{**SOURCE, "weigth": 1}]}
 
 
 def test_less_is_better_of_what_is_watched() -> None:
@@ -307,14 +317,14 @@ def test_what_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ValueError, match="^report_to: 'tensorboard' is not installed, or nothing"):
         from_file(report_to=["wandb", "tensorboard"])
     monkeypatch.setattr(TrainConfig, "device", torch.device("cuda"))
-    monkeypatch.setattr("derta.training.config.is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr("derta.training.settings.find_spec", lambda name: True)
     config = from_file(use_liger_kernel=True, liger_kernel_config={"rope": False})
     assert config.liger_kernel_config == {
         "rope": False,
         "fused_linear_cross_entropy": False,
         "cross_entropy": False,
     }
-    monkeypatch.setattr("derta.training.config.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("derta.training.settings.find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"^use_liger_kernel needs Liger: pip install .derta\[liger\]"
     ):
@@ -356,21 +366,93 @@ sys.exit(main(["doctor"]))
 """
 
 
-@pytest.mark.parametrize("command", sorted(USAGE.keys() - {"data"}))
+SETTINGS = sorted(COMMANDS.keys() - {"data"})
+
+
+@pytest.mark.parametrize("command", SETTINGS)
 def test_help_names_keys_that_exist_and_all_of_ours(command: str) -> None:
     config = settings_of(module_of(command))
     inherited = {field.name for field in fields(TrainingArguments)} if command == "train" else set()
     known = {field.name for field in fields(config)}
-    named = set(re.findall(r"--(\w+)", USAGE[command])) - {"key"}
-    named |= {"what"} if command == "bench" else set()  # which stands there without its name
+    named = set(re.findall(r"--(\w+)", help_of(command))) - {"key", "help"}
     assert named <= known
     assert known - inherited <= named
 
 
+@pytest.mark.parametrize("command", SETTINGS)
+def test_help_tells_type_range_and_default_of_every_key_in_100_columns(command: str) -> None:
+    described = COMMANDS[command].config_class
+    assert issubclass(settings_of(module_of(command)), described)
+    page = help_of(command)
+    assert max(map(len, page.splitlines())) <= 100
+    for name, key in keys_of(described).items():
+        told = page.partition(f"\n  --{name} ")[2].partition("\n  --")[0]
+        entry = " ".join(told.split())
+        assert " ".join(key.about.help.split()) in entry
+        assert ("required" if key.required else "default: ") in entry
+        assert key.about.range is None or key.about.range in entry
+
+
+def test_help_of_a_setting_is_exact() -> None:
+    page = help_of("plan")
+    assert (
+        "  --mlp_tile integer                Tokens of a tile by which the layers' MLPs run; null: "
+        "the whole\n" + " " * 36 + "pack. Saves the activations of all tiles but one."
+    ) in page
+    assert "(in [0, 1); default: 0.05)" in page and "(at least 1; default: 4096)" in page
+    assert "usage: derta eval curve MODEL DATA ... [--key value ...]" in help_of("eval curve")
+    assert "usage: derta merge MODEL --output_dir ... [--key value ...]" in help_of("merge")
+
+
+def test_defaults_agree_with_the_library() -> None:
+    from derta.data import DertaCollator
+    from derta.data.defaults import LISTED, NEAR
+    from derta.data.records import duplicates
+    from derta.data.statistics import LISTED as listed
+    from derta.demo.run import VARIANTS
+    from derta.memory.plan import Triples
+    from derta.objectives.defaults import DERTA, PROMPT_TOKENS, SAFE_TOKENS
+    from derta.training.settings import RECIPES as recipes
+
+    collator = DertaCollator()
+    assert all(getattr(collator.objective, name) == value for name, value in vars(DERTA).items())
+    assert recipes["derta"] is DERTA
+    assert (Triples.prompt, Triples.safe) == (PROMPT_TOKENS, SAFE_TOKENS)
+    assert (duplicates.NEAR, listed) == (NEAR, LISTED)
+    assert build(settings_of(module_of("demo")), {}).variants == list(VARIANTS)
+
+
+def test_choices_agree_with_the_library() -> None:
+    assert set(get_args(CutPolicy)) == set(CUT_POLICIES)
+    assert set(get_args(RtoDepth)) == set(RTO_DEPTHS)
+    assert set(get_args(Recipe)) == set(RECIPES)
+
+
+def test_settings_made_in_python_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="^cuts must be one of zero, uniform, official, deep, got"):
+        DertaConfig(output_dir="o", use_cpu=True, cuts="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="^unlikelihood_weight must be at least 0, got -0.5"):
+        DertaConfig(output_dir="o", use_cpu=True, unlikelihood_weight=-0.5)
+    with pytest.raises(ValueError, match=r"^rto_keep must lie in \[0, 1\], got nan"):
+        DertaConfig(output_dir="o", use_cpu=True, rto_keep=float("nan"))
+    assert DertaConfig("o", use_cpu=True).unlikelihood_weight == 0.0
+
+
+# Help, which ends with an error where torch was imported for it.
+LIGHT = """
+import sys
+from derta.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    sys.exit("torch" if {"torch", "transformers"} & sys.modules.keys() else 0)
+"""
+
+
 def test_help_needs_no_torch_and_less_than_a_second() -> None:
-    for arguments in (["--help"], ["--version"], *([*name.split(), "--help"] for name in USAGE)):
+    for arguments in (["--help"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)):
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "derta", *arguments], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", LIGHT, *arguments], check=True, capture_output=True)
         assert time.perf_counter() - started < 1.0
 
 

@@ -1,0 +1,1 @@
+"""The settings of every command. Nothing here imports torch or transformers: help reads it."""

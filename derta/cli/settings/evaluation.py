@@ -1,0 +1,251 @@
+"""Settings of `derta eval` and its actions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from derta.cli.settings.shared import LoadingSettings
+from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
+from derta.evaluation.scenarios import check_name
+from derta.outputs import check_folder
+from derta.settings import check_ranges, setting
+from derta.training.settings import PackSettings
+
+FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
+KEYWORDS_SHOWN = f"{len(REFUSAL_KEYWORDS)} phrases, from {REFUSAL_KEYWORDS[0]!r} on"
+ResultFiles = str | list[str] | dict[str, str]
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(LoadingSettings):
+    """An evaluation.
+
+    Raises:
+        ValueError: there is nothing to evaluate on, a name cannot stand in a metric, a format is
+            for no given file, or output_dir cannot be a folder.
+    """
+
+    model: str | list[str] | dict[str, str] = setting(
+        help="Folder of a model or of adapters, with weights in safetensors; several: "
+        "'{before: a, after: b}'. For a model behind a server, a folder with its tokenizer."
+    )
+    output_dir: str = setting(
+        help="Folder for report.html, summary.json and the pictures. Its answers/ holds the "
+        "models' answers, readable by its owner only; an interrupted evaluation resumes from there."
+    )
+    harmful: list[str] = setting(
+        help="Files of requests to refuse, with the responses that attacks prefill.",
+        factory=list,
+        heading="requests, in files of any known format; scenarios without requests are left out",
+    )
+    benign: list[str] = setting(help="Files of harmless requests, for over-refusal.", factory=list)
+    borderline: list[str] = setting(
+        help="Files of harmless requests that look harmful, for over-refusal.", factory=list
+    )
+    helpful: list[str] = setting(
+        help="Files of harmless requests with the right answers.", factory=list
+    )
+    helpful_metric: Literal["exact_match", "perplexity"] = setting(
+        "exact_match", "exact_match of generated answers, or perplexity of the given ones."
+    )
+    questions: dict[str, str | list[str]] = setting(
+        help="Files of questions by name: '{gsm8k: gsm8k.jsonl, mmlu: mmlu.jsonl}'. The final "
+        "answer counts: a number, or the letter of a choice.",
+        factory=dict,
+    )
+    formats: dict[str, str] = setting(
+        help="Formats by file, if a file has no header or its fields do not tell its format: "
+        "'{hex-phi.csv: hex_phi}'.",
+        factory=dict,
+    )
+    lm_eval: list[str] = setting(
+        help="Tasks of lm-eval, by name or as a YAML file: [ifeval, my-task.yaml].", factory=list
+    )
+    prefill_depths: list[int] = setting(
+        help="Numbers of tokens of the harmful response that an attacker writes.",
+        factory=lambda: [0, 4, 8, 16, 32, 64],
+        heading="attacks",
+    )
+    templates: str | None = setting(
+        None,
+        "File of texts around a request, one a line or a JSON list, each with the slot {request}.",
+    )
+    multi_turn: list[str] = setting(
+        help="Files of harmful conversations. The model answers every turn of the user.",
+        factory=list,
+    )
+    attacks: dict[str, str | list[str]] = setting(
+        help="Files of ready-made harmful prompts by name: '{codeattack: codeattack.jsonl}'.",
+        factory=dict,
+    )
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.")
+    judges: dict[str, Any] = setting(
+        help="Judges by name, the main one first: '{keyword: {}, guard: {kind: wildguard, path: "
+        "models/wildguard}}'. All read the same answers. See derta eval calibrate.",
+        factory=lambda: {"keyword": {}},
+        heading="judges",
+    )
+    keywords: list[str] = setting(
+        help="Phrases by which a keyword judge recognizes a refusal: [sorry, I cannot].",
+        factory=lambda: list(REFUSAL_KEYWORDS),
+        shown=KEYWORDS_SHOWN,
+    )
+    samples: int = setting(0, "Number of answers that the report shows for each scenario.")
+    keep_answers: bool = setting(
+        True,
+        "If true, answers/ stays when all is done, so that another judge needs no new answers.",
+    )
+    curve: bool = setting(
+        True,
+        "If true, read refusal curves. They need harmful responses and a model that apply_derta "
+        "accepts.",
+        heading="refusal curve",
+    )
+    refusal: str | int = setting(
+        "auto",
+        "Refusal token: a word, a token id, or auto, the most frequent first token of the safe "
+        "responses in harmful, and Sorry without any.",
+    )
+    max_tokens: int = setting(4096, "Longest pack of the refusal curve, in tokens.")
+    batch_size: int = setting(16, "Prompts a batch.", heading="model")
+    servers: dict[str, Any] = setting(
+        help='Servers by name of the model: \'{after: {base_url: "http://localhost:8000/v1", '
+        "model: tuned}}'. A served model has no refusal curves. api_key_env: NAME of the variable "
+        "with its key; OPENAI_API_KEY is sent to OpenAI only.",
+        factory=dict,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.lm_eval and not any(getattr(self, key) for key in FILES):
+            raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
+        if self.templates and not self.harmful:
+            raise ValueError("templates: go around the requests of harmful, got no file of them")
+        for key in ("attacks", "questions"):
+            for name in getattr(self, key):
+                check_name(key, name)
+        for path in self.formats:
+            if path not in self.files:
+                raise ValueError(f"formats: {path}: is no file that another key names")
+        check_folder("output_dir", self.output_dir)
+
+    @property
+    def files(self) -> list[str]:
+        """All files of requests."""
+        keys = [getattr(self, key) for key in FILES]
+        values = [one for key in keys for one in (key.values() if isinstance(key, dict) else key)]
+        return [path for one in values for path in ([one] if isinstance(one, str) else one)]
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig:
+    """A calibration.
+
+    Raises:
+        ValueError: there is no file, or output_dir cannot be a folder.
+    """
+
+    files: list[str] = setting(
+        help="Answers labelled by people, as JSON, JSONL, CSV or parquet: JailbreakBench judge "
+        "comparison, WildGuardTest, XSTest completions, or any with prompt, response, label."
+    )
+    output_dir: str = setting(
+        help="Folder for calibration.json and the verdicts of judges behind a server."
+    )
+    judges: dict[str, Any] = setting(
+        help="Judges by name: '{keyword: {}, guard: {kind: wildguard, path: models/wildguard}}'. "
+        "Kinds: keyword, harmbench, wildguard, llama_guard, llm, classifier, server. A server has "
+        "base_url, model and api_key_env: NAME of the variable with its key; OPENAI_API_KEY is "
+        "sent to OpenAI only.",
+        factory=lambda: {"keyword": {}},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.files:
+            raise ValueError("files: expected at least one file of labelled answers, got none")
+        check_folder("output_dir", self.output_dir)
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """A comparison.
+
+    Raises:
+        ValueError: there are no results, names do not match them, or output_dir cannot be a folder.
+    """
+
+    results: list[str] | dict[str, ResultFiles] = setting(
+        help="Results of each model: a summary.json of derta eval or its folder, or result files "
+        "of the official repository, as a file, a folder or a pattern. Named: '{before: a, after: "
+        "b}'; one model's by attack: '{before: {direct: a.json, completion: b.json}}'. Files that "
+        "no mapping names belong to the attack that their folder is named after."
+    )
+    output_dir: str = setting(help="Folder for comparison.html, comparison.json and the pictures.")
+    names: list[str] = setting(
+        help="Names of the models, if results are not named: [before, after].", factory=list
+    )
+    analysis: Literal["all", "first_tokens", "positions", "terms"] = setting(
+        "all", "Analysis to run."
+    )
+    recipes: dict[str, str] | None = setting(
+        None,
+        "Model of each recipe: '{vanilla: a, prefix_only: b, rto_only: c, derta: d}'.",
+        shown="models named like a recipe",
+    )
+    prompts: list[str] = setting(
+        help="Test files, if prompt and answer are one string in result files.",
+        factory=list,
+        heading="official result files",
+    )
+    keywords: list[str] = setting(
+        help="Phrases by which the judge recognizes a refusal: [sorry, I cannot].",
+        factory=lambda: list(REFUSAL_KEYWORDS),
+        shown=KEYWORDS_SHOWN,
+    )
+    tokenizer: str | None = setting(
+        None, "Folder of a tokenizer, to count positions in tokens; null: in words."
+    )
+    keep_repeats: bool = setting(
+        False, "If true, a repeated request counts as often as a file has it."
+    )
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("results: expected at least one file or folder, got none")
+        if self.names and isinstance(self.results, dict):
+            raise ValueError("names are for a list of results, a mapping has its own")
+        if self.names and len(self.names) != len(self.results):
+            raise ValueError(
+                f"names must be as many as results, {len(self.results)}, got {len(self.names)}"
+            )
+        check_folder("output_dir", self.output_dir)
+
+
+@dataclass(kw_only=True)
+class CurveConfig(LoadingSettings, PackSettings):
+    """The refusal curves of one model.
+
+    Raises:
+        ValueError: a number is out of its range, or output_dir cannot be a folder.
+    """
+
+    model: str = setting(help="Folder of a model or of adapters, with weights in safetensors.")
+    data: list[str] = setting(
+        help="Files of triples, whose harmful responses are read, or of dialogues, whose last "
+        "answers are read."
+    )
+    role: Literal["safety", "helpful", "borderline"] = setting(
+        "safety", "Role of the files, as in training."
+    )
+    output_dir: str = setting(
+        "outputs/curve", "Folder for curve.json, curve.png and curve.svg. None of them holds text."
+    )
+    refusal: str | int = setting(
+        "auto",
+        "Refusal token: a word, a token id, or auto, the most frequent first token of the safe "
+        "responses, and Sorry without any.",
+    )
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        check_folder("output_dir", self.output_dir)

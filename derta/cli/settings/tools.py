@@ -1,0 +1,94 @@
+"""Settings of the small commands: merge, chat, demo, bench and doctor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from derta.cli.settings.shared import LoadingSettings
+from derta.objectives.defaults import RECIPES
+from derta.outputs import check_folder
+from derta.settings import check_ranges, setting
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    """A merge.
+
+    Raises:
+        ValueError: output_dir is not empty, or cannot be a folder.
+    """
+
+    model: str = setting(help="Folder of the adapters, which names their base model.")
+    output_dir: str = setting(
+        help="Folder for the whole model, in safetensors, and its tokenizer. Must be new or empty."
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "bfloat16",
+        "Data type of its weights. A model that was quantized for training is merged unquantized.",
+    )
+
+    def __post_init__(self) -> None:
+        check_folder("output_dir", self.output_dir)
+        folder = Path(self.output_dir)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"output_dir: {folder} is not empty, choose another folder")
+
+
+@dataclass(kw_only=True)
+class ChatConfig(LoadingSettings):
+    """A conversation."""
+
+    model: str = setting(help="Folder of a model or of adapters.")
+    prefill: str = setting("", "Start of every answer, as an attacker would write it.")
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.")
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """A demo.
+
+    Raises:
+        ValueError: there is no seed, a variant is unknown, or output_dir cannot be a folder.
+    """
+
+    seeds: int = setting(1, "Worlds and trainings to average over.", ge=1)
+    output_dir: str = setting(
+        "outputs/demo", "Folder for report.html, summary.json and the pictures."
+    )
+    variants: list[str] = setting(
+        help="Trainings to compare: a recipe, or derta_balanced, with borderline dialogues too; "
+        "and with more RTO weight at the end rto_only_growing, derta_growing, "
+        "derta_balanced_growing.",
+        factory=lambda: [*RECIPES, "derta_balanced"],
+    )
+
+    def __post_init__(self) -> None:
+        from derta.demo.run import ABLATIONS, VARIANTS
+
+        check_ranges(self)
+        known = {**VARIANTS, **ABLATIONS}
+        for name in self.variants:
+            if name not in known:
+                raise ValueError(f"variants must be of {', '.join(known)}, got {name!r}")
+        check_folder("output_dir", self.output_dir)
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """A benchmark."""
+
+    what: Literal["resources"] = setting(
+        help="Benchmark to run. resources: registers, local and shared memory of every launch."
+    )
+    capabilities: list[int] | None = setting(
+        None,
+        "Compute capabilities to compile for, 90 for 9.0: [80, 86, 89, 90, 100, 120].",
+        shown="all known",
+    )
+
+
+@dataclass(kw_only=True)
+class DoctorConfig:
+    """`derta doctor` has no settings."""

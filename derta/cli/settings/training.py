@@ -1,0 +1,67 @@
+"""Settings of `derta train`, `derta plan` and `derta schema`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from derta.cli.settings.shared import DtypeSettings, TemplateSettings
+from derta.data.records.sources import Source
+from derta.modeling.method import Method
+from derta.objectives.defaults import PROMPT_TOKENS, SAFE_TOKENS
+from derta.settings import setting
+from derta.training.settings import DertaSettings, MemorySettings, PackSettings, RecipeSettings
+
+
+@dataclass(kw_only=True)
+class TrainSettings(Method, TemplateSettings, DtypeSettings, DertaSettings):
+    """The settings of a training run that are ours. `TrainConfig` adds transformers'."""
+
+    model: str = setting(
+        help="Folder of a model with weights in safetensors, or a name on the model hub."
+    )
+    sources: list[Source] = setting(help="Records to train on. One record file or several:")
+    eval_sources: list[Source] = setting(
+        help="Records whose losses and refusal curves are reported, likewise. Needs eval_strategy.",
+        factory=list,
+    )
+    output_dir: str = setting(help="Folder for checkpoints and the tuned model.")
+    dry_run: bool = setting(False, "If true, show one pack with its targets, and train nothing.")
+
+
+@dataclass(kw_only=True)
+class PlanConfig(Method, DtypeSettings, RecipeSettings, PackSettings, MemorySettings):
+    """A plan of a step's memory.
+
+    Raises:
+        ValueError: a value is out of its range, contradicts the recipe, or asks for a package that
+            is not installed.
+    """
+
+    model: str = setting(
+        help="Folder of a model, its config.json, or a name on the model hub. No weights are read."
+    )
+    gpu: float = setting(help="Memory of the GPU in GiB, above 0: 24 for a 24 GB card.")
+    prompt_tokens: int = setting(PROMPT_TOKENS, "Mean length of a prompt, in tokens.", ge=1)
+    safe_tokens: int = setting(SAFE_TOKENS, "Mean length of a safe response, in tokens.", ge=1)
+    probe: bool = setting(
+        False,
+        "If true, then run such a pack, forward and backward, through a model with random weights, "
+        "and print its peak. Runs on the GPU if there is one.",
+        option_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.gpu > 0:
+            raise ValueError(f"gpu must be the memory of a GPU in GiB, got {self.gpu}")
+        super().__post_init__()
+        self.follow_recipe()
+        self.check_memory()
+
+
+@dataclass(kw_only=True)
+class SchemaConfig:
+    """The place of the JSON Schema."""
+
+    output: str | None = setting(
+        None, "File to write; an existing one is replaced.", shown="print to the standard output"
+    )

@@ -1,0 +1,6 @@
+"""Defaults of what is read of data sets, stated once. This module imports nothing."""
+
+# Share of common pairs of words from which two requests are near duplicates.
+NEAR = 0.7
+# Number of repeated requests of each kind that are listed.
+LISTED = 20

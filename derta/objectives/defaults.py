@@ -1,0 +1,45 @@
+"""The objective's choices and defaults, stated once. This module imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Recipe = Literal["vanilla", "prefix_only", "rto_only", "derta"]
+CutPolicy = Literal["zero", "uniform", "official", "deep"]
+RtoDepth = Literal["uniform", "growing"]
+LossNorm = Literal["tokens", "official", "terms"]
+
+RTO_WEIGHT = 1.0
+MAX_LENGTH = 1024
+MAX_TOKENS = 4096
+# Tokens of a prompt and of a safe response, about the means of the official data.
+PROMPT_TOKENS = 40
+SAFE_TOKENS = 70
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSettings:
+    """The draws of a triple, by default those of the paper's full method.
+
+    Attributes:
+        branches: safe responses per triple, each after a cut of its own; 0 for RTO only.
+        cuts: policy that draws cuts, see `derta.objectives.cuts`.
+        rto_keep: share of the harmful response's positions with an RTO target, in [0, 1].
+        rto_depth: policy of the weight of RTO targets by depth, see `derta.objectives.cuts`.
+    """
+
+    branches: int = 1
+    cuts: CutPolicy = "uniform"
+    rto_keep: float = 1.0
+    rto_depth: RtoDepth = "uniform"
+
+
+DERTA = DrawSettings()
+# The paper's variants (its table 4): with one term of the objective, with both, with neither.
+RECIPES: dict[str, DrawSettings] = {
+    "vanilla": DrawSettings(cuts="zero", rto_keep=0.0),
+    "prefix_only": DrawSettings(rto_keep=0.0),
+    "rto_only": DrawSettings(cuts="zero"),
+    "derta": DERTA,
+}

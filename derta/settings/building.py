@@ -1,0 +1,154 @@
+"""Dataclasses of settings built from loosely typed values, with one sentence for every error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from derta.settings.fields import about_of, element_of
+from derta.settings.reading import Text, read_text
+
+Config = TypeVar("Config")
+
+
+def build(config_class: type[Config], sources: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Build a dataclass from loosely typed values ("1e-4" is a float here, though not in YAML).
+
+    A single value where a list is expected becomes a list of one. `Text` is read as YAML, except
+    for a field of text, which takes it unchanged.
+
+    Args:
+        config_class: a dataclass with annotated fields.
+        sources: the values by key of each origin. Messages call an origin by its name. The last
+            origin with a value wins.
+
+    Raises:
+        ValueError: a key is unknown (names the nearest), missing, or has the wrong type.
+    """
+    given = {
+        key: (value, origin) for origin, values in sources.items() for key, value in values.items()
+    }
+    return config_class(**_arguments(config_class, given))
+
+
+def shared(values: Mapping[str, Any], ours: Any, theirs: Any) -> dict[str, Any]:
+    """Return the values of a file for `theirs` without the keys that `ours` lacks.
+
+    Unknown keys of both stay, so that `build` refuses them. So do values of lists of dataclasses,
+    entry by entry. A key of ours that is for the command line only goes.
+    """
+    mine, others = (
+        {field.name: field for field in dataclasses.fields(kind)} for kind in (ours, theirs)
+    )
+    kept = {}
+    for key, value in values.items():
+        if key in others and (key not in mine or about_of(mine[key]).option_only):
+            continue
+        if key in mine and key in others and isinstance(value, list):
+            parts = [element_of(typing.get_type_hints(kind)[key]) for kind in (ours, theirs)]
+            if all(parts):
+                value = [shared(one, *parts) if isinstance(one, dict) else one for one in value]
+        kept[key] = value
+    return kept
+
+
+def _arguments(
+    config_class: Any, given: Mapping[str, tuple[Any, str]], within: str = ""
+) -> dict[str, Any]:
+    """Return the arguments of a dataclass from values and their origins.
+
+    Args:
+        within: the part of its origin that the dataclass is, if it is not the whole.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
+    hints = typing.get_type_hints(config_class)
+    typed = {}
+    for key, (value, origin) in given.items():
+        place = f"{within}.{key}" if within else f"{origin}: {key}"
+        if key not in fields:
+            nearest = difflib.get_close_matches(str(key), fields, n=1)
+            advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{within or origin}: unknown key {key!r}{advice}")
+        hint = hints[key]
+        try:
+            if isinstance(value, Text):
+                value = _read(value, hint)
+            part = element_of(hint)
+            typed[key] = _typed(value, hint) if part is None else _parts(value, part, place)
+        except yaml.YAMLError:
+            raise ValueError(f"{place}: {value!r} is not a value that YAML can read") from None
+        except ValidationError:
+            raise ValueError(f"{place}: expected {_expected(hint)}, got {value!r}") from None
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in typed
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{within}{': ' if within else ''}missing {', '.join(missing)}")
+    return typed
+
+
+def _parts(values: Any, part: Any, place: str) -> list[Any]:
+    """Build dataclasses from a list of mappings, or from one. Messages name the place and the key.
+
+    Raises:
+        ValueError: as `build`, or the dataclass itself refuses a value.
+    """
+    made = []
+    for index, value in enumerate(values if isinstance(values, list) else [values]):
+        here = f"{place}[{index}]"
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{here}: expected {', '.join(field.name for field in dataclasses.fields(part))}, "
+                f"got {value!r}"
+            )
+        given = {key: (one, "") for key, one in value.items()}
+        arguments = _arguments(part, given, within=here)
+        try:
+            made.append(part(**arguments))
+        except ValueError as error:
+            raise ValueError(f"{here}.{error}") from error
+    return made
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Union:  # of Literal and None, as typing spells it
+        return " or ".join(
+            "null" if one is type(None) else _expected(one) for one in typing.get_args(hint)
+        )
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _read(text: Text, hint: Any) -> Any:
+    if hint is str or (hint == str | None and text != "null"):
+        return str(text)
+    return read_text(text)
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    adapter: TypeAdapter[Any] = TypeAdapter(hint, config={"arbitrary_types_allowed": True})
+    # Read loosely, "3" becomes a number, as wanted, but so does true.
+    strict = _holds_bool(value)
+    try:
+        return adapter.validate_python(value, strict=strict)
+    except ValidationError:
+        return adapter.validate_python([value], strict=strict)
+
+
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(map(_holds_bool, value))
+    return isinstance(value, bool)

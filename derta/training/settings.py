@@ -1,0 +1,277 @@
+"""The settings of a training run, in parts that other commands share.
+
+A part imports neither torch nor transformers, so that help is there at once. `DertaConfig` joins
+all parts with transformers' `TrainingArguments`; `derta plan` and `derta data stats` take those
+that concern them. Each part checks its own keys: `check_ranges` sees to every range and choice,
+the methods here see to what keys demand of one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from derta.objectives.defaults import (
+    DERTA,
+    MAX_LENGTH,
+    MAX_TOKENS,
+    RECIPES,
+    RTO_WEIGHT,
+    CutPolicy,
+    LossNorm,
+    Recipe,
+    RtoDepth,
+)
+from derta.settings import setting
+
+# The keys that a recipe sets.
+DRAWN = ("branches", "cuts", "rto_keep")
+
+
+@dataclass(kw_only=True)
+class RecipeSettings:
+    """The draws of every triple, by recipe or one by one."""
+
+    recipe: Recipe | None = setting(
+        None,
+        "The paper's variant, which sets branches, cuts and rto_keep. vanilla: safe responses "
+        "only; prefix_only: each after a prefix of the harmful response; rto_only: vanilla and "
+        "RTO; derta: both. A given key may be another number or policy of the same variant.",
+        heading="objective",
+        shown="as derta",
+    )
+    branches: int = setting(
+        None,
+        "Safe responses per triple and epoch, each after its own prefix of the harmful response. 0 "
+        "trains on RTO only.",
+        ge=0,
+        shown=f"the recipe's; {DERTA.branches} for derta",
+    )
+    cuts: CutPolicy = setting(
+        None,
+        "Policy for the length of that prefix. uniform: as in the paper; official: as in the "
+        "authors' data generator; deep: half at zero, the rest within 100 tokens.",
+        shown=f"the recipe's; {DERTA.cuts} for derta",
+    )
+    rto_keep: float = setting(
+        None,
+        "Share of the positions of the harmful response that are RTO targets, drawn anew every "
+        "epoch. 0 turns RTO off. The official full-parameter recipe is 0.05.",
+        ge=0,
+        le=1,
+        shown=f"the recipe's; {DERTA.rto_keep:g} for derta",
+    )
+
+    def follow_recipe(self) -> None:
+        """Set the keys that are not given, and refuse those of another recipe.
+
+        Raises:
+            ValueError: a given key contradicts the recipe, or triples would train nothing.
+        """
+        for name in DRAWN:
+            given, ours = getattr(self, name), getattr(RECIPES[self.recipe or "derta"], name)
+            if given is None:
+                setattr(self, name, ours)
+            elif self.recipe is not None and (given in (0, "zero")) != (ours in (0, "zero")):
+                raise ValueError(
+                    f"{name} is {given}, which contradicts recipe: {self.recipe} ({name}: {ours}): "
+                    "leave either out"
+                )
+        if self.branches == 0 and self.rto_keep == 0.0:
+            raise ValueError("branches and rto_keep are both 0: a triple would train nothing")
+
+
+@dataclass(kw_only=True)
+class LossSettings:
+    """The targets' weights in the loss, and the refusal token."""
+
+    refusal: str | int = setting(
+        "auto",
+        "Refusal token: a word (Sorry), a token id, or auto, the most frequent first token of the "
+        "safe responses.",
+        heading="objective",
+    )
+    rto_weight: float = setting(
+        RTO_WEIGHT, "Weight of every RTO target in the loss's numerator.", ge=0
+    )
+    rto_depth: RtoDepth = setting(
+        DERTA.rto_depth,
+        "Spread of that weight over a harmful response, at the same mean: uniform, or growing "
+        "linearly towards its end.",
+    )
+    unlikelihood_weight: float = setting(
+        0.0,
+        "Weight of the unlikelihood loss -log(1 - p(next harmful token)) at RTO rows. 0 turns it "
+        "off.",
+        ge=0,
+    )
+    loss_norm: LossNorm = setting(
+        "tokens",
+        "Normalization of the loss. tokens: the mean over all targets of a step; official: the "
+        "mean over each pack, averaged; terms: each kind of target by its own mean. Weights of "
+        "records count in these means, in numerator and denominator.",
+    )
+
+
+@dataclass(kw_only=True)
+class ObjectiveSettings(RecipeSettings, LossSettings):
+    """The whole objective."""
+
+
+@dataclass(kw_only=True)
+class PackSettings:
+    """The size of a forward pass."""
+
+    max_tokens: int = setting(
+        MAX_TOKENS,
+        "Longest pack, in tokens. Bounds the memory of a forward pass.",
+        ge=1,
+        heading="batches",
+    )
+
+
+@dataclass(kw_only=True)
+class PackingSettings(PackSettings):
+    """The size of a sequence and of a forward pass."""
+
+    max_length: int = setting(
+        MAX_LENGTH,
+        "Longest sequence, in tokens. Longer harmful responses lose their end.",
+        ge=1,
+        heading="batches",
+    )
+
+
+@dataclass(kw_only=True)
+class ScheduleSettings:
+    """The size and the number of optimizer steps."""
+
+    examples_per_step: int = setting(
+        128, "Examples per optimizer step, over all ranks.", ge=1, heading="batches"
+    )
+    num_train_epochs: float = setting(2.0, "Epochs of the training.")
+    learning_rate: float = setting(2e-5, "Initial learning rate, after the warm-up.")
+
+
+@dataclass(kw_only=True)
+class SeedSettings:
+    """The seed of the run."""
+
+    seed: int = setting(
+        42, "Seed of the run: of the draws, the order and the adapters.", heading="batches"
+    )
+
+
+@dataclass(kw_only=True)
+class SelectionSettings:
+    """The choice of the best checkpoint."""
+
+    over_refusal_weight: float = setting(
+        0.5,
+        "Weight w of eval_trade_off, (1 - w) attack success + w over-refusal. With "
+        "metric_for_best_model: trade_off it decides which checkpoint is the best.",
+        ge=0,
+        le=1,
+        heading="best checkpoint, by the refusal curves of eval_sources",
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "Evaluations in a row without a better metric_for_best_model after which training stops; "
+        "null: never. Needs load_best_model_at_end.",
+        ge=1,
+    )
+    resume_from_checkpoint: bool | str | None = setting(
+        None,
+        "Folder of a checkpoint to resume from. true: the latest one in output_dir.",
+        heading="checkpoints",
+    )
+
+
+@dataclass(kw_only=True)
+class MemorySettings:
+    """The keys that decide how much memory a step takes, each with its saving and its cost."""
+
+    gradient_checkpointing: bool | None = setting(
+        None,
+        "If true, layers keep only their inputs. Costs one more forward pass of the layers.",
+        heading="memory",
+        shown="false",
+    )
+    mlp_tile: int | None = setting(
+        None,
+        "Tokens of a tile by which the layers' MLPs run; null: the whole pack. Saves the "
+        "activations of all tiles but one. Costs one more forward pass of the MLPs.",
+        ge=1,
+        unit="token",
+    )
+    offload_checkpoints: bool = setting(
+        False,
+        "If true, the inputs of checkpointed layers wait on the host. Saves all but two layers' "
+        "share of layers x tokens x width. Costs as much pinned memory of the host and two copies "
+        "over the bus. Needs gradient_checkpointing. No effect on a CPU.",
+    )
+    use_liger_kernel: bool = setting(
+        False,
+        "If true, Liger's norms, rotary embeddings and MLPs replace the model's. Saves copies and "
+        "time. Needs the package and a GPU.",
+    )
+    bf16: bool = setting(False, "If true, compute in bfloat16 whatever the dtype of the weights.")
+    optim: str = setting(
+        "adamw_torch_fused",
+        "Optimizer. States per trained weight: adamw_torch: two of the weights' dtype; "
+        "adamw_torch_8bit and adamw_torch_4bit (torchao): 2 bytes and 1, and a compilation at the "
+        "first step; adamw_bnb_8bit (bitsandbytes): 2 bytes, 8 for embeddings; paged_adamw_8bit: "
+        "none on a full GPU, and copies over the bus. Low-bit states are less precise.",
+    )
+
+    def check_memory(self) -> None:
+        """Check what memory keys need.
+
+        Raises:
+            ValueError: Liger is not installed, or offloading has nothing to offload.
+        """
+        if self.use_liger_kernel and find_spec("liger_kernel") is None:
+            raise ValueError("use_liger_kernel needs Liger: pip install 'derta[liger]'")
+        if self.offload_checkpoints and not self.checkpoints_layers:
+            raise ValueError("offload_checkpoints needs gradient_checkpointing: true")
+
+    @property
+    def checkpoints_layers(self) -> bool:
+        """True if layers keep only their inputs, by either of transformers' names for it."""
+        return bool(getattr(self, "activation_checkpointing", None) or self.gradient_checkpointing)
+
+
+@dataclass(kw_only=True)
+class RuntimeSettings:
+    """The implementations that run, and the check before the first step."""
+
+    probe: bool = setting(
+        False,
+        "If true, a forward and a backward pass of the run's largest pack precede the first step, "
+        "so that a lack of memory shows at once. Changes nothing else.",
+        heading="memory",
+    )
+    optim_args: str | None = setting(
+        None,
+        "Arguments of the optimizer. bf16_stochastic_round=True: torchao rounds updates of "
+        "bfloat16 weights at random, so that small ones are not lost.",
+    )
+    head_impl: str = setting(
+        "auto",
+        "Implementation of the head loss, see derta doctor: auto, or a name that it tells.",
+        heading="implementation",
+    )
+    attention_impl: str = setting("auto", "Implementation of the attention, likewise.")
+
+
+@dataclass(kw_only=True)
+class DertaSettings(
+    ObjectiveSettings,
+    PackingSettings,
+    ScheduleSettings,
+    SeedSettings,
+    SelectionSettings,
+    MemorySettings,
+    RuntimeSettings,
+):
+    """All settings of a training run that are ours, or whose default is."""
