@@ -42,6 +42,13 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        "write the configuration of a training run from four answers",
+        "training.InitConfig",
+        (),
+        "Asks on a terminal for what no key gives. Memory keys are those that derta plan finds for "
+        "the GPU, if the model's configuration is on this machine.",
+    ),
     "train": Command(
         "tune a model on triples and dialogues",
         "training.TrainSettings",

@@ -20,9 +20,9 @@ class Method:
 
     method: Literal["full", "lora", "qlora"] = setting(
         "full",
-        "full: all weights; lora: adapters on a frozen model; qlora: the same, with the frozen "
-        "linear layers that have a multiple of 64 inputs in 4 bits (NF4 of bitsandbytes, its "
-        "constants quantized too).",
+        "Tuning method. full: all weights; lora: adapters on a frozen model; qlora: "
+        "the same, with the frozen linear layers that have a multiple of 64 inputs in 4 bits (NF4 "
+        "of bitsandbytes, its constants quantized too).",
         heading="tuning method",
     )
     lora_r: int = setting(16, "Rank of the adapters.", ge=1)

@@ -1,14 +1,16 @@
-"""Settings of `derta train`, `derta plan` and `derta schema`."""
+"""Settings of `derta train`, `derta plan`, `derta init` and `derta schema`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from derta.cli.settings.shared import DtypeSettings, TemplateSettings
 from derta.data.records.sources import Source
 from derta.modeling.method import Method
 from derta.objectives.defaults import PROMPT_TOKENS, SAFE_TOKENS
-from derta.settings import setting
+from derta.settings import check_ranges, setting
 from derta.training.settings import DertaSettings, MemorySettings, PackSettings, RecipeSettings
 
 
@@ -56,6 +58,37 @@ class PlanConfig(Method, DtypeSettings, RecipeSettings, PackSettings, MemorySett
         super().__post_init__()
         self.follow_recipe()
         self.check_memory()
+
+
+@dataclass(kw_only=True)
+class InitConfig:
+    """The answers from which a training run's YAML is written.
+
+    Raises:
+        ValueError: the GPU's memory is negative, or the output exists.
+    """
+
+    model: str | None = setting(
+        None, "Folder of a model, or a name on the model hub.", shown="asked for"
+    )
+    data: list[str] | None = setting(
+        None,
+        "Record files with their roles, as path:role: safety.jsonl:safety, helpful.jsonl:helpful. "
+        "Roles: safety, helpful, borderline.",
+        shown="asked for",
+    )
+    method: Literal["full", "lora", "qlora"] | None = setting(
+        None, "Tuning method, as in training.", shown="asked for"
+    )
+    gpu: float | None = setting(
+        None, "Memory of the GPU in GiB; 0: no GPU.", ge=0, shown="asked for"
+    )
+    output: str = setting("derta.yaml", "File to write. An existing file is never overwritten.")
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if Path(self.output).exists():
+            raise ValueError(f"output: {self.output} is there already, choose another file")
 
 
 @dataclass(kw_only=True)
