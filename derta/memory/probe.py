@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.pytorch_utils import Conv1D
 
 from derta.data import Drawn, EncodedTriple, PackedBatch, pack
 from derta.memory.plan import GIB, Triples, needed
@@ -21,7 +22,7 @@ from derta.modeling.introspection import context_of
 from derta.modeling.liger import LIGER_LOSSES_OFF
 from derta.modeling.offloading import ran_out_of_memory
 from derta.modeling.patch import apply_derta
-from derta.modeling.quantization import layers_for_4_bits
+from derta.modeling.quantization import layers_for_4_bits, widths
 
 REFUSAL = 0  # any token will do
 NOT_TENSORS = ("optimizer", "context")
@@ -59,19 +60,18 @@ def random_model(
     return model
 
 
-def quantized(linear: nn.Linear) -> nn.Module:
+def quantized(linear: nn.Linear | Conv1D) -> nn.Module:
     """The layer as `method: qlora` loads it: NF4, its constants quantized too, frozen."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    weight = linear.weight.data
+    weight = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
     small: Any = Linear4bit(
-        linear.in_features,
-        linear.out_features,
+        *widths(linear),
         compute_dtype=weight.dtype,
         quant_type="nf4",
         device="meta",
     )
-    small.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+    small.weight = Params4bit(weight.contiguous(), requires_grad=False, quant_type="nf4")
     small.bias = linear.bias
     return small.to(weight.device)
 

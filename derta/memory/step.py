@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from derta.loss import derta_loss
 from derta.memory.optimizer import state_bytes
@@ -35,7 +36,7 @@ from derta.modeling.liger import liger_layers
 from derta.modeling.mlp_tiling import layers_of, tile_mlp
 from derta.modeling.offloading import Lane, Offloading
 from derta.modeling.patch import checkpoint_layers
-from derta.modeling.quantization import layers_for_4_bits
+from derta.modeling.quantization import layers_for_4_bits, widths
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
 
@@ -324,9 +325,9 @@ class _Nf4(torch.autograd.Function):
 
 
 class _Nf4Linear(nn.Linear):
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = widths(linear)
         codes = torch.empty(int(linear.weight.numel() * NF4_BYTES), dtype=torch.uint8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.bias = linear.bias
