@@ -1,4 +1,4 @@
-"""How a model is tuned: all of it, or adapters on a frozen one, which may be held in 4 bits."""
+"""Tuning methods: the full model, or adapters on a frozen model, optionally in 4 bits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 @dataclass(kw_only=True)
 class Method:
-    """The keys of a tuning method.
+    """The settings of a tuning method.
 
     Args:
         method: "full"; "lora", adapters on a frozen model; "qlora", the same with the frozen linear
-            layers in 4 bits (NF4 of bitsandbytes, its constants quantized too) that have a multiple
-            of 64 inputs. The head is never quantized, and under adapters frozen: no gradient of it
-            ever exists.
+            layers in 4 bits (NF4 of bitsandbytes, with quantized constants) if their number of
+            inputs is a multiple of 64. The head is never quantized; under adapters it is frozen,
+            and its gradient is never formed.
         lora_r, lora_alpha, lora_dropout, lora_target_modules, lora_modules_to_save: as in PEFT.
-        lora_dora: adapters that learn magnitude and direction apart (DoRA).
+        lora_dora: if True, adapters learn magnitude and direction separately (DoRA).
 
     Raises:
         ValueError: lora_r or lora_dropout is out of its range.
@@ -43,7 +43,7 @@ class Method:
 
 
 def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` is to quantize, and that it is to compute in `dtype`.
+    """Return the quantization for `from_pretrained`, with computation in `dtype`, or None.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -61,7 +61,7 @@ def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | Non
 
 
 def adapt(model: PreTrainedModel, method: Method) -> PreTrainedModel | PeftModel:
-    """The model, with adapters if the method has some."""
+    """Add the method's adapters to the model, if it has any."""
     if method.method == "full":
         return model
     adapters = LoraConfig(
