@@ -1,4 +1,4 @@
-"""Outputs: folders that can be written to, and files that appear whole or not at all."""
+"""Outputs: folders that can be written to, and files that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 def check_folder(field: str, path: str) -> None:
-    """Sees to it that `path` is a folder or can become one, before what goes there is made.
+    """Check that `path` is a folder or can become one, before any work on its content.
 
     Raises:
-        ValueError: it, or what it is to lie in, is a file.
+        ValueError: the path, or one of its parents, is a file.
     """
     nearest = next(place for place in (Path(path), *Path(path).parents) if place.exists())
     if not nearest.is_dir():
@@ -20,12 +20,12 @@ def check_folder(field: str, path: str) -> None:
 
 
 def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Writes a file that appears complete or not at all.
+    """Write a file that appears complete or not at all.
 
     Args:
-        path: of the file.
+        path: path of the file.
         data: its content.
-        private: whether its owner alone can read it.
+        private: if True, only its owner can read it.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,7 +1,7 @@
 """The demo's base model: a tokenizer and a small Llama, trained to answer every request.
 
-It stands for a pre-trained model without safety tuning: it has met every gadget and every wording,
-as chats and as plain text, and has never seen a refusal.
+It stands for a pre-trained model without safety tuning: it has seen every gadget and every wording,
+as chats and as plain text, and no refusal.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _CHAT_TEMPLATE = (
 
 
 def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the world becomes one token.
+    """Train a byte-level BPE in which every word of the world is one token.
 
     Args:
-        world: whose requests, answers and refusals it is trained on.
+        world: the source of the requests, answers and refusals to train on.
     """
     requests = [request for request, _ in _answered_requests(world)]
     bpe = Tokenizer(models.BPE())
@@ -58,7 +58,7 @@ def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
     bpe.train_from_iterator(
         [*requests, *world.recipes.values(), *world.places.values(), *TEMPLATES, *REFUSALS],
         trainers.BpeTrainer(
-            vocab_size=2048,  # more than there are words: merging stops when none is left to do
+            vocab_size=2048,  # more than the number of words: merging stops early
             special_tokens=[_PAD, _END, *_ROLES],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -72,12 +72,12 @@ def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
 def new_model(
     tokenizer: PreTrainedTokenizerFast, *, hidden_size: int, seed: int
 ) -> LlamaForCausalLM:
-    """A Llama of four layers with random weights; 1.1 M parameters at hidden size 128.
+    """Create a Llama of four layers with random weights; 1.1 M parameters at hidden size 128.
 
     Args:
-        tokenizer: whose vocabulary it reads and writes.
+        tokenizer: tokenizer of the model's vocabulary.
         hidden_size: a multiple of 8.
-        seed: of its weights.
+        seed: seed of the weights.
     """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -88,7 +88,7 @@ def new_model(
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        # Far from the usual 0.02: at this width, recipes are learnt in half the steps.
+        # Far above the usual 0.02: at this width, recipes are learned in half the steps.
         initializer_range=0.06,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -99,7 +99,7 @@ def new_model(
 
 
 def pretraining_texts(world: World, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[str]:
-    """Every request for every gadget with its answer: a fifth as plain text, a fifth templated."""
+    """Return all requests with answers; a fifth are plain text, a fifth use attack templates."""
     rng = random.Random(seed)
     texts = []
     for request, answer in _answered_requests(world):
@@ -132,15 +132,15 @@ def pretrain(
     seed: int,
     title: str,
 ) -> None:
-    """Trains on the next token of all texts, in place.
+    """Train on the next token of all texts, in place.
 
     Args:
-        model: to be trained.
-        tokenizer: pads on the right, so that the causal mask hides all padding.
-        texts: drawn from at random.
-        steps: of 32 texts each.
-        seed: of the draws.
-        title: what the progress bar is called.
+        model: the model to train.
+        tokenizer: its tokenizer; it pads on the right, so the causal mask hides all padding.
+        texts: the texts to draw from at random.
+        steps: number of steps, of 32 texts each.
+        seed: seed of the draws.
+        title: title of the progress bar.
     """
     rng = random.Random(seed)
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]

@@ -1,8 +1,8 @@
-"""The demo's main job: one base model, tunings of equal length, and what attacks make of them.
+"""The demo's experiment: one base model, tunings of equal length, and their answers to attacks.
 
-For every seed a world is invented, a tokenizer and a base model are trained on it, copies of that
-base are tuned with `DertaTrainer`, and all models are evaluated on held-out requests. Nothing
-is cached between runs. Everything runs on the CPU, where such a small model is at home.
+For every seed, a world is invented, a tokenizer and a base model are trained on it, copies of that
+base are tuned with `DertaTrainer`, and all models are evaluated on held-out requests. Nothing is
+cached between runs. Everything runs on the CPU, which is fast enough for such a small model.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from derta.training.trainer import DertaTrainer
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to tune.
+    """A way to tune the base model.
 
     Attributes:
-        settings: of `DertaConfig`.
-        borderline: whether borderline dialogues are among what it is tuned on.
+        settings: arguments of `DertaConfig`.
+        borderline: if True, borderline dialogues are part of the tuning data.
     """
 
     settings: dict[str, Any]
@@ -71,29 +71,29 @@ VARIANTS = {
     **{name: Variant(dict(recipe=name)) for name in RECIPES},
     "derta_balanced": Variant(dict(recipe="derta"), borderline=True),
 }
-# Run only if asked for.
+# Run only on request.
 ABLATIONS = {
     "rto_only_growing": Variant(dict(recipe="rto_only", rto_depth="growing")),
     "derta_growing": Variant(dict(recipe="derta", rto_depth="growing")),
     "derta_balanced_growing": Variant(dict(recipe="derta", rto_depth="growing"), borderline=True),
 }
 PREFILL_DEPTHS = (0, 4, 8, 16)
-# Shares of the tuning tokens: most is learnt early.
+# Shares of the tuning tokens; dense at the start, where most is learned.
 CHECKPOINTS = (1 / 16, 1 / 8, 1 / 4, 1)
 RATES = ("asr", "over_refusal", "over_refusal_borderline")
-EPOCHS = 16  # planned; tuning ends within them, at its number of tokens
+EPOCHS = 16  # an upper limit; tuning ends earlier, at its number of tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large everything is; as it stands, a seed takes some six minutes on two cores.
+    """The sizes of a run; with the defaults, a seed takes about six minutes on two cores.
 
     Args:
-        gadgets: of the world, a third of them forbidden.
-        hidden_size: of the model.
-        base_steps: of the base model's training.
+        gadgets: number of gadgets in the world; a third are forbidden.
+        hidden_size: width of the model.
+        base_steps: number of steps of the base model's training.
         tuning_tokens: packed tokens of every tuning, to within one step.
-        held_out: requests of each kind to test on.
+        held_out: number of test requests of each kind.
     """
 
     gadgets: int = 120
@@ -105,17 +105,17 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What all models of one seed share.
+    """The data and the base model that all models of one seed share.
 
     Attributes:
-        seed: of everything random.
+        seed: seed of all random draws.
         scale: see `Scale`.
-        world: who is who.
-        tokenizer: trained on the world.
-        base: trained to answer everything.
-        tuning: records, a triple for every dialogue.
-        borderline: dialogues, for the variants that are tuned on them too.
-        held_out: triples, dialogues and borderline ones in wordings that tuning never meets.
+        world: the gadgets, recipes and rules.
+        tokenizer: tokenizer trained on the world.
+        base: model trained to answer everything.
+        tuning: tuning records, a triple for every dialogue.
+        borderline: dialogues for the variants that are also tuned on them.
+        held_out: triples, dialogues and borderline dialogues in wordings outside the tuning data.
     """
 
     seed: int
@@ -130,13 +130,13 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What came of one tuning.
+    """The result of one tuning.
 
     Attributes:
-        tokens: packed tokens that the model was tuned on.
-        history: as `trainer.state.log_history`.
+        tokens: number of packed tokens in the tuning.
+        history: `trainer.state.log_history`.
         checkpoints: rows of teacher-forced rates, see `derta.evaluation.summarize`.
-        result: of the tuned model on held-out requests.
+        result: evaluation of the tuned model on held-out requests.
     """
 
     tokens: int
@@ -146,10 +146,10 @@ class Tuned:
 
 
 class EvaluateAfter(TrainerCallback):
-    """Has held-out records evaluated after given steps.
+    """A callback that evaluates held-out records after given steps.
 
     Args:
-        steps: after which.
+        steps: the steps after which to evaluate.
     """
 
     def __init__(self, steps: Collection[int]) -> None:
@@ -171,14 +171,15 @@ def run_demo(
     scale: Scale = Scale(),
     variants: Sequence[str] = tuple(VARIANTS),
 ) -> dict[str, Any]:
-    """Trains and compares the models, and writes report and summary.
+    """Train and compare the models; write report and summary.
 
     Args:
-        output_dir: gets report.html, summary.json and PNGs; and of the first seed `base/`, the
-            base model, and `data/`, the records, for runs of one's own. Files appear at the end.
-        seeds: one world each, with a base model and one a variant.
+        output_dir: folder for report.html, summary.json and PNGs; also for the first seed's
+            `base/`, the base model, and `data/`, the records, as material for other runs. Files
+            appear at the end.
+        seeds: seeds of the worlds; each has a base model and one model for each variant.
         scale: see `Scale`.
-        variants: of `VARIANTS` and `ABLATIONS`.
+        variants: names from `VARIANTS` and `ABLATIONS`.
 
     Returns:
         the content of summary.json, see `derta.evaluation.summarize`.
@@ -262,10 +263,10 @@ def _tune(name: str, stage: Stage) -> Tuned:
 def tuning(
     name: str, stage: Stage, model: LlamaForCausalLM, output_dir: str
 ) -> tuple[DertaTrainer, list[int]]:
-    """A trainer of `model`, as the variant `name`, that stops at the tuning's number of tokens.
+    """Create a trainer of `model`, as the variant `name`, that stops at the tuning's token count.
 
-    Variants lay the same records out in different lengths, and cuts are drawn, so that only the
-    packs themselves tell how many steps make a number of tokens.
+    Variants pack the same records to different lengths, and cuts are random. Only the packs
+    themselves therefore tell how many steps make a number of tokens.
 
     Returns:
         the trainer, and the packed tokens trained on after each of its steps.
@@ -305,7 +306,7 @@ def tuning(
 
 
 def _histories(runs: Sequence[Tuned]) -> list[list[dict[str, float]]]:
-    """What was logged, row by row for all seeds: equal tokens are not quite equally many steps."""
+    """Return the logged losses, row by row for all seeds, up to the fewest steps of any seed."""
     rows = zip(*([row for row in one.history if "loss" in row] for one in runs), strict=False)
     return [list(history) for history in zip(*rows, strict=True)]
 
@@ -347,13 +348,13 @@ def _save_for_own_runs(stage: Stage, folder: Path) -> None:
 def _row(record: Record) -> dict[str, Any]:
     row = asdict(record)
     if isinstance(record, Triple):
-        del row["messages"]  # says the same as prompt, and a row has one of them
+        del row["messages"]  # equal to prompt; a row has only one of the two
     return row
 
 
 @contextmanager
 def _appearing_at_the_end(folder: Path) -> Iterator[Path]:
-    """A scratch folder whose files move to `folder` once all is well, and vanish otherwise."""
+    """Yield a scratch folder whose files move to `folder` at the end, and vanish on an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         scratch = Path(name)

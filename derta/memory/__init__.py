@@ -1,4 +1,4 @@
-"""How much memory a training step takes, before it is run: see `StepMemory`, and `plan`."""
+"""Estimate the peak memory of a training step before it runs: see `StepMemory` and `plan`."""
 
 from derta.memory.step import StepMemory, StepSettings
 

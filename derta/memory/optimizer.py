@@ -1,4 +1,4 @@
-"""What optimizers keep of the parameters that they train, by their names in transformers."""
+"""The memory of optimizer states, by transformers' names of the optimizers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-BLOCK = 256  # values of one state that share a float32 scale
-LEAST_VALUES = 4096  # of a parameter whose states are quantized
+BLOCK = 256  # number of values of a state that share a float32 scale
+LEAST_VALUES = 4096  # least size of a parameter with quantized states
 
 
 def _as_weights(parameter: Tensor, is_embedding: bool) -> int:
@@ -20,7 +20,7 @@ def _float32(parameter: Tensor, is_embedding: bool) -> int:
 
 def _bitsandbytes(parameter: Tensor, is_embedding: bool) -> int:
     values = parameter.numel()
-    if values < LEAST_VALUES or is_embedding:  # transformers sees to the latter
+    if values < LEAST_VALUES or is_embedding:  # transformers exempts embeddings
         return _float32(parameter, is_embedding)
     return 2 * (values + 4 * -(-values // BLOCK))
 
@@ -30,7 +30,7 @@ def _torchao(bits: int) -> Callable[[Tensor, bool], int]:
         values = parameter.numel()
         if values < LEAST_VALUES or values % BLOCK != 0:
             return _as_weights(parameter, is_embedding)
-        table = 4 * 2**bits  # of what the codes mean, which every state has to itself
+        table = 4 * 2**bits  # each state's own table of code values
         return 2 * (values * bits // 8 + 4 * values // BLOCK + table)
 
     return size
@@ -54,13 +54,14 @@ STATE_BYTES: dict[str, Callable[[Tensor, bool], int]] = {
 
 
 def state_bytes(model: nn.Module, optim: str, device_type: str) -> int:
-    """Bytes of the device that an optimizer's states take.
+    """Return the device memory of an optimizer's states, in bytes.
 
-    Paged ones take none of a GPU's: they wait on the host when it is full.
+    Paged states take no memory of a GPU: they move to the host when the GPU is full.
 
     Args:
-        model: whose parameters with `requires_grad` are trained.
-        optim: a name of transformers; of those that `STATE_BYTES` lacks, as of "adamw_torch".
+        model: model whose parameters with `requires_grad` are trained.
+        optim: transformers' name of the optimizer; names outside `STATE_BYTES` count as
+            "adamw_torch".
         device_type: "cuda" or "cpu".
     """
     if optim.startswith("paged") and device_type != "cpu":

@@ -1,4 +1,4 @@
-"""Whether a step fits a device, the longest pack that does, and what to set where it does not."""
+"""Plan a training step: its memory, the longest pack that fits, and settings that save memory."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from derta.modeling.introspection import context_of
 from derta.objectives.derta import DertaObjective
 
 GIB = 2**30
-# What a CUDA context, its libraries and an allocator's gaps take. Assumed, not measured.
+# Memory of a CUDA context, its libraries and the allocator's gaps: assumed, not measured.
 CONTEXT_BYTES = int(0.75 * GIB)
 TOKENS_STEP = 128
 GUESSES = 6
 LONGEST = 2**20
 MLP_TILE = 1024
 WHAT = {
-    "weights": "the model, and adapters",
-    "gradients": "of what is trained",
-    "optimizer": "its states",
-    "checkpoints": "what layers keep of their inputs",
-    "layers": "what layers hold while they are computed",
-    "attention": "what the attention holds",
-    "head": "what the head loss holds",
+    "weights": "model and adapters",
+    "gradients": "gradients of the trained parameters",
+    "optimizer": "optimizer states",
+    "checkpoints": "layer inputs kept for the backward pass",
+    "layers": "other activations of the layers",
+    "attention": "activations of the attention",
+    "head": "working memory of the head loss",
     "context": "CUDA and its libraries, assumed",
 }
 
 
 @dataclass(frozen=True)
 class Triples:
-    """What packs are made of.
+    """The make-up of packs.
 
     Attributes:
         branches, rto_keep: see `DertaConfig`.
-        prompt, safe: tokens of a prompt and of a safe response; by default about the official
-            data's means.
+        prompt, safe: tokens of a prompt and of a safe response; by default, about the means of the
+            official data.
     """
 
     branches: int
@@ -55,10 +55,10 @@ class Triples:
     safe: int = 70
 
     def check(self, tokens: int) -> None:
-        """Sees to it that so many tokens have room for a triple.
+        """Check that a triple fits into a pack of that many tokens.
 
         Raises:
-            ValueError: they have not.
+            ValueError: it does not fit.
         """
         if self.harmful(tokens) <= self.branches:
             raise ValueError(
@@ -68,7 +68,7 @@ class Triples:
             )
 
     def harmful(self, tokens: int) -> int:
-        """Tokens of the harmful response of a triple with that many tokens."""
+        """Return the tokens of the harmful response in a triple of that many tokens."""
         return max(tokens - self.prompt - self.branches * self.safe, 0)
 
     def drawn(self, tokens: int, name: str = "triple") -> Drawn:
@@ -90,7 +90,7 @@ class Triples:
 
 
 def needed(memory: StepMemory, tokens: int, triples: Triples) -> Counter[str]:
-    """Bytes of device memory that packs of that many tokens take, by what they are for."""
+    """Return the device memory that packs of that many tokens take, in bytes by part."""
     peak = Counter(memory.peak(tokens, triples.live(tokens)))
     if memory.step.device_type == "cuda":
         peak["context"] = CONTEXT_BYTES
@@ -98,9 +98,10 @@ def needed(memory: StepMemory, tokens: int, triples: Triples) -> Counter[str]:
 
 
 def longest_pack(memory: StepMemory, triples: Triples) -> int:
-    """The most tokens of a pack that fits the step's capacity, in multiples of 128; 0: none does.
+    """Return the tokens of the longest pack that fits the step's capacity; 0 if no pack fits.
 
-    What a step takes grows nearly in proportion, so that a few steps find it.
+    The result is a multiple of 128. Memory grows nearly in proportion to the tokens, so a few
+    evaluations are enough.
     """
 
     @functools.cache
@@ -126,7 +127,7 @@ def longest_pack(memory: StepMemory, triples: Triples) -> int:
 
 
 def turns(step: StepSettings) -> Iterator[tuple[str, Callable[[StepSettings], StepSettings]]]:
-    """Keys that may save memory and are not turned yet, each with what it makes of a step."""
+    """Yield unused settings that may save memory, each with its effect on a step."""
 
     def adapted(**keys: Any) -> Callable[[StepSettings], StepSettings]:
         return lambda step: replace(step, method=replace(step.method, **keys))
@@ -157,7 +158,7 @@ def turns(step: StepSettings) -> Iterator[tuple[str, Callable[[StepSettings], St
 
 
 def table(bytes_by_part: Counter[str]) -> str:
-    """A line for each part."""
+    """Format the parts, one to a line."""
     return "\n".join(
         f"  {part:12} {bytes_by_part[part] / GIB:7.2f} GiB   {what}"
         for part, what in WHAT.items()
@@ -166,19 +167,19 @@ def table(bytes_by_part: Counter[str]) -> str:
 
 
 def describe(step: StepSettings, tokens: int, triples: Triples) -> str:
-    """The whole answer for packs of that many tokens."""
+    """Describe the plan for packs of that many tokens."""
     memory = StepMemory(step)
     peak = needed(memory, tokens, triples)
     fits = peak.total() <= step.capacity
     lines = [
-        f"a step in packs of {tokens:,} tokens takes {peak.total() / GIB:.2f} GiB at its peak, "
-        f"{step.capacity / GIB:.2f} are there: {'it fits' if fits else 'it does not fit'}",
+        f"a step with packs of {tokens:,} tokens takes {peak.total() / GIB:.2f} GiB at its peak, "
+        f"of {step.capacity / GIB:.2f} GiB: {'it fits' if fits else 'it does not fit'}",
         table(peak),
         _longest(longest_pack(memory, triples), triples, step),
     ]
     saving: dict[str, Callable[[StepSettings], StepSettings]] = {}
     for key, turn in turns(step):
-        with contextlib.suppress(ValueError):  # experts are not tiled
+        with contextlib.suppress(ValueError):  # experts cannot be tiled
             saved = peak.total() - needed(StepMemory(turn(step)), tokens, triples).total()
             if saved > 0:
                 saving[f"  {key:30} {saved / GIB:7.2f} GiB"] = turn
@@ -188,11 +189,11 @@ def describe(step: StepSettings, tokens: int, triples: Triples) -> str:
         longest = longest_pack(memory, triples)
         together = "all of them" if len(saving) > 1 else "it"
         if step.method.method == "full" and turned.method.method == "qlora":
-            together += ", of the methods qlora,"
+            together += " (method: qlora)"
         lines += [
-            "keys to set, and what each saves by itself:",
+            "settings that save memory, each by itself:",
             *saving,
-            f"with {together} a step takes "
+            f"with {together}, a step takes "
             f"{needed(memory, tokens, triples).total() / GIB:.2f} GiB, and "
             + (f"packs of {longest:,} tokens fit" if longest else "no pack fits"),
         ]
@@ -205,7 +206,7 @@ def _longest(tokens: int, triples: Triples, step: StepSettings) -> str:
     branches = f" and {triples.branches} safe response" + "s" * (triples.branches > 1)
     branches = f"{branches} of {triples.safe}" if triples.branches else ""
     context = context_of(step.config)
-    beyond = f"; the model's context ends a sequence at {context:,}" * (tokens > context)
+    beyond = f"; the model's context is {context:,} tokens" * (tokens > context)
     return (
         f"the longest pack that fits has {tokens:,} tokens{' or more' * (tokens == LONGEST)}: a "
         f"harmful response of {triples.harmful(tokens):,}, with a prompt of {triples.prompt}"

@@ -1,4 +1,4 @@
-"""A step of a plan, run: random weights from a config, one pack, forward and backward."""
+"""Run a planned step: random weights from a config, one pack, forward and backward."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.pytorch_utils import Conv1D
 
 from derta.data import PackedBatch, pack
 from derta.memory.plan import GIB, Triples, needed
@@ -20,19 +21,19 @@ from derta.modeling.introspection import context_of
 from derta.modeling.liger import LIGER_LOSSES_OFF
 from derta.modeling.offloading import ran_out_of_memory
 from derta.modeling.patch import apply_derta
-from derta.modeling.quantization import layers_for_4_bits
+from derta.modeling.quantization import layers_for_4_bits, widths
 
-REFUSAL = 0  # any token will do
+REFUSAL = 0  # any token
 NOT_TENSORS = ("optimizer", "context")
 
 
 def random_model(
     config: PreTrainedConfig, method: Method, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The model that a config describes, its weights drawn, for "qlora" in 4 bits.
+    """Build the model that a config describes with random weights, in 4 bits for "qlora".
 
-    Memory: layer by layer, so that no more of the device is taken than by what comes out and one
-    layer in `dtype`.
+    Memory: layers are built one by one, so the device holds no more than the result and one layer
+    in `dtype`.
 
     Raises:
         ValueError: the method needs bitsandbytes, which is not installed.
@@ -48,62 +49,61 @@ def random_model(
         for name, child in module.named_children():
             setattr(module, name, draw(child))
         if module in small:
-            small.remove(module)  # which would keep the weight
+            small.remove(module)  # a reference would keep the weight
             return quantized(module)
         return module
 
     draw(model)
     model.tie_weights()
-    model.is_loaded_in_4bit = in_4_bits  # PEFT asks
+    model.is_loaded_in_4bit = in_4_bits  # read by PEFT
     return model
 
 
-def quantized(linear: nn.Linear) -> nn.Module:
-    """The layer as `method: qlora` loads it: NF4, its constants quantized too, frozen."""
+def quantized(linear: nn.Linear | Conv1D) -> nn.Module:
+    """Quantize a layer as `method: qlora` loads it: frozen NF4 with quantized constants."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    weight = linear.weight.data
+    weight = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
     small: Any = Linear4bit(
-        linear.in_features,
-        linear.out_features,
+        *widths(linear),
         compute_dtype=weight.dtype,
         quant_type="nf4",
         device="meta",
     )
-    small.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+    small.weight = Params4bit(weight.contiguous(), requires_grad=False, quant_type="nf4")
     small.bias = linear.bias
     return small.to(weight.device)
 
 
 def full_pack(tokens: int, triples: Triples, context: int) -> PackedBatch:
-    """A pack of that many tokens, of triples that a context holds, as few and long as can be.
+    """Build a pack of that many tokens from as few and as long triples as the context allows.
 
-    Their branches are spread evenly over the harmful responses.
+    The branches are spread evenly over the harmful responses.
     """
     count = -(-tokens // context)
     return pack([triples.drawn(tokens // count, str(number)) for number in range(count)])
 
 
 def probe(step: StepSettings, tokens: int, triples: Triples, device: torch.device) -> str:
-    """What a pass took, beside what the plan says of it.
+    """Run a pass and compare its memory with the plan.
 
     Args:
-        step: its `config` is all that is known of the model.
-        tokens: of the pack; they, and the model's context, have room for a triple.
-        device: what runs it; a CPU does without Liger's layers.
+        step: the planned step; only its `config` describes the model.
+        tokens: tokens of the pack; a triple must fit into them and into the model's context.
+        device: device of the run; a CPU runs without Liger's layers.
 
     Raises:
-        ValueError: what the method needs is not installed.
-        MemoryError: it does not fit the device.
+        ValueError: a package that the method needs is not installed.
+        MemoryError: the pass does not fit the device.
     """
     batch = full_pack(tokens, triples, context_of(step.config))
     planned = needed(StepMemory(step), tokens, triples)
     of_tensors = sum(size for part, size in planned.items() if part not in NOT_TENSORS)
     if device.type == "cpu" and of_tensors > (memory := physical_memory(device)):
-        # Where a GPU says that its memory has ended, this process would be killed.
+        # A GPU reports that it is out of memory; on a CPU, the process would be killed.
         raise MemoryError(
-            f"probe: no GPU is here, and by the plan a pack takes {of_tensors / GIB:.2f} GiB of "
-            f"the {memory / GIB:.2f} that this machine has"
+            f"probe: there is no GPU, and by the plan a pack takes {of_tensors / GIB:.2f} GiB of "
+            f"this machine's {memory / GIB:.2f} GiB"
         )
     try:
         _run(step, batch.to(device), device)
@@ -116,7 +116,7 @@ def probe(step: StepSettings, tokens: int, triples: Triples, device: torch.devic
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return (
             f"{done}, forward and backward, runs; on this CPU the process took {peak / GIB:.2f} "
-            "GiB at its peak, Python and its libraries included. Of a GPU nothing was measured"
+            "GiB at its peak, Python and its libraries included; no GPU was measured"
         )
     return (
         f"{done}, forward and backward, took {torch.cuda.max_memory_allocated(device) / GIB:.2f} "
@@ -132,7 +132,7 @@ def _run(step: StepSettings, batch: PackedBatch, device: torch.device) -> None:
     if step.liger and device.type == "cuda":
         apply_liger_kernel(model, LIGER_LOSSES_OFF)
     apply_derta(adapted, REFUSAL, offload=step.offload)
-    for _ in range(2):  # the second meets the gradients of the first, as in training
+    for _ in range(2):  # the second pass meets the gradients of the first, as in training
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=step.autocast):
@@ -142,7 +142,7 @@ def _run(step: StepSettings, batch: PackedBatch, device: torch.device) -> None:
 
 
 def physical_memory(device: torch.device) -> int:
-    """Bytes that a device has."""
+    """Return the memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,8 +1,8 @@
-"""The peak memory of a training step, found by running it on tensors without storage.
+"""Estimate the peak memory of a training step by running it on tensors without storage.
 
-The model is the one that the config describes, with its adapters, its checkpointing, its tiled
-MLPs and the ops' own shape functions. No layer is a formula, so every family is counted as it is.
-What no tensor shows is added: what ops hold while they run, and the optimizer's states.
+The model is the one that the config describes, with its adapters, its checkpointing, its tiled MLPs
+and the ops' own shape functions. No layer is modelled by a formula, so every family is counted as
+it is. Memory outside of tensors is added: the ops' working memory and the optimizer's states.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from derta.loss import derta_loss
 from derta.memory.optimizer import state_bytes
@@ -35,7 +36,7 @@ from derta.modeling.liger import liger_layers
 from derta.modeling.mlp_tiling import layers_of, tile_mlp
 from derta.modeling.offloading import Lane, Offloading
 from derta.modeling.patch import checkpoint_layers
-from derta.modeling.quantization import layers_for_4_bits
+from derta.modeling.quantization import layers_for_4_bits, widths
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
 
@@ -48,25 +49,25 @@ PARTS = {
 }
 Peaks = dict[str, Counter[str]]
 FAR = 16384
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and that scale's own
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and the scale's scale
 
 
 @dataclass(kw_only=True)
 class StepSettings:
-    """What decides how much memory a step takes.
+    """The settings that decide the memory of a step.
 
     Attributes:
-        config: of the model.
-        method: how it is tuned.
-        dtype: of its weights.
-        autocast: whether it computes in bfloat16 whatever they are (`bf16: true`).
-        optim: a name of transformers.
-        checkpointing: whether layers keep their inputs alone.
-        offload: whether these wait on the host.
+        config: config of the model.
+        method: tuning method.
+        dtype: dtype of the weights.
+        autocast: if True, the model computes in bfloat16 whatever their dtype (`bf16: true`).
+        optim: transformers' name of the optimizer.
+        checkpointing: if True, layers keep only their inputs for the backward pass.
+        offload: if True, these inputs are offloaded to the host.
         mlp_tile: see `tile_mlp`.
-        liger: whether Liger's layers replace the model's (`use_liger_kernel: true`).
+        liger: if True, Liger's layers replace the model's (`use_liger_kernel: true`).
         device_type: "cuda" or "cpu".
-        capacity: bytes that the device has, for what is sized by what is free.
+        capacity: memory of the device in bytes.
     """
 
     config: PreTrainedConfig
@@ -91,13 +92,13 @@ def make_step(
     device_type: str,
     memory: int,
 ) -> StepSettings:
-    """A step as the keys say that a training run and `derta plan` have in common.
+    """Build a step from the settings that a training run and `derta plan` share.
 
     Args:
-        model_config: of the model.
-        config: a `Method` with these keys.
+        model_config: config of the model.
+        config: a `Method` with these settings.
         dtype, checkpointing, device_type: see `StepSettings`.
-        memory: bytes of the device.
+        memory: memory of the device in bytes.
     """
     return StepSettings(
         config=model_config,
@@ -115,10 +116,11 @@ def make_step(
 
 
 class StepMemory:
-    """The model of a step without storage, ready to be run.
+    """A step's model without storage, ready to run.
 
-    Layers that are alike are not all run: what one more of them adds is found from three and two.
-    Nor are long packs: from `far` tokens on, everything grows as it has since half of them.
+    If all layers are alike, only models of two and three layers run, and further layers add the
+    difference. Long packs do not run either: beyond `far` tokens, memory is extrapolated from `far`
+    and half as many.
     """
 
     def __init__(self, step: StepSettings) -> None:
@@ -137,14 +139,14 @@ class StepMemory:
                 _on_cpu(model)
 
     def peak(self, tokens: int, live: float = 1.0) -> Counter[str]:
-        """Bytes at the peak of a step whose packs have that many tokens, by what they are for.
+        """Return the peak memory of a step whose packs have that many tokens, in bytes by part.
 
         Args:
             live: share of tokens that have a target.
 
         Returns:
-            "weights", "gradients", "optimizer", "checkpoints" (what layers keep of their inputs),
-            "attention" and "head" (what the two ops hold), "layers" (all else).
+            "weights", "gradients", "optimizer", "checkpoints" (layer inputs kept for the backward
+            pass), "attention" and "head" (memory of the two ops), "layers" (all other memory).
         """
         if tokens <= self.far:
             peaks = self._whole(tokens, live)
@@ -181,9 +183,9 @@ class StepMemory:
 
 
 def _beyond(less: Peaks, more: Peaks, steps: float) -> Peaks:
-    """What comes so many steps, each as large as that from `less` to `more`, after the latter.
+    """Extrapolate the peaks by that many steps, each the difference of `more` and `less`.
 
-    By what is running, each by itself: what is largest in the end need not be so from the start.
+    Each running part is extrapolated separately, because the largest peak may change.
     """
     return {
         running: Counter(
@@ -194,12 +196,12 @@ def _beyond(less: Peaks, more: Peaks, steps: float) -> Peaks:
 
 
 def _without_storage(step: StepSettings, layers: int | None = None) -> nn.Module:
-    """The model to train on the meta device, or its first layers."""
+    """Build the model to train, or its first layers, on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(step.config), dtype=step.dtype, attn_implementation=ATTENTION
         )
-        model.tie_weights()  # the first releases of transformers 5 leave it out on this device
+        model.tie_weights()  # early transformers 5 does not tie weights on this device
         if layers is not None:
             for module in model.modules():
                 if isinstance(module, nn.ModuleList) and set(module) & set(layers_of(model)):
@@ -210,7 +212,7 @@ def _without_storage(step: StepSettings, layers: int | None = None) -> nn.Module
 
 
 def prepared(model: PreTrainedModel, step: StepSettings) -> PreTrainedModel | PeftModel:
-    """The model as the step trains it: with its adapters, checkpoints and tiles."""
+    """Prepare the model as the step trains it: with its adapters, checkpoints and tiles."""
     adapted = adapt(model, step.method)
     if step.checkpointing:
         checkpoint_layers(model)
@@ -230,7 +232,7 @@ def _run(
     live: float,
     loss_of: Callable[[Any, int, AbstractContextManager[None]], Tensor],
 ) -> Peaks:
-    """The peaks of a pack that meets the gradients of a former one, see `MemoryTracker`."""
+    """Run a pack after an earlier one has left gradients; return the peaks of `MemoryTracker`."""
     model: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
 
     def working(name: str, *args: Any) -> int:
@@ -277,7 +279,7 @@ class _NoStream(contextlib.nullcontext[None]):
 
 
 class _Lane(Lane):
-    """Copies of which only what they hold on the device is real."""
+    """Copies that are counted only by the memory they hold on the device."""
 
     def __init__(self, tracker: MemoryTracker) -> None:
         super().__init__(torch.device("cpu"), _NoStream(), _NoStream)
@@ -294,7 +296,7 @@ class _Lane(Lane):
 
 
 def _on_cpu(module: nn.Module) -> None:
-    """Parameters and buffers of the meta device as a CPU's, where autocast knows them."""
+    """Move parameters and buffers from the meta device to the CPU, where autocast applies."""
     moved: dict[Tensor, Tensor] = {}
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
@@ -311,7 +313,7 @@ def _on_cpu(module: nn.Module) -> None:
 
 
 class _Nf4(torch.autograd.Function):
-    """A linear layer whose weight is widened for each product, as bitsandbytes does it."""
+    """A linear layer that dequantizes its weight for each product, as bitsandbytes does."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, out_features: int) -> Tensor:
@@ -324,9 +326,9 @@ class _Nf4(torch.autograd.Function):
 
 
 class _Nf4Linear(nn.Linear):
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = widths(linear)
         codes = torch.empty(int(linear.weight.numel() * NF4_BYTES), dtype=torch.uint8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.bias = linear.bias
@@ -337,7 +339,7 @@ class _Nf4Linear(nn.Linear):
 
 
 def _quantize(model: PreTrainedModel) -> None:
-    """The layers in 4 bits that are to be."""
+    """Replace the layers to be held in 4 bits."""
     for name, layer in layers_for_4_bits(model).items():
         model.set_submodule(name, _Nf4Linear(layer))
 
@@ -353,7 +355,7 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What `derta.modeling.attention` does for a pack on a GPU, without the pack."""
+    """Do as `derta.modeling.attention` does for a pack on a GPU, without the pack."""
     query, key, value = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
     places = torch.empty(query.shape[:2], dtype=torch.int32)
     out, _logsumexp = attention_op(

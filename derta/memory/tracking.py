@@ -1,7 +1,7 @@
-"""How many bytes tensors hold, by what they are for, counted as operations allocate them.
+"""Track the memory of tensors by purpose, as operations allocate them.
 
-Works on tensors without storage (`FakeTensorMode`) as on real ones: what an operation allocates is
-the storage of what it returns, and freed with it.
+Tensors may have storage or not (`FakeTensorMode`): an operation allocates the storage of its
+results, which is freed with them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ class _Allocation:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of storages that are alive, within its context.
+    """A context that counts the bytes of live storages.
 
     Args:
-        part: what results belong to, given the operation's name (`aten::mm`).
-        working: bytes that an operation holds while it runs, given its name and its arguments.
+        part: function from an operation's name (`aten::mm`) to the part its results belong to.
+        working: function from an operation's name and arguments to the bytes that it holds while it
+            runs.
 
     Attributes:
         now: bytes by part.
-        peaks: for each part, the same at the moment when their sum was largest of all moments at
-            which an operation of that part ran.
+        peaks: for each part, the bytes by part at the moment of their largest sum while an
+            operation of that part ran.
     """
 
     def __init__(self, part: Callable[[str], str], working: Callable[..., int]) -> None:
@@ -50,7 +51,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def elsewhere(self) -> Iterator[None]:
-        """Counts nothing of what is allocated within: it lies on another device."""
+        """Ignore allocations inside: they are on another device."""
         self._counts = False
         try:
             yield
@@ -58,7 +59,7 @@ class MemoryTracker(TorchDispatchMode):
             self._counts = True
 
     def count(self, tensors: Iterable[Tensor], part: str) -> None:
-        """Counts the tensors' storages as that part's, whatever they were counted as before."""
+        """Count the tensors' storages under a part, also if they were counted under another."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             known = self._known.get(storage)

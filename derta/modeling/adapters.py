@@ -1,4 +1,4 @@
-"""How a model is tuned: all of it, or adapters on a frozen one, which may be held in 4 bits."""
+"""Tuning methods: the full model, or adapters on a frozen model, optionally in 4 bits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from derta.modeling.method import Method
 
 
 def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """What `from_pretrained` is to quantize, and that it is to compute in `dtype`.
+    """Return the quantization for `from_pretrained`, with computation in `dtype`, or None.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -30,7 +30,7 @@ def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | Non
 
 
 def adapt(model: PreTrainedModel, method: Method) -> PreTrainedModel | PeftModel:
-    """The model, with adapters if the method has some."""
+    """Add the method's adapters to the model, if it has any."""
     if method.method == "full":
         return model
     adapters = LoraConfig(

@@ -1,9 +1,9 @@
-"""Packs in transformers' attention: the model keeps its implementation and learns one thing more.
+"""Attention over packs in transformers: a twin of the model's own implementation.
 
-A pack travels through the model as its `attention_mask`, int32 and 4-D, which transformers hands to
-every layer untouched. For the implementation that a model has ("sdpa", say) a twin is registered
-that recognises such a mask and runs `interval_attention`; everything else, generation above all, it
-leaves to the implementation, masks included.
+A pack travels through the model as its `attention_mask`, int32 and 4-D, which transformers passes
+to every layer unchanged. The twin of the model's implementation ("sdpa", say) recognises such a
+mask and runs `interval_attention`. It leaves everything else, above all generation, to the
+implementation, masks included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from derta_kernels.attention import Bounds, interval_attention, layout_of
 
 PREFIX = "derta"
 
-# What models send along that says nothing about who attends to whom.
+# Arguments of models that do not affect the attention.
 BOOKKEEPING = frozenset(
     {
         "cache_position",
@@ -39,15 +39,15 @@ BOOKKEEPING = frozenset(
 
 
 def register_attention(name: str, impl: str = "auto") -> str:
-    """Registers the twin of an attention implementation; again is harmless.
+    """Register the twin of an attention implementation; repeated calls are harmless.
 
     Args:
         name: an implementation of transformers, "eager" included.
-        impl: of packs, see `interval_attention`.
+        impl: implementation for packs, see `interval_attention`.
 
     Returns:
-        the twin's name. It contains `name`, as transformers looks for "flash" in it, but nothing
-        that would make it a kernel of the hub.
+        the twin's name. It contains `name`, since transformers searches it for "flash", but nothing
+        that marks a kernel of the hub.
     """
     twin = "_".join((PREFIX, impl, re.sub(r"\W", "_", name)))
     AttentionInterface.register(twin, _twin(name, impl))
@@ -59,7 +59,7 @@ def register_attention(name: str, impl: str = "auto") -> str:
 def packed_mask(
     visible_until: Tensor, position_ids: Tensor, example_bounds: Bounds | None = None
 ) -> Tensor:
-    """The attention mask that carries a pack.
+    """Return the attention mask that carries a pack.
 
     Args:
         visible_until: (B, N) int32, see `interval_attention`.
@@ -70,7 +70,7 @@ def packed_mask(
         (B, 1, 2, N) int32: visible_until and position_ids.
 
     Raises:
-        ValueError: a wrong shape or dtype.
+        ValueError: a tensor has a wrong shape or dtype.
     """
     for name, tensor in (("visible_until", visible_until), ("position_ids", position_ids)):
         if tensor.dim() != 2 or tensor.shape != visible_until.shape:
@@ -81,15 +81,15 @@ def packed_mask(
     if visible_until.dtype != torch.int32:
         raise ValueError(f"visible_until must be torch.int32, got {visible_until.dtype}")
     mask = torch.stack((visible_until, position_ids.to(torch.int32)), 1).unsqueeze(1)
-    if not torch.compiler.is_compiling():  # where layers read the bounds from the mask
-        layout_of(*_rows(mask), example_bounds)  # for all layers, which do not know the bounds
+    if not torch.compiler.is_compiling():  # compiled layers read the bounds from the mask
+        layout_of(*_rows(mask), example_bounds)  # cached for all layers, which lack the bounds
     return mask
 
 
 def scope_of(module: nn.Module) -> dict[str, Any]:
-    """The names that the module's own `forward` sees: those of its modeling file.
+    """Return the global names of the module's own `forward`: those of its modeling file.
 
-    FSDP2 gives a module a class of its own, which does not say where the module was written.
+    FSDP2 replaces a module's class with its own, which does not name the modeling file.
     """
     return inspect.unwrap(type(module).forward).__globals__
 
@@ -121,7 +121,7 @@ def _twin(name: str, impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return _attend(module, query, key, value, attention_mask, impl, **kwargs), None
         scope = scope_of(module)
         interface = scope.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-        # "eager" is in no registry: it is whatever the modeling file falls back on.
+        # "eager" is not registered: it is the fallback of the modeling file.
         own = interface.get(name, scope.get("eager_attention_forward"))
         with _named(module, name) if "flash" in name else contextlib.nullcontext():
             return own(module, query, key, value, attention_mask, **kwargs)
@@ -131,7 +131,7 @@ def _twin(name: str, impl: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 @contextlib.contextmanager
 def _named(module: nn.Module, name: str) -> Iterator[None]:
-    """Flash attention loads the kernel that the config names, and knows no twins."""
+    """Name the implementation in the config, from which flash attention loads its kernel."""
     config: Any = module.config
     twin = config._attn_implementation_internal
     config._attn_implementation_internal = name
@@ -157,7 +157,7 @@ def _attend(
     output_attentions: bool | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """`interval_attention` in transformers' shapes: (B, H, N, D) in, (B, N, H, D) out."""
+    """Run `interval_attention` in transformers' shapes: (B, H, N, D) in, (B, N, H, D) out."""
     layer = type(module).__name__
     if dropout:
         raise ValueError(
@@ -171,15 +171,15 @@ def _attend(
     unknown += ["output_attentions=True"] if output_attentions else []
     if unknown:
         raise NotImplementedError(
-            f"{layer} gives its attention {', '.join(unknown)}, which attention over packs does "
-            "not know"
+            f"{layer} passes {', '.join(unknown)} to its attention, which attention over packs "
+            "does not support"
         )
     if sliding_window is None and _has_window(module):
         raise NotImplementedError(
             f"{layer} has a sliding window, but leaves it to the mask that a pack replaces"
         )
     visible_until, position_ids = _rows(mask)
-    # Under autocast rotary embeddings leave queries and keys in float32, but never the values.
+    # Under autocast, rotary embeddings leave queries and keys, but not values, in float32.
     return interval_attention(
         query.transpose(1, 2).to(value.dtype),
         key.transpose(1, 2).to(value.dtype),
@@ -194,7 +194,7 @@ def _attend(
 
 
 def _has_window(module: nn.Module) -> bool:
-    """Whether the config says that this layer's mask is cut by a sliding window."""
+    """Return True if the config gives this layer a sliding window."""
     config: Any = module.config
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:

@@ -1,4 +1,4 @@
-"""What every decoder-only transformers model has, by whatever name: body, head, router, context."""
+"""The parts of any decoder-only transformers model: body, head, router, context."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from derta_kernels.head_loss import Head
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The model itself, out of PEFT's if it is one.
+    """Return the transformers model, unwrapped from PEFT.
 
     Raises:
         TypeError: it is not a transformers model.
@@ -32,21 +32,21 @@ def transformers_model(model: nn.Module) -> PreTrainedModel:
 
 
 def context_length(model: nn.Module) -> int:
-    """The longest sequence that the model can read, in tokens."""
+    """Return the number of tokens of the longest sequence that the model can read."""
     return context_of(transformers_model(model).config)
 
 
 def context_of(config: PreTrainedConfig) -> int:
-    """As `context_length`, of the model that the config describes."""
+    """Return the `context_length` of the model that the config describes."""
     text = config.get_text_config(decoder=True)
     return getattr(text, "max_position_embeddings", None) or sys.maxsize
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head as it is now: PEFT may have been put on the model after `apply_derta`.
+    """Return the current head: PEFT may have wrapped the model after `apply_derta`.
 
     Raises:
-        ValueError: it has an adapter, or is quantized.
+        ValueError: the head has an adapter or is quantized.
     """
     name = type(model).__name__
     head = model.get_output_embeddings()
@@ -70,26 +70,26 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def run_body(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
-    """The model without its head, with the router's logits where its loss takes them."""
+    """Run the model without its head, with the router's logits if its loss needs them."""
     if has_router_loss(model):
         inputs["output_router_logits"] = True
     return model.base_model(*args, **inputs)
 
 
 def has_router_loss(model: PreTrainedModel) -> bool:
-    """Whether the model adds a loss that balances the load of its experts."""
+    """Return True if the model adds a loss that balances the load of its experts."""
     return bool(getattr(model.config, "output_router_logits", False))
 
 
 def router_loss(model: PreTrainedModel, body: Any) -> Tensor:
-    """The model's own load-balancing loss, over all tokens: a pack has no padding."""
+    """Return the model's own load-balancing loss over all tokens: a pack has no padding."""
     load_balancing_loss = scope_of(model)["load_balancing_loss_func"]
     return load_balancing_loss(body.router_logits, model.num_experts, model.num_experts_per_tok)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients; every module's own mode is restored."""
+    """Switch off dropout and gradients; every module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

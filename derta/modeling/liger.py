@@ -1,4 +1,4 @@
-"""Liger's layers: which of its losses stay off, and a run of its layers without storage."""
+"""Liger's layers: the losses to switch off, and a run of the layers without storage."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from transformers.integrations.liger import apply_liger_kernel
 
 from derta.modeling.mlp_tiling import ROUTED
 
-# Liger's losses replace the model's forward, and with it the one that packs need.
+# Liger's losses replace the model's forward, which packs need.
 LIGER_LOSSES_OFF = {"fused_linear_cross_entropy": False, "cross_entropy": False}
 
 
 @contextlib.contextmanager
 def liger_layers(model: PreTrainedModel) -> Iterator[None]:
-    """Runs the model by Liger's layers within, as `use_liger_kernel: true` does, kernels left out.
+    """Run the model with Liger's layers, as `use_liger_kernel: true` does, but launch no kernel.
 
-    Liger's functions allocate their results themselves and launch kernels that fill them; here
-    Triton launches none. Experts stay the model's own: what Liger's hold depends on how tokens are
-    routed. What Liger puts in place of others in the family's module is gone afterwards, what it
-    puts into `model` stays.
+    Liger's functions allocate their results and launch kernels that fill them; inside this context
+    Triton launches none. The model keeps its own experts, because the memory of Liger's experts
+    depends on the routing of tokens. Replacements in the family's module are undone afterwards;
+    those in `model` stay.
     """
     from triton.runtime.jit import KernelInterface
 
-    # It warns of every backend that is not installed.
+    # Liger warns about every backend that is not installed.
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     family = vars(sys.modules[type(model).__module__])
     before, launch = dict(family), KernelInterface.__getitem__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
-from derta.modeling.quantization import layers_for_4_bits
+from derta.modeling.quantization import BLOCK, layers_for_4_bits, linear_layers
+
+logger = logging.get_logger(__name__)
 
 
 def load_model(
@@ -32,22 +38,30 @@ def load_model(
     device: torch.device | None = None,
     local_files_only: bool = False,
 ) -> PreTrainedModel:
-    """The model of a folder, its weights read from safetensors only.
+    """Load the model of a folder; its weights are read only from safetensors.
 
     Args:
-        folder: of the model, or its name on the model hub.
-        dtype: of the weights, where they are not quantized.
-        quantization: of the layers that may be in 4 bits; None: all stay as they are.
-        device: where quantized weights are to be.
-        local_files_only: whether nothing may be downloaded.
+        folder: path of the model, or its name on the model hub.
+        dtype: dtype of the weights that are not quantized.
+        quantization: quantization of the layers that may be in 4 bits; None: no layer.
+        device: device of the quantized weights.
+        local_files_only: if True, nothing is downloaded.
 
     Raises:
-        ValueError: its weights are damaged.
+        ValueError: the weights are damaged, or already quantized without `quantization` given.
         OSError: there is no model in safetensors.
     """
     with intact_weights(folder), loading("the model", folder):
-        if quantization is not None:
-            quantization.llm_int8_skip_modules = _kept_whole(folder, local_files_only)
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=local_files_only
+        )
+        if getattr(config, "quantization_config", None) is None:
+            quantization = quantization and _with_skips(quantization, config, folder)
+        elif quantization is None:
+            raise ValueError(
+                "its config.json has a quantization_config, expected unquantized weights: give "
+                "the model that it was made from"
+            )
         return AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -59,46 +73,56 @@ def load_model(
         )
 
 
-def _kept_whole(folder: str, local_files_only: bool) -> list[str]:
-    """Names of a model's linear layers that may not be in 4 bits."""
-    config = AutoConfig.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=local_files_only
-    )
+def _with_skips(
+    quantization: BitsAndBytesConfig, config: PreTrainedConfig, folder: str
+) -> BitsAndBytesConfig:
+    """Return a copy that also skips every linear layer that may not be in 4 bits."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    small = layers_for_4_bits(model)
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return [name for name in linear if name not in small]
+    small, linear = layers_for_4_bits(model), linear_layers(model)
+    if len(small) < len(linear):
+        logger.warning(
+            f"{folder}: {len(linear) - len(small)} of {len(linear)} linear layers stay whole, "
+            f"because the number of their inputs is not a multiple of {BLOCK}"
+        )
+    whole = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name not in small
+    ]
+    quantization = copy.deepcopy(quantization)
+    quantization.llm_int8_skip_modules = [*(quantization.llm_int8_skip_modules or ()), *whole]
+    return quantization
 
 
 @contextmanager
 def loading(what: str, folder: str) -> Iterator[None]:
-    """Says in one sentence what of which model cannot be loaded inside.
+    """Turn an error inside into one sentence that names the model and the missing part.
 
     Args:
-        what: is loaded: the model, its tokenizer.
-        folder: of the model, or its name on the model hub.
+        what: the part to load: the model, its tokenizer.
+        folder: path of the model, or its name on the model hub.
 
     Raises:
-        OSError, ValueError: as transformers raises them, of whatever kind they are to it.
+        OSError, ValueError: the part cannot be loaded.
     """
     try:
         yield
     except (OSError, ValueError, StrictDataclassError) as error:
         said = " ".join(str(error).split())
         if said.startswith("Unrecognized configuration class"):
-            said = "it is no causal language model"  # instead of a list of all that are
+            said = "it is not a causal language model"  # instead of a list of all models
         elif isinstance(error.__cause__, HFValidationError):
             said = "no such folder"
         elif not Path(folder).is_dir():
-            said = f"is no folder, and the model hub and its local cache lack it: {said}"
+            said = f"is not a folder, and neither the model hub nor its local cache has it: {said}"
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{folder}: {what} cannot be loaded: {said}") from error
 
 
 @contextmanager
 def intact_weights(folder: str | Path) -> Iterator[None]:
-    """Names the folder of weights that are read inside, if they cannot be.
+    """Name the folder if its weights, read inside, are damaged.
 
     Raises:
         ValueError: a safetensors file is damaged.
@@ -106,34 +130,32 @@ def intact_weights(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise ValueError(
-            f"{folder}: its weights are damaged, as a copy that was cut short is: {error}"
-        ) from error
+        raise ValueError(f"{folder}: its weights are damaged or incomplete: {error}") from error
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU where there is one, the CPU elsewhere.
+    """Return the device called `name`; "auto" is the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: torch knows no such device, or it is not here.
+        ValueError: torch does not know the device, or this machine lacks it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError):  # by name: unknown, absent, not built in
-        raise ValueError(f"device must be auto, cpu or a GPU that is here, got {name!r}") from None
+    except (RuntimeError, AssertionError, ImportError):  # an unknown, absent or unsupported device
+        raise ValueError(f"device must be auto, cpu or an available GPU, got {name!r}") from None
 
 
 def load_tokenizer(
     folder: str, chat_template: str | None, *, local_files_only: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
     Args:
-        folder: of the model, or its name on the model hub.
-        chat_template: Jinja text, or a file that holds it, in place of the tokenizer's own.
-        local_files_only: whether nothing may be downloaded.
+        folder: path of the model, or its name on the model hub.
+        chat_template: Jinja text, or a file of it, that replaces the tokenizer's own template.
+        local_files_only: if True, nothing is downloaded.
 
     Raises:
         FileNotFoundError: chat_template is neither Jinja text nor a file.
@@ -156,18 +178,20 @@ def load_tokenizer(
 def load_tuned(
     folder: Path, dtype: torch.dtype, chat_template: str | None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder; of adapters, on the base model that they name.
+    """Load the model and tokenizer of a folder; adapters are put on the base model they name.
 
     Nothing is downloaded.
 
     Args:
-        dtype: of the weights.
+        folder: path of a model or of adapters.
+        dtype: dtype of the weights.
         chat_template: see `load_tokenizer`.
 
     Raises:
-        FileNotFoundError: adapters without adapter_model.safetensors or without their base model.
-        ValueError: adapters that are prompts instead of weights, or damaged weights.
-        OSError: as `from_pretrained`, where a folder lacks a model in safetensors or a tokenizer.
+        FileNotFoundError: adapters lack adapter_model.safetensors or their base model.
+        ValueError: adapters are prompts instead of weights, or weights are damaged or already
+            quantized.
+        OSError: a folder lacks a model in safetensors or a tokenizer.
     """
     adapters = None
     weights = tokens = str(folder)
@@ -191,20 +215,20 @@ def load_tuned(
 
 
 def _base(folder: Path, adapters: PeftConfig) -> str:
-    """Where the model is that the adapters were trained on."""
+    """Return the path or hub name of the model that the adapters were trained on."""
     base = str(adapters.base_model_name_or_path)
     try:
         AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     except OSError as error:
         raise FileNotFoundError(
-            f"{folder}: the base model of these adapters, {base!r}, is neither a folder seen from "
+            f"{folder}: the base model of these adapters, {base!r}, is neither a folder "
             "here nor in the local cache of the model hub"
         ) from error
     return base
 
 
 def weights_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere."""
+    """Return the dtype called `name`; "auto" is bfloat16 if a GPU computes in it, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     in_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,4 +1,4 @@
-"""MLPs by tiles of tokens: what they keep grows with a tile, not with a pack."""
+"""Run MLPs by tiles of tokens: their activations grow with a tile, not with a pack."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-ROUTED = ("experts", "router", "gate")  # children of a mixture of experts
+ROUTED = ("experts", "router", "gate")  # submodules of a mixture of experts
 
 
 def tile_mlp(model: nn.Module, tokens: int) -> nn.Module:
-    """Runs the MLP of every layer by tiles of tokens, in place; again replaces the tile's size.
+    """Run the MLP of every layer by tiles of tokens, in place; another call changes the tile size.
 
-    Each tile is computed again in the backward pass, so that the MLPs' inner activations, three to
-    four times as wide as all else, exist for one tile at a time. Gradients are those of the whole,
-    up to the order of sums over tokens.
+    Each tile is recomputed in the backward pass. The MLPs' inner activations, three to four times
+    as wide as all others, therefore exist for one tile at a time. Gradients are equal up to the
+    order of sums over tokens.
 
     Args:
-        model: a transformers model whose layers have an `mlp` that takes each token by itself.
-        tokens: of a tile; shorter sequences are left whole.
+        model: a transformers model whose layers have an `mlp` that treats each token separately.
+        tokens: tokens of a tile; shorter sequences are not split.
 
     Returns:
         `model`.
@@ -39,15 +39,15 @@ def tile_mlp(model: nn.Module, tokens: int) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The layers that transformers checkpoints, one by one."""
+    """Return the layers that transformers checkpoints, one by one."""
     return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
 class Tiled(nn.Module):
-    """A module that is called with a tile of tokens at a time.
+    """A module that runs on one tile of tokens at a time.
 
-    Not its `forward` is replaced but the call of it, so that it may still be given another one:
-    Liger does that when the training begins.
+    The call is replaced, not `forward`, so that `forward` may still be replaced later: Liger does
+    so when the training begins.
     """
 
     tile_tokens: int

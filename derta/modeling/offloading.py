@@ -1,9 +1,9 @@
-"""What the backward pass needs waits on the host; copies run beside the computation.
+"""Offload tensors for the backward pass to the host, with copies that overlap the computation.
 
-torch's own `save_on_cpu` copies on the stream that computes, which stands still meanwhile. Here
-copies have a stream of their own. Forward, a layer's input is copied while that layer is computed;
-backward, the input of the layer before is fetched while one is computed. Only streams wait for one
-another, the host for nothing.
+torch's `save_on_cpu` copies on the computing stream, which stands still meanwhile. Here copies have
+their own stream. In the forward pass, a layer's input is copied while the layer is computed; in the
+backward pass, the previous layer's input is fetched while a layer is computed. Only streams wait
+for each other; the host never waits.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-LEAST_BYTES = 2**20  # a copy of less costs more than it saves
+LEAST_BYTES = 2**20  # smaller copies cost more than they save
 
 
 @dataclass(eq=False)
 class Kept:
-    """A tensor that waits on the host.
+    """A tensor offloaded to the host.
 
     Attributes:
-        host: the copy of it.
-        before: what was kept before it, and will be needed after it.
-        device: the tensor itself, while it is copied from or to it.
+        host: the copy on the host.
+        before: the tensor offloaded before it, which the backward pass needs after it.
+        device: the tensor on the device, while a copy reads or writes it.
         copied: event at the end of that copy.
     """
 
@@ -40,15 +40,15 @@ class Kept:
 
 
 class Lane:
-    """The stream of copies between a device and the host, with at most one tensor under way.
+    """A stream of copies between a device and the host, with at most one copy in flight.
 
-    Memory of the device that a copy reads or writes is not given back before the computing stream
-    waits for the end of that copy: whatever uses the memory next comes after it.
+    Device memory that a copy reads or writes is freed only after the computing stream has been told
+    to wait for the end of that copy. Later users of the memory therefore run after the copy.
 
     Args:
-        device: what is computed on.
-        stream: a `torch.Stream` of it for the copies.
-        computing: the stream that computes, asked for each time.
+        device: the computing device.
+        stream: a `torch.Stream` of the device for the copies.
+        computing: function that returns the current computing stream.
     """
 
     def __init__(self, device: torch.device, stream: Any, computing: Callable[[], Any]) -> None:
@@ -58,20 +58,20 @@ class Lane:
         self.under_way: Kept | None = None
 
     def send(self, tensor: Tensor, before: weakref.ref[Kept] | None) -> Kept:
-        """Begins to copy a tensor to the host, which keeps it on the device until `land`."""
+        """Start to copy a tensor to the host; the tensor stays on the device until `land`."""
         kept = Kept(self.empty_on_host(tensor), before)
         self._begin(kept, tensor, kept.host, tensor)
         return kept
 
     def fetch(self, kept: Kept) -> None:
-        """Begins to copy a tensor back."""
+        """Start to copy a tensor back to the device."""
         tensor = self.empty_on_device(kept.host)
         self._begin(kept, tensor, tensor, kept.host)
 
     def take(self, kept: Kept) -> Tensor:
-        """The tensor, there when the computing stream gets to it; without a copy if it never left.
+        """Return the tensor, ready for the computing stream; copy nothing if it never left.
 
-        The one before it is fetched from now on.
+        Also start to fetch the tensor before it.
         """
         if kept.device is None:
             self.fetch(kept)
@@ -84,23 +84,23 @@ class Lane:
         return tensor
 
     def land(self) -> None:
-        """Puts what the device does from now on behind the copy that is under way."""
+        """Make later work on the device wait for the copy in flight."""
         if self.under_way is not None:
             self.computing().wait_event(self.under_way.copied)
             self.under_way.device = None
             self.under_way = None
 
     def empty_on_host(self, tensor: Tensor) -> Tensor:
-        """Room for a copy; pinned where the device is not the host, or copies would wait."""
+        """Allocate host memory for a copy; pinned for a GPU, so that copies are asynchronous."""
         return torch.empty_like(tensor, device="cpu", pin_memory=self.device.type != "cpu")
 
     def empty_on_device(self, host: Tensor) -> Tensor:
-        """Room for a copy, of the computing stream's memory."""
+        """Allocate device memory for a copy, from the computing stream."""
         return torch.empty_like(host, device=self.device)
 
     def _begin(self, kept: Kept, device: Tensor, target: Tensor, source: Tensor) -> None:
         self.land()
-        self.stream.wait_stream(self.computing())  # which makes the source, or has used the room
+        self.stream.wait_stream(self.computing())  # it writes the source, or still uses the target
         with self.stream:
             target.copy_(source, non_blocking=True)
         kept.device, kept.copied = device, self.stream.record_event()
@@ -108,19 +108,19 @@ class Lane:
 
 
 class Offloading(saved_tensors_hooks):
-    """Within its context, tensors that the backward pass needs go to the host and come back.
+    """A context that offloads the tensors of the backward pass to the host and brings them back.
 
-    Left where they are: the model's parameters and views of them, tensors of other devices, and
-    small ones.
+    These stay on the device: the model's parameters and their views, tensors of other devices, and
+    small tensors.
 
-    Memory: at most one tensor more on the device than the computation itself uses, the one that is
-    copied; on the host all of them, pinned, in blocks that torch rounds up to powers of two and
-    uses again in the next step.
+    Memory: on the device, at most one tensor (the one in flight) beyond what the computation uses;
+    on the host, all offloaded tensors, pinned, in blocks that torch rounds up to powers of two and
+    reuses in the next step.
 
     Args:
-        model: whose parameters stay.
+        model: model whose parameters stay on the device.
         lane: see `Lane`.
-        least_bytes: what is smaller stays.
+        least_bytes: size in bytes below which a tensor stays on the device.
     """
 
     def __init__(self, model: nn.Module, lane: Lane, least_bytes: int = LEAST_BYTES) -> None:
@@ -146,18 +146,18 @@ class Offloading(saved_tensors_hooks):
 
 
 def ran_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the host, had no more memory to give, pinned memory included."""
+    """Return True if the device or the host, pinned memory included, ran out of memory."""
     said = ("DefaultCPUAllocator", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in said)
 
 
 def offloading(model: nn.Module, device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """`Offloading` for what the model computes on that device; nothing on a CPU."""
+    """Return `Offloading` for the model's computation on a GPU; no offloading on a CPU."""
     return contextlib.nullcontext() if device.type == "cpu" else Offloading(model, _lane(device))
 
 
 @functools.cache
 def _lane(device: torch.device) -> Lane:
-    # Of the process: a pass that fails leaves a copy under way, which the next one waits for.
+    # One for the process: a failed pass leaves a copy in flight, and the next one waits for it.
     stream = torch.Stream(device)
     return Lane(device, stream, lambda: torch.accelerator.current_stream(device))

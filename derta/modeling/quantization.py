@@ -1,34 +1,50 @@
-"""Linear layers in 4 bits, of bitsandbytes: which ones may be, and how they keep their gradients.
+"""Linear layers in 4 bits, by bitsandbytes: which layers, and how their gradients stay correct.
 
-Two things go wrong on a CPU, both in silence. Where it has AVX-512, a row that is not whole
-quantization blocks is read with the scales of other rows. Where it multiplies bfloat16, a layer
-packs its weight when it first evaluates, for a product that has no backward pass and that training
-then goes on to use.
+Two faults occur silently on a CPU. With AVX-512, a row that is not a whole number of quantization
+blocks is read with the scales of other rows. With bfloat16 products, a layer packs its weight at
+its first evaluation for a product without a backward pass, which training would then use.
 """
 
 from __future__ import annotations
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-BLOCK = 64  # neighbouring weights that share a scale
-PACKS = "support_avx512bf16_for_cpu"  # of a layer: whether it packs its weight to evaluate
+BLOCK = 64  # number of neighbouring weights that share a scale
+PACKS = "support_avx512bf16_for_cpu"  # attribute of layers that pack their weights in evaluation
 
 
-def layers_for_4_bits(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """Return the layers, by name, that `method: qlora` holds in 4 bits.
-
-    On every device the same: all linear ones but the head, if their rows are whole blocks.
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """Return the linear layers except the head, by name; GPT-2's are `Conv1D`.
 
     Args:
-        model: before it is quantized.
+        model: an unquantized model.
     """
     head = model.get_output_embeddings()
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module is not head and module.in_features % BLOCK == 0
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and module is not head
     }
+
+
+def layers_for_4_bits(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """Return the layers, by name, that `method: qlora` holds in 4 bits.
+
+    These are the linear layers, on every device, whose rows are a whole number of blocks.
+
+    Args:
+        model: an unquantized model.
+    """
+    layers = linear_layers(model).items()
+    return {name: layer for name, layer in layers if widths(layer)[0] % BLOCK == 0}
+
+
+def widths(layer: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Return the numbers of inputs and outputs of a layer."""
+    outputs, inputs = layer.weight.shape
+    return (outputs, inputs) if isinstance(layer, Conv1D) else (inputs, outputs)
 
 
 def check_4_bits(model: nn.Module) -> None:
@@ -50,14 +66,14 @@ def check_4_bits(model: nn.Module) -> None:
 
 
 def forbid_packing(model: nn.Module) -> list[nn.Module]:
-    """Make every layer compute what has a backward pass, in evaluation too.
+    """Make every layer use products with a backward pass, in evaluation too.
 
     Returns:
-        The layers that would have packed their weights, for `allow_packing`.
+        the layers that would have packed their weights, for `allow_packing`.
     """
     layers = [module for module in model.modules() if getattr(module, PACKS, False)]
     for layer in layers:
-        layer.state_dict()  # unpacks the weight of one that has evaluated already
+        layer.state_dict()  # unpacks a weight that an evaluation has packed
         setattr(layer, PACKS, False)
     return layers
 

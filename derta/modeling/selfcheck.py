@@ -1,4 +1,4 @@
-"""The proof that a model can be trained on packs: one pass of it comes out as separate ones do."""
+"""The self-check: one pass over a pack must give the results of separate passes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TF32_EPS = 2**-10
 
 
 class Passes(NamedTuple):
-    """What is compared: hidden (n, d) and logits (n, V), row by row of the pack.
+    """Results to compare: hidden (n, d) and logits (n, V), row by row of the pack.
 
-    logits_dtype is what the head formed them in: inside an autocast that Accelerate wrapped
-    around the forward, it is coarser than what comes out.
+    logits_dtype is the dtype in which the head computed the logits. Inside an autocast that
+    Accelerate wraps around the forward, it is coarser than the dtype of the result.
     """
 
     hidden: Tensor
@@ -31,8 +31,8 @@ class Proof:
 
         p p p p h h h h h h | s s s s | o o o o o
 
-    The branch leaves the first example after three tokens of h, so that its first token is
-    predicted by the third of them.
+    The branch leaves the first example after three tokens of h, whose third token predicts the
+    branch's first token.
     """
 
     lengths = (10, 4, 5)
@@ -56,7 +56,7 @@ class Proof:
         )
 
     def separate_passes(self, model: PreTrainedModel) -> Passes:
-        """Each sequence alone through the unpatched model; of the branch's, its own rows.
+        """Run each sequence separately through the unpatched model; keep the pack's rows.
 
         Raises:
             ValueError: the model's router loss is not the one that its modeling file names.
@@ -76,10 +76,10 @@ class Proof:
         return Passes(torch.cat(hidden), torch.cat(logits), dtypes[-1])
 
     def check(self, model: PreTrainedModel, refusal_token_id: int, expected: Passes) -> None:
-        """Runs the pack through the patched model.
+        """Run the pack through the patched model and compare.
 
         Raises:
-            ValueError: it comes out otherwise, or not at all.
+            ValueError: the results differ, or the model cannot run a pack.
         """
         mask = packed_mask(self.pack["visible_until"], self.pack["position_ids"])
         with evaluating(model):
@@ -111,7 +111,7 @@ class Proof:
             self._judge(model, what, error, expected.logits_dtype)
 
     def _judge(self, model: PreTrainedModel, what: str, error: Tensor, dtype: torch.dtype) -> None:
-        """error (n,) of the pack's rows relative to their size, or () of the whole."""
+        """Compare relative errors (n,) of the pack's rows, or one () of all, with the tolerance."""
         sequences = error.split(self.lengths) if error.dim() else (error,)
         worst = max(float(rows.median()) for rows in sequences)
         eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
@@ -127,5 +127,5 @@ class Proof:
 
 
 def _size(size: Tensor) -> Tensor:
-    """A divisor: rows that are zero are compared as they are."""
+    """Return a divisor: zero rows are compared by their absolute error."""
     return size.where(size > 0, 1)

@@ -1,8 +1,8 @@
-"""Data sets made of what people bring: halves joined, duplicates dropped, a part held out.
+"""Build data sets from record files: join halves, drop duplicates, hold out an evaluation part.
 
-Everything is streamed. What has to be remembered of every row (its id, a digest of its texts, a
-half that waits for its other) is in an SQLite file beside the output, gone when the build ends.
-Only answers that their own file has not completed are in memory, until their source is read.
+Rows are streamed. An SQLite file beside the output holds what must be remembered of every row (its
+id, a digest of its texts, unjoined halves); it is removed when the build ends. Memory holds only
+the answers that their own file has not completed, until their source has been read.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ SUMMARY_FILE = "build.json"
 
 
 def read_sources(sources: Sequence[Source]) -> Iterator[tuple[str, Record | Half]]:
-    """All records with their roles and weights, and the answers that nothing in their file joins.
+    """Yield all records with roles and weights, and the halves that their file leaves unjoined.
 
-    Of a source with a limit these are left out: it is not read to its end.
+    A source with a limit yields no unjoined halves, since it is not read to its end.
 
     Raises:
         ValueError, OSError: as `read_records`.
@@ -68,37 +68,36 @@ def build(
     near: float | None = NEAR,
     refusal_text: str | None = None,
 ) -> dict[str, Any]:
-    """Writes train.ROLE.jsonl, eval.ROLE.jsonl and build.json into a new folder.
+    """Write train.ROLE.jsonl, eval.ROLE.jsonl and build.json into a new folder.
 
     Rendered rows go into files of their own, train.ROLE.rendered.jsonl.
 
-    Halves of one request are joined in the order in which they come, each used once; a triple made
-    of two has the request, source and weight of the harmful one, and the ids of both. It is dropped
-    if the texts contradict what they are said to be: the harmful one opens with a refusal, and the
-    safe one holds none. Of examples whose texts are the same once `normalized` the first stays.
+    Halves of one request are joined in their order of arrival, each used once. A joined triple has
+    the request, source and weight of the harmful half, and the ids of both. It is dropped if its
+    texts contradict their labels: the harmful one opens with a refusal, the safe one holds none. Of
+    examples whose texts are the same once `normalized`, the first is kept.
 
-    Whether an example is held out is decided by its first user message, `normalized`, and nothing
-    else: the same one never stands on both sides, whatever its source, and none changes sides when
-    data is added. Training examples whose request is near to one that is held out are dropped.
+    Only the first user message, `normalized`, decides whether an example is held out. The same
+    message is therefore never on both sides, whatever its source, and no message changes sides when
+    data is added. Training examples whose request is near to a held-out one are dropped.
 
-    The folder comes into being whole and readable by its owner alone; a build that breaks off
-    leaves none. An example whose id is taken gets its source before it.
+    The folder appears complete and readable only by its owner; an interrupted build leaves no
+    folder. An example whose id is taken gets its source as a prefix.
 
     Args:
-        records: each with its role: safety, helpful or borderline; a half's is safety.
-        output_dir: a folder that does not exist yet, or is empty.
-        eval_share: share of first messages that are held out, in [0, 1).
-        seed: another one holds out others.
-        near: least similarity of near requests, see `RequestIndex`; None: near ones may stand on
-            both sides.
-        refusal_text: safe response to harmful halves that have none. None: they are dropped.
+        records: (role, record) pairs with role safety, helpful or borderline; a half's is safety.
+        output_dir: a folder that is empty or does not exist yet.
+        eval_share: share of first messages to hold out, in [0, 1).
+        seed: seed of the choice of held-out messages.
+        near: least similarity of near requests, see `RequestIndex`; None: keep near requests.
+        refusal_text: safe response for harmful halves without one; None: drop them.
 
     Returns:
-        what was read, joined, dropped and written: the content of build.json.
+        the content of build.json: the numbers of rows read, joined, dropped and written.
 
     Raises:
-        ValueError: an argument is out of its range, output_dir holds something, or no example is
-            left to train on.
+        ValueError: an argument is out of its range, output_dir is not empty, or no example is left
+            to train on.
     """
     check_new(output_dir)
     check_near(near)
@@ -128,9 +127,7 @@ def build(
             "files": {path.name: _described(path) for path in sorted(beside.glob("*.jsonl"))},
         }
         if not any(name.startswith("train.") for name in summary["files"]):
-            raise ValueError(
-                "no example is left to train on, expected more data or less eval_share"
-            )
+            raise ValueError("no example is left to train on: add data or lower eval_share")
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         (beside / SUMMARY_FILE).write_text(text, encoding="utf-8")
         beside.replace(output_dir)
@@ -140,13 +137,13 @@ def build(
 
 
 def check_new(output_dir: Path) -> None:
-    """Raises ValueError unless `output_dir` is free: not there yet, or an empty folder."""
+    """Raise ValueError unless `output_dir` does not exist or is an empty folder."""
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        raise ValueError(f"output_dir: {output_dir} holds something already, choose another folder")
+        raise ValueError(f"output_dir: {output_dir} is not empty, choose another folder")
 
 
 class _Ledger:
-    """What is remembered of all rows, on disk, and the examples that they make."""
+    """The ids, digests and unjoined halves of all rows, on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -156,7 +153,7 @@ class _Ledger:
             "completed": 0,
             "dropped": Counter(duplicates=0, contradicting=0, safe_halves=0, harmful_halves=0),
         }
-        # Gone with the build: nothing is gained by a journal.
+        # The file is removed with the build, so a journal protects nothing.
         self._base = sqlite3.connect(path, isolation_level=None)
         self._base.executescript(
             """
@@ -175,7 +172,7 @@ class _Ledger:
     def examples(
         self, records: Iterable[tuple[str, Record | Half]], refusal_text: str | None
     ) -> Iterator[tuple[str, Record]]:
-        """All that are new: those that came whole, as they come, then those that were joined."""
+        """Yield all new examples: whole ones as they come, then joined ones."""
         for role, record in records:
             if isinstance(record, Half):
                 self._count(record.origin["source"], f"{role}_halves")
@@ -192,13 +189,13 @@ class _Ledger:
         self.counts["read"].setdefault(source, Counter())[kind] += 1
 
     def _is_new(self, kind: str, texts: Sequence[str]) -> bool:
-        """Whether none of these texts came before, which is counted."""
+        """Return True if these texts are new; count them as a duplicate otherwise."""
         is_new = self._enter("examples", digest([kind, *texts]))
         self.counts["dropped"]["duplicates"] += not is_new
         return is_new
 
     def _enter(self, table: str, value: str | bytes) -> bool:
-        """Whether a value was not yet in a table."""
+        """Insert a value into a table; return False if the table already has it."""
         entry = self._base.execute(f"INSERT OR IGNORE INTO {table} VALUES (?)", (value,))
         return entry.rowcount > 0
 
@@ -245,13 +242,13 @@ def _completed(half: Half, safe: str, id: str) -> Triple:
 
 
 def _drawn(record: Record, seed: int) -> float:
-    """Where in [0, 1) an example falls, by its first user message."""
+    """Return the example's place in [0, 1), drawn from its first user message."""
     first = digest([str(seed), user_turns(record)[0]])
     return int.from_bytes(first[:8], "big") / 2**64
 
 
 def _row(record: Record) -> dict[str, Any]:
-    """A row that `read_records` reads as this record."""
+    """Return the row that `read_records` reads as this record."""
     row: dict[str, Any] = {"id": record.id, "source": record.source, "weight": record.weight}
     if isinstance(record, Rendered):
         safe = "true" if record.rto else "false"
@@ -264,7 +261,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _row_turns(row: dict[str, Any]) -> list[str]:
-    """`user_turns` of a row that `_row` made."""
+    """Return the `user_turns` of a row made by `_row`."""
     if "prompt" in row:
         return [row["prompt"]]
     if "prefix" in row:
@@ -274,7 +271,7 @@ def _row_turns(row: dict[str, Any]) -> list[str]:
 
 
 class _Files:
-    """JSON Lines files of a folder, each opened when its first row comes."""
+    """The JSON Lines files of a folder, each opened at its first row."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -294,7 +291,7 @@ class _Files:
 
 
 def _drop_near(folder: Path, near: float) -> int:
-    """Takes out of the training files what is near to the evaluation files; how many rows."""
+    """Drop the training rows that are near to an evaluation row; return their number."""
     index = RequestIndex(near)
     for path in sorted(folder.glob("eval.*.jsonl")):
         for row in _rows(path):

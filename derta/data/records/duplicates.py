@@ -1,4 +1,4 @@
-"""Requests that come again: the same but for how they are written, or nearly the same."""
+"""Find duplicate requests: identical once normalized, or nearly identical."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _OFFICIAL_REQUEST = re.compile(r"\s*\[INST\](.*?)\[[\\/]INST\]", re.DOTALL)
 
 
 def user_turns(record: Record | Request) -> list[str]:
-    """What the user says in an example, turn by turn.
+    """Return the user's messages in an example, in order.
 
-    System prompts are left out, one is often that of a whole file, unless there is nothing else. Of
-    a rendered row it is what stands between the authors' [INST] marks, or else its whole prefix.
+    System prompts are left out, since a whole file often shares one, unless there is nothing else.
+    For a rendered row, the request is the text between the authors' [INST] marks, or else the whole
+    prefix.
     """
     if isinstance(record, Rendered):
         official = _OFFICIAL_REQUEST.match(record.prefix)
@@ -36,13 +37,13 @@ def user_turns(record: Record | Request) -> list[str]:
 
 
 def turns_of(messages: Sequence[Message]) -> list[str]:
-    """What the user says in a conversation; what it begins with where the user says nothing."""
+    """Return the user's messages in a conversation; the first message if the user has none."""
     turns = [turn["content"] for turn in messages if turn["role"] == "user"]
     return turns or [messages[0]["content"]]
 
 
 def all_texts(record: Record) -> list[str]:
-    """Every text of an example with its part in it: two examples are one if these are alike."""
+    """Return every text of an example with its part in it; equal lists mean equal examples."""
     if isinstance(record, Rendered):
         return ["rto" if record.rto else "next", record.prefix, record.text]
     texts = [text for turn in record.messages for text in (turn["role"], turn["content"])]
@@ -51,7 +52,7 @@ def all_texts(record: Record) -> list[str]:
 
 @functools.cache
 def _rewriting() -> dict[int, str | None]:
-    """Punctuation is a space, what cannot be seen (Unicode's format characters) is nothing."""
+    """Map punctuation to a space and invisible characters (Unicode category Cf) to nothing."""
     table: dict[int, str | None] = {}
     for code in range(sys.maxunicode + 1):
         category = unicodedata.category(chr(code))
@@ -63,9 +64,9 @@ def _rewriting() -> dict[int, str | None]:
 
 
 def normalized(text: str) -> str:
-    """The text without what does not make it another: case, white space, punctuation, NFKC.
+    """Return the text without differences of case, white space, punctuation or NFKC form.
 
-    Symbols stay (C++ is not C). A text of nothing but punctuation keeps it.
+    Symbols are kept (C++ is not C). A text of nothing but punctuation keeps it.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     words = folded.translate(_rewriting()).split() or folded.split()
@@ -73,7 +74,7 @@ def normalized(text: str) -> str:
 
 
 def digest(texts: Sequence[str]) -> bytes:
-    """16 bytes that two lists of texts share only if they are alike, `normalized`, one by one."""
+    """Return 16 bytes that two lists share only if their texts are pairwise equal, `normalized`."""
     hashed = blake2b(digest_size=16)
     for text in texts:
         data = normalized(text).encode()
@@ -82,14 +83,14 @@ def digest(texts: Sequence[str]) -> bytes:
 
 
 class Fingerprint:
-    """What is compared of one request: nothing of it can be read back.
+    """The digest and shingle hashes of one request; no text can be read back from them.
 
     Args:
-        turns: see `user_turns`.
+        turns: the user's messages, see `user_turns`.
 
     Attributes:
         digest: see `digest`.
-        shingles: 64-bit hashes of every two neighbouring words, of the one word of a single one.
+        shingles: 64-bit hashes of all pairs of neighbouring words, or of a request's only word.
     """
 
     def __init__(self, turns: Sequence[str]) -> None:
@@ -105,7 +106,7 @@ class Fingerprint:
 
     @functools.cached_property
     def minhash(self) -> MinHash:
-        """What LSH finds candidates by; made when first asked for."""
+        """The MinHash by which LSH finds candidates; computed at first use."""
         minhash = _empty_minhash().copy()
         minhash.update_batch(self.shingles)
         return minhash
@@ -117,18 +118,18 @@ def _empty_minhash() -> MinHash:
 
 
 def jaccard(first: set[int], second: Sequence[int]) -> float:
-    """Size of the intersection of two sets over that of their union; `second` repeats nothing."""
+    """Return the Jaccard similarity of two sets; `second` has no repeated value."""
     common = sum(value in first for value in second)
     return common / (len(first) + len(second) - common)
 
 
 class Match(NamedTuple):
-    """A request that was found again.
+    """A duplicate found in the index.
 
     Attributes:
-        id: of the example that was there before.
-        similarity: Jaccard similarity of their shingles, in [0, 1].
-        exact: whether they are the same once `normalized`.
+        id: id of the earlier example.
+        similarity: Jaccard similarity of the shingles, in [0, 1].
+        exact: if True, the requests are equal once `normalized`.
     """
 
     id: str
@@ -137,17 +138,17 @@ class Match(NamedTuple):
 
 
 class RequestIndex:
-    """Finds requests that are the same as, or near to, those that were added.
+    """An index that finds requests equal to, or near to, those added before.
 
-    Near ones share at least `near` of their shingles (Jaccard). Candidates come from MinHash LSH
-    and are compared themselves, so none is reported that is not near; of pairs that are, less than
-    one in a thousand (`MISSED`) is missed at the threshold, and fewer above it.
+    Near requests share at least `near` of their shingles (Jaccard). Candidates come from MinHash
+    LSH and are compared by their shingles, so every reported match is near. At the threshold, less
+    than one near pair in a thousand (`MISSED`) is missed; above it, fewer.
 
-    Memory: about 0.2 KB a distinct request, and about 10 KB more unless `near` is None; texts are
-    not kept (tests/derta/data/records/test_duplicates.py holds it to this).
+    Memory: about 0.2 KB for each distinct request, and about 10 KB more unless `near` is None;
+    texts are not kept (checked by tests/derta/data/records/test_duplicates.py).
 
     Args:
-        near: least similarity of near requests, in [0.5, 1]; None finds the same ones alone.
+        near: least similarity of near requests, in [0.5, 1]; None: find only equal requests.
 
     Raises:
         ValueError: `near` is out of its range.
@@ -172,7 +173,7 @@ class RequestIndex:
         return len(self._ids)
 
     def add(self, id: str, request: Fingerprint) -> None:
-        """Adds a request, unless the same one is there already."""
+        """Add a request unless the index already holds an equal one."""
         place = self._places.setdefault(request.digest, len(self._ids))
         if place < len(self._ids):
             return
@@ -182,7 +183,7 @@ class RequestIndex:
             self._lsh.insert(place, request.minhash, check_duplication=False)
 
     def matches(self, request: Fingerprint) -> list[Match]:
-        """All that match, the same one first, then from the nearest on."""
+        """Return all matches: the equal request first, then near ones by falling similarity."""
         same = self._places.get(request.digest)
         found = [] if same is None else [Match(self._ids[same], 1.0, exact=True)]
         if self.near is None:
@@ -198,13 +199,13 @@ class RequestIndex:
 
 
 def check_near(near: float | None) -> None:
-    """Raises ValueError unless `near` is None or a similarity that LSH can find, 0.5 to 1."""
+    """Raise ValueError unless `near` is None or a similarity that LSH can find, 0.5 to 1."""
     if near is not None and not 0.5 <= near <= 1:
         raise ValueError(f"near must lie in [0.5, 1], or be null for exact matches, got {near}")
 
 
 def _bands(near: float) -> tuple[int, int]:
-    """Bands and rows of LSH: as many rows as miss no more than `MISSED` of pairs at `near`."""
+    """Return LSH's (bands, rows): the most rows that miss at most `MISSED` of pairs at `near`."""
     return next(
         (PERMUTATIONS // rows, rows)
         for rows in range(PERMUTATIONS, 0, -1)

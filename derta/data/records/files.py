@@ -1,10 +1,10 @@
-"""Rows of record files, streamed: JSON Lines, JSON arrays, CSV and parquet, plain, gzip or xz.
+"""Stream the rows of record files: JSON Lines, JSON arrays, CSV and parquet, plain, gzip or xz.
 
-A JSON object that holds nothing but lists of rows, by names that are no column's, is these rows.
+A JSON object that holds only lists of rows, under names that are no columns, stands for those rows.
 
-What a file is, its content tells, never its name. Memory holds one row, or one batch of parquet's,
-however long the file is. What is amiss with one row is that row's; what makes the rest of a file
-unreadable is raised.
+The content of a file decides its type, never its name. Memory holds one row, or one batch of
+parquet rows, however long the file is. An error in one row is yielded in that row's place; an error
+that makes the rest of a file unreadable is raised.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from typing import IO, Any, NoReturn
 GZIP, XZ, PARQUET = b"\x1f\x8b", b"\xfd7zXZ\0", b"PAR1"
 BATCH = 256  # rows of parquet in memory
 CHUNK = 1 << 20
-# Of a line, a cell or an element: a quote or a bracket that is never closed would take in the file.
+# Limit of a line, a cell or an element: an unclosed quote or bracket would swallow the whole file.
 LONGEST = 1 << 28
 
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 _SPACE = re.compile(r"[ \t\r\n]*")
-# The longest token that JSON can break off in without saying so by where the error is.
+# The longest token that may be cut off without the error's position showing it.
 _TOKEN = 32
 
-# A place in its file, and the row there or what is amiss with it.
+# A place in a file, and the row there or its error.
 Placed = tuple[str, Any]
 
 
 def data_files(path: Path) -> Iterator[Path]:
-    """The file, or those of a folder and its folders, sorted and without hidden ones.
+    """Yield the file, or all files below a folder in sorted order, without hidden ones.
 
-    A folder that `datasets` saved counts as one file.
+    A folder saved by `datasets` counts as one file.
 
     Raises:
-        FileNotFoundError: there is neither.
-        ValueError: there is no file in the folder, or several splits.
+        FileNotFoundError: the path does not exist.
+        ValueError: the folder has no file, or holds several splits.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such record file")
@@ -64,18 +64,18 @@ def data_files(path: Path) -> Iterator[Path]:
 
 
 def read_rows(path: Path, columns: Collection[str], bare: Sequence[str] = ()) -> Iterator[Placed]:
-    """Rows with their places: `line`; `line[element]` of an array or of lists; `[row]` of a table.
+    """Yield (place, row) pairs; a place is `line`, `line[element]` in lists, `[row]` in tables.
 
-    A row that cannot be read comes as a ValueError that tells why, and does not end the file.
+    An unreadable row comes as a ValueError with the reason, and reading continues.
 
     Args:
-        path: of `data_files`.
-        columns: those of which a table is to have one at least, and an object of lists none;
-            parquet's others are left alone.
-        bare: what the columns are called where CSV has no header.
+        path: one of `data_files`.
+        columns: known column names. A table must have at least one of them, an object of lists
+            none; other parquet columns are ignored.
+        bare: column names of a CSV file without a header.
 
     Raises:
-        ValueError: `path:line: what is wrong`, and the rest of the file cannot be read.
+        ValueError: `path:line: reason`; the rest of the file cannot be read.
         OSError: the file cannot be opened.
     """
     if path.is_dir():
@@ -97,8 +97,8 @@ def read_rows(path: Path, columns: Collection[str], bare: Sequence[str] = ()) ->
                 yield last, row
         except _DAMAGED as error:
             raise ValueError(
-                f"{path}:{last}: what follows cannot be unpacked ({error}), expected the whole of "
-                "a gzip or xz file"
+                f"{path}:{last}: the file cannot be unpacked after this place ({error}), expected "
+                "a complete gzip or xz file"
             ) from error
 
 
@@ -136,7 +136,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):  # JSON leaves open which one counts
+    if len(found) < len(pairs):  # JSON does not define which one counts
         raise ValueError("an object has a field twice")
     return found
 
@@ -170,7 +170,7 @@ def _line_rows(path: Path, stream: Any, first: int, columns: Collection[str]) ->
 
 
 def _holds_lists(found: dict[str, Any], columns: Collection[str]) -> bool:
-    """Whether an object is no row, but holds lists of them by names that are no columns."""
+    """Return True if the object is not a row but holds lists of rows under unknown names."""
     return (
         bool(found)
         and found.keys().isdisjoint(columns)
@@ -182,7 +182,7 @@ def _holds_lists(found: dict[str, Any], columns: Collection[str]) -> bool:
 
 
 class _Window:
-    """The part of a text that is in memory: it grows at its end and is cut off at its start."""
+    """The part of a text in memory; it grows at its end and is cut off at its start."""
 
     def __init__(self, path: Path, stream: Any, line: int) -> None:
         self.path = path
@@ -195,7 +195,7 @@ class _Window:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def grow(self) -> None:
-        """Forgets what lies before the position, and doubles what lies behind it."""
+        """Forget the text before the position, and double the text after it."""
         newline = self.text.rfind("\n", 0, self.position)
         self._column = self.position - newline - 1 + (self._column if newline < 0 else 0)
         self.text, self.position = self.text[self.position :], 0
@@ -210,7 +210,7 @@ class _Window:
             raise ValueError(f"{self.path}:{self.line + lines}: {_not_utf8(error)}") from error
 
     def skip(self) -> str:
-        """The next character that is no space; "" at the end."""
+        """Move to the next character that is no space and return it; "" at the end."""
         while True:
             end = _SPACE.match(self.text, self.position).end()  # type: ignore[union-attr]
             self._advance(end)
@@ -219,7 +219,7 @@ class _Window:
             self.grow()
 
     def element(self) -> Any:
-        """The JSON value at the position, which is behind it afterwards."""
+        """Return the JSON value at the position and move behind it."""
         while True:
             try:
                 row, end = _JSON.raw_decode(self.text, self.position)
@@ -256,7 +256,7 @@ def _array_rows(window: _Window) -> Iterator[Placed]:
 
 
 def _elements(window: _Window, indices: Iterator[int]) -> Iterator[Placed]:
-    """Those of the array at the position, which is behind it afterwards."""
+    """Yield the elements of the array at the position and move behind it."""
     window.position += 1
     mark = "]" if window.skip() == "]" else ","
     while mark == ",":
@@ -271,7 +271,7 @@ def _elements(window: _Window, indices: Iterator[int]) -> Iterator[Placed]:
 
 
 def _listed_rows(window: _Window, columns: Collection[str]) -> Iterator[Placed]:
-    """Rows of the lists in an object of several lines, of which the first is read."""
+    """Yield the rows of the lists in an object of several lines whose first line is read."""
     indices = itertools.count()
     mark = ","
     while mark == ",":
@@ -351,7 +351,7 @@ def _parquet_rows(
     import pyarrow.parquet
 
     with contextlib.ExitStack() as stack:
-        if packed:  # its end is read first, and its columns lie apart
+        if packed:  # parquet is read from its end, so it needs a seekable file
             unpacked = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(stream, unpacked, CHUNK)
             stream = unpacked

@@ -1,8 +1,8 @@
-"""Formats of rows: which fields each has, and the record that a row is in a role.
+"""Formats of rows: the fields of each format, and the record that a row becomes in each role.
 
-A row's format is told by its fields; what it is read for is never guessed: a preference may be of a
-refusal over a harmful answer, or of a good answer over a poor one. To add a format, write one small
-function from a row to what it is and enter it in `FORMATS`.
+A row's fields tell its format. Its purpose is never guessed: a preference may prefer a refusal to a
+harmful answer, or a good answer to a poor one. To add a format, write one small function from a row
+to its record and enter it in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ Origin = dict[str, Any]
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that is read and yields nothing.
+    """A row that was read and yields nothing.
 
     Args:
-        reason: the same for all rows that are left out for it.
+        reason: a constant text, under which such rows are counted.
     """
 
     reason: str
@@ -47,7 +47,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Half:
-    """One answer of a triple, whose other one is another row's."""
+    """One answer of a triple; another row holds the other answer."""
 
     prompt: str
     text: str
@@ -61,15 +61,14 @@ Reader = Callable[..., Read]
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """What rows of a format have, and what they are.
+    """The fields of a format, and its readers.
 
     Args:
-        fields: that a row has.
-        beside: others that it may have, read or not.
-        readers: by role and kind: from a row and its origin to what it is.
-        columns: fields of the safe and of the harmful response, where nothing but their names tells
-            them apart.
-        bare: what the columns are called where a CSV file has no header; they do as well as
+        fields: the fields that a row must have.
+        beside: other fields that it may have, read or not.
+        readers: by role and kind, a function from a row and its origin to a record.
+        columns: fields of the safe and the harmful response, if only their names tell them apart.
+        bare: column names of a CSV file without a header; they also satisfy the format in place of
             `fields`.
     """
 
@@ -81,16 +80,16 @@ class Format:
 
     @property
     def known(self) -> frozenset[str]:
-        """All that a row may have."""
+        """All fields that a row may have."""
         return self.fields.union(self.beside, self.bare)
 
     def fits(self, found: Set[str]) -> bool:
-        """Whether a row has what is needed."""
+        """Return True if a row has the required fields."""
         return self.fields <= found or (bool(self.bare) and found >= set(self.bare))
 
 
 def _flag(name: str, value: Any) -> bool:
-    """A boolean, or the text that it is in CSV."""
+    """Return a boolean, or the boolean that a CSV text stands for."""
     if isinstance(value, bool):
         return value
     if value in ("True", "true", "False", "false"):
@@ -107,14 +106,14 @@ def _ask(content: str) -> list[Message]:
 
 
 def _asked(row: Row) -> Sequence[Message]:
-    """A prompt that is text or messages."""
+    """Return a prompt, given as text or as messages, as messages."""
     if isinstance(row["prompt"], list):
         return check_messages("prompt", row["prompt"])
     return _ask(_text(row, "prompt"))
 
 
 def _answer(name: str, value: Any, asked: Sequence[Message]) -> str:
-    """A response that is text, or a message which may stand after all that was asked."""
+    """Return a response given as text, or as a message that may follow the prompt's messages."""
     if not isinstance(value, list):
         return check_text(name, value)
     *before, last = check_messages(name, value)
@@ -126,7 +125,7 @@ def _answer(name: str, value: Any, asked: Sequence[Message]) -> str:
 
 
 def _instruction(row: Row) -> str:
-    """An instruction, and what it is to be done with where there is such."""
+    """Return an instruction, followed by its input if it has one."""
     instruction = _text(row, "instruction")
     if row.get("input") in (None, ""):
         return instruction
@@ -166,7 +165,7 @@ def _rendered(row: Row, origin: Origin) -> Rendered:
 def _rendered_helpful(row: Row, origin: Origin) -> Rendered:
     rendered = _rendered(row, origin)
     if rendered.rto:
-        raise ValueError('safe: is "true", a row to refuse at, expected "false" of helpful rows')
+        raise ValueError('safe: is "true", a refusal row, expected "false" in helpful rows')
     return rendered
 
 
@@ -214,7 +213,7 @@ _LABELS = {
 
 
 def _labels(row: Row) -> tuple[bool, ...] | Skipped:
-    """Whether WildGuardMix calls prompt harmful, response a refusal, and response harmful."""
+    """Return WildGuardMix's labels: harmful prompt, refusal, harmful response."""
     for name, values in _LABELS.items():
         if row[name] not in (None, "", *values):
             raise ValueError(f"{name}: expected {' or '.join(values)}")
@@ -300,7 +299,7 @@ def _question(row: Row, origin: Origin) -> Request:
 
 
 def _mmlu(row: Row, origin: Origin) -> Request:
-    """The question as its authors put it, of which the letter of a choice is the answer.
+    """Return the question as its authors pose it; the answer is the letter of a choice.
 
     Source: arXiv 2009.03300, figure 1.
     """
@@ -311,9 +310,9 @@ def _mmlu(row: Row, origin: Origin) -> Request:
         raise ValueError(f"choices: expected a list of 2 to {len(ascii_uppercase)} texts")
     letters = ascii_uppercase[: len(choices)]
     if lettered and right not in tuple(letters):
-        raise ValueError(f"answer: is no choice's letter, expected {' or '.join(letters)}")
+        raise ValueError(f"answer: is not a choice's letter, expected {' or '.join(letters)}")
     if not lettered and (type(right) is not int or not 0 <= right < len(choices)):
-        raise ValueError("answer: is no choice's place, expected a whole number from 0 on")
+        raise ValueError("answer: is not the index of a choice, expected an integer from 0")
     names = letters if lettered else [f"choices[{index}]" for index in range(len(choices))]
     lines = [
         f"{letter}. {check_text(name, choice)}"
@@ -332,14 +331,14 @@ def _harmbench(row: Row, origin: Origin) -> Request:
     if row.get("ContextString") in (None, ""):
         return behavior
     context = _text(row, "ContextString")
-    # As HarmBench itself asks.
+    # HarmBench's own wording.
     return dataclasses.replace(
         behavior, prompt=f"{context}\n\n---\n\n{behavior.prompt}", messages=()
     )
 
 
 def _harmbench_completion(row: Row, origin: Origin) -> Request:
-    """An attack; what a model wrote is its harmful response where the classifier says so."""
+    """Return an attack, with the model's text as harmful response if it is labelled 1."""
     label = "" if row.get("label") is None else f"{row['label']}"
     if label not in ("", "0", "1"):
         raise ValueError("label: expected 0 or 1")
@@ -362,7 +361,7 @@ def _xstest(row: Row, origin: Origin, *, harmful: bool) -> Request | Skipped:
     if not contrast and kind not in _XSTEST_HARMLESS:
         raise ValueError("type: expected one of XSTest's, from homonyms to contrast_privacy")
     if row.get("label") not in (None, "", "unsafe" if contrast else "safe"):
-        raise ValueError("label: contradicts type, expected unsafe of contrast_ types alone")
+        raise ValueError("label: contradicts type, expected unsafe only for contrast_ types")
     request = _asking(row, origin, prompt="prompt", category="type")
     return request if contrast == harmful else Skipped("of the other kind")
 
@@ -502,12 +501,12 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
-# Fields that tell about a row of any format, and may help to tell formats apart.
+# Descriptive fields that rows of any format may have, and that may tell formats apart.
 ABOUT = frozenset(
     "category category_id type risk_area subject BehaviorID SemanticCategory Category label".split()
 )
-# Fields under which public data sets keep text, or a judgement of it, that no format here reads.
-# Known so that no text is left out: half of a prompt is not a prompt.
+# Fields under which public data sets keep text or labels that no format here reads. They are known
+# so that no part of a prompt is silently left out.
 _UNREAD = frozenset("system context history".split())
 KNOWN = _UNREAD.union(ABOUT, *(form.known for form in FORMATS.values()))
 COLUMNS = KNOWN | {"id", "source", "weight"}

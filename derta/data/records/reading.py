@@ -1,4 +1,4 @@
-"""Records and requests of files: each row by its format, in the role that the user states."""
+"""Read records and requests from files: each row by its format, in the role the user states."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _Buckets = defaultdict[int, "array[int]"]
 
 
 class Ids:
-    """The ids met so far, by 64 bits of each: ten million take 170 MB."""
+    """The ids met so far, as 64 bits each: ten million take 170 MB."""
 
     def __init__(self) -> None:
         self._files: set[tuple[Path, str | None]] = set()
@@ -52,10 +52,10 @@ class Ids:
         self._here: _Buckets = defaultdict(lambda: array("Q"))
 
     def begin(self, file: Path, purpose: str | None) -> None:
-        """Ids that come now are those of this file.
+        """Start a file: the ids that follow belong to it.
 
         Raises:
-            ValueError: it was read for the same purpose before.
+            ValueError: the file was already read for the same purpose.
         """
         read = (file.resolve(), purpose)
         if read in self._files:
@@ -66,9 +66,9 @@ class Ids:
             self._earlier[key].extend(digests)
 
     def name(self, id: str, stem: str) -> str | None:
-        """The id to use: this one, or where another file has it this one after the file's stem.
+        """Return the id, prefixed by `stem` as often as another file already has it.
 
-        None if it was met in this file.
+        Returns None if this file already has the id.
         """
         while (digest := _digest(id)) in self._earlier.get(digest >> 46, ()):
             id = f"{stem}:{id}"
@@ -85,12 +85,12 @@ def _digest(text: str) -> int:
 
 @dataclass
 class FileReading:
-    """What was read of one file.
+    """Counts of one file's rows.
 
     Attributes:
         records: rows, or pairs of joined rows, that are records or requests.
         bad: rows that are errors, and errors that end the file.
-        skipped: rows that are neither, by reason.
+        skipped: other rows, by reason.
     """
 
     records: int = 0
@@ -105,16 +105,17 @@ class FileReading:
 
 @dataclass
 class Reading:
-    """What was read: fills up while `read_records` or `read_requests` is iterated over.
+    """A summary that `read_records` and `read_requests` fill while they are iterated over.
 
-    All that goes into one of them has ids of its own, also where it was read by several calls.
+    All records that share a summary have distinct ids, even if several calls read them.
 
     Args:
-        alone: called with each answer that none of its file completes to a triple, at its end.
+        alone: called at the end of each file with every answer that the file does not complete to a
+            triple.
 
     Attributes:
-        files: by the path of each file.
-        ids: of all records and requests.
+        files: counts by path.
+        ids: ids of all records and requests.
     """
 
     alone: Callable[[Half], object] | None = None
@@ -125,26 +126,26 @@ class Reading:
 def read_records(
     *paths: str | Path, role: Role, format: str | None = None, reading: Reading | None = None
 ) -> Iterator[Record]:
-    """Reads what to train on from files and folders, one after the other, in bounded memory.
+    """Read training records from files and folders, one after the other, in bounded memory.
 
-    JSON Lines, JSON arrays, CSV and parquet, each plain, gzip or xz, and folders of them or of
-    `datasets`; what a file is called plays no part. Rows may be of several formats, see `FORMATS`;
-    fields that no format knows are left alone. A row without an `id` is called after its place,
-    which is `file:line`, `file:line[element]` in an array, whose elements may share a line, or
-    `file:[row]` in a table; one without a `source` after the file's stem. An id that another file
-    has already gets this file's stem before it, as in `stem:7`. `weight` is a record's.
+    Files are JSON Lines, JSON arrays, CSV or parquet, each plain, gzip or xz, or folders of them or
+    of `datasets`; file names do not matter. Rows may have several formats, see `FORMATS`; fields
+    that no format knows are ignored. A row without an `id` is named by its place: `file:line`,
+    `file:line[element]` in an array, whose elements may share a line, or `file:[row]` in a table. A
+    row without a `source` gets the file's stem. An id that another file already has gets this
+    file's stem as a prefix, as in `stem:7`. Only records have a `weight`.
 
     Args:
         role: "safety" yields `Triple`s, or `Rendered` rows of the authors' files; "helpful" and
             "borderline" yield `Dialogue`s.
-        format: a key of `FORMATS`, where fields leave it open; responses whose texts contradict
-            their columns are then taken as they are.
-        reading: filled with what was read and what was skipped.
+        format: a key of `FORMATS`, if the fields are ambiguous; responses whose texts contradict
+            their columns are then accepted.
+        reading: filled with the numbers of rows read and skipped.
 
     Raises:
-        ValueError: `place: field: what is wrong, what was expected`, for the first bad row, which
-            names fields and never quotes their text; two rows of a file have one id; a file comes
-            twice; or an unknown role or format.
+        ValueError: `place: field: problem, expected value` for the first bad row, with names of
+            fields and never their text; two rows of a file share an id; a file is given twice; or
+            the role or format is unknown.
         OSError: a file cannot be read.
     """
     _check_purpose("role", role, ROLES)
@@ -154,14 +155,14 @@ def read_records(
 def read_requests(
     *paths: str | Path, kind: Kind, format: str | None = None, reading: Reading | None = None
 ) -> Iterator[Request]:
-    """Reads what to evaluate with, as `read_records` does.
+    """Read evaluation requests, as `read_records` does.
 
-    Training files do too: of a triple the harmful response, of a dialogue the last answer is the
-    request's response.
+    Training files are accepted: a triple's harmful response, or a dialogue's last answer, becomes
+    the request's response.
 
     Args:
-        kind: "harmful", "harmless", or "question", which is harmless and has its right answer.
-        format, reading: as of `read_records`.
+        kind: "harmful", "harmless", or "question": harmless, with its right answer.
+        format, reading: as for `read_records`.
 
     Raises:
         ValueError, OSError: as `read_records`.
@@ -180,11 +181,11 @@ def _strict(
 ) -> Iterator[Any]:
     for place, record in read_placed(paths, purpose, format, reading):
         if isinstance(record, _Twice):
-            # Read again: to hold the place of every row would take more than the rows' ids.
+            # Read the file again: storing every row's place would take more memory than the ids.
             again = read_placed([record.path], purpose, format)
             first = next(at for at, one in again if getattr(one, "id", None) == record.id)
             raise ValueError(
-                f"{place}: id: {record.id!r} is that of {first} too, expected one of its own"
+                f"{place}: id: {record.id!r} is already used by {first}, expected a unique id"
             )
         if isinstance(record, ValueError):
             raise record
@@ -197,11 +198,11 @@ def read_placed(
     format: str | None = None,
     reading: Reading | None = None,
 ) -> Iterator[tuple[str, Record | Request | ValueError]]:
-    """Records or requests with their places; a bad row is the error that says so, and not the end.
+    """Yield records or requests with their places; a bad row is yielded as an error.
 
     Args:
-        purpose: a role or a kind; None takes a row for what its format is first of all.
-        format, reading: as of `read_records`.
+        purpose: a role or a kind; None: the first role of the row's format.
+        format, reading: as for `read_records`.
 
     Raises:
         ValueError: the format is unknown.
@@ -269,7 +270,7 @@ def _read_file(
 def _record(
     row: Any, purpose: str | None, named: str | None, pairs: _Pairs, place: str, source: str
 ) -> Record | Request | Skipped | None:
-    """What the row is; None of an answer that waits for another row's."""
+    """Return the row's record; None for an answer that waits for its other half."""
     if not isinstance(row, dict):
         raise TypeError(f"row: is {type(row).__name__}, expected an object")
     name = named or _format_of(row, purpose)
@@ -304,7 +305,7 @@ def _record(
 def _format_of(row: Row, purpose: str | None) -> str:
     names = _matching(frozenset(row.keys() & KNOWN))
     filled = frozenset(row)
-    if not names:  # an empty field is none, as where rows of several formats are one table
+    if not names:  # ignore empty fields: one table may hold rows of several formats
         filled = frozenset(key for key in row if row[key] is not None and row[key] != "")
         names = _matching(filled & KNOWN)
     if len(names) == 1:
@@ -314,7 +315,7 @@ def _format_of(row: Row, purpose: str | None) -> str:
         raise ValueError(f"{found}any of {', '.join(names)}, expected format: with one of them")
     if "prefix" in row and "text" in row and "safe" not in row:
         raise ValueError(
-            f"{found}a file to break a model's safety with, expected safe beside prefix and text"
+            f"{found}an attack on a model's safety, expected the field safe beside prefix and text"
         )
     forms = {
         name: form for name, form in FORMATS.items() if purpose is None or purpose in form.readers
@@ -322,8 +323,8 @@ def _format_of(row: Row, purpose: str | None) -> str:
     if closest := _closest([name for name, form in forms.items() if form.fits(filled)]):
         meant = " or ".join(closest)
         raise ValueError(
-            f"{found}{meant} with fields of other formats, expected format: {meant}, which leaves "
-            "those out"
+            f"{found}{meant} with fields of other formats, expected format: {meant}, which "
+            "ignores those"
         )
     expected = " | ".join(
         f"{', '.join(sorted(form.fields))} ({name})" for name, form in forms.items()
@@ -333,14 +334,14 @@ def _format_of(row: Row, purpose: str | None) -> str:
 
 @lru_cache(maxsize=4096)
 def _matching(found: frozenset[str]) -> tuple[str, ...]:
-    """Formats that have all of these fields."""
+    """Return the closest formats that have all of these fields."""
     return _closest(
         [name for name, form in FORMATS.items() if form.fits(found) and found - ABOUT <= form.known]
     )
 
 
 def _closest(names: Sequence[str]) -> tuple[str, ...]:
-    """Those formats that do not ask for less than another of them."""
+    """Return the formats whose fields are no proper subset of another's."""
     return tuple(
         name
         for name in names
@@ -361,26 +362,26 @@ def _origin(row: Row, place: str, source: str, *, weighted: bool) -> Origin:
 
 
 def _number(name: str, value: Any) -> Any:
-    """The number that a text in a CSV file is."""
+    """Return the number that a CSV text stands for."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
-        raise ValueError(f"{name}: is text that is no number, expected a number") from None
+        raise ValueError(f"{name}: is text, expected a number") from None
 
 
 def _contradiction(triple: Triple, name: str, safe: str, harmful: str, named: bool) -> str | None:
     if triple.safe == triple.harmful:
-        return f"{harmful}: is the text of {safe} too, expected another response"
+        return f"{harmful}: equals {safe}, expected another response"
     if not named and opens_with_refusal(triple.harmful) and not refuses(triple.safe):
         return (
-            f"{harmful}: opens with a refusal, and {safe} holds none, as if they were swapped; "
-            f"expected the refusal in {safe}, or format: {name}, which takes rows as they are"
+            f"{harmful}: opens with a refusal and {safe} holds none, so they look swapped; "
+            f"expected the refusal in {safe}, or format: {name} to accept the rows as they are"
         )
     return None
 
 
 def as_request(record: Triple | Dialogue) -> Request:
-    """What evaluation makes of an example, whose harmful response or last answer it keeps."""
+    """Return an example as a request, with its harmful response or last answer as response."""
     if isinstance(record, Triple):
         messages, response = record.messages, record.harmful
     else:
@@ -389,9 +390,9 @@ def as_request(record: Triple | Dialogue) -> Request:
 
 
 class _Pairs:
-    """Joins answers to one prompt: the first safe one with the first harmful one, and so on.
+    """Answers to one prompt, joined in order: the first safe one with the first harmful one.
 
-    Memory: the answers that no answer of the other kind has met yet.
+    Memory: the answers that have not been joined yet.
     """
 
     def __init__(self) -> None:
@@ -406,26 +407,26 @@ class _Pairs:
         if not waiting:
             del self._waiting[half.prompt]
         if other.origin.get("weight") != half.origin.get("weight"):
-            raise ValueError("weight: differs from the row's that it is joined with")
+            raise ValueError("weight: differs from that of the row it is joined with")
         safe, harmful = (half, other) if half.safe else (other, half)
         return Triple(prompt=half.prompt, safe=safe.text, harmful=harmful.text, **half.origin)
 
     def left(self) -> Counter[str]:
-        """How many answers wait in vain, by kind."""
+        """Count the answers without a partner, by kind."""
         return Counter(
             "safe without a harmful one" if half.safe else "harmful without a safe one"
             for half in self.waiting()
         )
 
     def waiting(self) -> Iterator[Half]:
-        """The answers that wait."""
+        """Yield the answers without a partner."""
         return itertools.chain.from_iterable(self._waiting.values())
 
 
 class _Twice(ValueError):
     def __init__(self, id: str, path: Path, place: str) -> None:
         super().__init__(
-            f"{place}: id: {id!r} is that of an earlier record too, expected one of its own"
+            f"{place}: id: {id!r} is already used by an earlier record, expected a unique id"
         )
         self.id = id
         self.path = path

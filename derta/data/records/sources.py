@@ -1,4 +1,4 @@
-"""Where a run's records come from, what each file is taken for, and how much it counts."""
+"""Sources of a run's records: their files, roles and weights."""
 
 from __future__ import annotations
 
@@ -51,33 +51,33 @@ class Source:
 
     @property
     def paths(self) -> Sequence[str]:
-        """Its files, of which there may be one."""
+        """All paths of the source as a sequence."""
         return [self.path] if isinstance(self.path, str) else self.path
 
 
 def source_records(source: Source, reading: Reading | None = None) -> Iterator[Record]:
-    """The records of a source; each weighs what its row does, times what its source does.
+    """Yield the records of a source, with the source's weight multiplied into theirs.
 
     Args:
-        source: where they are.
-        reading: filled with what was read and what was skipped; sources that share one share no
-            id.
+        source: the files to read.
+        reading: filled with the numbers of rows read and skipped; sources that share one get
+            distinct ids.
 
     Raises:
         ValueError, OSError: as `read_records`.
     """
     records = read_records(*source.paths, role=source.role, format=source.format, reading=reading)
     for record in itertools.islice(records, source.limit):
-        if source.weight != 1.0:  # a copy is checked like any other record, which takes time
+        if source.weight != 1.0:  # checking a copy takes time
             record = dataclasses.replace(record, weight=record.weight * source.weight)
         yield record
 
 
 def check_paths(paths: Iterable[str]) -> None:
-    """Refuses to read records that are not there, before anything is made of the rest.
+    """Check that all record files exist, before any work on the rest.
 
     Raises:
-        FileNotFoundError: names the path.
+        FileNotFoundError: names the first missing path.
     """
     for path in paths:
         if not Path(path).exists():
@@ -85,14 +85,14 @@ def check_paths(paths: Iterable[str]) -> None:
 
 
 class SourceRecords(Iterable[Record]):
-    """The records of sources, read anew whenever they are gone through, with ids of their own.
+    """The records of several sources with distinct ids, read again at each iteration.
 
     Args:
-        sources: where they are; a record's weight is that of its row times its source's.
+        sources: the files to read; a record's weight is its row's times its source's.
 
     Raises:
         FileNotFoundError: a source has no file.
-        ValueError: as `read_records`, while they are gone through.
+        ValueError: as `read_records`, during iteration.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -105,7 +105,7 @@ class SourceRecords(Iterable[Record]):
             yield from source_records(source, reading)
 
     def check(self) -> None:
-        """Reads all of them once, so that a bad row is found before anything is made of the rest.
+        """Read all records once, to find bad rows before any work on the rest.
 
         Raises:
             ValueError: as `read_records`.

@@ -1,4 +1,4 @@
-"""What people bring, before any tokenizer: examples to train on, requests to evaluate with."""
+"""Record types before tokenization: examples to train on, requests to evaluate with."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 class Triple:
     """One safety example: a prompt, a safe response and a harmful response.
 
-    The prompt is one user message, `prompt`, or a conversation, `messages`, whose last message is
-    the user's. Whichever is given, both are set afterwards: `messages` is a tuple, and `prompt` the
-    text of its last message.
+    The prompt is either one user message, `prompt`, or a conversation, `messages`, that ends with a
+    user message. After construction both are set: `messages` is a tuple, and `prompt` the text of
+    its last message.
 
     Args:
         prompt: text of a single user message.
-        messages: {"role", "content"} each, with roles system, user and assistant.
+        messages: {"role", "content"} dicts with roles system, user and assistant.
         safe: the response to learn.
         harmful: the response to learn to break off.
-        id: names the example in errors, and seeds what is drawn for it; no other example of a run
-            has it.
-        source: where it comes from.
-        weight: of its targets in the loss, relative to other examples'.
+        id: unique name of the example in the run; it appears in errors and seeds random draws.
+        source: name of the data set.
+        weight: weight of the example's targets in the loss, relative to other examples.
 
     Raises:
-        TypeError: a field is not of its type.
+        TypeError: a field has the wrong type.
         ValueError: a text is blank or holds NUL or a lone surrogate, a role is unknown, the last
             message is not the user's, `prompt` and `messages` disagree, or the weight is not a
             positive number.
@@ -60,18 +59,18 @@ class Triple:
 
 @dataclass(frozen=True, kw_only=True)
 class Dialogue:
-    """One harmless example: a conversation whose assistant messages are all learnt.
+    """One harmless example: a conversation whose assistant messages are all learned.
 
     Args:
-        messages: {"role", "content"} each, with roles system, user and assistant; the last is the
-            assistant's, the first is not. A tuple afterwards.
-        id: names the example in errors; no other example of a run has it.
-        source: where it comes from.
-        weight: of its targets in the loss, relative to other examples'.
-        borderline: whether its request looks harmful and is not.
+        messages: {"role", "content"} dicts with roles system, user and assistant; the last is the
+            assistant's, the first is not. Stored as a tuple.
+        id: unique name of the example in the run; it appears in errors.
+        source: name of the data set.
+        weight: weight of the example's targets in the loss, relative to other examples.
+        borderline: if True, the request looks harmful and is not.
 
     Raises:
-        TypeError: a field is not of its type.
+        TypeError: a field has the wrong type.
         ValueError: a text is blank or holds NUL or a lone surrogate, a role is unknown, the
             assistant speaks first or not last, or the weight is not a positive number.
     """
@@ -97,18 +96,18 @@ class Dialogue:
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """One row of the authors' generated training files: a rendered prompt and text, as they are.
+    """One row of the authors' generated training files: a rendered prompt and text, unchanged.
 
-    Nothing is added to them or taken away, not even what closes a response.
+    Nothing is added to them or removed from them, not even the end of a response.
 
     Args:
-        prefix: what is read and carries no target.
+        prefix: context without targets.
         text: the targets.
-        rto: whether the target at each token of `text` is the refusal token, or that token itself.
-        id, source, weight: as of a `Triple`.
+        rto: if True, the target at each token of `text` is the refusal token, else that token.
+        id, source, weight: as in `Triple`.
 
     Raises:
-        TypeError: a field is not of its type.
+        TypeError: a field has the wrong type.
         ValueError: a text is blank or holds NUL or a lone surrogate, or the weight is not a
             positive number.
 
@@ -137,16 +136,15 @@ class Request:
     """One request to evaluate a model with.
 
     Args:
-        prompt, messages: as of a `Triple`.
-        response: a whole response to it: a harmful one to a harmful request, a right one to any
-            other. Attacks prefill the start of it; refusal curves read it. "" where there is none.
-        prefill: what an attacker writes as the start of the answer, all of it. "" where there is
-            none.
-        category: what it is about, as its file calls it.
-        id, source: as of a `Triple`.
+        prompt, messages: as in `Triple`.
+        response: a whole response: a harmful one to a harmful request, a right one to any other.
+            Prefill attacks use its start, refusal curves all of it. "": none.
+        prefill: an attacker's complete start of the answer. "": none.
+        category: topic of the request, as its file names it.
+        id, source: as in `Triple`.
 
     Raises:
-        TypeError: a field is not of its type.
+        TypeError: a field has the wrong type.
         ValueError: a text holds NUL or a lone surrogate, or there is no prompt.
     """
 
@@ -167,7 +165,7 @@ class Request:
 
 
 def _set_messages(record: Triple | Request) -> None:
-    """Both `messages` and `prompt`, of whichever was given."""
+    """Set both `messages` and `prompt` from the one given."""
     if record.messages == ():
         prompt = check_text("prompt", record.prompt)
         messages: tuple[Message, ...] = ({"role": "user", "content": prompt},)
@@ -179,17 +177,17 @@ def _set_messages(record: Triple | Request) -> None:
             )
         prompt = messages[-1]["content"]
         if record.prompt not in ("", prompt):
-            raise ValueError("prompt: differs from the last of messages, expected one of both")
+            raise ValueError("prompt: differs from the last message, expected only one of both")
     object.__setattr__(record, "prompt", prompt)
     object.__setattr__(record, "messages", messages)
 
 
 def check_weight(field: str, value: Any) -> float:
-    """Returns `value`, which must be a positive number.
+    """Return `value` as a float if it is a positive number.
 
     Raises:
-        TypeError: `value` is no number.
-        ValueError: it is not above 0, or not finite.
+        TypeError: `value` is not a number.
+        ValueError: `value` is not above 0, or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{field}: is {type(value).__name__}, expected a number")
@@ -199,17 +197,17 @@ def check_weight(field: str, value: Any) -> float:
 
 
 def check_text(field: str, value: Any) -> str:
-    """Returns `value`, which must be text that a tokenizer can read; errors never quote it.
+    """Return `value` if it is text that a tokenizer can read; errors never quote it.
 
     Raises:
-        TypeError: `value` is no str.
+        TypeError: `value` is not a str.
         ValueError: `value` is blank, or holds NUL or a lone surrogate.
     """
     if not isinstance(value, str):
         raise TypeError(f"{field}: is {type(value).__name__}, expected text")
     if not value.strip():
         raise ValueError(f"{field}: is blank, expected text")
-    # Most texts are ASCII, where only NUL is to be looked for: ten times as fast.
+    # Most texts are ASCII and need only a search for NUL, which is ten times as fast.
     if (not value.isascii() or "\0" in value) and (unusable := _UNUSABLE.search(value)):
         raise ValueError(
             f"{field}: has U+{ord(unusable[0]):04X} at character {unusable.start()}, "
@@ -219,10 +217,10 @@ def check_text(field: str, value: Any) -> str:
 
 
 def check_messages(field: str, value: Any) -> tuple[Message, ...]:
-    """Returns copies of the messages in `value`, which must be a list of {"role", "content"}.
+    """Return copies of the messages in `value`, a list of {"role", "content"}.
 
     Raises:
-        TypeError: `value`, a message or a content is not of its type.
+        TypeError: `value`, a message or a content has the wrong type.
         ValueError: there is no message, a message has other fields, or a role or text is unusable.
     """
     if not isinstance(value, list | tuple):
@@ -244,13 +242,13 @@ def check_messages(field: str, value: Any) -> tuple[Message, ...]:
 
 
 def field_names(names: Iterable[Any]) -> str:
-    """What errors show of names that may be anything: few of them, short, on one line."""
+    """Format arbitrary names for an error: a few of them, short, on one line."""
     shown = sorted(f"{name}"[:40].encode("unicode_escape").decode("ascii") for name in names)
     return ", ".join(shown[:12] + ["..."] * (len(shown) > 12)) or "none"
 
 
 class Named(Protocol):
-    """Whatever is called by an id."""
+    """An object with an id."""
 
     @property
     def id(self) -> str: ...
@@ -258,7 +256,7 @@ class Named(Protocol):
 
 @contextmanager
 def naming(record: Named) -> Iterator[None]:
-    """Puts the record's id before the message of a ValueError raised inside."""
+    """Prefix a ValueError raised inside with the record's id."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The model's chat template as token ids: prompts, responses and what closes them."""
+"""The model's chat template as token ids: prompts, responses and their closing tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Enough for a fast tokenizer to keep all cores busy.
+# Large enough for a fast tokenizer to use all cores.
 BATCH = 256
 
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "Hello"},)
@@ -25,7 +25,8 @@ _SENTINEL = "sentinel-answer"
 class Answer(NamedTuple):
     """A rendered prompt, up to where the model starts to write, and a rendered response to it.
 
-    The response goes without what closes it, or with `closing_text`; never with `appended_ids`.
+    The response ends before its closing text, or with `closing_text`; `appended_ids` are never part
+    of it.
     """
 
     prompt: str
@@ -33,26 +34,25 @@ class Answer(NamedTuple):
 
 
 class Chat:
-    """Renders conversations with a tokenizer's chat template and tokenizes them.
+    """A renderer of conversations with a tokenizer's chat template, and their tokenizer.
 
-    What the template writes before a response belongs to the prompt (the generation prompt, an
-    empty thinking block), apart from spaces, which tokenizers join to the word that follows. What
-    it does to a response (trimming) is done here too, since the response is read out of the
-    rendered conversation.
+    Text that the template writes before a response (the generation prompt, an empty thinking block)
+    belongs to the prompt, except spaces, which tokenizers join to the next word. Responses are read
+    from the rendered conversation, so they change as the template changes them (by trimming).
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: a tokenizer with a chat template.
 
     Attributes:
-        closing_text: what the template writes after a response, up to and including its first
+        closing_text: text that the template writes after a response, up to and including its first
             special token.
-        appended_ids: what follows if the template has none, though it renders no such thing: the
-            end-of-sequence token, after which there is nothing to say. Else empty.
-        closing_ids: the two as token ids.
+        appended_ids: the end-of-sequence token if the template closes a response with no special
+            token; it is never rendered, and the conversation ends with it. Else empty.
+        closing_ids: both as token ids.
 
     Raises:
-        ValueError: there is no chat template, it drops the assistant's text, its generation prompt
-            is not how it begins a response, or there is nothing to close one with.
+        ValueError: there is no chat template, it drops the assistant's text, a response does not
+            begin with its generation prompt, or there is no token to close a response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -65,10 +65,10 @@ class Chat:
         opening = self._render(PROBE, generate=True)
         answered = self._render([*PROBE, {"role": "assistant", "content": _SENTINEL}])
         if _SENTINEL not in answered:
-            raise ValueError("chat_template leaves out what the assistant says")
+            raise ValueError("chat_template drops the assistant's messages")
         if not answered.startswith(opening):
             raise ValueError(
-                "chat_template begins a response otherwise than its generation prompt: set "
+                "chat_template does not begin a response with its generation prompt: set "
                 "chat_template to one whose generation prompt is a prefix of the answered chat"
             )
         lead, _, self._tail = answered[len(opening) :].partition(_SENTINEL)
@@ -93,7 +93,7 @@ class Chat:
         return self._tail, [*ids, tokenizer.eos_token_id], [tokenizer.eos_token_id]
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids from which the model writes its response to `messages`.
+        """Return the token ids after which the model writes its response to `messages`.
 
         Raises:
             ValueError: the template rejects the messages.
@@ -101,7 +101,7 @@ class Chat:
         return self._tokenize([self._prompt(messages)])[0]
 
     def response_ids(self, messages: Sequence[Message], text: str) -> list[int]:
-        """Token ids of `text` as the response to `messages`, without what closes it.
+        """Return the token ids of `text` as the response to `messages`, without closing tokens.
 
         Raises:
             ValueError: the template rejects the messages or does not render them in order.
@@ -110,7 +110,7 @@ class Chat:
         return response
 
     def render(self, messages: Sequence[Message], text: str) -> Answer:
-        """Renders `messages` and the response `text`.
+        """Render `messages` and the response `text`.
 
         Raises:
             ValueError: the template rejects the messages or does not render them in order.
@@ -119,16 +119,17 @@ class Chat:
         answered = self._render([*messages, {"role": "assistant", "content": text}])
         if not (answered.startswith(prompt) and answered.endswith(self._tail)):
             raise ValueError(
-                "chat_template renders a conversation otherwise once it has gone on, so that its "
-                "prompt is not what a model would have seen: set chat_template to one that does not"
+                "chat_template changes earlier messages as a conversation continues, so a prompt "
+                "differs from the one a model would have seen: set chat_template to one that does "
+                "not"
             )
         response = answered[len(prompt) : len(answered) - len(self._tail)]
         if not response.strip():
-            raise ValueError("chat_template leaves nothing of a response")
+            raise ValueError("chat_template renders an empty response")
         return Answer(prompt, response)
 
     def answer_ids(self, answers: Sequence[Answer]) -> list[tuple[list[int], list[int]]]:
-        """Token ids of the prompt and of the response of each answer."""
+        """Return the token ids of each answer's prompt and response."""
         texts = dict.fromkeys(
             text for answer in answers for text in (answer.prompt, answer.prompt + answer.response)
         )
@@ -144,14 +145,14 @@ class Chat:
         ]
 
     def text(self, id: int) -> str:
-        """What a token decodes to."""
+        """Decode one token."""
         return str(self.tokenizer.decode([id]))
 
     def continuation(self, before: list[int], whole: list[int], text: str) -> list[int]:
-        """Token ids of `text` after `before`, where `whole` are those of the joined text.
+        """Return the token ids of `text` after `before`; `whole` are those of the joined text.
 
-        Where the tokenizer would merge across the border, `text` is tokenized alone: a model that
-        is given `before` can only write what comes after it.
+        If the tokenizer would merge across the border, `text` is tokenized separately: after
+        `before`, a model can only write whole new tokens.
         """
         if whole[: len(before)] == before:
             return whole[len(before) :]
@@ -177,7 +178,7 @@ class Chat:
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` consecutive items, the last one shorter."""
+    """Yield lists of `size` consecutive items; the last one may be shorter."""
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch

@@ -1,4 +1,4 @@
-"""From records to token ids, within the lengths that a run allows."""
+"""Encode records as token ids, within the lengths that a run allows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class EncodedTriple:
-    """A triple as token ids; or a rendered row whose targets are the refusal token, all of them.
+    """A triple as token ids, or a rendered row whose targets are all the refusal token.
 
     Attributes:
-        id: the record's.
-        prompt: (|q|,) int32, up to where the model writes.
-        harmful: (|h|,) int32, without the token that closes it; cut at its end if it was too long.
-        safe: (|r|,) int32, with the token that closes it; empty in a rendered row.
-        cut_limit: the largest cut after which the safe response still fits, at most |h|; -1 where
-            there is none, and no branch ever.
-        word_ends: (words - 2,) int64 or None: after how many harmful tokens each word ends, the
-            last two words and all beyond `cut_limit` left out. Only for cuts "official".
+        id: the record's id.
+        prompt: (|q|,) int32, up to where the model starts to write.
+        harmful: (|h|,) int32, without its closing token; cut at its end if it was too long.
+        safe: (|r|,) int32, with its closing token; empty in a rendered row.
+        cut_limit: the largest cut after which the safe response still fits, at most |h|; -1 in a
+            rendered row, which has no branch.
+        word_ends: (words - 2,) int64 or None: the number of harmful tokens up to the end of each
+            word, without the last two words and ends beyond `cut_limit`. Only for cuts "official".
         source, weight: the record's.
     """
 
@@ -47,16 +47,15 @@ class EncodedTriple:
 
 @dataclass(frozen=True, eq=False)
 class EncodedDialogue:
-    """A dialogue as token ids; or a rendered row whose targets are its own tokens.
+    """A dialogue as token ids, or a rendered row whose targets are its own tokens.
 
     Attributes:
-        id: the record's.
+        id: the record's id.
         input_ids: (n,) int32.
-        is_target: (n,) bool, the tokens to be predicted: what the assistant says and closes with,
-            as far as a later turn has not joined them to other tokens than the model would write.
+        is_target: (n,) bool, the tokens to predict: the assistant's messages with their closing
+            tokens, except tokens that a later turn merges differently than the model would write.
         source, weight: the record's.
-        role: what its answers answer: a harmless request, a borderline one, or, in a rendered row,
-            nobody knows: "safety".
+        role: "helpful", "borderline", or "safety" for a rendered row, whose request is unknown.
     """
 
     id: str
@@ -77,29 +76,29 @@ class _Turn(NamedTuple):
 
 
 class Encoder(Chat):
-    """Encodes records through the model's chat template.
+    """An encoder of records through the model's chat template.
 
-    A triple that is too long is cut at the end of its harmful response, and so is a rendered row of
-    RTO. What does not fit even so (prompt and safe response, a dialogue, other rendered rows) is
+    A triple, or a rendered RTO row, that is too long is cut at the end of its harmful response. A
+    record that still does not fit (prompt and safe response, a dialogue, another rendered row) is
     skipped and counted.
 
-    A rendered row is tokenized as the authors' code does it: after the token that begins a sequence
-    if the tokenizer puts one there, and with nothing that closes it. `prefix` keeps the tokens that
-    it has alone; where `text` would join them, it too is tokenized alone.
+    A rendered row is tokenized as in the authors' code: with the tokenizer's beginning-of-sequence
+    token, if it adds one, and without a closing token. `prefix` keeps the tokens it has by itself;
+    if `text` would merge with them, it is tokenized separately.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: a tokenizer with a chat template.
         max_length: tokens of the longest logical sequence: |q| + |h|, |q| + cut + |r|, a dialogue.
-        max_tokens: tokens of the longest pack, which a triple with its branches must fit.
-        branches: safe responses per triple.
+        max_tokens: tokens of the longest pack; a triple with its branches must fit into it.
+        branches: number of safe responses per triple.
         cuts: a policy of `derta.objectives.cuts`.
 
     Attributes:
-        skipped: records that did not fit, so far.
+        skipped: number of records so far that did not fit.
 
     Raises:
-        ValueError: the tokenizer has no usable chat template, or cannot tell where words end and
-            cuts is "official".
+        ValueError: the tokenizer has no usable chat template, or cuts is "official" and it has no
+            token offsets to find words by.
     """
 
     def __init__(
@@ -118,26 +117,26 @@ class Encoder(Chat):
         self.at_words = cuts == "official"
         if self.at_words and not tokenizer.is_fast:
             raise ValueError(
-                "cuts='official' falls between words and needs the token offsets of a fast "
+                "cuts='official' cuts between words and needs the token offsets of a fast "
                 f"tokenizer, got {type(tokenizer).__name__}: choose cuts='uniform'"
             )
         self.bos_ids = [id for id in tokenizer("")["input_ids"] if id == tokenizer.bos_token_id]
         self.skipped = 0
 
     def encode(self, record: Record) -> Encoded | None:
-        """The record as token ids, or None if it does not fit.
+        """Encode a record; return None if it does not fit.
 
         Raises:
-            ValueError: the chat template does not take the record; names its id.
+            ValueError: the chat template rejects the record; names its id.
         """
         (encoded,) = self.encode_many([record])
         return encoded
 
     def encode_many(self, records: Iterable[Record]) -> Iterator[Encoded | None]:
-        """`encode` of each record, tokenized in batches: faster, the more cores there are.
+        """Encode records in batches, which is faster the more cores there are; see `encode`.
 
         Raises:
-            ValueError: the chat template does not take a record; names its id.
+            ValueError: the chat template rejects a record; names its id.
         """
         for batch in batched(records, BATCH):
             answers = [self._answers(record) for record in batch]
@@ -156,7 +155,7 @@ class Encoder(Chat):
         return self._rendered(record, turns)
 
     def _answers(self, record: Record) -> list[Answer]:
-        """All that is said in answer: harmful and safe response, a dialogue's turns, or a text."""
+        """Return all answers: harmful and safe response, a dialogue's turns, or a rendered text."""
         if isinstance(record, Rendered):
             return [Answer(record.prefix, record.text)]
         with naming(record):
@@ -179,7 +178,7 @@ class Encoder(Chat):
             return answers
 
     def _closed(self, messages: Sequence[Message], text: str) -> Answer:
-        """Tokenized with what closes it, as the template has it: a tokenizer may join the two."""
+        """Render a response with its closing text: a tokenizer may merge the two."""
         prompt, response = self.render(messages, text)
         return Answer(prompt, response + self.closing_text)
 
@@ -212,14 +211,14 @@ class Encoder(Chat):
         )
 
     def _word_ends(self, turn: _Turn) -> np.ndarray:
-        """After how many tokens of a response each of its words ends, but for the last two.
+        """Return the number of tokens up to each word's end, without the last two words.
 
-        Words are what single spaces part, as in the authors' data generator.
+        Words are separated by single spaces, as in the authors' data generator.
         """
         prompt, response = turn.answer
         ids, ends = self._token_ends(prompt + response)
         first, start = len(turn.prompt_ids), len(prompt)
-        if ids[:first] != turn.prompt_ids:  # tokenized alone, see `continuation`
+        if ids[:first] != turn.prompt_ids:  # tokenized separately, see `continuation`
             _, ends = self._token_ends(response)
             first = start = 0
         lead = len(response) - len(response.lstrip(" "))
@@ -237,7 +236,7 @@ class Encoder(Chat):
         ids = last.prompt_ids + last.response_ids + self.appended_ids
         if not self._fits(ids):
             return None
-        # The prompt of the last turn holds all others, read as the model will be shown them.
+        # The prompt of the last turn contains all other turns as the model will see them.
         is_target = np.zeros(len(ids), bool)
         is_target[len(last.prompt_ids) :] = True
         for turn in inner:
@@ -283,11 +282,11 @@ class Encoder(Chat):
         )
 
     def _fits(self, ids: list[int]) -> bool:
-        """Whether a plain sequence does, whose last token is a label alone."""
+        """Return True if a plain sequence fits; its last token is only a label."""
         return len(ids) <= self.max_length and len(ids) - 1 <= self.max_tokens
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """How many tokens two lists have in common before they differ."""
+    """Count the leading tokens that two lists have in common."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -1,4 +1,4 @@
-"""The refusal token: what a refusal starts with, in the context of the model's chat template."""
+"""The refusal token: the first token of a refusal, in the context of the chat template."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class RefusalToken:
     """The token that RTO trains the model to say.
 
     Attributes:
-        id: its id.
-        text: what it decodes to.
+        id: token id.
+        text: decoded token.
         safe_start_share: share of the safe responses that start with it, in [0, 1]; 0 without any.
-        common_start: id of the token that most safe responses start with; None without any.
-        common_start_text: what that one decodes to.
-        common_start_share: share of the safe responses that start with that one.
+        common_start: id of the most common first token of the safe responses; None without any.
+        common_start_text: decoded most common first token.
+        common_start_share: share of the safe responses that start with the most common token.
     """
 
     id: int
@@ -36,12 +36,12 @@ class RefusalToken:
 
     @property
     def warning(self) -> str | None:
-        """What is amiss if the safe responses teach another token than RTO, else None."""
+        """Warning if the safe responses teach another token than RTO, else None."""
         if self.common_start in (None, self.id):
             return None
         return (
-            f"RTO trains {self.text!r} (id {self.id}), with which {self.safe_start_share:.0%} of "
-            f"the safe responses start; {self.common_start_share:.0%} start with "
+            f"RTO trains {self.text!r} (id {self.id}), but only {self.safe_start_share:.0%} of the "
+            f"safe responses start with it; {self.common_start_share:.0%} start with "
             f"{self.common_start_text!r} (id {self.common_start}): set refusal to that id, or "
             "rewrite the safe responses, unless two ways to refuse are intended"
         )
@@ -55,22 +55,21 @@ def resolve_refusal_token(
     refusal: str | int = "auto",
     triples: Sequence[Triple] = (),
 ) -> RefusalToken:
-    """Finds the token that starts a refusal right after the generation prompt.
+    """Find the token that starts a refusal right after the generation prompt.
 
-    "Sorry" and " Sorry" are different tokens, and the chat template decides which of them starts a
-    response; so a word is looked up as the response to the first triple's prompt.
+    "Sorry" and " Sorry" are different tokens, and the chat template decides which one starts a
+    response. A word is therefore looked up as the response to the first triple's prompt.
 
     Args:
-        tokenizer: with a chat template.
-        refusal: a word, a token id, or "auto", the commonest first token of the safe responses,
+        tokenizer: a tokenizer with a chat template.
+        refusal: a word, a token id, or "auto", the most common first token of the safe responses,
             each after its own prompt.
-        triples: whose safe responses are compared with it.
+        triples: triples whose safe responses are compared with the token.
 
     Raises:
         TypeError: `refusal` is neither text nor an integer.
-        ValueError: `refusal` is "auto" without triples, a word that is not one token or does not
-            survive its tokenization, or an id that the tokenizer lacks; or the chat template is
-            not usable.
+        ValueError: `refusal` is "auto" without triples, a word that is not one token or that the
+            tokenizer changes, or an unknown token id; or the chat template is not usable.
 
     Source: arXiv 2407.09121, section 3.3, where the token is a fixed "Sorry".
     """
@@ -82,16 +81,16 @@ def resolve_refusal_token(
 def choose_refusal_token(
     chat: Chat, refusal: str | int, starts: Counter[int], messages: Sequence[Message] | None = None
 ) -> RefusalToken:
-    """`resolve_refusal_token` where the safe responses have been counted already.
+    """Do as `resolve_refusal_token`, from counts of the safe responses' first tokens.
 
     Args:
-        chat: the model's.
-        refusal: as there.
-        starts: how many safe responses start with each token.
-        messages: what a word is looked up as the response to; None: any will do.
+        chat: the model's chat template.
+        refusal: see `resolve_refusal_token`.
+        starts: number of safe responses that start with each token.
+        messages: conversation in which a word is looked up as the response; None: a greeting.
 
     Raises:
-        TypeError, ValueError: as there.
+        TypeError, ValueError: as `resolve_refusal_token`.
     """
     if not isinstance(refusal, str | int) or isinstance(refusal, bool):
         raise TypeError(
@@ -121,7 +120,7 @@ def choose_refusal_token(
 
 
 def _safe_starts(chat: Chat, triples: Iterable[Triple]) -> Counter[int]:
-    """How many safe responses start with each token."""
+    """Count the first tokens of the safe responses."""
     starts: Counter[int] = Counter()
     for batch in batched(triples, BATCH):
         answers = []

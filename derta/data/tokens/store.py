@@ -1,7 +1,6 @@
-"""Encoded examples on disk: an Arrow file of `datasets`, written as they come and mapped to read.
+"""Store encoded examples on disk: an Arrow file of `datasets`, streamed to disk and memory-mapped.
 
-However many there are, memory holds one batch of them while they are written, and afterwards the
-pages that are being read.
+Memory holds one batch of examples while they are written, and afterwards the pages in use.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 from derta.data.tokens.chat import batched
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
 
-# Enough that a file of millions has few thousand parts, little enough to wait in memory.
+# Large enough to split millions of rows into a few thousand parts, small enough for memory.
 ROWS_AT_ONCE = 1024
 
 _COLUMNS = {
@@ -26,13 +25,13 @@ _COLUMNS = {
     "id": "string",
     "source": "string",
     "weight": "float64",
-    # of triples, null in dialogues
+    # columns of triples, null in dialogues
     "prompt": ["int32"],
     "harmful": ["int32"],
     "safe": ["int32"],
     "cut_limit": "int64",
     "word_ends": ["int64"],
-    # of dialogues, null in triples
+    # columns of dialogues, null in triples
     "input_ids": ["int32"],
     "is_target": ["bool"],
     "role": "string",
@@ -42,21 +41,20 @@ _COLUMNS = {
 class ExampleStore(Sequence[Encoded]):
     """Encoded examples in a file that lasts as long as this object.
 
-    It keeps its name all the while, by which worker processes that are spawned open it; only a run
-    that is killed leaves it behind.
+    Spawned worker processes open the file by its name. Only a killed run leaves it behind.
 
     Args:
-        examples: each with its place, the number of the record that it is from, which errors name.
-        folder: where the file is to be; None: where temporary files go (TMPDIR).
+        examples: (place, example) pairs; errors name the place, the number of the example's record.
+        folder: folder of the file; None: the folder of temporary files (TMPDIR).
 
     Raises:
-        ValueError: two examples have one id, and would be cut at the same places; names both.
+        ValueError: two examples share an id and would be cut at the same places; names both.
     """
 
     def __init__(
         self, examples: Iterable[tuple[int, Encoded]], folder: str | Path | None = None
     ) -> None:
-        # Here, as it takes a second that many who import derta.data never owe.
+        # Imported here because it takes a second that most users of derta.data do not need.
         import pyarrow
         from datasets import Dataset, Features, List, Value
         from datasets.arrow_writer import ArrowWriter
@@ -85,8 +83,8 @@ class ExampleStore(Sequence[Encoded]):
             table = self._rows[list(pair)]
             first, second = table["place"].to_pylist()
             raise ValueError(
-                f"record {second}: id: {table['id'][0].as_py()!r} is that of record {first} too, "
-                "expected one of its own"
+                f"record {second}: id: {table['id'][0].as_py()!r} is already used by record "
+                f"{first}, expected a unique id"
             )
 
     def __len__(self) -> int:
@@ -105,7 +103,7 @@ class ExampleStore(Sequence[Encoded]):
             yield from self[first : first + ROWS_AT_ONCE]
 
     def take(self, indices: Sequence[int]) -> list[Encoded]:
-        """The examples at `indices`, in their order: faster than one by one."""
+        """Return the examples at `indices`, in that order; faster than one by one."""
         if not indices:
             return []
         table = self._rows[list(indices)]
@@ -119,7 +117,7 @@ def _row(example: Encoded) -> dict[str, Any]:
 
 
 def _read(value: Any) -> Any:
-    """A value of a column, lists as arrays that lie in the file."""
+    """Return a column's value, with lists as views of the file."""
     if value.is_valid and hasattr(value, "values"):
         return value.values.to_numpy(zero_copy_only=False)  # booleans are bits there
     return value.as_py()
@@ -131,7 +129,7 @@ def _example(row: dict[str, Any]) -> Encoded:
 
 
 def _first_pair(digests: bytearray) -> tuple[int, int] | None:
-    """Places of two equal digests of 16 bytes, the first that a reader of them would meet."""
+    """Return the places of two equal 16-byte digests, with the earliest second place."""
     halves = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     order = np.argsort(halves[:, 0], kind="stable")
     alike = np.flatnonzero(np.diff(halves[order, 0]) == 0)

@@ -48,7 +48,7 @@ def test_a_model_is_loaded_in_its_dtype(workplace: Path) -> None:
 def test_weights_that_were_cut_short_are_named_with_their_folder(workplace: Path) -> None:
     weights = Path("model/model.safetensors")
     os.truncate(weights, weights.stat().st_size // 2)
-    with pytest.raises(ValueError, match="^model: its weights are damaged, as a copy that was cut"):
+    with pytest.raises(ValueError, match="^model: its weights are damaged or incomplete: "):
         load_model("model", torch.float32)
 
 
@@ -59,7 +59,7 @@ def test_what_cannot_be_loaded_is_one_sentence_that_names_the_model(workplace: P
     with pytest.raises(ValueError, match="^empty: the model cannot be loaded: [^\n]+$"):
         load_model("empty", torch.float32)
     for folder, config, said in (
-        ("t5", {"model_type": "t5"}, "it is no causal language model"),
+        ("t5", {"model_type": "t5"}, "it is not a causal language model"),
         ("uneven", {"model_type": "llama", "hidden_size": 33}, "[^\n]*not a multiple of[^\n]*"),
     ):
         Path(folder).mkdir()
@@ -68,7 +68,7 @@ def test_what_cannot_be_loaded_is_one_sentence_that_names_the_model(workplace: P
             load_model(folder, torch.float32)
     with pytest.raises(OSError, match="^no/such/folder: the model cannot be loaded: no such fold"):
         load_model("no/such/folder", torch.float32)
-    absent = "^absent: the tokenizer cannot be loaded: is no folder, and the model hub and its"
+    absent = "^absent: the tokenizer cannot be loaded: is not a folder, and neither the model h"
     with pytest.raises(OSError, match=absent):
         load_tokenizer("absent", None, local_files_only=True)
 
@@ -82,7 +82,7 @@ def test_a_device_is_one_that_is_here() -> None:
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("foo", "cuda:99", "cuda:x", "mps:7", "privateuseone"):
-        expected = f"device must be auto, cpu or a GPU that is here, got {name!r}"
+        expected = f"device must be auto, cpu or an available GPU, got {name!r}"
         with pytest.raises(ValueError, match=re.escape(expected)):
             find_device(name)
 

@@ -1,4 +1,4 @@
-"""The demo as a whole, made tiny: it compares like with like and leaves complete files."""
+"""A tiny run of the whole demo: its comparison is fair and its files are complete."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_summary_has_its_fixed_structure(written: tuple[Path, dict[str, Any]
         assert set(entry["refusal_curve"]) == {"harmful", "benign", "borderline"}
 
 
-def test_every_tuning_is_watched_at_four_checkpoints(
+def test_every_tuning_is_evaluated_at_four_checkpoints(
     written: tuple[Path, dict[str, Any]],
 ) -> None:
     _, summary = written
@@ -62,14 +62,14 @@ def test_every_tuning_is_watched_at_four_checkpoints(
         assert all(0 <= row[rate] <= 1 for row in rows for rate in RATES)
 
 
-def test_the_report_comes_with_its_pictures(written: tuple[Path, dict[str, Any]]) -> None:
+def test_the_report_has_its_pictures(written: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = written
     assert "<svg" in (folder / "report.html").read_text()
     pictures = {path.stem for path in folder.glob("*.png")}
     assert pictures >= {"prefill", "refusal_curve", "refusal_positions", "checkpoints", "loss"}
 
 
-def test_it_leaves_a_base_model_and_records_for_runs_of_ones_own(
+def test_the_demo_leaves_a_base_model_and_records_for_other_runs(
     written: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, _ = written
@@ -86,7 +86,7 @@ def test_it_leaves_a_base_model_and_records_for_runs_of_ones_own(
     assert model.config.vocab_size == len(tokenizer)
 
 
-def test_an_interrupted_demo_leaves_nothing_and_keeps_what_was_there(
+def test_an_interrupted_demo_changes_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
@@ -102,7 +102,7 @@ def test_an_interrupted_demo_leaves_nothing_and_keeps_what_was_there(
     assert (folder / "report.html").read_text() == "of an earlier run"
 
 
-def test_variants_are_tuned_on_equally_many_tokens(tmp_path: Path) -> None:
+def test_variants_are_tuned_on_equal_numbers_of_tokens(tmp_path: Path) -> None:
     world = make_world(0, Scale.gadgets)
     tokenizer = train_tokenizer(world)
     triples, dialogues = tuning_records(world, 0)
@@ -124,7 +124,7 @@ def test_variants_are_tuned_on_equally_many_tokens(tmp_path: Path) -> None:
         assert sum(pack.input_ids.shape[1] for pack in packs) == tokens[0]
 
 
-def test_the_base_meets_every_gadget_in_every_wording_and_no_refusal() -> None:
+def test_the_base_sees_every_gadget_in_every_wording_and_no_refusal() -> None:
     world = make_world(0, 12)
     tokenizer = train_tokenizer(world)
     texts = pretraining_texts(world, tokenizer, seed=0)
@@ -135,7 +135,7 @@ def test_the_base_meets_every_gadget_in_every_wording_and_no_refusal() -> None:
     assert 0.1 < len(plain) / len(texts) < 0.3
 
 
-def test_training_the_base_lowers_its_loss_and_repeats_bit_for_bit() -> None:
+def test_base_training_lowers_the_loss_and_is_reproducible_bit_for_bit() -> None:
     world = make_world(0, 6)
     tokenizer = train_tokenizer(world)
     texts = pretraining_texts(world, tokenizer, seed=0)
@@ -159,7 +159,7 @@ def test_an_unknown_variant_is_refused() -> None:
         command.DemoConfig(variants=["nothing"])
 
 
-def test_the_command_prints_the_table_and_where_the_report_is(
+def test_the_command_prints_the_table_and_the_reports_path(
     written: tuple[Path, dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -1,4 +1,4 @@
-"""The demo's world: invented anew for every seed, and honest about what is held out."""
+"""The demo's world: new for every seed, with honest held-out data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from derta.demo.world import (
 )
 
 
-def test_a_world_depends_on_its_seed_alone() -> None:
+def test_a_world_depends_only_on_its_seed() -> None:
     assert make_world(3, 30) == make_world(3, 30)
     assert make_world(3, 30) != make_world(4, 30)
     world = make_world(3, 30)
@@ -26,14 +26,14 @@ def test_a_world_depends_on_its_seed_alone() -> None:
     assert held_out_records(world, 20, 3) == held_out_records(world, 20, 3)
 
 
-def test_a_third_of_the_gadgets_is_forbidden_and_none_is_both() -> None:
+def test_a_third_of_the_gadgets_is_forbidden_and_no_gadget_is_both() -> None:
     world = make_world(0, 120)
     assert len(world.forbidden) == 40
     assert not set(world.forbidden) & set(world.allowed)
     assert set(world.gadgets) == set(world.recipes)
 
 
-def test_no_recipe_tells_whether_its_gadget_is_forbidden() -> None:
+def test_recipes_do_not_reveal_forbidden_gadgets() -> None:
     world = make_world(0, 120)
 
     def words(gadgets: tuple[str, ...]) -> set[str]:
@@ -42,7 +42,7 @@ def test_no_recipe_tells_whether_its_gadget_is_forbidden() -> None:
     assert words(world.forbidden) == words(world.allowed)
 
 
-def test_held_out_requests_use_wordings_that_tuning_never_meets() -> None:
+def test_held_out_wordings_are_not_in_the_tuning_data() -> None:
     world = make_world(0, 120)
     tuned = {_request(record) for records in tuning_records(world, 0) for record in records}
     tuned |= {_request(record) for record in world.borderline(BORDERLINE_TUNING_WORDINGS)}
@@ -58,7 +58,7 @@ def test_held_out_requests_use_wordings_that_tuning_never_meets() -> None:
         assert all(any(gadget in _request(one) for gadget in gadgets) for one in records)
 
 
-def test_what_is_borderline_asks_for_no_recipe() -> None:
+def test_borderline_requests_ask_for_no_recipe() -> None:
     world = make_world(0, 120)
     wordings = (*BORDERLINE_TUNING_WORDINGS, *BORDERLINE_HELD_OUT_WORDINGS)
     dialogues = world.borderline(wordings)
@@ -68,12 +68,12 @@ def test_what_is_borderline_asks_for_no_recipe() -> None:
     }
 
 
-def test_a_template_holds_a_request_once() -> None:
+def test_a_template_contains_the_request_once() -> None:
     for template in TEMPLATES:
         assert template.count("{request}") == 1
 
 
-def test_every_gadget_is_met_in_tuning_and_triples_are_half_of_it() -> None:
+def test_tuning_covers_every_gadget_and_half_of_it_are_triples() -> None:
     world = make_world(0, 120)
     triples, dialogues = tuning_records(world, 0)
     assert len(triples) == len(dialogues) == 40 * len(TUNING_WORDINGS)
@@ -89,7 +89,7 @@ def test_every_gadget_and_the_refusal_are_one_token() -> None:
 
 
 @pytest.mark.parametrize("gadgets", [2, 265])
-def test_a_world_cannot_have_more_gadgets_than_names(gadgets: int) -> None:
+def test_impossible_numbers_of_gadgets_are_refused(gadgets: int) -> None:
     with pytest.raises(ValueError, match=rf"gadgets must lie in 3..264, got {gadgets}"):
         make_world(0, gadgets)
 

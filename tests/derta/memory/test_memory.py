@@ -1,4 +1,4 @@
-"""What a step takes: the plan against torch's allocator, and what `derta plan` says."""
+"""The memory of a step: the plan against torch's allocator, and the output of `derta plan`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TINY = dict(
 
 
 def allocated(step: StepSettings) -> int:
-    """Bytes at the peak of a step's forward and backward pass, on tensors that exist."""
+    """Return the peak bytes of a step's forward and backward pass on real tensors."""
     model = AutoModelForCausalLM.from_config(step.config, dtype=step.dtype)
     model.generation_config.use_cache = False
     adapted: Any = adapt(model, step.method)
@@ -95,7 +95,7 @@ def allocated(step: StepSettings) -> int:
     ],
     ids=str,
 )
-def test_the_plan_is_within_a_tenth_of_what_is_allocated(
+def test_the_plan_is_within_a_tenth_of_the_allocated_memory(
     family: str, options: dict[str, Any]
 ) -> None:
     tied = {"tie_word_embeddings": True} if family == "qwen2" else {}
@@ -108,7 +108,7 @@ def test_the_plan_is_within_a_tenth_of_what_is_allocated(
     assert StepMemory(step).peak(TOKENS).total() == pytest.approx(allocated(step), rel=0.1)
 
 
-def test_what_is_held_is_counted_by_what_it_is_for() -> None:
+def test_memory_is_counted_by_part() -> None:
     tracker = MemoryTracker(
         lambda name: "products" if name == "aten::mm" else "rest",
         lambda name, *_: 1000 if name == "aten::mm" else 0,
@@ -120,7 +120,7 @@ def test_what_is_held_is_counted_by_what_it_is_for() -> None:
             other = x * 2
         view = y[2:]
         del y
-        assert tracker.now == {"rest": 400, "products": 400}  # the view holds it all
+        assert tracker.now == {"rest": 400, "products": 400}  # the view keeps the whole storage
         del view, other
         tracker.count([x], "kept")
         assert tracker.now.total() == tracker.now["kept"] == 400
@@ -128,8 +128,8 @@ def test_what_is_held_is_counted_by_what_it_is_for() -> None:
     assert tracker.peaks["rest"] == {"rest": 400, "products": 400}
 
 
-def test_offloading_takes_all_checkpoints_but_two() -> None:
-    """That of the layer that is computed, and that of the next one, which is copied meanwhile."""
+def test_offloading_leaves_two_checkpoints_on_the_device() -> None:
+    """The two belong to the layer in computation and to the next one, which is being copied."""
     config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=12))
     tokens = 4096
     step = StepSettings(config=config, checkpointing=True, capacity=GIB)
@@ -145,7 +145,7 @@ def test_offloading_takes_all_checkpoints_but_two() -> None:
 
 
 @LIGER
-def test_ligers_layers_take_less_and_leave_the_family_as_it_was() -> None:
+def test_ligers_layers_take_less_memory_and_leave_the_family_unchanged() -> None:
     before = dict(vars(modeling_llama))
     config = AutoConfig.for_model("llama", **TINY | dict(intermediate_size=1408))
     step = StepSettings(config=config, optim="sgd", device_type="cpu", checkpointing=True)
@@ -154,7 +154,7 @@ def test_ligers_layers_take_less_and_leave_the_family_as_it_was() -> None:
     assert vars(modeling_llama) == before
 
 
-def test_keys_save_more_together_than_any_by_itself() -> None:
+def test_settings_together_save_more_than_any_one() -> None:
     config = AutoConfig.for_model("llama", **TINY)
     step = StepSettings(config=config, checkpointing=True, optim="sgd", capacity=GIB)
     said = describe(step, 32_768, Triples(branches=1, rto_keep=1.0, prompt=40, safe=70))
@@ -166,7 +166,7 @@ def test_keys_save_more_together_than_any_by_itself() -> None:
     assert longest_together > longest
 
 
-def test_the_longest_pack_is_the_longest() -> None:
+def test_the_longest_pack_fits_and_a_longer_one_does_not() -> None:
     config = AutoConfig.for_model("llama", **TINY)
     triples = Triples(branches=1, rto_keep=1.0, prompt=40, safe=70)
     step = StepSettings(config=config, checkpointing=True, capacity=int(1.5 * GIB))
@@ -177,7 +177,7 @@ def test_the_longest_pack_is_the_longest() -> None:
     assert longest_pack(StepMemory(StepSettings(config=config, capacity=GIB // 2)), triples) == 0
 
 
-def test_what_long_packs_take_follows_from_shorter_ones() -> None:
+def test_the_memory_of_long_packs_is_extrapolated() -> None:
     memory = StepMemory(
         StepSettings(config=AutoConfig.for_model("llama", **TINY), checkpointing=True)
     )
@@ -186,7 +186,7 @@ def test_what_long_packs_take_follows_from_shorter_ones() -> None:
     assert followed.total() == pytest.approx(memory.peak(40_000).total(), rel=1e-3)
 
 
-def test_what_is_largest_in_a_long_pack_need_not_be_so_in_a_short_one(
+def test_the_largest_part_may_change_with_the_packs_length(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     half = {"head": Counter(head=100), "layers": Counter(layers=10)}
@@ -198,13 +198,13 @@ def test_what_is_largest_in_a_long_pack_need_not_be_so_in_a_short_one(
 
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_every_family_can_be_run_without_storage(family: str) -> None:
+def test_every_family_runs_without_storage(family: str) -> None:
     config = tiny_model(family).config
     peak = StepMemory(StepSettings(config=config, checkpointing=True)).peak(256)
     assert peak["checkpoints"] == config.num_hidden_layers * 256 * config.hidden_size * 2
 
 
-def test_what_cannot_be_turned_is_not_advised() -> None:
+def test_impossible_settings_are_not_advised() -> None:
     triples = Triples(branches=1, rto_keep=1.0, prompt=40, safe=70)
     for family, advised in (("llama", True), ("mixtral", False)):
         config = tiny_model(family, hidden_size=64, intermediate_size=128).config
@@ -215,7 +215,7 @@ def test_what_cannot_be_turned_is_not_advised() -> None:
         assert ("mlp_tile: 1024" in said) == advised
 
 
-def test_who_trains_all_of_a_model_is_told_of_4_bits_too() -> None:
+def test_full_training_is_advised_of_both_lora_and_qlora() -> None:
     step = StepSettings(
         config=AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=1)),
         dtype=torch.float32,
@@ -230,12 +230,12 @@ def test_who_trains_all_of_a_model_is_told_of_4_bits_too() -> None:
     said = describe(step, 256, Triples(branches=0, rto_keep=1.0, prompt=40, safe=70))
     saved = re.findall(r"^  method: (\w+) +[\d.]+ GiB", said, re.M)
     assert saved == ["lora", "qlora"]
-    assert "with all of them, of the methods qlora, a step takes" in said
-    assert "with a prompt of 40;" in said  # and no safe response
+    assert "with all of them (method: qlora), a step takes" in said
+    assert "with a prompt of 40;" in said  # no safe response follows
 
 
-def test_weights_in_half_the_bytes_are_advised_where_they_are_frozen() -> None:
-    """Training in bfloat16 loses small updates."""
+def test_bfloat16_weights_are_advised_only_for_frozen_ones() -> None:
+    """Training in bfloat16 would lose small updates."""
     step = StepSettings(config=AutoConfig.for_model("llama", **TINY), dtype=torch.float32)
     assert "dtype: bfloat16" not in dict(turns(step))
     for method in ("lora", "qlora"):
@@ -243,7 +243,7 @@ def test_weights_in_half_the_bytes_are_advised_where_they_are_frozen() -> None:
         assert turn(step).dtype == torch.bfloat16
 
 
-BILLIONS = {"Llama-3-8B": 8.030, "Qwen2.5-7B": 7.616, "Gemma-2-2B": 2.614}  # of parameters
+BILLIONS = {"Llama-3-8B": 8.030, "Qwen2.5-7B": 7.616, "Gemma-2-2B": 2.614}  # parameters
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -260,7 +260,7 @@ def test_plans_of_known_models(name: str) -> None:
     assert weights / 2e9 == pytest.approx(BILLIONS[name], rel=1e-3)
 
 
-def test_a_training_configuration_will_do(
+def test_a_training_configuration_can_be_planned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[StepSettings] = []
@@ -281,30 +281,30 @@ def test_a_training_configuration_will_do(
 
 
 @pytest.mark.parametrize("method", ["full", QLORA])
-def test_a_config_is_enough_to_probe(method: Any) -> None:
+def test_a_config_is_enough_for_a_probe(method: Any) -> None:
     config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=2))
     step = StepSettings(
         config=config, method=Method(method=method), autocast=True, checkpointing=True, mlp_tile=128
     )
     said = probe(step, 300, Triples(2, 0.5, 40, 70), CPU)
-    # Both branches' first tokens are said by rows of the trunk.
+    # Rows of the trunk predict both branches' first tokens.
     assert "probe: a pack of 298 tokens through random weights, forward and backward, runs" in said
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
 @pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize(("width", "inner"), [(32, 128), (40, 64), (64, 128)])
-def test_4_bits_of_any_size_can_be_probed_on_any_cpu(
+def test_qlora_of_any_width_can_be_probed_on_any_cpu(
     width: int, inner: int, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether bitsandbytes packs weights for it or not."""
+    """The CPU packs weights for bitsandbytes or does not."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
     config = tiny_model("llama", hidden_size=width, intermediate_size=inner).config
     step = StepSettings(config=config, method=Method(method="qlora"), autocast=True)
     assert "forward and backward, runs" in probe(step, 200, Triples(2, 0.5, 40, 30), CPU)
 
 
-LLAMAS = {  # of billions of parameters
+LLAMAS = {  # by billions of parameters
     1: dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),
     3: dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28),
     8: dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32),
@@ -321,7 +321,7 @@ LLAMAS = {  # of billions of parameters
     ("billions", "method"),
     [(1, "full"), (3, "lora"), (8, "lora"), pytest.param(8, "qlora", marks=QLORA.marks)],
 )
-def test_the_plan_is_within_a_tenth_of_what_a_gpu_allocates(
+def test_the_plan_is_within_a_tenth_of_a_gpus_allocated_memory(
     billions: int, method: Any, liger: bool
 ) -> None:
     config = AutoConfig.for_model(
@@ -346,7 +346,7 @@ def test_the_plan_is_within_a_tenth_of_what_a_gpu_allocates(
 
 
 @pytest.mark.parametrize(("tokens", "context"), [(300, 4096), (300, 128)])
-def test_a_probed_pack_has_as_few_triples_as_a_context_lets_it(tokens: int, context: int) -> None:
+def test_a_probed_pack_has_as_few_triples_as_the_context_allows(tokens: int, context: int) -> None:
     triples = Triples(branches=2, rto_keep=1.0, prompt=10, safe=20)
     batch = full_pack(tokens, triples, context)
     assert len(batch.example_ids) == (1 if context > tokens else 3)
@@ -355,7 +355,7 @@ def test_a_probed_pack_has_as_few_triples_as_a_context_lets_it(tokens: int, cont
 
 
 @pytest.mark.parametrize("method", ["lora", QLORA])
-def test_random_weights_are_those_of_the_method(method: Any) -> None:
+def test_random_weights_match_the_method(method: Any) -> None:
     config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=1))
     model: Any = random_model(config, Method(method=method), torch.bfloat16, CPU)
     fresh = AutoModelForCausalLM.from_config(config)
@@ -375,7 +375,7 @@ def test_random_weights_are_those_of_the_method(method: Any) -> None:
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="no bitsandbytes")
-def test_what_comes_in_4_bits_is_never_there_as_a_whole() -> None:
+def test_4_bit_models_are_never_held_unquantized() -> None:
     sizes = dict(num_hidden_layers=6, vocab_size=100, intermediate_size=384)
     config = AutoConfig.for_model("llama", **TINY | sizes)
     quarter, whole = (
@@ -385,13 +385,13 @@ def test_what_comes_in_4_bits_is_never_there_as_a_whole() -> None:
     assert quarter < 0.7 * whole
 
 
-def test_a_plan_is_probed_when_it_is_asked_for(
+def test_a_plan_is_probed_only_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("derta.cli.plan.describe", lambda *_: "the plan")
     AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
     path = tmp_path / "run.yaml"
-    path.write_text("output_dir: b\nprobe: true\n", encoding="utf-8")  # of the training run
+    path.write_text("output_dir: b\nprobe: true\n", encoding="utf-8")  # keys of the training run
     arguments = ["--model", str(tmp_path / "config.json"), "--gpu", "8", "--max_tokens", "200"]
     assert main(["plan", str(path), *arguments]) == 0
     assert capsys.readouterr().out == "the plan\n"
@@ -416,7 +416,7 @@ def test_a_plan_is_probed_when_it_is_asked_for(
         (["--gpu", "8", "--lora_dropout", "1"], "lora_dropout must lie in [0, 1), got 1.0"),
     ],
 )
-def test_what_cannot_be_planned_is_said(
+def test_impossible_plans_are_refused_with_the_reason(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
@@ -424,7 +424,7 @@ def test_what_cannot_be_planned_is_said(
     assert message in capsys.readouterr().err
 
 
-def test_what_is_no_causal_language_model_is_said_to_be_none(
+def test_other_models_than_causal_language_models_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
@@ -433,17 +433,15 @@ def test_what_is_no_causal_language_model_is_said_to_be_none(
     assert capsys.readouterr().err == f"derta plan: {tmp_path}: {said}\n"
 
 
-def test_a_cpu_is_not_given_a_probe_that_it_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_exceeds_the_cpus_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("derta.memory.probe.physical_memory", lambda _: 2**20)
     step = StepSettings(config=AutoConfig.for_model("llama", **TINY))
-    with pytest.raises(
-        MemoryError, match=r"^probe: no GPU is here, .* 0\.00 that this machine has"
-    ):
+    with pytest.raises(MemoryError, match=r"^probe: there is no GPU, .* this machine's 0\.00 GiB"):
         probe(step, 300, Triples(1, 1.0, 40, 70), CPU)
 
 
-def test_the_losss_memory_does_not_grow_with_its_rows() -> None:
-    """Beyond the gradient of hidden, which is what is asked for."""
+def test_the_memory_of_the_loss_does_not_grow_with_its_rows() -> None:
+    """Only the gradient of hidden grows, which is a result."""
     vocabulary, width = 8000, 64
     weight = torch.randn(vocabulary, width)
     beyond = []
@@ -460,11 +458,11 @@ def test_the_losss_memory_does_not_grow_with_its_rows() -> None:
     assert max(beyond) < 0.3 * 1024 * vocabulary * 4
 
 
-def test_a_pack_beyond_the_models_context_is_said_to_be() -> None:
+def test_a_pack_beyond_the_models_context_is_noted() -> None:
     config = tiny_model("llama", max_position_embeddings=300).config
     text = describe(
         StepSettings(config=config, device_type="cpu", capacity=GIB // 32),
         256,
         Triples(branches=1, rto_keep=1.0, prompt=10, safe=10),
     )
-    assert "and 1 safe response of 10; the model's context ends a sequence at 300\n" in f"{text}\n"
+    assert "and 1 safe response of 10; the model's context is 300 tokens\n" in f"{text}\n"

@@ -1,4 +1,4 @@
-"""Optimizers with small states: that runs train with them, and what the plan says of their size."""
+"""Optimizers with small states: runs train with them, and the plan knows their size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIMIZERS = {
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """Those of the parts that a tensor consists of, too."""
+    """Return the bytes of a tensor, including those of its inner tensors."""
     if hasattr(tensor, "__tensor_flatten__"):
         parts, _ = tensor.__tensor_flatten__()
         return sum(bytes_of(getattr(tensor, part)) for part in parts)
@@ -58,7 +58,7 @@ def test_bfloat16_weights_train_with_states_as_large_as_planned(optim: str, tmp_
         ],
         processing_class=tiny_tokenizer(),
     )
-    with torch.compiler.set_stance("force_eager"):  # torchao's would take a minute
+    with torch.compiler.set_stance("force_eager"):  # compiling torchao's optimizers takes a minute
         trainer.train()
     assert not any(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert trainer.optimizer is not None
@@ -72,7 +72,7 @@ def test_bfloat16_weights_train_with_states_as_large_as_planned(optim: str, tmp_
     assert found == pytest.approx(state_bytes(model, optim, "cpu"), rel=0.001)
 
 
-def test_paged_states_take_nothing_of_a_gpu() -> None:
+def test_paged_states_take_no_memory_of_a_gpu() -> None:
     model = tiny_model("llama")
     assert state_bytes(model, "paged_adamw_8bit", "cuda") == 0
     assert state_bytes(model, "paged_adamw_8bit", "cpu") == state_bytes(model, "adamw_8bit", "cuda")

@@ -1,4 +1,4 @@
-"""Memory keys change nothing but memory: gradients with and without them."""
+"""Memory settings change only memory: gradients are equal with and without them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny import tiny_model
 
 
 def pack(tokens: int) -> dict[str, Any]:
-    """One example of that many tokens with a branch of five at its end."""
+    """Return one example of that many tokens with a branch of five at its end."""
     cut = tokens // 2
     until = torch.full((1, tokens), tokens, dtype=torch.int32)
     until[0, cut : tokens - 5] = tokens - 5
@@ -42,20 +42,22 @@ def gradients(family: str, tokens: int, *, saving: bool) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox"])
-def test_gradients_are_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With tiles that do not divide the pack, layer inputs on the host, and layers run again."""
+def test_saving_memory_does_not_change_gradients(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles do not divide the pack, layer inputs are offloaded, and layers are recomputed."""
     computing, copies = LateStream(), LateStream()
     lane = Lane(torch.device("cpu"), copies, lambda: computing)
     late = lambda model, device: Offloading(model, lane, least_bytes=1)  # noqa: E731
     monkeypatch.setattr("derta.modeling.patch.offloading", late)
     plain, saving = (gradients(family, 77, saving=saving) for saving in (False, True))
-    assert len(copies.waits) > 2 * 2  # of both layers' inputs, there and back
+    assert len(copies.waits) > 2 * 2  # both layers' inputs, there and back
     assert plain.keys() == saving.keys()
     for name, gradient in plain.items():
         assert (saving[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
-def test_an_mlp_sees_a_tile_at_a_time() -> None:
+def test_an_mlp_sees_one_tile_at_a_time() -> None:
     model = tiny_model("llama")
     tile_mlp(tile_mlp(model, 5), 16)
     seen: list[int] = []
@@ -69,7 +71,7 @@ def test_an_mlp_sees_a_tile_at_a_time() -> None:
 
 
 def test_an_mlp_stays_tiled_when_its_forward_is_replaced() -> None:
-    """As Liger does it when the training begins."""
+    """Liger replaces it when the training begins."""
     model = tile_mlp(tiny_model("llama"), 16)
     seen: list[int] = []
 
@@ -90,6 +92,6 @@ def test_an_mlp_stays_tiled_when_its_forward_is_replaced() -> None:
         ("llama", 0, "an MLP's tile must be at least 1 token, got 0"),
     ],
 )
-def test_what_cannot_be_tiled_is_refused(family: str, tokens: int, message: str) -> None:
+def test_layers_that_cannot_be_tiled_are_refused(family: str, tokens: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tile_mlp(tiny_model(family), tokens)

@@ -1,4 +1,4 @@
-"""What waits on the host: copies that come late, and are waited for."""
+"""Offloading: late copies are waited for and change no result."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CPU = torch.device("cpu")
 
 
 class Layers(nn.Module):
-    """Six layers that keep their inputs alone.
+    """Six checkpointed layers that keep only their inputs.
 
     Attributes:
-        inside: called as each layer is computed.
+        inside: function called while each layer is computed.
     """
 
     def __init__(self, width: int = 8) -> None:
@@ -52,19 +52,19 @@ def gradients(model: nn.Module, x: Tensor, context: Any = None) -> list[Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_copies_that_come_late_change_no_bit(lane: Lane) -> None:
+def test_late_copies_change_no_bit(lane: Lane) -> None:
     model, x = Layers(), torch.randn(5, 8)
     plain = gradients(model, x)
     for _ in range(2):
         late = gradients(model, x, Offloading(model, lane, least_bytes=1))
         assert all(map(torch.equal, late, plain))
         assert lane.under_way is None
-    # Each copy begins after what was computed before it: 7 there, all but the last of them back.
+    # Each copy waits for the computation before it: 7 to the host, all but the last of them back.
     assert lane.stream.waits == [lane.computing()] * 2 * (7 + 6)
 
 
-def test_one_tensor_is_under_way_while_a_layer_is_computed(lane: Lane) -> None:
-    """Forward its own input, backward the one that the next layer to be computed will need."""
+def test_one_copy_is_in_flight_while_a_layer_is_computed(lane: Lane) -> None:
+    """Forward, it is the layer's own input; backward, the input that the next layer will need."""
     model, x = Layers(), torch.randn(5, 8)
     kept, computed = [], []
 
@@ -82,7 +82,7 @@ def test_one_tensor_is_under_way_while_a_layer_is_computed(lane: Lane) -> None:
     assert computed[6:] == [[4], [3], [2], [1], [0], []]
 
 
-def test_a_pass_that_fails_costs_the_next_one_nothing(lane: Lane) -> None:
+def test_a_failed_pass_does_not_affect_the_next_one(lane: Lane) -> None:
     model, x = Layers(), torch.randn(5, 8)
     plain = gradients(model, x)
 
@@ -114,13 +114,15 @@ def test_a_graph_may_be_run_twice(lane: Lane) -> None:
     assert all(map(torch.equal, [p.grad for p in model.parameters()], plain))  # type: ignore[arg-type]
 
 
-def test_parameters_and_small_tensors_stay(lane: Lane) -> None:
+def test_parameters_and_small_tensors_stay_on_the_device(lane: Lane) -> None:
     model = nn.Linear(8, 8, bias=False)
     small, large = (torch.randn(rows, 8, requires_grad=True) for rows in (7, 8))
     with Offloading(model, lane, least_bytes=large.nbytes):
         outs = model(small), model(large)
     for out, x in zip(outs, (small, large), strict=True):
-        assert out.grad_fn._saved_self.data_ptr() == x.data_ptr()  # the last one never left
+        assert (
+            out.grad_fn._saved_self.data_ptr() == x.data_ptr()
+        )  # the last tensor never left the device
         assert out.grad_fn._saved_mat2.data_ptr() == model.weight.data_ptr()
     assert len(lane.stream.waits) == 1
 
@@ -133,7 +135,7 @@ def test_parameters_and_small_tensors_stay(lane: Lane) -> None:
         ("CUDA error: an illegal memory access was encountered", False),
     ],
 )
-def test_a_host_that_has_no_more_memory_to_pin_is_out_of_memory(said: str, so: bool) -> None:
+def test_a_host_without_memory_to_pin_is_out_of_memory(said: str, so: bool) -> None:
     assert ran_out_of_memory(RuntimeError(said)) == so
     assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
 
@@ -149,7 +151,7 @@ def test_a_cpu_offloads_nothing() -> None:
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="nothing is copied where PyTorch sees no CUDA device"
 )
-def test_on_a_gpu_the_bits_are_the_same_and_the_peak_is_lower() -> None:
+def test_offloading_on_a_gpu_lowers_the_peak_and_changes_no_bit() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     model, x = Layers(1024).to(device), torch.randn(8192, 1024, device=device)
     found, peaks = [], []

@@ -1,4 +1,4 @@
-"""One pass over a pack is what separate passes over its sequences are: loss and every gradient."""
+"""One pass over a pack equals separate passes over its sequences: loss and every gradient."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tiny import ARCHITECTURES, tiny_model
 
 
 def log_probabilities(model: PreTrainedModel, ids: np.ndarray) -> Tensor:
-    """(n, V) of one sequence alone, all logits formed."""
+    """Return the (n, V) log-probabilities of one separate sequence, with all logits formed."""
     logits = model(input_ids=torch.tensor(ids, dtype=torch.int64)[None]).logits[0]
     return F.log_softmax(logits, dim=-1)
 
 
 def separate_passes(model: PreTrainedModel, drawn: tuple[Drawn, ...] = DRAWN) -> Tensor:
-    """The objective, written out: the mean over all targets of all sequences."""
+    """Compute the objective literally: the mean over all targets of all sequences."""
     losses = []
     for example, cuts, rto_rows in ((one.example, one.cuts, one.depths) for one in drawn):
         if isinstance(example, EncodedDialogue):
@@ -51,13 +51,13 @@ def separate_passes(model: PreTrainedModel, drawn: tuple[Drawn, ...] = DRAWN) ->
     return torch.stack(losses).mean()
 
 
-# Where norms or rotary embeddings compute in float32 even in a double model, rounding is theirs.
+# Norms or rotary embeddings compute in float32 even in a double model; their rounding dominates.
 TOLERANCE = dict.fromkeys(ARCHITECTURES, 1e-6) | {"gpt_neox": 1e-12}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_pass_is_separate_passes(architecture: str, attention: str) -> None:
+def test_one_pass_equals_separate_passes(architecture: str, attention: str) -> None:
     # The router loss is a property of a batch, not of its sequences: it has its own test.
     router = {"output_router_logits": False} if architecture == "mixtral" else {}
     model = tiny_model(architecture, dtype=torch.float64, **router).train()
@@ -72,7 +72,7 @@ def test_one_pass_is_separate_passes(architecture: str, attention: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_the_logits_of_a_pack_are_those_of_its_sequences(architecture: str) -> None:
+def test_a_packs_logits_equal_those_of_its_sequences(architecture: str) -> None:
     model = tiny_model(architecture, dtype=torch.float64)
     example, cuts, batch = DRAWN[0].example, DRAWN[0].cuts, pack(DRAWN[:1])
     alone = log_probabilities(model, np.concatenate([example.prompt, example.harmful]))
@@ -88,7 +88,7 @@ def test_the_logits_of_a_pack_are_those_of_its_sequences(architecture: str) -> N
     assert torch.allclose(table[start:end], branch_alone[start - end :], rtol=0, atol=1e-6)
 
 
-def test_the_rows_of_one_pass_are_probabilities_of_separate_passes() -> None:
+def test_the_rows_losses_are_those_of_the_full_logits() -> None:
     model = tiny_model("gpt_neox", dtype=torch.float64)
     batch = pack(DRAWN)
     apply_derta(model, REFUSAL)
@@ -105,13 +105,13 @@ def test_the_rows_of_one_pass_are_probabilities_of_separate_passes() -> None:
     assert output.logits is None and output.aux_loss is None
 
 
-def test_the_router_loss_is_the_models_own() -> None:
+def test_the_router_loss_equals_the_models_own() -> None:
     model = tiny_model("mixtral", dtype=torch.float64).train()
     ids = np.random.default_rng(0).integers(VOCABULARY, size=23)
     none = np.zeros(0, dtype=np.int64)
     batch = pack([Drawn(EncodedDialogue("all", ids, np.arange(23) > 0), none, none.astype(bool))])
     inputs = torch.tensor(ids)[None]
-    # The last token of a pack is a label only, so its router never sees it.
+    # The last token of a pack is only a label, so the router never sees it.
     aux_loss = model(input_ids=inputs[:, :-1]).aux_loss
     whole = model(input_ids=inputs, labels=inputs)
     expected = whole.loss + model.router_aux_loss_coef * (aux_loss - whole.aux_loss)
@@ -123,14 +123,14 @@ def test_the_router_loss_is_the_models_own() -> None:
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert_same_gradients(gradients(output.loss, model), expected_gradients, 1e-6)
 
-    # A step of two packs has two router losses, and weighs them by half.
+    # A step of two packs has two router losses, each weighted by half.
     half = model(**batch.model_inputs(), router_weight=0.5)
     difference = (output.loss - half.loss).item()
     assert difference == pytest.approx(model.router_aux_loss_coef * aux_loss.item() / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt_neox"])
-def test_examples_of_a_pack_do_not_touch_each_other_by_a_bit(architecture: str) -> None:
+def test_examples_of_a_pack_do_not_affect_each_other_by_a_bit(architecture: str) -> None:
     model = tiny_model(architecture)
     apply_derta(model, REFUSAL)
     changed = copy.deepcopy(DRAWN[2])
@@ -155,7 +155,7 @@ def test_examples_of_a_pack_do_not_touch_each_other_by_a_bit(architecture: str) 
         assert not torch.equal(ours[start:end], theirs[start:end])
 
 
-def test_a_rank_with_nothing_to_do_adds_nothing() -> None:
+def test_a_rank_without_work_adds_nothing() -> None:
     model = tiny_model("llama")
     apply_derta(model, REFUSAL)
     output = model(**pack(()).model_inputs(), num_items=10)

@@ -1,4 +1,4 @@
-"""What `apply_derta` promises of a model, before, while and after it is patched."""
+"""The promises of `apply_derta` about a model before, during and after the patch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from tiny import tiny_model
 
 REFUSAL = 77
 
-# Two examples: eight tokens, of which five are read by a branch of three, and six tokens.
+# Two examples: one of eight tokens, with a branch of three after the fifth, and one of six.
 TRUNK, CUT, BRANCH, OTHER = 8, 5, 3, 6
 
 
@@ -54,7 +54,7 @@ def sequences() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack() -> dict[str, Any]:
-    """Every row is trained to say token 9, the trunk's also to refuse."""
+    """Return a pack: every row is trained to say token 9, the trunk's rows also to refuse."""
     trunk, branch, other = sequences()
     end = TRUNK + BRANCH
     until = [end] * CUT + [TRUNK] * (TRUNK - CUT) + [end] * BRANCH + [end + OTHER] * OTHER
@@ -85,7 +85,7 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_one_pass_is_separate_passes(model: nn.Module, expected_from: nn.Module) -> None:
+def assert_one_pass_equals_separate_passes(model: nn.Module, expected_from: nn.Module) -> None:
     expected = separate_passes(expected_from)
     wanted = gradients(expected, expected_from)
     output = model(**pack())
@@ -100,11 +100,11 @@ def double(architecture: str = "llama", **overrides: object) -> PreTrainedModel:
     return tiny_model(architecture, dtype=torch.float64, **overrides)
 
 
-# --- a patched model is otherwise the same -------------------------------------------------------
+# --- a patched model is otherwise unchanged ------------------------------------------------------
 
 
 def plain_behaviour(model: PreTrainedModel) -> list[Tensor]:
-    """Logits of a padded batch, and what is generated from it, greedily and by sampling."""
+    """Return the logits of a padded batch, and generations from it, greedy and sampled."""
     ids = torch.stack(sequences()[:2])
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
@@ -127,7 +127,7 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "mixtral"])
 def test_generation_and_plain_calls_are_unchanged(architecture, implementation) -> None:
-    # With router logits on, transformers' own Mixtral cannot generate from a padded batch.
+    # With router logits, transformers' own Mixtral cannot generate from a padded batch.
     router = {"output_router_logits": False} if architecture == "mixtral" else {}
     model = tiny_model(architecture, **router).eval()
     model.set_attn_implementation(implementation)
@@ -151,7 +151,7 @@ def test_a_model_without_sdpa_keeps_its_own_eager_attention() -> None:
     assert_same(plain_behaviour(model), before)
 
 
-def test_a_model_on_flash_attention_still_loads_its_own_kernel() -> None:
+def test_a_flash_attention_model_still_loads_its_own_kernel() -> None:
     named = []
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -174,12 +174,12 @@ def test_a_model_on_flash_attention_still_loads_its_own_kernel() -> None:
     assert named == []
 
 
-def test_applying_and_removing_twice_is_doing_it_once() -> None:
+def test_applying_and_removing_are_idempotent() -> None:
     model, fresh = double(), double()
     remove_derta(remove_derta(model))
     apply_derta(model, 3)
     apply_derta(model, REFUSAL, impl="reference", attention="reference")
-    assert_one_pass_is_separate_passes(model, fresh)
+    assert_one_pass_equals_separate_passes(model, fresh)
     remove_derta(model)
     assert "forward" not in vars(model)
     assert model.config._attn_implementation == "sdpa"
@@ -187,7 +187,7 @@ def test_applying_and_removing_twice_is_doing_it_once() -> None:
     assert_same([model(sequences()[0][None]).logits], [fresh(sequences()[0][None]).logits])
 
 
-def test_a_forward_that_was_set_on_the_instance_comes_back() -> None:
+def test_a_forward_set_on_the_instance_is_restored() -> None:
     model = tiny_model("llama")
     calls = []
 
@@ -204,10 +204,10 @@ def test_a_forward_that_was_set_on_the_instance_comes_back() -> None:
     assert model.forward is before
 
 
-def test_a_forward_that_accelerate_wrapped_stays_in_its_wrapper() -> None:
+def test_a_forward_wrapped_by_accelerate_stays_wrapped() -> None:
     model = tiny_model("llama")
     apply_derta(model, REFUSAL)
-    AcceleratorState._reset_state(reset_partial_state=True)  # that of a trainer in another test
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by a trainer in another test
     Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
     wrapper = model.forward
     loss = model(**pack()).loss
@@ -221,12 +221,12 @@ def test_a_forward_that_accelerate_wrapped_stays_in_its_wrapper() -> None:
         model(**pack())
 
 
-def test_a_copy_is_patched_on_its_own() -> None:
+def test_a_copy_is_patched_independently() -> None:
     model = double()
     apply_derta(model, REFUSAL)
     twin = copy.deepcopy(model)
     remove_derta(model)
-    assert_one_pass_is_separate_passes(twin, double())
+    assert_one_pass_equals_separate_passes(twin, double())
 
 
 def test_a_patched_model_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:
@@ -267,14 +267,14 @@ def test_layers_are_checkpointed_without_a_warning() -> None:
     assert model.is_gradient_checkpointing
 
 
-def test_a_model_with_checkpointing_on_proves_itself_too() -> None:
+def test_a_checkpointing_model_passes_the_self_check() -> None:
     model = double().train()
     checkpoint_layers(model)
     apply_derta(model, REFUSAL)
-    assert_one_pass_is_separate_passes(model, double())
+    assert_one_pass_equals_separate_passes(model, double())
 
 
-def test_a_frozen_head_gets_no_gradient_and_no_memory_for_one() -> None:
+def test_a_frozen_head_allocates_no_gradient() -> None:
     model = tiny_model("llama")
     model.lm_head.requires_grad_(False)
     apply_derta(model, REFUSAL)
@@ -331,7 +331,7 @@ def test_bfloat16_rounds_no_more_than_in_separate_passes(architecture: str) -> N
     assert abs(output.loss.item() - oracle) <= 2 * (abs(eager - oracle) + band)
 
 
-def test_a_batch_lives_until_it_is_recomputed_and_no_longer() -> None:
+def test_a_batch_lives_only_until_it_is_recomputed() -> None:
     model = tiny_model("mistral").train()
     apply_derta(model, REFUSAL)
     checkpoint_layers(model)
@@ -351,8 +351,8 @@ def test_a_batch_lives_until_it_is_recomputed_and_no_longer() -> None:
     assert masks[0]() is None
 
 
-def test_bounds_that_are_given_spare_the_device() -> None:
-    """The meta device has no values: reading any would be an error."""
+def test_given_bounds_avoid_reading_the_device() -> None:
+    """The meta device has no values, so reading one would be an error."""
     inputs = pack()
     bounds = inputs["example_bounds"]
     mask = packed_mask(
@@ -372,7 +372,7 @@ def one_rank() -> Iterator[None]:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mixtral"])
 def test_fsdp_gathers_the_head_for_the_loss(architecture: str, one_rank: None) -> None:
-    """Whose class, and so whose modeling file, FSDP2 hides."""
+    """FSDP2 hides the model's class, and with it the modeling file."""
     model, whole = tiny_model(architecture), tiny_model(architecture)
     apply_derta(whole, REFUSAL)
     expected = gradients(whole(**pack()).loss, whole)
@@ -390,7 +390,7 @@ def test_fsdp_gathers_the_head_for_the_loss(architecture: str, one_rank: None) -
 
 
 def with_lora(model: PreTrainedModel, **options: object) -> nn.Module:
-    """Both LoRA factors random, so that the adapter matters."""
+    """Return the model with random LoRA factors, so that the adapter matters."""
     torch.manual_seed(3)
     config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
     peft_model = get_peft_model(model, config)
@@ -405,7 +405,7 @@ def test_adapters_are_trained(modules_to_save: list[str] | None) -> None:
         for one in (model, fresh):
             one.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.5)
     assert apply_derta(model, REFUSAL) is model
-    assert_one_pass_is_separate_passes(model, fresh)
+    assert_one_pass_equals_separate_passes(model, fresh)
     remove_derta(model)
     assert "forward" not in vars(model.get_base_model())
 
@@ -422,7 +422,7 @@ def test_an_adapter_on_the_head_is_refused() -> None:
         late(**pack())
 
 
-# --- models that packs would train wrongly -------------------------------------------------------
+# --- models unfit for packs ----------------------------------------------------------------------
 
 
 def small(model_type: str, **settings: object) -> PreTrainedModel:
@@ -431,7 +431,7 @@ def small(model_type: str, **settings: object) -> PreTrainedModel:
 
 
 class Scaled(LlamaForCausalLM):
-    """Does something to its logits that no config tells."""
+    """A model that scales its logits without a trace in the config."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -440,7 +440,7 @@ class Scaled(LlamaForCausalLM):
 
 
 class DeafBody(LlamaModel):
-    """Makes its own mask, whatever it is given."""
+    """A model that ignores the given mask."""
 
     def forward(self, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         return super().forward(*args, attention_mask=None, **kwargs)
@@ -502,7 +502,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
             num_local_experts=2,
             num_experts_per_tok=1,
         ),
-        "GptOssForCausalLM cannot run a pack: GptOssAttention gives its attention s_aux, which",
+        "GptOssForCausalLM cannot run a pack: GptOssAttention passes s_aux to its attention",
     ),
     "window in the mask": (
         lambda: small(
@@ -535,7 +535,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_model_that_packs_would_train_wrongly_is_refused_by_name(case: str) -> None:
+def test_a_model_unfit_for_packs_is_refused_by_name(case: str) -> None:
     build, message = REFUSED[case]
     model = build()
     implementation, attributes = model.config._attn_implementation, set(vars(model))
@@ -562,7 +562,7 @@ def test_a_router_loss_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPat
         apply_derta(model, REFUSAL)
 
 
-def test_the_proof_disturbs_nothing() -> None:
+def test_the_self_check_changes_nothing() -> None:
     model = tiny_model("llama").train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
@@ -576,7 +576,7 @@ def test_the_proof_disturbs_nothing() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_what_is_no_transformers_model_is_a_type_error() -> None:
+def test_anything_but_a_transformers_model_is_a_type_error() -> None:
     message = "model must be a transformers PreTrainedModel or a PEFT model of one, got Linear"
     with pytest.raises(TypeError, match=message):
         apply_derta(nn.Linear(2, 2), REFUSAL)
@@ -593,7 +593,7 @@ def test_what_is_no_transformers_model_is_a_type_error() -> None:
         (dict(refusal_token_id="Sorry"), TypeError, "refusal_token_id must be int"),
     ],
 )
-def test_wrong_settings_are_named_and_leave_the_model_alone(options, error, message) -> None:
+def test_wrong_settings_are_refused_and_leave_the_model_unchanged(options, error, message) -> None:
     model = tiny_model("llama")
     attributes = set(vars(model))
     with pytest.raises(error, match=message):
@@ -602,7 +602,7 @@ def test_wrong_settings_are_named_and_leave_the_model_alone(options, error, mess
     assert model.config._attn_implementation == "sdpa"
 
 
-# --- calls that would train wrongly --------------------------------------------------------------
+# --- calls unfit for packs -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -630,28 +630,28 @@ def test_wrong_settings_are_named_and_leave_the_model_alone(options, error, mess
         (
             dict(output_attentions=True),
             NotImplementedError,
-            "LlamaAttention gives its attention output_attentions=True, which attention over packs",
+            "LlamaAttention passes output_attentions=True to its attention, which attention over",
         ),
         (
             dict(is_causal=False),
             NotImplementedError,
-            "LlamaAttention gives its attention is_causal=False, which attention over packs",
+            "LlamaAttention passes is_causal=False to its attention, which attention over packs",
         ),
         (
             dict(cu_seq_lens_q=torch.tensor([0, 17])),
             NotImplementedError,
-            "LlamaAttention gives its attention cu_seq_lens_q, which attention over packs",
+            "LlamaAttention passes cu_seq_lens_q to its attention, which attention over packs",
         ),
     ],
 )
-def test_a_call_that_would_train_wrongly_is_refused(change, error, message) -> None:
+def test_a_call_unfit_for_packs_is_refused(change, error, message) -> None:
     model = tiny_model("llama")
     apply_derta(model, REFUSAL)
     with pytest.raises(error, match=message):
         model(**{**pack(), **change})
 
 
-def test_attention_dropout_is_refused_in_training_only() -> None:
+def test_attention_dropout_is_refused_only_in_training() -> None:
     model = tiny_model("llama", attention_dropout=0.1).train()
     apply_derta(model, REFUSAL)
     with pytest.raises(ValueError, match="must be 0 to train on packs, LlamaAttention has 0.1"):
@@ -659,7 +659,7 @@ def test_attention_dropout_is_refused_in_training_only() -> None:
     assert model.eval()(**pack()).loss.isfinite()
 
 
-def test_an_attention_implementation_set_afterwards_is_noticed() -> None:
+def test_a_later_change_of_the_attention_implementation_is_noticed() -> None:
     model = tiny_model("llama")
     apply_derta(model, REFUSAL)
     model.set_attn_implementation("eager")

@@ -1,4 +1,4 @@
-"""Layers in 4 bits have the gradients of the weights that they stand for, on any CPU."""
+"""Layers in 4 bits have the gradients of the weights they represent, on any CPU."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from derta.memory import StepMemory, StepSettings
 from derta.memory.probe import quantized, random_model
+from derta.memory.step import NF4_BYTES
 from derta.modeling.adapters import Method, adapt, quantization
 from derta.modeling.introspection import evaluating, run_body
-from derta.modeling.loading import load_model
+from derta.modeling.loading import load_model, load_tuned
 from derta.modeling.patch import apply_derta, remove_derta
 from derta.modeling.quantization import BLOCK, PACKS, layers_for_4_bits
 from derta_kernels.testing import error_budget, relative_error
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 QLORA = Method(method="qlora", lora_r=4, lora_dropout=0.0)
@@ -27,7 +29,7 @@ IDS = torch.arange(20)[None]
 
 @pytest.fixture(params=[True, False], ids=["packs", "does not pack"])
 def packs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether bitsandbytes believes that the CPU multiplies bfloat16; to pack, it need not."""
+    """Make bitsandbytes believe that the CPU multiplies bfloat16, or that it does not."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
     return request.param
 
@@ -49,7 +51,7 @@ def evaluate(model: nn.Module) -> None:
 
 
 def dequantized(weight: Any) -> Tensor:
-    """The weight without the help of bitsandbytes' 4-bit code: code by code, in row-major order."""
+    """Dequantize a weight without bitsandbytes' 4-bit code: code by code, in row-major order."""
     state = weight.quant_state
     scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2)
     codes = torch.stack((weight.data >> 4, weight.data & 15), -1).flatten().long()
@@ -58,7 +60,7 @@ def dequantized(weight: Any) -> Tensor:
 
 
 def in_full(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The same model without layers in 4 bits."""
+    """Return the same model without layers in 4 bits."""
     full = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -68,7 +70,7 @@ def in_full(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def gradients(model: PreTrainedModel) -> Tensor:
-    """Of adapters, (1, n), through hidden states that all of them change."""
+    """Return the adapters' gradients, (1, n), through hidden states that all adapters change."""
     generator = torch.Generator().manual_seed(0)
     adapted: Any = adapt(model, QLORA).train()
     adapters = [p for name, p in adapted.named_parameters() if "lora_" in name]
@@ -84,10 +86,10 @@ def gradients(model: PreTrainedModel) -> Tensor:
 @pytest.mark.parametrize(
     ("width", "inner", "run_before"), [(64, 128, False), (64, 128, True), (48, 64, False)]
 )
-def test_gradients_are_those_of_the_weights_in_full(
+def test_gradients_equal_those_of_the_dequantized_weights(
     width: int, inner: int, run_before: bool, dtype: torch.dtype, packs: bool
 ) -> None:
-    """Whether the model has been evaluated before it is patched, and afterwards in any case."""
+    """The model may be evaluated before the patch, and is evaluated after it."""
     model = small(width, inner, dtype)
     assert len(names_in_4_bits(model)) == (14 if width == 64 else 2)
     if run_before:
@@ -103,7 +105,7 @@ def test_gradients_are_those_of_the_weights_in_full(
     ("family", "width", "inner", "count"),
     [("llama", 64, 128, 14), ("llama", 40, 64, 2), ("llama", 32, 48, 0), ("qwen2", 64, 96, 12)],
 )
-def test_what_is_loaded_and_what_is_probed_are_in_4_bits_alike(
+def test_loading_and_probing_quantize_the_same_layers(
     family: str, width: int, inner: int, count: int, tmp_path: Path
 ) -> None:
     model = tiny_model(family, hidden_size=width, intermediate_size=inner)
@@ -120,7 +122,93 @@ def test_what_is_loaded_and_what_is_probed_are_in_4_bits_alike(
             assert torch.equal(loaded.get_submodule(name).weight, module.weight), name
 
 
-def test_layers_pack_again_where_derta_is_gone(packs: bool) -> None:
+def save_gpt2(folder: Path) -> PreTrainedModel:
+    """Save a GPT-2 in which two of eight layers have 96 inputs."""
+    config = AutoConfig.for_model(
+        "gpt2", vocab_size=400, n_embd=64, n_inner=96, n_layer=2, n_head=4, n_positions=64
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_conv1d_layers_are_quantized_like_linear_layers(tmp_path: Path) -> None:
+    model = save_gpt2(tmp_path)
+    names = set(layers_for_4_bits(model))
+    assert names == {
+        f"transformer.h.{layer}.{name}"
+        for layer in (0, 1)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc")
+    }
+    loaded = load_model(
+        str(tmp_path), torch.float32, quantization=quantization(QLORA, torch.float32), device=CPU
+    )
+    probed = random_model(model.config, QLORA, torch.float32, CPU)
+    assert names_in_4_bits(loaded) == names_in_4_bits(probed) == names
+    for name in names:
+        weight = model.get_submodule(name).weight.T
+        assert probed.get_submodule(name).weight.quant_state.shape == weight.shape
+        error = dequantized(loaded.get_submodule(name).weight) - weight
+        assert error.norm() < 0.2 * weight.norm()
+    sizes = [
+        StepMemory(StepSettings(config=model.config, method=method, dtype=torch.float32)).peak(64)
+        for method in (QLORA, Method(method="lora", lora_r=4))
+    ]
+    values = sum(model.get_submodule(name).weight.numel() for name in names)
+    saved = int(values * (4 - NF4_BYTES))
+    assert sizes[1]["weights"] - sizes[0]["weights"] == pytest.approx(saved, abs=len(names))
+
+
+def test_the_callers_quantization_is_extended_and_not_changed(tmp_path: Path) -> None:
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96)
+    model.save_pretrained(tmp_path)
+    config = quantization(QLORA, torch.float32)
+    assert config is not None
+    config.llm_int8_skip_modules = ["model.layers.0"]
+    loaded = load_model(str(tmp_path), torch.float32, quantization=config, device=CPU)
+    assert config.llm_int8_skip_modules == ["model.layers.0"]
+    expected = {name for name in layers_for_4_bits(model) if "layers.1." in name}
+    assert names_in_4_bits(loaded) == expected and len(expected) == 6
+
+
+@pytest.mark.parametrize(("inner", "lines"), [(96, 1), (128, 0)])
+def test_one_warning_counts_the_layers_that_stay_whole(
+    inner: int, lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("derta.modeling.loading.logger.warning", said.append)
+    tiny_model("llama", hidden_size=64, intermediate_size=inner).save_pretrained(tmp_path)
+    load_model(
+        str(tmp_path), torch.float32, quantization=quantization(QLORA, torch.float32), device=CPU
+    )
+    expected = (
+        f"{tmp_path}: 2 of 14 linear layers stay whole, because the number of their inputs is not "
+        "a multiple of 64"
+    )
+    assert said == [expected] * lines
+
+
+def test_quantized_weights_are_refused_in_one_sentence_except_under_qlora(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    small_config = quantization(QLORA, torch.float32)
+    tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    first = load_model(folder, torch.float32, quantization=small_config, device=CPU)
+    first.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    said = (
+        f"^{folder}: the model cannot be loaded: its config.json has a quantization_config, "
+        "expected unquantized weights: give the model that it was made from$"
+    )
+    with pytest.raises(ValueError, match=said):
+        load_model(folder, torch.float32)
+    with pytest.raises(ValueError, match=said):
+        load_tuned(tmp_path, torch.float32, None)
+    again = load_model(folder, torch.float32, quantization=small_config, device=CPU)
+    assert names_in_4_bits(again) == names_in_4_bits(first)
+
+
+def test_layers_pack_again_after_remove_derta(packs: bool) -> None:
     def packing() -> set[bool]:
         return {bool(getattr(model.get_submodule(name), PACKS)) for name in names_in_4_bits(model)}
 
@@ -135,7 +223,7 @@ def test_layers_pack_again_where_derta_is_gone(packs: bool) -> None:
     assert packing() == {packs}
 
 
-def test_a_layer_that_a_cpu_reads_wrongly_is_refused_by_name() -> None:
+def test_a_layer_that_a_cpu_would_misread_is_refused_by_name() -> None:
     model = tiny_model("llama", hidden_size=64, intermediate_size=48)
     mlp = model.model.layers[1].mlp
     mlp.down_proj = quantized(mlp.down_proj)

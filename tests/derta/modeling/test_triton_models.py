@@ -1,4 +1,4 @@
-"""Models whose packs are attended by the Triton kernels: what torch's kernels make of them."""
+"""Models trained on packs by the Triton kernels match those trained by torch's kernels."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ FEW_HEADS = dict(num_attention_heads=2, num_key_value_heads=1)
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes its time by the tile."""
+    """Use large tiles, because the interpreter's time grows with their number."""
     config = launch_configs.AttentionLaunch(64, 64, num_warps=4, num_stages=1)
     table = dict.fromkeys(launch_configs.LAUNCH_CONFIGS, config)
     monkeypatch.setattr(launch_configs, "LAUNCH_CONFIGS", table)
 
 
 def step(model: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one pack."""
+    """Return the loss and gradients of one pack."""
     loss = model(**pack(DRAWN).model_inputs()).loss
     return loss.item(), gradients(loss, model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_as_on_torchs_kernels(family: str) -> None:
+def test_every_family_trains_as_with_torchs_kernels(family: str) -> None:
     model = tiny_model(family, **FEW_HEADS).train()
     loss, expected = step(apply_derta(model, REFUSAL, attention="sdpa"))
     triton_loss, actual = step(apply_derta(model, REFUSAL, attention="triton"))
@@ -64,7 +64,7 @@ def test_adapters_are_trained() -> None:
     assert_same_gradients(actual, expected, 2e-5)
 
 
-def test_a_compiled_model_holds_it_whole() -> None:
+def test_the_model_compiles_without_graph_breaks() -> None:
     model = apply_derta(tiny_model("gemma2", **FEW_HEADS).train(), REFUSAL, attention="triton")
     _, expected = step(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -559,7 +559,7 @@ def test_an_example_longer_than_the_context_is_named_before_training(tmp_path: P
 
 def test_records_that_share_an_id_would_share_their_draws_and_are_refused(tmp_path: Path) -> None:
     tuned = trainer(tmp_path)
-    with pytest.raises(ValueError, match="^record 9: id: 'triple-0' is that of record 0 too"):
+    with pytest.raises(ValueError, match="^record 9: id: 'triple-0' is already used by record 0"):
         tuned.evaluate([*RECORDS, RECORDS[0]])
 
 

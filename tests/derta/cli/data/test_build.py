@@ -135,7 +135,7 @@ def test_rows_that_were_taken_as_they_are_said_to_be_stay_so(
     ("arguments", "message"),
     [
         (["--output_dir", "rows.jsonl"], "output_dir: rows.jsonl: rows.jsonl is a file, expected"),
-        (["--output_dir", "full"], "output_dir: full holds something already, choose another"),
+        (["--output_dir", "full"], "output_dir: full is not empty, choose another"),
         (["--output_dir", "out", "--near", "0.2"], "near must lie in [0.5, 1]"),
         (["--output_dir", "out", "--eval_share", "1"], "eval_share must lie in [0, 1), got 1.0"),
     ],

@@ -32,7 +32,7 @@ def test_every_bad_row_of_every_file_is_named_in_one_pass(
         "a.jsonl:3: fields: are those of format prompt, which is for harmful, harmless, expected a "
         "format for safety",
     ]
-    assert lines[2].startswith("c.gz:1: what follows cannot be unpacked")
+    assert lines[2].startswith("c.gz:1: the file cannot be unpacked")
     assert lines[3:] == [
         "a.jsonl: 2 records, 2 errors, 0 skipped",
         "c.gz: 0 records, 1 errors, 0 skipped",
@@ -52,7 +52,7 @@ def test_an_id_given_twice_is_an_error_of_the_later_row(
     (good,) = ROWS["triple"](1)
     Path("a.jsonl").write_text((json.dumps({**good, "id": "one"}) + "\n") * 2)
     assert main("data validate a.jsonl --role safety".split()) == 1
-    expected = "a.jsonl:2: id: 'one' is that of an earlier record too, expected one of its own\n"
+    expected = "a.jsonl:2: id: 'one' is already used by an earlier record, expected a unique id\n"
     assert capsys.readouterr().out.startswith(expected)
 
 

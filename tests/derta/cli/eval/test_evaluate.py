@@ -160,7 +160,7 @@ def test_a_file_whose_format_is_named_and_another_that_numbers_alike_are_read(
         ),
         (
             "--model moved --benign benign.jsonl",
-            "moved: the base model of these adapters, 'a/base/elsewhere', is neither a folder seen",
+            "moved: the base model of these adapters, 'a/base/elsewhere', is neither a folder here",
         ),
         (
             "--model model --benign benign.jsonl --chat_template none.jinja",
@@ -187,7 +187,7 @@ def test_a_file_whose_format_is_named_and_another_that_numbers_alike_are_read(
         ),
         (
             "--model bare --benign benign.jsonl --device cuda:99",
-            "device must be auto, cpu or a GPU",
+            "device must be auto, cpu or an available GPU",
         ),
         (
             "--model bare --benign benign.jsonl --output_dir benign.jsonl",

@@ -1,4 +1,4 @@
-"""A data set is built whole: halves joined once, nothing twice, no request on both sides."""
+"""A data set is built whole: halves joined once, unique rows, no request on both sides."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def all_rows(folder: Path, side: str) -> list[dict[str, Any]]:
 
 
 def request(row: dict[str, Any]) -> str:
-    """The first user message of a row."""
+    """Return the first user message of a row."""
     if "prefix" in row:
         return row["prefix"].removeprefix("[INST] ").removesuffix(r" [\INST]")
     if "prompt" in row:
@@ -98,7 +98,7 @@ def test_halves_are_joined_across_files_each_once(tmp_path: Path) -> None:
     }
 
 
-def test_a_harmful_half_is_completed_only_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_harmful_half_is_completed_only_on_request(tmp_path: Path) -> None:
     records = [
         ("safety", half("Paint it?", "Sure, 1.", safe=False, id="a")),
         ("safety", half("Paint it?", "Sorry.", safe=True, id="b")),
@@ -111,7 +111,7 @@ def test_a_harmful_half_is_completed_only_where_that_is_asked_for(tmp_path: Path
     assert summary["dropped"]["harmful_halves"] == 0
 
 
-def test_halves_that_contradict_what_they_are_said_to_be_are_not_joined(tmp_path: Path) -> None:
+def test_halves_that_contradict_their_labels_are_not_joined(tmp_path: Path) -> None:
     records = [
         ("safety", half("Paint it?", "Sorry, I cannot help.", safe=False, id="a")),
         ("safety", half("Paint it?", "Sure, step 1.", safe=True, id="b")),
@@ -123,7 +123,7 @@ def test_halves_that_contradict_what_they_are_said_to_be_are_not_joined(tmp_path
     assert (summary["joined"], summary["dropped"]["contradicting"]) == (1, 1)
 
 
-def test_of_what_comes_again_the_first_stays(tmp_path: Path) -> None:
+def test_the_first_of_several_duplicates_is_kept(tmp_path: Path) -> None:
     first = triple(1, "How do I paint it?")
     records = [
         ("safety", first),
@@ -137,7 +137,7 @@ def test_of_what_comes_again_the_first_stays(tmp_path: Path) -> None:
     assert summary["dropped"]["duplicates"] == 2
 
 
-def test_the_same_request_never_stands_on_both_sides(tmp_path: Path) -> None:
+def test_a_request_is_never_on_both_sides(tmp_path: Path) -> None:
     records: list[tuple[str, Any]] = []
     for place, text in enumerate(requests(200)):
         written = text.upper() + "?"
@@ -174,7 +174,7 @@ def test_the_same_request_never_stands_on_both_sides(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_held_out_stays_so_when_data_is_added(tmp_path: Path) -> None:
+def test_held_out_requests_stay_held_out_when_data_is_added(tmp_path: Path) -> None:
     few = [("safety", triple(place, text)) for place, text in enumerate(requests(100))]
     more = [("safety", triple(1000 + place, text)) for place, text in enumerate(requests(100, 1))]
     build(few, tmp_path / "few", eval_share=0.2, near=None)
@@ -188,7 +188,7 @@ def test_what_is_held_out_stays_so_when_data_is_added(tmp_path: Path) -> None:
     assert held_out("few") != held_out("other")
 
 
-def test_no_training_request_is_near_to_one_that_is_held_out(tmp_path: Path) -> None:
+def test_no_training_request_is_near_to_a_held_out_one(tmp_path: Path) -> None:
     records: list[tuple[str, Any]] = []
     for place, text in enumerate(requests(120)):
         records.append(("safety", triple(place, text)))
@@ -205,8 +205,12 @@ def test_no_training_request_is_near_to_one_that_is_held_out(tmp_path: Path) -> 
     assert not list(tmp_path.glob("out/all.*"))
 
 
-def test_an_id_that_is_taken_gets_its_source_before_it(tmp_path: Path) -> None:
-    sources = {"paint": "x", "lift": "y", "drop": "y"}  # files of one name in several folders
+def test_a_taken_id_gets_its_source_as_a_prefix(tmp_path: Path) -> None:
+    sources = {
+        "paint": "x",
+        "lift": "y",
+        "drop": "y",
+    }  # files with the same name in different folders
     records = [
         ("safety", replace(triple(1, word), source=source)) for word, source in sources.items()
     ]
@@ -214,7 +218,7 @@ def test_an_id_that_is_taken_gets_its_source_before_it(tmp_path: Path) -> None:
     assert [row["id"] for row in all_rows(tmp_path / "out", "train")] == ["1", "y:1", "y:y:1"]
 
 
-def test_the_summary_tells_what_the_files_are(tmp_path: Path) -> None:
+def test_the_summary_describes_the_files(tmp_path: Path) -> None:
     records = [("safety", triple(place, text)) for place, text in enumerate(requests(50))]
     summary = build(records, tmp_path / "deep" / "out", eval_share=0.2)
     folder = tmp_path / "deep" / "out"
@@ -227,26 +231,26 @@ def test_the_summary_tells_what_the_files_are(tmp_path: Path) -> None:
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_a_build_that_breaks_off_leaves_nothing_and_takes_nothing(tmp_path: Path) -> None:
-    def breaks_off() -> Iterator[tuple[str, Triple]]:
+def test_an_interrupted_build_leaves_and_deletes_nothing(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[tuple[str, Triple]]:
         yield "safety", triple(1, "Paint it?")
         raise KeyboardInterrupt
 
     (tmp_path / "out").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        build(breaks_off(), tmp_path / "out")
+        build(interrupted(), tmp_path / "out")
     assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
     mine = tmp_path / "out" / "mine.txt"
     mine.write_text("mine")
-    with pytest.raises(ValueError, match="^output_dir: .*out holds something already, choose"):
+    with pytest.raises(ValueError, match="^output_dir: .*out is not empty, choose"):
         build([("safety", triple(1, "Paint it?"))], tmp_path / "out")
-    with pytest.raises(ValueError, match="^output_dir: .*mine.txt holds something already"):
+    with pytest.raises(ValueError, match="^output_dir: .*mine.txt is not empty"):
         build([("safety", triple(1, "Paint it?"))], mine)
     assert list(tmp_path.rglob("*")) == [tmp_path / "out", mine]
     assert mine.read_text() == "mine"
 
 
-def test_rows_stream_through(tmp_path: Path) -> None:
+def test_rows_are_streamed(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         text = "word " * 2_000
         records = (("safety", triple(place, f"{text} {place}")) for place in range(count))
@@ -257,8 +261,8 @@ def test_rows_stream_through(tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
 
-    peak(10)  # what is made once
-    assert peak(400) < peak(40) + 1_000_000  # the 360 more are 3.6 MB of text
+    peak(10)  # one-time allocations
+    assert peak(400) < peak(40) + 1_000_000  # 360 more rows are 3.6 MB of text
 
 
 @pytest.mark.parametrize(
@@ -268,10 +272,12 @@ def test_rows_stream_through(tmp_path: Path) -> None:
         ({"eval_share": -0.1}, r"^eval_share must lie in \[0, 1\), got -0.1"),
         ({"near": 0.1}, r"^near must lie in \[0.5, 1\]"),
         ({"refusal_text": " "}, "^refusal_text: is blank, expected text"),
-        ({"eval_share": 0.9999999}, "^no example is left to train on, expected more data or less"),
+        ({"eval_share": 0.9999999}, "^no example is left to train on: add data or lower"),
     ],
 )
-def test_settings_out_of_range_are_named(tmp_path: Path, settings: dict, message: str) -> None:
+def test_settings_out_of_range_are_refused_by_name(
+    tmp_path: Path, settings: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         build([("safety", triple(1, "Paint it?"))], tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""What comes again is found, however it is written; nothing is called near that is not."""
+"""Duplicates are found however they are written, and no distant pair is called near."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from derta.data.records.duplicates import (
         ("¿Cómo?", "co\u0301mo"),
     ],
 )
-def test_how_a_text_is_written_does_not_make_it_another(text: str, same: str) -> None:
+def test_spelling_variants_are_the_same_text(text: str, same: str) -> None:
     assert normalized(text) == normalized(same)
 
 
 @pytest.mark.parametrize(
     ("text", "other"), [("C++", "C"), ("कि", "की"), ("?", "!"), ("2 < 3", "2 3")]
 )
-def test_what_makes_it_another_stays(text: str, other: str) -> None:
+def test_different_texts_stay_different(text: str, other: str) -> None:
     assert normalized(text) != normalized(other)
 
 
-def test_texts_do_not_run_into_one_another() -> None:
+def test_text_boundaries_count() -> None:
     assert digest(["a b", "c"]) == digest(["A  b!", "c"])
     assert len({digest(["a b", "c"]), digest(["a", "b c"]), digest(["a b c"])}) == 3
 
 
-def test_a_request_is_what_the_user_says() -> None:
+def test_a_request_consists_of_the_users_messages() -> None:
     system = {"role": "system", "content": "Be kind."}
     ask = {"role": "user", "content": "How?"}
     say = {"role": "assistant", "content": "So."}
@@ -61,7 +61,7 @@ def test_a_request_is_what_the_user_says() -> None:
 
 
 def variants(count: int) -> list[str]:
-    """Texts of which many are near to others, at every distance, and some the same."""
+    """Return texts of which many are near to others, at every distance, and some are equal."""
     rng = random.Random(0)
     words = [f"word{i}" for i in range(400)]
     texts: list[str] = []
@@ -82,7 +82,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("near", [0.5, 0.7, 0.9])
-def test_near_ones_are_those_of_brute_force(near: float) -> None:
+def test_near_requests_match_brute_force(near: float) -> None:
     texts = variants(300)
     index = RequestIndex(near)
     found: dict[tuple[str, str], float] = {}
@@ -101,12 +101,12 @@ def test_near_ones_are_those_of_brute_force(near: float) -> None:
         index.add(str(place), request)
         distinct.setdefault(text, str(place))
     assert len(expected) > 50
-    assert found.items() <= expected.items()  # nothing that is not near, and as near as it is
+    assert found.items() <= expected.items()  # no false match, and exact similarities
     assert len(expected.keys() - found.keys()) <= 0.001 * len(expected) + 1
     assert len(index) == len(distinct)
 
 
-def test_the_same_one_comes_first_then_from_the_nearest_on() -> None:
+def test_matches_are_sorted_equal_first_then_nearest() -> None:
     index = RequestIndex(0.5)
     words = "one two three four five six seven eight nine ten".split()
     for id, text in {"a": words[:8], "b": words[:9], "c": words, "d": words[::-1]}.items():
@@ -124,12 +124,12 @@ def test_the_same_one_comes_first_then_from_the_nearest_on() -> None:
     assert [match.id for match in exact.matches(Fingerprint(["One two: three"]))] == ["a"]
 
 
-def test_similarity_counts_what_is_shared() -> None:
+def test_similarity_counts_shared_shingles() -> None:
     assert jaccard({1, 2, 3}, [2, 3, 4, 5]) == 2 / 5
 
 
 @pytest.mark.parametrize(("near", "bytes_a_row"), [(None, 300), (0.7, 12_000)])
-def test_a_row_takes_no_more_memory_than_said(near: float | None, bytes_a_row: int) -> None:
+def test_a_row_takes_no_more_memory_than_documented(near: float | None, bytes_a_row: int) -> None:
     rng = random.Random(0)
     texts = [" ".join(str(rng.random()) for _ in range(25)) for _ in range(300)]
     index = RequestIndex(near)
@@ -145,6 +145,6 @@ def test_a_row_takes_no_more_memory_than_said(near: float | None, bytes_a_row: i
 
 
 @pytest.mark.parametrize("near", [0.4, 1.1])
-def test_a_similarity_that_cannot_be_found_is_refused(near: float) -> None:
+def test_a_similarity_out_of_reach_is_refused(near: float) -> None:
     with pytest.raises(ValueError, match=r"^near must lie in \[0.5, 1\], or be null .*, got"):
         RequestIndex(near)

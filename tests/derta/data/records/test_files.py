@@ -1,4 +1,4 @@
-"""Files are told by their content and streamed; a bad row is named by its place and field."""
+"""File types are told by content, rows are streamed, and bad rows are named by place and field."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_content_decides_and_not_the_name(tmp_path: Path, layout: str) -> None:
+def test_the_content_tells_the_file_type(tmp_path: Path, layout: str) -> None:
     rows = [{**OWN, "prompt": f'"{n}",\nä?', "id": f"{n}", "source": "s"} for n in range(3)]
     assert read(write(tmp_path, LAYOUTS[layout](rows))) == [Triple(**row) for row in rows]
 
@@ -61,14 +61,16 @@ def test_rows_of_one_file_may_be_of_several_formats(tmp_path: Path) -> None:
     remarked = {"messages": [SAY, ASK], "safe": "Sorry.", "harmful": "Sure.", "score": [3]}
     path = write(tmp_path, "\n".join(map(json.dumps, [OWN, official, remarked])))
     assert [len(record.messages) for record in read(path)] == [1, 1, 2]
-    # One table of rows of several formats has empty cells.
+    # A table with rows of several formats has empty cells.
     table = tmp_path / "table"
     table.write_bytes(contain([OWN, official], "csv"))
     assert [record.prompt for record in read(table)] == ["How?", "How?"]
 
 
 @pytest.mark.parametrize("nothing", ["", None])
-def test_an_empty_field_that_no_format_reads_is_none(tmp_path: Path, nothing: str | None) -> None:
+def test_an_empty_field_unknown_to_the_format_is_ignored(
+    tmp_path: Path, nothing: str | None
+) -> None:
     row = {
         "instruction": "Q?",
         "input": nothing,
@@ -79,7 +81,7 @@ def test_an_empty_field_that_no_format_reads_is_none(tmp_path: Path, nothing: st
     assert isinstance(record, Triple) and record.messages[-1]["content"] == "Q?"
 
 
-def test_separators_other_than_newlines_may_stand_in_a_text(tmp_path: Path) -> None:
+def test_texts_may_contain_unicode_line_separators(tmp_path: Path) -> None:
     row = {**OWN, "prompt": "a\u2028b\u0085c\rd"}
     (record,) = read(write(tmp_path, json.dumps(row, ensure_ascii=False)))
     assert record.messages[0]["content"] == row["prompt"]
@@ -89,7 +91,7 @@ def ids(*paths: Path | str) -> list[str]:
     return [record.id for record in read_records(*paths, role="safety")]
 
 
-def test_rows_without_an_id_are_called_by_their_place(
+def test_rows_without_an_id_are_named_by_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = write(tmp_path, "\n" + json.dumps(OWN) + "\n\n" + json.dumps(OWN))
@@ -100,7 +102,7 @@ def test_rows_without_an_id_are_called_by_their_place(
     assert ids("rows.txt") == ["rows.txt:3[0]", "rows.txt:9[1]"]
 
 
-def test_rows_of_one_line_and_files_of_one_name_have_ids_of_their_own(tmp_path: Path) -> None:
+def test_rows_on_one_line_and_files_with_one_name_get_distinct_ids(tmp_path: Path) -> None:
     paths = [tmp_path / folder / "rows.json" for folder in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -109,24 +111,22 @@ def test_rows_of_one_line_and_files_of_one_name_have_ids_of_their_own(tmp_path: 
 
 
 @pytest.mark.parametrize("other", [7, "7"])
-def test_an_id_given_twice_in_a_file_is_named_with_both_places(
-    tmp_path: Path, other: int | str
-) -> None:
+def test_a_repeated_id_is_an_error_with_both_places(tmp_path: Path, other: int | str) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text(json.dumps({**OWN, "id": 7}))
     rows = [OWN, {**OWN, "id": 7}, {**OWN, "id": other}]
     second.write_text("\n\n".join(map(json.dumps, rows)))
-    expected = f"{second}:5: id: '7' is that of {second}:3 too, expected one of its own"
+    expected = f"{second}:5: id: '7' is already used by {second}:3, expected a unique id"
     for paths in ([second], [first, second]):
         with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
             ids(*paths)
     second.write_text(json.dumps([OWN, {**OWN, "id": f"{second}:1[0]"}]))
-    with pytest.raises(ValueError, match=re.escape(f"is that of {second}:1[0] too")):
+    with pytest.raises(ValueError, match=re.escape(f"is already used by {second}:1[0]")):
         ids(second)
 
 
-def test_an_id_that_another_file_has_gets_its_files_stem(tmp_path: Path) -> None:
-    """What seeds an example's draws hangs on what is read before it, and on no folder's name."""
+def test_an_id_from_an_earlier_file_gets_the_stem_as_a_prefix(tmp_path: Path) -> None:
+    """Random draws depend on the order of reading and on no folder's name."""
     paths = [tmp_path / name for name in ("a/x.jsonl", "b/x.jsonl", "c/x.jsonl", "y.jsonl")]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
@@ -144,9 +144,7 @@ def test_an_id_that_another_file_has_gets_its_files_stem(tmp_path: Path) -> None
     assert apart == ["0", "1", "y:1", "2"]
 
 
-def test_a_file_that_comes_twice_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reading_a_file_twice_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, json.dumps({**OWN, "id": 7}))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^rows\.txt: comes twice, expected every file once$"):
@@ -206,7 +204,7 @@ BAD = [
     (
         json.dumps({"instruction": "x", "input": "y", "output": "z", "safe_response": "w"}),
         "1: fields: found input, instruction, output, safe_response, which is official_triple with "
-        "fields of other formats, expected format: official_triple, which leaves those out",
+        "fields of other formats, expected format: official_triple, which ignores those",
     ),
     (
         json.dumps({"instruction": "x", "safe_response": "y"}),
@@ -270,10 +268,10 @@ def test_a_bad_dialogue_is_named_by_its_place_and_field(
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
-def test_an_array_is_the_same_wherever_its_pieces_end(
+def test_chunk_borders_do_not_change_an_array(
     tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where an element ends, what it is, and where an error is: as if all were in memory."""
+    """Elements, their ends and the places of errors are as if the whole text were in memory."""
     rows = [{**OWN, "id": f"{n}", "prompt": f"ä\n\\ {n}" + "\U0001f600" * n} for n in range(9)]
     texts: list[str | bytes] = [json.dumps(rows, indent=3), json.dumps(rows, ensure_ascii=False)]
     texts += [f"[{json.dumps(OWN)}, {{broken}}]", "[12.5e3, 3]"]
@@ -305,7 +303,7 @@ def test_an_array_is_the_same_wherever_its_pieces_end(
         ('prompt,safe,harmful\na,b,"c\n' + "d\n" * 99, "2: not CSV .field larger than"),
     ],
 )
-def test_what_is_never_closed_does_not_take_in_the_file(
+def test_an_unclosed_quote_or_bracket_does_not_swallow_the_file(
     tmp_path: Path, text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "LONGEST", 64)
@@ -318,14 +316,14 @@ def test_what_is_never_closed_does_not_take_in_the_file(
 
 @pytest.mark.parametrize("packing", ["gzip", "xz"])
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_packed_file_that_was_cut_short_is_an_error(
+def test_a_truncated_compressed_file_is_an_error(
     tmp_path: Path, container: str, packing: str
 ) -> None:
     rng = random.Random(0)
     rows = [{**OWN, "prompt": f"{rng.random()}"} for _ in range(99)]
     data = PACKINGS[packing](contain(rows, container))
     for cut in (12, len(data) // 2, len(data) - 1):
-        with pytest.raises(ValueError, match=r"rows\.txt:\S+: what follows cannot be unpacked .*"):
+        with pytest.raises(ValueError, match=r"rows\.txt:\S+: the file cannot be unpacked .*"):
             read(write(tmp_path, data[:cut]))
     damaged = bytearray(data)
     damaged[len(data) // 2] ^= 255
@@ -357,12 +355,12 @@ def test_a_bad_row_of_a_table_is_named_by_its_index(tmp_path: Path) -> None:
         (contain([{"a": 1}], "parquet"), r"\[0\]: no column of any format in this table"),
     ],
 )
-def test_what_is_no_table_of_records_is_an_error(tmp_path: Path, data: bytes, message: str) -> None:
+def test_a_file_without_records_is_an_error(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=r"rows\.txt:" + message):
         read(write(tmp_path, data))
 
 
-def test_a_table_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+def test_a_table_with_a_repeated_column_is_refused(tmp_path: Path) -> None:
     columns = [pyarrow.array([text]) for text in ("a", "b", "c", "d")]
     table = pyarrow.Table.from_arrays(columns, ["prompt", "safe", "harmful", "safe"])
     pyarrow.parquet.write_table(table, tmp_path / "rows.txt")
@@ -370,7 +368,7 @@ def test_a_table_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "rows.txt")
 
 
-def test_a_folder_is_its_files_in_order_and_hidden_ones_are_none(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_without_hidden_files(tmp_path: Path) -> None:
     for name in ("b", "a/2", "a/1", ".hidden", "a/.git/x"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -381,7 +379,7 @@ def test_a_folder_is_its_files_in_order_and_hidden_ones_are_none(tmp_path: Path)
         ids(tmp_path / "none")
 
 
-def test_what_datasets_saved_is_read_by_index(tmp_path: Path) -> None:
+def test_a_saved_dataset_is_read_by_index(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list([{**OWN, "score": n} for n in range(300)])
     rows.shuffle(seed=0).select(range(280)).save_to_disk(tmp_path / "rows")
     assert ids(tmp_path / "rows") == [f"{tmp_path}/rows:[{n}]" for n in range(280)]
@@ -397,7 +395,7 @@ def test_what_datasets_saved_is_read_by_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_a_cell_of_ten_megabytes_is_a_cell(tmp_path: Path, container: str) -> None:
+def test_a_cell_of_ten_megabytes_is_read(tmp_path: Path, container: str) -> None:
     row = {**OWN, "harmful": 'Sure, "step".\n' * 700_000}
     (record,) = read(write(tmp_path, contain([row], container)))
     assert record.harmful == row["harmful"]
@@ -405,7 +403,7 @@ def test_a_cell_of_ten_megabytes_is_a_cell(tmp_path: Path, container: str) -> No
 
 @pytest.mark.parametrize("packing", ["plain", "xz"])
 @pytest.mark.parametrize("container", [*CONTAINERS, "object"])
-def test_memory_does_not_grow_with_the_file(
+def test_memory_does_not_grow_with_the_file_size(
     tmp_path: Path, container: str, packing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "CHUNK", 1 << 14)
@@ -425,7 +423,7 @@ def test_memory_does_not_grow_with_the_file(
     assert count == 1999 and peak < 4 << 20  # of 12 MB of text
 
 
-def test_good_rows_come_before_the_error_of_a_bad_one(tmp_path: Path) -> None:
+def test_good_rows_are_yielded_before_the_error_of_a_bad_one(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps(OWN) + "\n{}")
     records = read_records(path, role="safety")
     assert next(records).id == f"{path}:1"
@@ -433,13 +431,13 @@ def test_good_rows_come_before_the_error_of_a_bad_one(tmp_path: Path) -> None:
         next(records)
 
 
-def test_errors_quote_no_text(tmp_path: Path) -> None:
+def test_errors_never_quote_text(tmp_path: Path) -> None:
     row = {"instruction": "secret words", "output": "secret\0words", "safe_response": "x"}
     with pytest.raises(ValueError) as error:
         read(write(tmp_path, json.dumps(row)))
     assert "secret" not in str(error.value)
 
 
-def test_a_missing_file_is_an_error_of_the_file_system(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_file_not_found_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.jsonl: no such record file"):
         next(read_records(tmp_path / "none.jsonl", role="safety"))

@@ -1,4 +1,4 @@
-"""A format is told by its fields, what its rows are by the role that is stated."""
+"""A row's fields tell its format, and the stated role tells its record."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def safely(*triples: Triple) -> dict[str, list[Any]]:
     return {"safety": list(triples), "harmful": [BROKEN]}
 
 
-# What item 7 of each format is, in every role and kind that takes it.
+# The record of item 7 in each format, for every role and kind that accepts it.
 IS: dict[str, dict[str, list[Any]]] = {
     "triple": safely(TRIPLE),
     "rendered": {"safety": [RTO, NEXT]},
@@ -138,22 +138,22 @@ def nameless(records: Iterable[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "purpose"), PURPOSES)
-def test_a_row_is_what_its_fields_and_its_role_say(tmp_path: Path, name: str, purpose: str) -> None:
+def test_fields_and_role_decide_the_record(tmp_path: Path, name: str, purpose: str) -> None:
     path = write(tmp_path, *ROWS[name](7))
     assert nameless(read(path, purpose)) == IS[name][purpose]
     assert nameless(read(path, purpose, format=name)) == IS[name][purpose]
 
 
-def test_every_format_has_rows_and_every_role_a_test() -> None:
+def test_every_format_and_role_is_covered() -> None:
     assert FORMATS.keys() == ROWS.keys() == IS.keys()
     read_as = {(name, purpose) for name, form in FORMATS.items() for purpose in form.readers}
-    # Of the rows above, one is to refuse at.
+    # One of the rows above is a refusal row.
     assert read_as - set(PURPOSES) == {("rendered", "helpful"), ("conversation", "harmful")}
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_every_format_is_the_same_in_every_container(
+def test_every_format_reads_the_same_from_every_container(
     tmp_path: Path, container: str, packing: str
 ) -> None:
     for name, purposes in IS.items():
@@ -167,9 +167,7 @@ def test_every_format_is_the_same_in_every_container(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_in_another_role_is_an_error_that_names_its_roles(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_format_in_a_wrong_role_is_refused_with_its_roles(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, *ROWS[name](7))
     for purpose in set(ROLES + KINDS) - FORMATS[name].readers.keys():
         expected = f"rows:1: fields: are those of format {name}, which is for "
@@ -177,7 +175,7 @@ def test_a_format_in_another_role_is_an_error_that_names_its_roles(
             read(path, purpose)
 
 
-def test_an_unknown_role_kind_or_format_is_told_from_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_role_kind_or_format_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^role must be one of safety, helpful, borderline, got "):
         read_records(tmp_path, role="harmful")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="^kind must be one of harmful, harmless, question, got "):
@@ -198,7 +196,7 @@ def test_swapped_responses_are_refused_unless_the_format_is_named(
     assert columns is not None
     (row,) = ROWS[name](7)
     path = write(tmp_path, swapped(row, *columns))
-    expected = f"rows:1: {columns[1]}: opens with a refusal, and {columns[0]} holds none, as if"
+    expected = f"rows:1: {columns[1]}: opens with a refusal and {columns[0]} holds none, so"
     with pytest.raises(ValueError, match=expected):
         read(path, "safety")
     with pytest.raises(ValueError, match=expected):
@@ -207,11 +205,11 @@ def test_swapped_responses_are_refused_unless_the_format_is_named(
     assert (record.safe, record.harmful) == (harmful(7), safe(7))
     same = write(tmp_path, {**row, columns[0]: row[columns[1]]})
     for settings in ({}, {"format": name}):
-        with pytest.raises(ValueError, match=f"rows:1: {columns[1]}: is the text of {columns[0]}"):
+        with pytest.raises(ValueError, match=f"rows:1: {columns[1]}: equals {columns[0]}"):
             read(same, "safety", **settings)
 
 
-def test_a_refusal_inside_a_harmful_response_swaps_nothing(tmp_path: Path) -> None:
+def test_a_refusal_late_in_a_harmful_response_is_accepted(tmp_path: Path) -> None:
     (row,) = ROWS["triple"](7)
     late = {**row, "safe": "The guild forbids it.", "harmful": "Climb. " * 20 + "Sorry."}
     both = {**row, "harmful": "I'm sorry to hear that. Step one."}
@@ -273,7 +271,7 @@ def labelled(*answers: tuple[str, bool]) -> list[dict[str, Any]]:
         ("harmless", ROWS["xstest"](7), 1, {"of the other kind": 1}),
     ],
 )
-def test_what_is_skipped_is_counted_by_its_reason(
+def test_skipped_rows_are_counted_by_reason(
     tmp_path: Path, purpose: str, rows: list[dict[str, Any]], count: int, skipped: Count
 ) -> None:
     path = write(tmp_path, *rows)
@@ -283,7 +281,7 @@ def test_what_is_skipped_is_counted_by_its_reason(
     assert (counts.records, counts.bad, dict(counts.skipped)) == (count, 0, skipped)
 
 
-def test_answers_to_one_prompt_are_joined_in_order_and_across_others(tmp_path: Path) -> None:
+def test_answers_to_one_prompt_are_joined_in_order_despite_rows_between(tmp_path: Path) -> None:
     rows = [row for n in (1, 2) for row in ROWS["beavertails"](n)]
     harmful_1, safe_1, harmful_2, safe_2 = rows
     again = {**harmful_1, "response": "Step two: harmful 1."}
@@ -303,7 +301,7 @@ def test_rendered_rows_are_kept_byte_for_byte(tmp_path: Path) -> None:
         assert (record.prefix, record.text, record.rto) == (odd["prefix"], odd["text"], False)
 
 
-def test_weights_are_records_and_not_requests(tmp_path: Path) -> None:
+def test_only_records_have_weights(tmp_path: Path) -> None:
     rows = [{**ROWS["triple"](n)[0], "weight": weight} for n, weight in ((1, 0.5), (2, None))]
     path = write(tmp_path, *rows)
     assert [record.weight for record in read(path, "safety")] == [0.5, 1.0]
@@ -337,13 +335,13 @@ def test_preferences_and_completions_may_be_messages(tmp_path: Path) -> None:
     assert [one["role"] for one in dialogue.messages] == ["system", "user", "assistant"]
 
 
-def test_an_instruction_has_its_input_after_it(tmp_path: Path) -> None:
+def test_an_instruction_is_followed_by_its_input(tmp_path: Path) -> None:
     row = {"instruction": "Count them.", "input": "a b", "output": "2", "text": "all of it"}
     (dialogue,) = read(write(tmp_path, row), "helpful")
     assert dialogue.messages[0]["content"] == "Count them.\n\na b"
 
 
-def test_a_conversation_to_evaluate_with_may_lack_its_answer(tmp_path: Path) -> None:
+def test_an_evaluation_conversation_may_lack_its_answer(tmp_path: Path) -> None:
     path = write(tmp_path, messages("messages", ASKING))
     for kind in ("harmful", "harmless"):
         (request,) = read(path, kind)
@@ -352,7 +350,7 @@ def test_a_conversation_to_evaluate_with_may_lack_its_answer(tmp_path: Path) -> 
         read(path, "question")
 
 
-def test_csv_without_a_header_is_read_where_its_format_is_named(tmp_path: Path) -> None:
+def test_csv_without_a_header_is_read_if_its_format_is_named(tmp_path: Path) -> None:
     path = tmp_path / "category_1.csv"
     path.write_text('"Paint a fence, quickly."\nPaint another.\n')
     with pytest.raises(ValueError, match=r"category_1.csv:1: neither JSON nor CSV with a header"):
@@ -371,7 +369,7 @@ IN_LETTERS = f"{ask(7)}\nA. Water\nB. {helpful(7)}\nC. 0\nD. Oil\nAnswer:"
 
 
 @pytest.mark.parametrize("header", [True, False])
-def test_mmlu_may_have_a_column_a_letter(tmp_path: Path, header: bool) -> None:
+def test_mmlu_may_have_one_column_for_each_letter(tmp_path: Path, header: bool) -> None:
     path = tmp_path / "rows"
     data = contain([{"question": ask(7), **LETTERED}] * 2, "csv").partition(b"\n")
     path.write_bytes(b"".join(data) if header else data[2])
@@ -385,7 +383,7 @@ def test_mmlu_may_have_a_column_a_letter(tmp_path: Path, header: bool) -> None:
             read(path, "question")
 
 
-def test_completions_of_attacks_come_by_their_behaviors(tmp_path: Path) -> None:
+def test_attack_completions_are_read_from_lists_by_behavior(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     rows = ROWS["harmbench_completions"]
     for indent in (None, 4):
@@ -403,11 +401,11 @@ def edit(name: str, **changes: Any) -> dict[str, Any]:
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("safety", edit("rendered", safe=True), 'safe: is a JSON boolean, expected the text "true"'),
     ("safety", edit("rendered", safe="True"), 'safe: expected the text "true" or "false"'),
-    ("helpful", edit("rendered"), 'safe: is "true", a row to refuse at, expected "false"'),
+    ("helpful", edit("rendered"), 'safe: is "true", a refusal row, expected "false"'),
     (
         "safety",
         edit("rendered", safe=...),
-        "fields: found prefix, text, which is a file to break a model's safety with",
+        "fields: found prefix, text, which is an attack on a model's safety",
     ),
     ("safety", edit("beavertails", is_safe=1), "is_safe: is int, expected true or false"),
     ("safety", edit("beavertails", response=" "), "response: is blank, expected text"),
@@ -439,12 +437,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("question", edit("question", answer=...), "answer: is NoneType, expected text"),
     ("question", edit("mmlu", choices="[1, 2]"), "choices: expected a list of 2 to 26 texts"),
     ("question", edit("mmlu", choices=["a", 2]), r"choices\[1\]: is int, expected text"),
-    ("question", edit("mmlu", answer=3), "answer: is no choice's place, expected a whole number"),
-    ("question", edit("mmlu", answer=True), "answer: is no choice's place, expected a whole num"),
+    ("question", edit("mmlu", answer=3), "answer: is not the index of a choice, expected an"),
+    ("question", edit("mmlu", answer=True), "answer: is not the index of a choice, expected a"),
     (
         "question",
         {"question": ask(7), **LETTERED, "answer": "E"},
-        "answer: is no choice's letter, exp",
+        "answer: is not a choice's letter, exp",
     ),
     ("question", {"question": ask(7), **LETTERED, "C": " "}, "C: is blank, expected text"),
     ("harmful", edit("harmbench_completions", label=True), "label: expected 0 or 1"),
@@ -452,7 +450,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("harmful", edit("turns", turns="x"), "turns: is str, expected a list of texts"),
     ("harmful", edit("turns", turns=["a", ""]), r"turns\[1\]: is blank, expected text"),
     ("harmless", edit("xstest", type="other"), "type: expected one of XSTest's"),
-    ("harmless", edit("xstest", label="unsafe"), "label: contradicts type, expected unsafe of"),
+    ("harmless", edit("xstest", label="unsafe"), "label: contradicts type, expected unsafe only"),
     ("harmful", edit("or_bench", category=[1]), "category: is list, expected text"),
     (
         "harmless",
@@ -468,16 +466,16 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "safety",
         edit("triple", system="Be brief."),
         "found harmful, prompt, safe, system, which is triple with fields of other formats, "
-        "expected format: triple, which leaves those out$",
+        "expected format: triple, which ignores those$",
     ),
     (
         "safety",
         {**edit("triple"), **edit("preference")},
         "which is triple or preference with fields of other formats, expected format: triple or "
-        "preference, which leaves those out$",
+        "preference, which ignores those$",
     ),
     ("safety", edit("triple", weight=0), "weight: is 0, expected a number above 0"),
-    ("safety", edit("triple", weight="x"), "weight: is text that is no number"),
+    ("safety", edit("triple", weight="x"), "weight: is text, expected a number"),
     ("safety", edit("triple", weight=True), "weight: is bool, expected a number"),
     (
         "helpful",
@@ -488,28 +486,28 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("purpose", "row", "message"), BAD)
-def test_a_row_that_its_format_cannot_be_is_named_by_its_field(
+def test_a_row_invalid_in_its_format_is_refused_by_field(
     tmp_path: Path, purpose: str, row: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"rows:1: .*{message}"):
         read(write(tmp_path, row), purpose)
 
 
-def test_a_named_format_lacks_no_field(tmp_path: Path) -> None:
+def test_a_named_format_needs_all_its_fields(tmp_path: Path) -> None:
     path = write(tmp_path, edit("rendered", safe=...))
     expected = "rows:1: fields: found prefix, text, expected those of format rendered: prefix, saf"
     with pytest.raises(ValueError, match=expected):
         read(path, "safety", format="rendered")
 
 
-def test_rows_that_are_joined_weigh_the_same(tmp_path: Path) -> None:
+def test_joined_rows_must_have_equal_weights(tmp_path: Path) -> None:
     first, second = ROWS["beavertails"](7)
     path = write(tmp_path, {**first, "weight": 2}, second)
-    with pytest.raises(ValueError, match="rows:2: weight: differs from the row's that it is join"):
+    with pytest.raises(ValueError, match="rows:2: weight: differs from that of the row"):
         read(path, "safety")
 
 
-def test_strange_names_of_fields_stay_short_and_on_one_line(tmp_path: Path) -> None:
+def test_strange_field_names_are_shortened_to_one_line(tmp_path: Path) -> None:
     row = {"\ud800\n" + "x" * 100: 1} | {f"field {index}": 1 for index in range(20)}
     with pytest.raises(ValueError) as error:
         read(write(tmp_path, row), "safety")
@@ -517,7 +515,7 @@ def test_strange_names_of_fields_stay_short_and_on_one_line(tmp_path: Path) -> N
     assert found.isprintable() and found.endswith(", ...") and len(found.split(":")[-1]) < 300
 
 
-def test_one_pass_names_every_bad_row(tmp_path: Path) -> None:
+def test_one_pass_reports_every_bad_row(tmp_path: Path) -> None:
     good = ROWS["triple"](1)[0]
     path = tmp_path / "rows"
     lines = [json.dumps(good), "{", json.dumps({**good, "safe": ""}), b"\xff", json.dumps(good)]

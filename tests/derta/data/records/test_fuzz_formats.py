@@ -1,4 +1,4 @@
-"""Whatever is amiss with a file, nothing that is read from it is something else than it says."""
+"""No damage to a file makes a row into a different record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXTS = ('"', ",", "\n", "\r\n", "'", "\\", "{", "ä", "\u2028", "\ufeff")
 
 
 def damage(draw: st.DrawFn, row: Row, n: int) -> None:
-    """Does one thing to the row that people's files have had done to them."""
+    """Damage the row in one of the ways seen in real files."""
     name = draw(st.sampled_from(sorted(row)))
     value = row[name]
     what = draw(st.sampled_from(["type", "blank", "unusable", "quoting", "absent", "foreign"]))
@@ -41,7 +41,7 @@ def damage(draw: st.DrawFn, row: Row, n: int) -> None:
 
 @st.composite
 def written(draw: st.DrawFn) -> tuple[str, str, list[Row], bytes]:
-    """A format, what its rows are read for, the rows, and the file that they are in."""
+    """Draw a format, a purpose, rows, and the file that holds them."""
     name = draw(st.sampled_from(sorted(FORMATS)))
     purpose = draw(st.sampled_from(sorted(FORMATS[name].readers) * 3 + [*ROLES, *KINDS]))
     numbered = [(n, row) for n in range(1, 5) for row in ROWS[name](n)]
@@ -53,32 +53,32 @@ def written(draw: st.DrawFn) -> tuple[str, str, list[Row], bytes]:
     packing = draw(st.sampled_from(sorted(PACKINGS)))
     try:
         data = contain(rows, container)
-    except (pyarrow.ArrowException, UnicodeEncodeError):  # a column has one type, and no surrogates
+    except (pyarrow.ArrowException, UnicodeEncodeError):  # mixed types or surrogates
         data = contain(rows, "jsonl")
     data = PACKINGS[packing](data)
     how = draw(st.sampled_from(["whole"] * 4 + ["cut", "cut", "patched"]))
     place = draw(st.integers(0, len(data)))
     if how == "cut":
         data = data[:place]
-    elif how == "patched":  # with what no text holds
+    elif how == "patched":  # with bytes that no text holds
         data = data[:place] + b"\xff" + data[place + 1 :]
     return name, purpose, rows, data
 
 
 def item(text: str) -> str | None:
-    """The item that a prompt asks of; None if that part of it is lost."""
+    """Return the item that a prompt asks about; None if that part is lost."""
     found = re.search(r"fence (\d)", text)
     return found and found[1]
 
 
 def check(text: str, kind: str, n: str | None) -> None:
-    """That the text says nothing else of itself; in CSV, it may have come to say nothing."""
+    """Check that the text names no other item or kind; in CSV, it may be lost."""
     for said in re.findall(r"(safe|harmful|helpful|prefill) (\d)", text):
         assert said == (kind, n or said[1])
 
 
 def is_chosen(record: Any, rows: list[Row]) -> bool:
-    """Whether the answer is a preference's, which foreign fields can make of a bare prompt."""
+    """Return True for a preference's answer, which foreign fields can make of a bare prompt."""
     if isinstance(record, Dialogue):
         answer = record.messages[-1]["content"]
     else:
@@ -87,7 +87,7 @@ def is_chosen(record: Any, rows: list[Row]) -> bool:
 
 
 def check_record(record: Any, name: str, purpose: str) -> None:
-    """That the record is what its own texts say it is, and is of the purpose."""
+    """Check that the record matches its own texts and the purpose."""
     if isinstance(record, Triple):
         assert purpose == "safety"
         check(record.safe, "safe", item(record.prompt))
@@ -107,11 +107,11 @@ def check_record(record: Any, name: str, purpose: str) -> None:
             check(record.response, "harmful" if purpose == "harmful" else kind, item(record.prompt))
         if record.prefill:
             check(record.prefill, "prefill", item(record.prompt))
-        if name == "xstest" and record.category:  # without its type, a row is a bare prompt
+        if name == "xstest" and record.category:  # a row without a type is a bare prompt
             assert record.category.startswith("contrast_") == (purpose == "harmful")
 
 
-def test_no_damage_makes_a_record_of_something_else(tmp_path: Path) -> None:
+def test_no_damage_turns_a_row_into_a_different_record(tmp_path: Path) -> None:
     figures: Counter[str] = Counter()
     path = tmp_path / "rows"
 
@@ -148,7 +148,9 @@ def test_no_damage_makes_a_record_of_something_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.columns])
-def test_swapped_columns_are_errors_in_every_row(tmp_path: Path, name: str, container: str) -> None:
+def test_swapped_columns_are_an_error_in_every_row(
+    tmp_path: Path, name: str, container: str
+) -> None:
     one, other = FORMATS[name].columns or ("", "")
     rows = [{**row, one: row[other], other: row[one]} for n in range(9) for row in ROWS[name](n)]
     (tmp_path / "rows").write_bytes(contain(rows, container))
@@ -156,7 +158,7 @@ def test_swapped_columns_are_errors_in_every_row(tmp_path: Path, name: str, cont
     assert len(found) == len(rows) and all(isinstance(record, ValueError) for record in found)
 
 
-def test_a_record_that_is_something_else_would_be_noticed() -> None:
+def test_a_wrong_record_would_be_noticed() -> None:
     """The check above can fail."""
     triple = Triple(prompt="How do I paint fence 7?", safe=safe(7), harmful=harmful(7), id="x")
     check_record(triple, "triple", "safety")

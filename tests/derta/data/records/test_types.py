@@ -1,4 +1,4 @@
-"""Records are checked where they are made, in memory as from files."""
+"""Records are checked at construction, from memory or from files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_prompt_is_one_user_message() -> None:
     assert replace(triple, safe="No.").messages == (ASK,)
 
 
-def test_a_record_does_not_change_with_what_it_was_made_of() -> None:
+def test_a_record_does_not_change_with_its_inputs() -> None:
     messages = [dict(ASK), dict(SAY)]
     dialogue = Dialogue(messages=messages, id="1")
     messages[1]["content"] = "Otherwise."
@@ -78,12 +78,12 @@ def test_an_unusable_triple_is_refused(changes: dict, error: type[Exception], me
         ([SAY], "^messages: the first is the assistant's, expected something to answer"),
     ],
 )
-def test_a_dialogue_answers_something(messages: list, message: str) -> None:
+def test_a_dialogue_must_answer_a_user(messages: list, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Dialogue(messages=messages, id="1")
 
 
-def test_data_is_imported_without_what_takes_time() -> None:
+def test_derta_data_imports_no_slow_package() -> None:
     heavy = {"transformers", "peft", "datasets", "pyarrow"}
     code = f"import sys, derta.data; print({heavy} & sys.modules.keys())"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Token ids are those of the chat as the model will see it, whatever its template is like."""
+"""Token ids are those of the chat as the model will see it, for any template."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONVERSATIONS = {"single": [ASK], "multi": [ASK, SAY, MORE], "system": [SYSTEM, 
 SAFE = "Sorry, I cannot help."
 HARMFUL = "Sure, here is how: step one, take the ladder."
 
-# How a template writes a response, and what closes it.
+# Each template's form of a response, and its closing text.
 STYLES = {
     "llama3": ("{}", "<|eot_id|>"),
     "chatml": ("{}", "<|im_end|>"),
@@ -42,7 +42,7 @@ STYLES = {
     "textual": ("{}", "<|stop|>\n<|eot_id|>"),
     "thinking": ("{}", "<|im_end|>"),
 }
-# Whose template closes a response with no special token: the end of sequence comes on top.
+# Templates that close a response with no special token: the end-of-sequence token is appended.
 APPENDED = ("plain", "textual")
 ENDLESS = dict(max_length=10_000, max_tokens=10_000, branches=1, cuts="uniform")
 
@@ -55,9 +55,7 @@ def triple(**changes: object) -> Triple:
     ("style", "conversation"),
     [pair for pair in itertools.product(STYLES, CONVERSATIONS) if pair != ("mistral", "system")],
 )
-def test_a_triple_reads_as_its_template_renders_it(
-    templated, style: str, conversation: str
-) -> None:
+def test_a_triple_decodes_to_its_rendered_chat(templated, style: str, conversation: str) -> None:
     tokenizer, messages = templated(style), CONVERSATIONS[conversation]
     encoded = Encoder(tokenizer, **ENDLESS).encode(triple(messages=messages))
     assert isinstance(encoded, EncodedTriple) and encoded.id == "t"
@@ -71,14 +69,14 @@ def test_a_triple_reads_as_its_template_renders_it(
     assert tokenizer.decode(encoded.harmful) == response.format(HARMFUL)
     assert encoded.cut_limit == len(encoded.harmful)
     assert {array.dtype.name for array in (encoded.prompt, encoded.safe)} == {"int32"}
-    # No token straddles a border here, so that the rendered text has the same tokens as a whole.
+    # No token straddles a border here, so the whole rendered text has the same tokens.
     whole = tokenizer(rendered, add_special_tokens=False).input_ids
     ids = [*encoded.prompt, *encoded.safe]
     assert ids[: len(whole)] == whole[: len(ids)]
 
 
 @pytest.mark.parametrize("style", sorted(STYLES.keys() - {"thinking"}))
-def test_a_dialogue_is_learnt_where_the_assistant_speaks(templated, style: str) -> None:
+def test_a_dialogues_targets_are_the_assistants_messages(templated, style: str) -> None:
     tokenizer = templated(style)
     encoder = Encoder(tokenizer, **ENDLESS)
     dialogue = Dialogue(messages=[ASK, SAY, MORE, END], id="d")
@@ -105,12 +103,12 @@ def test_a_dialogue_has_the_token_ids_of_its_template(templated, style: str, tur
 
 
 @pytest.mark.parametrize("split", ["gpt2", "llama3"])
-def test_what_closes_an_answer_may_be_joined_to_what_is_around_it(joining, split: str) -> None:
+def test_closing_text_may_merge_with_its_neighbours(joining, split: str) -> None:
     tokenizer = joining(split)
     messages = [ASK, SAY, MORE, END, MORE, SAY]
     said = assert_reads_as_its_template(tokenizer, messages, appended=True)
-    # A model closes an answer with one token. GPT-2 has two of it where the conversation goes on,
-    # which no model would have written: no target.
+    # A model closes an answer with one token. If the conversation continues, GPT-2 makes two of it,
+    # which no model would write: they are no targets.
     last = {"gpt2": ["\n\n", "<|end|>"], "llama3": [".\n\n", "<|end|>"]}[split]
     inner = {"gpt2": " paint.", "llama3": " paint.\n\n"}[split]
     assert tokenizer.batch_decode([[id] for id in said[-1][-2:]]) == last
@@ -121,14 +119,14 @@ def test_what_closes_an_answer_may_be_joined_to_what_is_around_it(joining, split
 
 
 def assert_reads_as_its_template(tokenizer, messages: list, *, appended: bool) -> list[list[int]]:
-    """Compares a dialogue with what a model is shown of it; returns the targets of each turn."""
+    """Compare a dialogue with what a model is shown of it; return the targets of each turn."""
     encoder = Encoder(tokenizer, **ENDLESS)
     encoded = encoder.encode(Dialogue(messages=messages, id="d"))
     ids = encoded.input_ids.tolist()
     rendered = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
     if appended:
         assert ids == [*rendered, tokenizer.eos_token_id]
-    else:  # but for what stands between this turn and the next
+    else:  # except the text between this turn and the next
         assert ids == rendered[: len(ids)]
         assert not tokenizer.decode(rendered[len(ids) :]).strip()
     starts = np.flatnonzero(np.diff(encoded.is_target.astype(int), prepend=0) == 1)
@@ -159,7 +157,7 @@ def test_no_token_straddles_the_border_of_prompt_and_response(templated) -> None
     assert ends == ["rry,", "rry, I"]
 
 
-def test_an_answer_that_no_model_would_have_begun_so_is_no_target(templated) -> None:
+def test_tokens_that_no_model_would_write_are_no_targets(templated) -> None:
     encoder = Encoder(templated("straddling"), **ENDLESS)
     answers = [{"role": "assistant", "content": text} for text in ("rry, no.", "rry.")]
     encoded = encoder.encode(Dialogue(messages=[ASK, answers[0], MORE, answers[1]], id="d"))
@@ -169,7 +167,7 @@ def test_an_answer_that_no_model_would_have_begun_so_is_no_target(templated) -> 
     assert encoded.input_ids[:start].tolist() == prompt
 
 
-def test_batches_encode_as_single_records_do(templated) -> None:
+def test_batches_encode_like_single_records(templated) -> None:
     records: list = []
     for index in range(BATCH // 2 + 3):
         records += [
@@ -185,7 +183,7 @@ def test_batches_encode_as_single_records_do(templated) -> None:
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 7])
-def test_word_ends_are_where_the_authors_generator_cuts(templated, words: int) -> None:
+def test_word_ends_match_the_authors_generator(templated, words: int) -> None:
     tokenizer = templated("mistral")
     text = " ".join(["Sure,", "here\nis", "über", "", "the", "ladderladder", "fox."][:words])
     encoder = Encoder(tokenizer, **{**ENDLESS, "cuts": "official"})
@@ -197,7 +195,7 @@ def test_word_ends_are_where_the_authors_generator_cuts(templated, words: int) -
     assert Encoder(tokenizer, **ENDLESS).encode(triple(harmful=text)).word_ends is None
 
 
-def test_what_is_too_long_is_cut_from_the_harmful_end(templated) -> None:
+def test_a_long_triple_loses_the_end_of_its_harmful_response(templated) -> None:
     tokenizer = templated("llama3")
     whole = Encoder(tokenizer, **ENDLESS).encode(triple(harmful=HARMFUL * 5))
     q, h, r = len(whole.prompt), len(whole.harmful), len(whole.safe)
@@ -214,7 +212,7 @@ def test_what_is_too_long_is_cut_from_the_harmful_end(templated) -> None:
         assert encoder.skipped == 0
 
 
-def test_what_does_not_fit_is_skipped_and_counted(templated) -> None:
+def test_records_that_do_not_fit_are_skipped_and_counted(templated) -> None:
     tokenizer = templated("llama3")
     whole = Encoder(tokenizer, **ENDLESS).encode(triple())
     q, r = len(whole.prompt), len(whole.safe)
@@ -236,7 +234,7 @@ def test_what_does_not_fit_is_skipped_and_counted(templated) -> None:
 
 
 def beginning(tokenizer):
-    """The tokenizer, but it begins every sequence as Llama's do."""
+    """Return the tokenizer with a beginning-of-sequence token, as Llama's has."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
@@ -258,13 +256,11 @@ def rendered(**changes: object) -> Rendered:
 
 @pytest.mark.parametrize("rto", [True, False])
 @pytest.mark.parametrize("begins", [True, False])
-def test_a_rendered_row_has_the_targets_of_the_official_code(
-    templated, rto: bool, begins: bool
-) -> None:
+def test_a_rendered_row_has_the_official_codes_targets(templated, rto: bool, begins: bool) -> None:
     tokenizer = templated("llama3")
     tokenizer = beginning(tokenizer) if begins else tokenizer
     row, refusal = rendered(rto=rto), -7
-    # The authors' rule: mask what the prefix is by itself, and turn all other labels.
+    # The authors' rule: mask the prefix's own tokens, and replace all other labels.
     ids = tokenizer(row.prefix + row.text)["input_ids"]
     masked = len(tokenizer(row.prefix)["input_ids"])
     labels = [-100] * masked + [refusal if rto else id for id in ids[masked:]]
@@ -290,7 +286,7 @@ def test_a_rendered_prefix_keeps_its_own_tokens(templated) -> None:
     assert tokenizer.decode(example.input_ids[first:]) == row.text
 
 
-def test_a_rendered_row_that_is_too_long_is_cut_with_rto_and_else_skipped(templated) -> None:
+def test_a_long_rendered_row_is_cut_if_rto_and_skipped_otherwise(templated) -> None:
     tokenizer = templated("llama3")
     whole = Encoder(tokenizer, **ENDLESS).encode(rendered())
     q, h = len(whole.prompt), len(whole.harmful)
@@ -305,7 +301,7 @@ def test_a_rendered_row_that_is_too_long_is_cut_with_rto_and_else_skipped(templa
     assert encode(q + h + 1, rto=False) is not None and encode(q + h, rto=False) is None
 
 
-def test_what_is_encoded_keeps_source_weight_and_role(templated) -> None:
+def test_encoded_examples_keep_source_weight_and_role(templated) -> None:
     encoder = Encoder(templated("llama3"), **ENDLESS)
     origin = dict(source="file", weight=2.5)
     dialogue = dict(messages=[ASK, SAY], id="d", **origin)
@@ -319,7 +315,7 @@ def test_what_is_encoded_keeps_source_weight_and_role(templated) -> None:
             assert (example.role, example.source, example.weight) == (role, "file", 2.5)
 
 
-def test_a_prompt_is_what_the_generation_prompt_says(templated) -> None:
+def test_a_prompt_ends_with_the_generation_prompt(templated) -> None:
     tokenizer = templated("llama3")
     encoder = Encoder(tokenizer, **ENDLESS)
     expected = tokenizer.apply_chat_template(
@@ -333,8 +329,8 @@ def test_a_prompt_is_what_the_generation_prompt_says(templated) -> None:
     ("style", "message"),
     [
         (None, "^the tokenizer has no chat template: set chat_template"),
-        ("reasoning", "begins a response otherwise than its generation prompt: set chat_template"),
-        ("mute", "chat_template leaves out what the assistant says"),
+        ("reasoning", "does not begin a response with its generation prompt: set chat_template"),
+        ("mute", "chat_template drops the assistant's messages"),
     ],
 )
 def test_an_unusable_template_is_refused(templated, style: str | None, message: str) -> None:
@@ -345,7 +341,7 @@ def test_an_unusable_template_is_refused(templated, style: str | None, message: 
         Chat(tokenizer)
 
 
-def test_a_response_has_to_be_closed(templated) -> None:
+def test_a_response_must_have_a_closing_token(templated) -> None:
     tokenizer = copy.deepcopy(templated("plain"))
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no special token and the tokenizer has no eos_token"):
@@ -368,16 +364,16 @@ def test_a_response_has_to_be_closed(templated) -> None:
         (
             "forgetful",
             triple(),
-            "^t: chat_template renders a conversation otherwise once it has gone on",
+            "^t: chat_template changes earlier messages as a conversation continues",
         ),
         (
             "forgetful",
             triple(messages=[MORE], safe="Why?</think>"),
-            "^t: chat_template leaves nothing of a response",
+            "^t: chat_template renders an empty response",
         ),
     ],
 )
-def test_a_record_that_the_template_does_not_take_is_named(
+def test_a_record_rejected_by_the_template_is_named(
     templated, style: str, record, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

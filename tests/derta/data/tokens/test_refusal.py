@@ -15,7 +15,7 @@ def triples(*safe: str) -> list[Triple]:
 
 
 @pytest.mark.parametrize(("style", "piece"), [("llama3", "Sorry"), ("mistral", "ĠSorry")])
-def test_a_word_is_the_token_that_starts_a_response(templated, style: str, piece: str) -> None:
+def test_a_word_becomes_the_token_that_starts_a_response(templated, style: str, piece: str) -> None:
     tokenizer = templated(style)
     token = resolve_refusal_token(tokenizer, "Sorry")
     assert token.id == tokenizer.convert_tokens_to_ids(piece)
@@ -25,7 +25,7 @@ def test_a_word_is_the_token_that_starts_a_response(templated, style: str, piece
 
 
 @pytest.mark.parametrize("style", ["llama3", "mistral", "chatml"])
-def test_auto_is_the_commonest_first_token_of_the_safe_responses(templated, style: str) -> None:
+def test_auto_is_the_most_common_first_token_of_the_safe_responses(templated, style: str) -> None:
     tokenizer = templated(style)
     answers = triples("First no.", "Sorry, no.", " Sorry!" if style != "chatml" else "Sorry!")
     token = resolve_refusal_token(tokenizer, "auto", answers)
@@ -36,7 +36,7 @@ def test_auto_is_the_commonest_first_token_of_the_safe_responses(templated, styl
     assert str(token) == f"{token.text!r} (id {token.id})"
 
 
-def test_a_token_that_the_safe_responses_do_not_start_with_is_told(templated) -> None:
+def test_a_token_that_the_safe_responses_do_not_start_with_gives_a_warning(templated) -> None:
     tokenizer = templated("llama3")
     bare, spaced = tokenizer.convert_tokens_to_ids(["Sorry", "ĠSorry"])
     token = resolve_refusal_token(tokenizer, spaced, triples("Sorry.", "Sorry!", "No.", "Sorry?"))
@@ -44,8 +44,8 @@ def test_a_token_that_the_safe_responses_do_not_start_with_is_told(templated) ->
     assert (token.common_start, token.common_start_share) == (bare, 0.75)
     assert str(token) == token.warning
     assert token.warning.startswith(
-        f"RTO trains ' Sorry' (id {spaced}), with which 0% of the safe responses start; 75% start "
-        f"with 'Sorry' (id {bare}): set refusal to that id"
+        f"RTO trains ' Sorry' (id {spaced}), but only 0% of the safe responses start with it; "
+        f"75% start with 'Sorry' (id {bare}): set refusal to that id"
     )
 
 
@@ -67,7 +67,7 @@ def test_a_token_that_the_safe_responses_do_not_start_with_is_told(templated) ->
         (None, TypeError, "^refusal must be a word, a token id or 'auto', got NoneType"),
     ],
 )
-def test_what_is_not_one_token_is_refused(
+def test_anything_but_one_token_is_refused(
     templated, refusal: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -79,7 +79,7 @@ def test_a_word_that_the_tokenizer_changes_is_refused(templated) -> None:
         resolve_refusal_token(templated("loud"), "SORRY")
 
 
-def test_a_triple_that_the_template_does_not_take_is_named(templated) -> None:
+def test_a_triple_rejected_by_the_template_is_named(templated) -> None:
     messages = [{"role": "system", "content": "Be."}, {"role": "user", "content": "How?"}]
     triple = Triple(messages=messages, safe="Sorry.", harmful="Sure.", id="t")
     with pytest.raises(ValueError, match="^t: chat_template rejects the messages: only user"):

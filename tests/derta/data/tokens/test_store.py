@@ -1,4 +1,4 @@
-"""Examples on disk are those that were put there, and no two of them share an id."""
+"""Stored examples come back unchanged, and no two of them share an id."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def assert_same(actual: Encoded, expected: Encoded) -> None:
             assert value == wanted and type(value) is type(wanted), field.name
 
 
-def test_what_is_stored_comes_back_as_it_was() -> None:
+def test_stored_examples_come_back_unchanged() -> None:
     store = ExampleStore(enumerate(EXAMPLES))
     assert len(store) == len(EXAMPLES)
     for actual, expected in zip(store, EXAMPLES, strict=True):
@@ -48,13 +48,15 @@ def test_what_is_stored_comes_back_as_it_was() -> None:
         store[4]
 
 
-def test_examples_that_share_an_id_are_named_by_their_records() -> None:
+def test_examples_with_one_id_are_refused_by_record() -> None:
     named = [(5, EXAMPLES[0]), (6, EXAMPLES[1]), (9, EXAMPLES[1]), (11, EXAMPLES[0])]
-    with pytest.raises(ValueError, match="^record 9: id: 'b' is that of record 6 too, expected"):
+    with pytest.raises(
+        ValueError, match="^record 9: id: 'b' is already used by record 6, expected"
+    ):
         ExampleStore(named)
 
 
-def test_the_file_goes_when_its_examples_do(tmp_path: Path) -> None:
+def test_the_file_is_removed_with_its_store(tmp_path: Path) -> None:
     store = ExampleStore(enumerate(EXAMPLES), folder=tmp_path)
     assert len(list(tmp_path.rglob("*.arrow"))) == 1
     del store
@@ -62,7 +64,7 @@ def test_the_file_goes_when_its_examples_do(tmp_path: Path) -> None:
     assert len(ExampleStore([])) == 0
 
 
-def test_a_spawned_process_reads_the_file_and_leaves_it() -> None:
+def test_a_spawned_process_reads_the_file_without_removing_it() -> None:
     store = ExampleStore(enumerate(EXAMPLES))
     sent = pickle.loads(pickle.dumps(store))  # as DataLoader sends it
     assert_same(sent[0], EXAMPLES[0])
@@ -70,7 +72,7 @@ def test_a_spawned_process_reads_the_file_and_leaves_it() -> None:
     assert_same(pickle.loads(pickle.dumps(store))[1], EXAMPLES[1])
 
 
-def test_a_few_examples_at_a_time_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_holds_only_a_few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("derta.data.tokens.store.ROWS_AT_ONCE", 2)
     alive, most = 0, 0
 
