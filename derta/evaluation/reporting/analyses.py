@@ -206,6 +206,11 @@ def terms(models: Mapping[str, Entry], recipes: Mapping[str, str] | None = None)
     )
 
 
+def names_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names that some model of an analysis has, in order of appearance."""
+    return list(dict.fromkeys(name for one in found.values() for name in one))
+
+
 def _rates(entry: Entry, start: str) -> dict[str, Rate]:
     """Of metrics that start so, under the rest of them."""
     return {

@@ -5,20 +5,7 @@ from __future__ import annotations
 import jinja2
 
 _TEMPLATE = """\
-{% macro figures_of(tables) %}{% for table in tables %}<div class="scroll"><table>
-<thead>
-<tr><th></th>{% for name, span in table.groups %}
-<th colspan="{{ span }}"{% if name %} class="group"{% endif %}>{{ name }}</th>{% endfor %}</tr>
-<tr><th>%</th>{% for column in table.columns %}<th>{{ column.title }}</th>{% endfor %}</tr>
-</thead>
-<tbody>
-{% for row in table.rows %}<tr><th style="color: {{ row.color }}">{{ row.name }}</th>
-{% for cell in row.cells %}<td{% if cell.share %} class="share" style="--share: {{ cell.share }}"
-{% endif %}>{{ cell.text }}{% if cell.range %}<small>{{ cell.range }}</small>{% endif %}</td>
-{% endfor %}</tr>
-{% endfor %}</tbody>
-</table></div>
-{% endfor %}{% endmacro %}<!doctype html>
+<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -80,16 +67,16 @@ mark { background: var(--line); color: inherit; }
 <p class="quiet">{{ subtitle }}</p>
 
 {% block content -%}
-{{ figures_of(tables) }}
+{{ table }}
 {% for line in undecided %}<p>{{ line }}.</p>
-{% endfor %}{% if tables %}<p><small>Small figures: 95% Wilson intervals over all trials.
+{% endfor %}{% if table %}<p><small>Small figures: 95% Wilson intervals over all trials.
 {% if seeds > 1 %}Rates are pooled over {{ seeds }} seeds.{% endif %}</small></p>
 {% endif %}
 
 {% if by_judge %}<h2>Judges side by side</h2>
 <p class="quiet">Each judge reads the same answers. The first one's figures are those at the
 top.</p>
-{{ figures_of(by_judge) }}
+{{ by_judge }}
 {% endif %}
 {% for figure in figures %}<h2>{{ figure.title }}</h2>
 <figure role="img" aria-label="{{ figure.title }}">

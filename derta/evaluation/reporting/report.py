@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,16 @@ from markupsafe import Markup
 
 from derta.evaluation.reporting.page import PAGE
 from derta.evaluation.reporting.plots import colors, draw
+from derta.evaluation.reporting.tables import (
+    MISSING,
+    Cell,
+    Column,
+    Table,
+    rate_cell,
+    title_of,
+    to_html,
+    to_text,
+)
 from derta.evaluation.results import leaves
 from derta.outputs import write_whole
 
@@ -25,9 +34,6 @@ FILES = "attack success of ready-made prompts"
 OVER_REFUSAL = "over-refusal"
 ACCURACY = "accuracy"
 LM_EVAL = "lm-eval"
-
-# A table of more becomes several.
-MOST_COLUMNS = 12
 
 CAPTIONS = {
     "prefill": (
@@ -86,29 +92,16 @@ MEANINGS = {
     "which the judge does not say is not counted.",
 }
 
-# What people say for a metric's level.
-TITLES = {
-    "multi_turn": "multi-turn",
-    "over_refusal": "over-refusal",
-    "template_prefill": "template prefill",
-    "helpful_accuracy": "helpful accuracy",
-}
-
-
-def title_of(metric: str) -> str:
-    """A metric as people call it."""
-    return " ".join(TITLES.get(level, level) for level in metric.split("."))
-
 
 @dataclass(frozen=True)
-class Column:
-    """One figure of every variant.
+class Measure:
+    """A figure that a report gives of every variant.
 
     Attributes:
-        title: heading.
-        path: where the figure is in a variant's entry.
+        title: heading of its column.
+        path: its place in a variant's entry.
         group: heading above the headings of several columns, or "".
-        is_share: whether it is a share, shown in percent.
+        is_share: if True, it is shown in percent.
     """
 
     title: str
@@ -117,30 +110,30 @@ class Column:
     is_share: bool = True
 
 
-def _columns(entries: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """A column for every figure that some entry has."""
+def _measures(entries: Sequence[Mapping[str, Any]]) -> list[Measure]:
+    """Return every measure that some entry has."""
     names = {path: _names(entries, path) for path in ("asr", "over_refusal", "accuracy", "lm_eval")}
     deep = {"prefill": PREFILLED, "template_prefill": TEMPLATE_PREFILLED}
     apart = {*deep, "file"}
     return [
         *(
-            Column(title_of(name), ("asr", name), ATTACKS)
+            Measure(title_of(name), ("asr", name), ATTACKS)
             for name in names["asr"]
             if name not in apart
         ),
         *(
-            Column(depth, ("asr", kind, depth), group)
+            Measure(depth, ("asr", kind, depth), group)
             for kind, group in deep.items()
             for depth in sorted(_names(entries, "asr", kind), key=int)
         ),
-        *(Column(name, ("asr", "file", name), FILES) for name in _names(entries, "asr", "file")),
-        *(Column(name, ("over_refusal", name), OVER_REFUSAL) for name in names["over_refusal"]),
-        *_present(entries, Column("helpful accuracy", ("helpful_accuracy",))),
-        *(Column(name, ("accuracy", name), ACCURACY) for name in names["accuracy"]),
-        *_present(entries, Column("perplexity", ("helpful_perplexity",), is_share=False)),
-        *_present(entries, Column("detector AUC", ("detector_auc",), is_share=False)),
+        *(Measure(name, ("asr", "file", name), FILES) for name in _names(entries, "asr", "file")),
+        *(Measure(name, ("over_refusal", name), OVER_REFUSAL) for name in names["over_refusal"]),
+        *_present(entries, Measure("helpful accuracy", ("helpful_accuracy",))),
+        *(Measure(name, ("accuracy", name), ACCURACY) for name in names["accuracy"]),
+        *_present(entries, Measure("perplexity", ("helpful_perplexity",), is_share=False)),
+        *_present(entries, Measure("detector AUC", ("detector_auc",), is_share=False)),
         *(
-            Column(f"{task} {figure}", ("lm_eval", task, figure), LM_EVAL, is_share=False)
+            Measure(f"{task} {figure}", ("lm_eval", task, figure), LM_EVAL, is_share=False)
             for task in names["lm_eval"]
             for figure in _names(entries, "lm_eval", task)
         ),
@@ -148,12 +141,12 @@ def _columns(entries: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def _names(entries: Sequence[Mapping[str, Any]], *path: str) -> list[str]:
-    """What stands below `path`, in the order in which entries have it."""
+    """Return the names below `path` in any entry, in order of appearance."""
     return list(dict.fromkeys(name for entry in entries for name in _lookup(entry, path) or {}))
 
 
-def _present(entries: Sequence[Mapping[str, Any]], column: Column) -> list[Column]:
-    return [column] if any(_lookup(entry, column.path) is not None for entry in entries) else []
+def _present(entries: Sequence[Mapping[str, Any]], measure: Measure) -> list[Measure]:
+    return [measure] if any(_lookup(entry, measure.path) is not None for entry in entries) else []
 
 
 def _lookup(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
@@ -164,26 +157,29 @@ def _lookup(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
     return tree
 
 
-def _text(value: float | None, column: Column) -> str:
+def _table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
+    measures = _measures(list(entries.values()))
+    return Table(
+        [Column(measure.title, measure.group) for measure in measures],
+        {name: [_cell(entry, measure) for measure in measures] for name, entry in entries.items()},
+    )
+
+
+def _cell(entry: Mapping[str, Any], measure: Measure) -> Cell:
+    value = _lookup(entry, measure.path)
     if value is None:
-        return "–"
-    return f"{100 * value:.1f}" if column.is_share else f"{value:.3f}"
-
-
-def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
-    """Headings above the columns, and how many columns each spans."""
-    return [
-        (name, len(list(group)))
-        for name, group in itertools.groupby(column.group for column in columns)
-    ]
+        return MISSING
+    if measure.is_share:
+        return rate_cell(value, _lookup(entry, ("intervals", *measure.path)))
+    return Cell(f"{value:.3f}")
 
 
 def format_table(summary: Summary) -> str:
-    """The table of the report as text, and that of its other judges; shares in percent."""
-    tables = _format(summary["variants"])
-    if judged := _format(_by_judge(summary)):
-        judged[0] = "by judge\n" + judged[0]
-    return "\n\n".join([*tables, *judged])
+    """Return the report's table as text, and that of the judges; shares are in percent."""
+    text, by_judge = to_text(_table(summary["variants"])), to_text(_table(_by_judge(summary)))
+    return "\n\n".join(
+        [*([text] if text else []), *(["by judge\n" + by_judge] if by_judge else [])]
+    )
 
 
 def format_undecided(summary: Summary) -> str:
@@ -216,43 +212,6 @@ def _by_judge(summary: Summary) -> dict[str, Mapping[str, Any]]:
             rows[f"{name}: {entry['judge']}"] = {k: entry[k] for k in kinds if k in entry}
             rows |= {f"{name}: {judge}": said for judge, said in others.items()}
     return rows
-
-
-def _parts(columns: Sequence[Column]) -> list[list[Column]]:
-    """Columns for tables one below the other: whole groups, as many as a reader can see at once."""
-    parts: list[list[Column]] = []
-    for _, group in itertools.groupby(columns, key=lambda column: column.group):
-        added = list(group)
-        if not parts or len(parts[-1]) + len(added) > MOST_COLUMNS:
-            parts.append([])
-        parts[-1] += added
-    return parts
-
-
-def _format(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [_format_part(entries, part) for part in _parts(_columns(list(entries.values())))]
-
-
-def _format_part(entries: Mapping[str, Mapping[str, Any]], columns: Sequence[Column]) -> str:
-    table = [["%", *(column.title for column in columns)]]
-    for name, entry in entries.items():
-        table.append([name, *(_text(_lookup(entry, column.path), column) for column in columns)])
-    first, *widths = (max(map(len, cells)) for cells in zip(*table, strict=True))
-    groups = _groups(columns)
-    left = iter(range(len(columns)))
-    for group, span in groups:
-        places = list(itertools.islice(left, span))
-        missing = len(group) - sum(widths[place] for place in places) - 2 * (span - 1)
-        for place in itertools.islice(itertools.cycle(places), max(0, missing)):
-            widths[place] += 1
-    heading, wide = " " * first, iter(widths)
-    for group, span in groups:
-        heading += "  " + group.ljust(sum(itertools.islice(wide, span)) + 2 * (span - 1))
-    lines = [heading.rstrip()]
-    for name, *cells in table:
-        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        lines.append("  ".join([name.ljust(first), *padded]))
-    return "\n".join(lines)
 
 
 def write_report(
@@ -295,16 +254,17 @@ def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
     seeds = len(summary["seeds"])
     band = "the range over seeds" if seeds > 1 else "95% Wilson intervals"
     color = colors(list(variants))
-    columns = _columns(list(variants.values()))
+    measures = _measures(list(variants.values()))
     judges = dict.fromkeys(entry.get("judge", "keyword") for entry in variants.values())
     judged = _by_judge(summary)
     return PAGE.render(
         title=title,
         subtitle=_subtitle(summary),
-        tables=_tables(variants, color),
+        table=to_html(_table(variants), color),
         undecided=format_undecided(summary).splitlines(),
-        by_judge=judged
-        and _tables(judged, {name: color[name.rpartition(": ")[0]] for name in judged}),
+        by_judge=to_html(
+            _table(judged), {name: color[name.rpartition(": ")[0]] for name in judged}
+        ),
         seeds=seeds,
         figures=[
             {
@@ -318,32 +278,12 @@ def _page(summary: Summary, pictures: Mapping[str, str], title: str) -> str:
         meanings=[
             (name, meaning.format(judges=", ".join(judges)) if name == "refused" else meaning)
             for name, meaning in MEANINGS.items()
-            if name in {"refused", *(heading for c in columns for heading in (c.title, c.group))}
+            if name in {"refused", *(heading for m in measures for heading in (m.title, m.group))}
         ],
         samples=[
             (name, entry["samples"]) for name, entry in variants.items() if "samples" in entry
         ],
     )
-
-
-def _tables(
-    entries: Mapping[str, Mapping[str, Any]], color: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "groups": _groups(columns),
-            "columns": columns,
-            "rows": [
-                {
-                    "name": name,
-                    "color": color[name],
-                    "cells": [_cell(entry, column) for column in columns],
-                }
-                for name, entry in entries.items()
-            ],
-        }
-        for columns in _parts(_columns(list(entries.values())))
-    ]
 
 
 def _subtitle(summary: Summary) -> str:
@@ -354,18 +294,6 @@ def _subtitle(summary: Summary) -> str:
         parts.append(f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}")
     parts.append(f"{minutes} min {seconds} s" if minutes else f"{seconds} s")
     return " · ".join(parts)
-
-
-def _cell(entry: Mapping[str, Any], column: Column) -> dict[str, str]:
-    value = _lookup(entry, column.path)
-    interval = _lookup(entry, ("intervals", *column.path))
-    return {
-        "text": _text(value, column),
-        "range": ""
-        if interval is None
-        else "{:.0f} – {:.0f}".format(*(100 * end for end in interval)),
-        "share": f"{value:.4f}" if column.is_share and value else "",
-    }
 
 
 def _notes(summary: Summary) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from derta.data import Chat
 from derta.evaluation import AnswerFile, ModelGenerator, fingerprint, generate
+from derta.evaluation.generation.answers import Replies
 from tiny import tiny_model
 
 # Its function of the same name stands before the module in the package.
@@ -115,11 +116,15 @@ def test_another_setting_or_model_is_answered_anew(
     assert len(runs) == 5
 
 
-def test_a_file_that_holds_something_else_is_named(tmp_path: Path, chat: Chat) -> None:
+def test_a_file_of_something_else_is_refused(tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / "model.jsonl"
-    path.write_text('{"prompt": "How?"}\n')
-    with pytest.raises(ValueError, match=re.escape(f"{path}:1: expected a reply")):
-        answers(path, chat)
+    for line in ("{}", "[1]", "text", '{"prompt": "How?"}'):
+        path.write_text('{"key": "a", "value": 1}\n' + line + "\n")
+        for read in (Replies, lambda path: answers(path, chat)):
+            with pytest.raises(
+                ValueError, match=re.escape(f"{path}:2: expected a reply as they are kept")
+            ):
+                read(path)
 
 
 def test_a_model_is_told_from_any_other(tmp_path: Path) -> None:
