@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +38,32 @@ def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
         partial.unlink(missing_ok=True)
 
 
-def compact_json(value: Any, depth: int = 2) -> str:
+def compact_json(value: Any, depth: int = 3, *, default: Callable[[Any], Any] | None = None) -> str:
     """Return JSON with a line for each entry down to `depth`, and one line for all within.
+
+    Args:
+        value: plain values; others as `default` makes them.
+        depth: nested levels that get lines of their own.
+        default: see `json.dumps`.
 
     Raises:
         ValueError: a number is NaN or infinite.
     """
-    return _compact(value, depth, "") + "\n"
 
+    def laid_out(value: Any, depth: int, indent: str) -> str:
+        if depth == 0 or not value or not isinstance(value, dict | list):
+            return json.dumps(value, allow_nan=False, ensure_ascii=False, default=default)
+        inner = indent + " "
+        if isinstance(value, list):
+            opening, closing = "[]"
+            entries = [laid_out(one, depth - 1, inner) for one in value]
+        else:
+            opening, closing = "{}"
+            entries = [
+                f"{json.dumps(str(key), ensure_ascii=False)}: {laid_out(one, depth - 1, inner)}"
+                for key, one in value.items()
+            ]
+        lines = f",\n{inner}".join(entries)
+        return f"{opening}\n{inner}{lines}\n{indent}{closing}"
 
-def _compact(value: Any, depth: int, indent: str) -> str:
-    if depth == 0 or not value or not isinstance(value, dict | list):
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
-    inner = indent + " "
-    if isinstance(value, list):
-        opening, closing, entries = "[", "]", [_compact(one, depth - 1, inner) for one in value]
-    else:
-        opening, closing = "{", "}"
-        entries = [
-            f"{json.dumps(str(key), ensure_ascii=False)}: {_compact(one, depth - 1, inner)}"
-            for key, one in value.items()
-        ]
-    lines = f",\n{inner}".join(entries)
-    return f"{opening}\n{inner}{lines}\n{indent}{closing}"
+    return laid_out(value, depth, "") + "\n"

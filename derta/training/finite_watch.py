@@ -47,9 +47,10 @@ def not_finite(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor
             alike[local.device, local.dtype].append((index, local))
     for (_, dtype), members in alike.items():
         wide = torch.promote_types(dtype, torch.float32)
-        found = torch._foreach_norm([local for _, local in members], dtype=wide)
-        for (index, _), norm in zip(members, found, strict=True):
-            norms[index] = norm.to(device)
+        found = torch.stack(torch._foreach_norm([local for _, local in members], dtype=wide))
+        found = found.to(device, non_blocking=True)  # one copy for all that wait on the host
+        for (index, _), norm in zip(members, found.unbind(), strict=True):
+            norms[index] = norm
     return ~torch.isfinite(torch.stack(norms))
 
 

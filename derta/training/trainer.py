@@ -342,7 +342,11 @@ class DertaTrainer(Trainer):
     def _check_finite(self) -> None:
         scaler = self.accelerator.scaler
         self.finite.check(
-            {name: value if value.requires_grad else None for name, value in self._parameters()},
+            # Under ZeRO-3 a parameter is empty between forwards, and its shard lies beside it.
+            {
+                name: getattr(value, "ds_tensor", value) if value.requires_grad else None
+                for name, value in self._parameters()
+            },
             self._sum_over_ranks,
             step=self.state.global_step,
             loss_scale=None if scaler is None else scaler.get_scale(),

@@ -23,7 +23,7 @@ def test_compact_json_reads_as_what_was_written(value: object, depth: int) -> No
 
 
 def test_compact_json_has_a_line_for_each_record() -> None:
-    text = compact_json({"rows": {"a": [1, [2, 3]], "b": {"c": 4}}, "seeds": []})
+    text = compact_json({"rows": {"a": [1, [2, 3]], "b": {"c": 4}}, "seeds": []}, 2)
     assert text.splitlines() == [
         "{",
         ' "rows": {',

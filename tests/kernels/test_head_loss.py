@@ -186,12 +186,14 @@ def test_a_cpu_multiplies_narrow_types_where_it_has_a_matrix_unit(
     ):
         with monkeypatch.context() as here:
             here.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_unit: has)
-            here.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-            if limit is not None:
-                here.setenv("ONEDNN_MAX_CPU_ISA", limit)
-            for dtype in DTYPES:
-                expected = dtype if used else torch.promote_types(dtype, torch.float32)
-                assert chunked.product_dtype(dtype, "cpu") == expected
+            for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+                here.setenv("ONEDNN_MAX_CPU_ISA", "")
+                here.delenv("DNNL_MAX_CPU_ISA", raising=False)
+                if limit is not None:
+                    here.setenv(name, limit)
+                for dtype in DTYPES:
+                    expected = dtype if used else torch.promote_types(dtype, torch.float32)
+                    assert chunked.product_dtype(dtype, "cpu") == expected
 
 
 @pytest.mark.parametrize("lead", [8.0, 37.0, 77.0])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from derta.cli.settings.evaluation import CalibrateConfig
 from derta.evaluation.judges.calibration import calibrate, format_agreements, read_labelled
 from derta.evaluation.judges.registry import make_judges
-from derta.outputs import write_whole
+from derta.outputs import compact_json, write_whole
 
 
 def run(config: CalibrateConfig) -> None:
@@ -30,5 +29,5 @@ def run(config: CalibrateConfig) -> None:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "calibration.json"
-    write_whole(file, json.dumps(result, indent=1, allow_nan=False).encode())
+    write_whole(file, compact_json(result).encode())
     print(f"{format_agreements(found)}\n\ncalibration: {file}")

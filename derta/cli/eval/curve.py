@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from derta.evaluation.curve import CERTAIN
 from derta.evaluation.reporting.plots import draw
 from derta.evaluation.results import DIGITS
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
-from derta.outputs import write_whole
+from derta.outputs import compact_json, write_whole
 
 # What responses of each role are called in results and pictures.
 KINDS = {"safety": "harmful", "helpful": "benign", "borderline": "borderline"}
@@ -86,7 +85,7 @@ def run(config: CurveConfig) -> None:
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "curve.png", png)
     write_whole(output / "curve.svg", svg.encode())
-    write_whole(output / "curve.json", json.dumps(result, indent=1, allow_nan=False).encode())
+    write_whole(output / "curve.json", compact_json(result).encode())
     print(f"probability of {refusal!r} (id {refusal_id}), in percent")
     print(f"{format_curve(curves)}\n\ncurves: {output / 'curve.json'}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from derta.evaluation.reporting.tables import (
     to_html,
     to_text,
 )
-from derta.outputs import write_whole
+from derta.outputs import compact_json, write_whole
 
 ANALYSES = ("first_tokens", "positions", "terms")
 
@@ -151,7 +150,7 @@ def write_comparison(
     Returns:
         the path of comparison.html.
     """
-    data = json.dumps(comparison, indent=1, allow_nan=False, default=_plain)
+    data = compact_json(comparison, default=_plain)
     pictures = draw(comparison, PLOTS)
     color = colors(list(comparison["models"]))
     count = len(comparison["models"])

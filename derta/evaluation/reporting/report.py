@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from derta.evaluation.reporting.tables import (
     to_text,
 )
 from derta.evaluation.results import leaves
-from derta.outputs import write_whole
+from derta.outputs import compact_json, write_whole
 
 Summary = Mapping[str, Any]
 
@@ -236,7 +235,7 @@ def write_report(
     """
     if not summary["variants"]:
         raise ValueError("summary must have at least one variant, got none")
-    data = json.dumps(summary, indent=1, allow_nan=False)
+    data = compact_json(summary)
     pictures = draw(summary)
     page = _page(summary, {name: svg for name, (_, svg) in pictures.items()}, title)
     directory = Path(directory)

@@ -160,7 +160,8 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 def _multiplies_in_a_matrix_unit() -> bool:
     """Tell whether torch's products use one: the CPU has it, and oneDNN may use it."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the second is oneDNN's former name
+    limit = next((os.environ[name] for name in names if os.environ.get(name)), "DEFAULT").upper()
     return torch.cpu._is_amx_tile_supported() and (limit == "DEFAULT" or "AMX" in limit)
 
 
