@@ -1,1 +1,1 @@
-"""Measures this project against others; see benchmarks/README.md."""
+"""Benchmarks of this project against its peers; see benchmarks/README.md."""

@@ -1,9 +1,10 @@
-"""Has anything become slower? Two files of records of one question, compared by ratios.
+"""Compare two files of records of one question by ratios.
 
     python -m benchmarks.compare OLD.json NEW.json --band 0.2
 
-What is compared is what one of ours takes over what the question's baseline took in the same run,
-time and peak memory; machines may differ. Ends with 1 if a ratio has grown by more than the band.
+A ratio is the time or peak memory of one of our implementations over that of the question's
+baseline in the same run, so the machines may differ. The exit status is 1 if a ratio has grown by
+more than the band.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ QUANTITIES = ("time_ms_p50", "peak_mib")
 
 
 class Ratio(NamedTuple):
-    """What one of ours takes over the baseline, before and now."""
+    """The time or memory of one of ours over the baseline's, before and now."""
 
     case: str
     implementation: str
@@ -36,7 +37,7 @@ class Ratio(NamedTuple):
 
 
 def ratios(question: Question, old: Figures, new: Figures) -> Iterator[Ratio]:
-    """Of everything that both have and that was right in both."""
+    """Yield the ratios of all results that are right in both runs."""
     own = question.ours.split()[0]
     for (case, name), now in new.items():
         before = old.get((case, name), {})
@@ -53,7 +54,7 @@ def ratios(question: Question, old: Figures, new: Figures) -> Iterator[Ratio]:
 
 
 def load(path: Path) -> Figures:
-    """The numbers of all groups of a file.
+    """Load the numbers of all groups of a file.
 
     Raises:
         ValueError: there is no such file, or it has no records.
@@ -65,13 +66,13 @@ def load(path: Path) -> Figures:
 
 
 def main() -> int:
-    """Prints every ratio; the exit status."""
+    """Print every ratio and return the exit status."""
     options = _options()
     question = question_named(options.new.stem)
     try:
         found = list(ratios(question, load(options.old), load(options.new)))
         if not found:
-            raise ValueError(f"{options.old} and {options.new} have no case in common")
+            raise ValueError(f"{options.old} and {options.new} share no case")
     except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
@@ -87,9 +88,12 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("old", type=Path, help=f"a file of {', '.join(f'{n}.json' for n in NAMES)}")
-    parser.add_argument("new", type=Path, help="another of the same question")
+    parser.add_argument("new", type=Path, help="another file of the same question")
     parser.add_argument(
-        "--band", type=float, default=0.2, help="how much of a ratio is noise; 0.2 by default"
+        "--band",
+        type=float,
+        default=0.2,
+        help="growth of a ratio that counts as noise; default 0.2",
     )
     options = parser.parse_args()
     if options.old.stem != options.new.stem or options.new.stem not in NAMES:

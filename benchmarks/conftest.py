@@ -1,4 +1,4 @@
-"""Files of benchmarks are called bench_*.py, so that the tests' own run leaves them alone."""
+"""Collect benchmarks, which are named bench_*.py so that the tests' own run skips them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    named = parent.session.isinitpath(file_path)  # then pytest collects it itself
+    named = parent.session.isinitpath(file_path)  # pytest itself collects a named file
     if file_path.match("bench_*.py") and not named:
         return pytest.Module.from_parent(parent, path=file_path)
     return None

@@ -1,10 +1,10 @@
-"""How long a harmful response fits in how much memory?
+"""Find the longest harmful response that fits into a given memory.
 
     python -m benchmarks.longest --machine h200 --device cuda
 
-On a GPU by trying: one triple with one branch, forward and backward, with the allocator held to so
-many GiB. Beside it, and alone where there is no GPU, what `derta plan` projects. Each record is
-written at once, so a run that was ended can be taken up with --resume.
+On a GPU, the answer is measured: one triple with one branch, forward and backward, with the
+allocator limited to the given GiB. It is also projected by `derta plan`; without a GPU, it is only
+projected. Each record is written at once, so --resume continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ METHODS: tuple[Literal["lora", "qlora"], ...] = ("lora", "qlora")
 CASE = replace(LARGE, model="Llama-3-8B")
 MLP_TILE = 2048
 LEAST, LONGEST = 64, 2**19
-PRECISION = 0.03  # of an answer, relative
+PRECISION = 0.03  # relative precision of an answer
 
 
 @dataclass(frozen=True)
 class Record:
-    """Tokens of the longest harmful response that fits, 0 where none does."""
+    """The longest harmful response that fits, in tokens; 0 if no response fits."""
 
     memory_gib: int
     method: str
@@ -60,9 +60,9 @@ class Record:
 
 
 def longest(fits: Callable[[int], bool], most: int, guess: int = LEAST) -> int:
-    """The largest n up to `most` that fits, to `PRECISION`; 0 if not even 64 do.
+    """Return the largest n up to `most` that fits, to `PRECISION`; 0 if 64 do not fit.
 
-    Tries are begun at `guess` and spread from there, as those of long responses take a minute each.
+    The search starts at `guess` and widens, because a trial of a long response takes a minute.
     """
     low, high, share = min(max(guess, LEAST), most), most, PRECISION
     if fits(low):
@@ -85,7 +85,7 @@ def longest(fits: Callable[[int], bool], most: int, guess: int = LEAST) -> int:
 
 
 def triple(harmful: int) -> Drawn:
-    """One triple of the official data's mean lengths but for its harmful response, cut halfway."""
+    """Return one triple with mean lengths except for its harmful response, cut halfway."""
     prompt, _, safe = MEAN_LENGTHS
     ids = np.arange(prompt + harmful + safe, dtype=np.int32) % 1000 + REFUSAL + 1
     q, h, r = np.split(ids, [prompt, prompt + harmful])
@@ -94,7 +94,7 @@ def triple(harmful: int) -> Drawn:
 
 
 def step(model: Any, recipe: str, harmful: int, device: torch.device) -> None:
-    """Forward and backward of one triple; gradients stay."""
+    """Run forward and backward of one triple; the gradients stay."""
     one = triple(harmful)
     if recipe == OURS:
         batch: Any = pack([one]).to(device)
@@ -109,10 +109,12 @@ def step(model: Any, recipe: str, harmful: int, device: torch.device) -> None:
 def measured(
     method: str, recipe: str, guesses: Mapping[int, int], device: torch.device
 ) -> Iterator[Record]:
-    """By trying, in ever more memory; a try fails too where the host has no more to offload to.
+    """Find the longest response by trials, in growing memory.
+
+    A trial also fails if the host has no memory left for offloading.
 
     Args:
-        guesses: tokens to begin with, by GiB; what the device has not is left out.
+        guesses: the first number of tokens to try, by GiB; sizes beyond the device's are skipped.
     """
     from derta.memory.plan import CONTEXT_BYTES, GIB
     from derta.modeling.mlp_tiling import tile_mlp
@@ -120,7 +122,7 @@ def measured(
     from derta.modeling.patch import apply_derta
 
     total = torch.cuda.get_device_properties(device).total_memory
-    _let_go()  # of the last method's model
+    _let_go()  # frees the previous method's model
     model = make_model(CASE, RUNGS[recipe], device)
     inner = model.get_base_model()
     if method == "qlora":
@@ -154,7 +156,7 @@ def _let_go() -> None:
 
 
 def quantize(model: nn.Module) -> None:
-    """The frozen linear layers in 4 bits, as `method: qlora` loads them, the head apart."""
+    """Quantize the frozen linear layers except the head, as `method: qlora` loads them."""
     from peft.tuners.lora import LoraLayer
 
     from derta.memory.probe import quantized
@@ -166,7 +168,7 @@ def quantize(model: nn.Module) -> None:
 def projected(
     method: Literal["lora", "qlora"], recipe: str, memories: Sequence[int]
 ) -> Iterator[Record]:
-    """What `derta plan` says of ours, and what the same arithmetic says of the official recipe."""
+    """Project ours as `derta plan` does, and the official recipe by the same method."""
     from transformers import LlamaConfig
 
     from derta.memory import StepMemory, StepSettings
@@ -174,7 +176,7 @@ def projected(
     from derta.modeling.adapters import Method
 
     class OfficialMemory(StepMemory):
-        """Of two samples, padded to one length, through transformers' attention and loss."""
+        """Two samples, padded to one length, through transformers' attention and loss."""
 
         def loss(self, model: Any, tokens: int, offloading: Any) -> torch.Tensor:
             model.set_attn_implementation("sdpa")
@@ -187,7 +189,7 @@ def projected(
         config=LlamaConfig(**LLAMA_3_8B),
         method=Method(method=method, lora_r=LORA["r"], lora_dropout=LORA["lora_dropout"]),
         autocast=True,
-        optim="sgd",  # no states: the step is forward and backward
+        optim="sgd",  # no optimizer states: a step is forward and backward
         checkpointing=True,
         offload=recipe == OURS,
         mlp_tile=MLP_TILE if recipe == OURS else None,
@@ -195,7 +197,7 @@ def projected(
     prompt, _, safe = MEAN_LENGTHS
     if recipe == OURS:
         memory, triples = StepMemory(settings), Triples(1, 1.0, prompt, safe)
-    else:  # the longer of the two samples has no safe response, and one token that closes it
+    else:  # the longer sample has no safe response, but a closing token
         memory, triples = OfficialMemory(settings), Triples(0, 1.0, prompt + 1, 0)
     for gib in memories:
         settings.capacity = gib * GIB
@@ -204,7 +206,7 @@ def projected(
 
 
 def table(machine: dict[str, Any], records: list[Record]) -> str:
-    """Markdown: a row a memory, a column a method, a recipe and a source."""
+    """Return a Markdown table: a row per memory, a column per method, recipe and source."""
     columns = list(dict.fromkeys((r.method, r.recipe, r.source) for r in records))
     lines = [
         "# The longest harmful response that fits\n",
@@ -223,7 +225,7 @@ def table(machine: dict[str, Any], records: list[Record]) -> str:
 
 
 def plot(records: list[Record], path: Path) -> None:
-    """Tokens against memory, a line a column of the table."""
+    """Plot tokens against memory, with a line for each column of the table."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -247,13 +249,15 @@ def plot(records: list[Record], path: Path) -> None:
 
 
 def main() -> None:
-    """Writes longest.json, .md and .png."""
+    """Write longest.json, .md and .png."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.longest", description=__doc__)
     parser.add_argument("--machine", required=True, help="folder of results/ to write into")
     parser.add_argument("--out", type=Path, help="another folder to write into")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--memories", type=int, nargs="+", default=MEMORIES_GIB, help="GiB, rising")
-    parser.add_argument("--resume", action="store_true", help="keep the records that are there")
+    parser.add_argument(
+        "--memories", type=int, nargs="+", default=MEMORIES_GIB, help="GiB, in rising order"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep existing records")
     options = parser.parse_args()
     folder = options.out or ROOT / "benchmarks" / "results" / options.machine
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,7 +270,7 @@ def main() -> None:
         records = [Record(**values) for values in kept]
 
     def known(method: str, recipe: str, source: str) -> dict[int, int]:
-        """Tokens by GiB."""
+        """Return the tokens by GiB."""
         about = (method, recipe, source)
         return {r.memory_gib: r.tokens for r in records if (r.method, r.recipe, r.source) == about}
 
@@ -284,7 +288,7 @@ def main() -> None:
                 yield measured(method, recipe, guesses, device)
 
     for run in runs():
-        with contextlib.suppress(ModuleNotFoundError):  # bitsandbytes, where it is not installed
+        with contextlib.suppress(ModuleNotFoundError):  # bitsandbytes may not be installed
             for record in run:
                 print(record, file=sys.stderr, flush=True)
                 records.append(record)

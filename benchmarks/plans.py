@@ -1,8 +1,8 @@
-"""What do known models take of small GPUs, and how long a pack fits?
+"""Project the longest packs, and their memory, for known models on small GPUs.
 
     python -m benchmarks.plans --machine xeon-2-cores
 
-Nothing is measured: this is what `derta plan` says of their shapes.
+Nothing is measured: the numbers come from `derta plan` and the models' shapes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from benchmarks.harness.measuring import ROOT, describe_machine
 MEMORIES_GIB = (8, 16, 24)
 METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
 MLP_TILE = 2048
-SHORTEST = 128  # tokens of the pack that is shown where none fits
+SHORTEST = 128  # tokens of the pack shown if no pack fits
 _LLAMA: dict[str, Any] = dict(num_attention_heads=32, num_key_value_heads=8)
-MODELS: dict[str, dict[str, Any]] = {  # config.json, as far as shapes go
+MODELS: dict[str, dict[str, Any]] = {  # the shapes in config.json
     "Llama-3-8B": dict(
         model_type="llama",
         vocab_size=128256,
@@ -61,11 +61,11 @@ MODELS: dict[str, dict[str, Any]] = {  # config.json, as far as shapes go
 
 @dataclass(frozen=True)
 class Record:
-    """The longest pack that fits, and bytes at the peak of its step.
+    """The longest pack that fits, and the bytes at the peak of its step.
 
     Attributes:
-        tokens: 0 where none fits; `parts` are then those of `SHORTEST` tokens.
-        parts: bytes by what they are for.
+        tokens: tokens of the pack; 0 if no pack fits, with `parts` of `SHORTEST` tokens.
+        parts: bytes by part.
     """
 
     model: str
@@ -79,7 +79,7 @@ class Record:
 def plans(
     model: str, method: Literal["full", "lora", "qlora"], memories: Sequence[int]
 ) -> Iterator[Record]:
-    """With everything turned that saves memory and costs no precision of the weights."""
+    """Project with all settings that save memory without reducing the weights' precision."""
     from transformers import AutoConfig
 
     from derta.memory import StepMemory, StepSettings
@@ -106,7 +106,7 @@ def plans(
 
 
 def table(machine: dict[str, Any], records: Sequence[Record]) -> str:
-    """Markdown: a row a plan, a column a part."""
+    """Return a Markdown table: a row for each plan, a column for each part."""
     from derta.memory.plan import GIB, WHAT
 
     lines = [
@@ -128,7 +128,7 @@ def table(machine: dict[str, Any], records: Sequence[Record]) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """The longest packs, a bar each."""
+    """Plot the longest packs as bars."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -156,7 +156,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 
 def main() -> None:
-    """Writes plans.json, .md and .png."""
+    """Write plans.json, .md and .png."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
     parser.add_argument("--machine", required=True, help="folder of results/ to write into")
     parser.add_argument("--out", type=Path, help="another folder to write into")

@@ -1,4 +1,4 @@
-"""What is measured: attention over packs, its inputs, and the right answer in float64."""
+"""Cases of attention over packs: their inputs, and the right answer in float64."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PLAIN, DIALOGUES, LONG, ONE, FOUR = (
     "short branches, 1 each",
     "short branches, 4 each",
 )
-MEAN_DIALOGUE, SPREAD = 512, 0.8  # lengths, and the standard deviation of their logarithm
-VOCABULARY = 100  # token ids play no part
-SHARPNESS = 2.0  # the standard deviation of scores
+MEAN_DIALOGUE, SPREAD = 512, 0.8  # mean length, and standard deviation of its logarithm
+VOCABULARY = 100  # token ids do not matter
+SHARPNESS = 2.0  # standard deviation of scores
 QUERY_CHUNK = 512
-RESULTS = ("out", "d_q", "d_k", "d_v")  # of a step, (1, N, H, D) each
+RESULTS = ("out", "d_q", "d_k", "d_v")  # results of a step, (1, N, H, D) each
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Case:
     Attributes:
         pattern: a key of `PATTERNS`.
         tokens: N.
-        dtype: of queries, keys and values, as torch names it.
+        dtype: torch's name for the dtype of queries, keys and values.
         heads, kv_heads, width: Hq, Hkv and D; by default Llama-3-8B's.
-        window: how many positions a query sees; None: all.
-        softcap: of scores; None: there is none.
+        window: number of positions that a query sees; None: all.
+        softcap: cap of the scores; None: no cap.
     """
 
     pattern: str
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Name of the case in records and tables."""
         parts = [self.pattern, f"N {self.tokens}"]
         parts += [f"{self.heads} / {self.kv_heads} heads of {self.width}", self.dtype]
         parts += [f"window {self.window}"] if self.window is not None else []
@@ -70,7 +70,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Who sees whom.
+    """The visibility of keys to queries.
 
     Attributes:
         visible_until, position_ids: (1, N) int32, see `derta_kernels.attention`.
@@ -84,7 +84,7 @@ class Mask:
     window: int | None
 
     def rows(self, queries: slice, keys: slice) -> Tensor:
-        """Bool, does the query (row) see the key (column)?"""
+        """Return the bool mask of some queries (rows) and keys (columns)."""
         index = torch.arange(self.visible_until.shape[1], device=self.visible_until.device)
         query = index[queries, None]
         seen = (index[keys] <= query) & (query < self.visible_until[0, keys])
@@ -94,7 +94,7 @@ class Mask:
         return seen
 
     def chunks(self) -> Iterator[tuple[slice, slice]]:
-        """Queries, a few of one example at a time, and the keys that they might see."""
+        """Yield the queries, a few of one example at a time, with the keys they may see."""
         for start, end in self.bounds:
             for first in range(start, end, QUERY_CHUNK):
                 last = min(first + QUERY_CHUNK, end)
@@ -102,7 +102,7 @@ class Mask:
 
 
 class Inputs(NamedTuple):
-    """q, d_out (1, N, Hq, D) and k, v (1, N, Hkv, D) in the case's dtype, and who sees whom."""
+    """q, d_out (1, N, Hq, D) and k, v (1, N, Hkv, D) in the case's dtype, and their mask."""
 
     q: Tensor
     k: Tensor
@@ -112,16 +112,16 @@ class Inputs(NamedTuple):
 
 
 def make_mask(case: Case, device: torch.device) -> Mask:
-    """The mask of the case's pack."""
+    """Make the mask of the case's pack."""
     packed = pack(PATTERNS[case.pattern](case.tokens)).to(device)
     positions = packed.position_ids.to(torch.int32)
     return Mask(packed.visible_until, positions, packed.example_bounds, case.window)
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The case's tensors, the same in every process on one kind of device.
+    """Make the case's tensors, equal in every process on one kind of device.
 
-    All are normal; scores have the standard deviation `SHARPNESS`, so that attention matters.
+    All are normal. Scores have the standard deviation `SHARPNESS`, so that attention matters.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -136,22 +136,22 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 @cache
 def visible_pairs(case: Case) -> int:
-    """Pairs of a query and a key that it sees."""
+    """Count the pairs of a query and a key that it sees."""
     mask = make_mask(case, torch.device("cpu"))
     return sum(int(mask.rows(queries, keys).sum()) for queries, keys in mask.chunks())
 
 
 def operations(case: Case) -> Values:
-    """Floating-point operations of the matrix products over visible pairs, by phase."""
+    """Return the floating-point operations of the products over visible pairs, by phase."""
     products = 2.0 * case.width * case.heads * visible_pairs(case)
     return {"forward": 2 * products, "backward": 5 * products}
 
 
 def attention_by_chunks(q: Tensor, k: Tensor, v: Tensor, case: Case, mask: Mask) -> Tensor:
-    """Explicit scores of a few queries at a time, computed again in the backward pass.
+    """Attend with explicit scores of a few queries at a time, recomputed in the backward pass.
 
-    Takes and gives (1, N, H, D). In float64 it is the right answer; in the case's dtype, it rounds
-    where transformers' eager attention rounds, and sums in float32 over chunks.
+    Tensors are (1, N, H, D). In float64, the result is the right answer. In the case's dtype, it is
+    rounded as in transformers' eager attention, with float32 sums over chunks.
     """
     result: Tensor = _ByChunks.apply(q, k, v, case, mask)
     return result
@@ -188,7 +188,7 @@ class _ByChunks(torch.autograd.Function):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None) -> Tensor:
-    """(n, Hq, D) queries over (m, Hkv, D) keys and values, of which (n, m) bool are seen."""
+    """Attend (n, Hq, D) queries to (m, Hkv, D) keys and values by an (n, m) bool mask."""
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3)  # (Hkv, Hq / Hkv, n, D)
     scores = (grouped.flatten(1, 2) @ k.permute(1, 2, 0)).to(wide) * q.shape[-1] ** -0.5
@@ -200,7 +200,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float | None
 
 
 def right_answer(case: Case, inputs: Inputs) -> dict[str, Tensor]:
-    """Output and gradients in float64 for inputs as they are, rounded already; kept in float32."""
+    """Return output and gradients in float64 for the rounded inputs, stored in float32."""
     q, k, v = (x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     out = attention_by_chunks(q, k, v, case, inputs.mask)
     gradients = torch.autograd.grad(out, (q, k, v), inputs.d_out.double())
@@ -209,7 +209,7 @@ def right_answer(case: Case, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def errors(results: Sequence[Tensor], answer: Mapping[str, Tensor]) -> Values:
-    """Of output and gradients, `RESULTS`, the largest of `token_errors`."""
+    """Return the largest `token_errors` of the output and each gradient, see `RESULTS`."""
     return {
         f"{name}_error": token_errors(actual, answer[name].to(actual.device)).max().item()
         for name, actual in zip(RESULTS, results, strict=True)
@@ -217,10 +217,10 @@ def errors(results: Sequence[Tensor], answer: Mapping[str, Tensor]) -> Values:
 
 
 def token_errors(actual: Tensor, right: Tensor) -> Tensor:
-    """(N,) the error of each token's vector, over all heads.
+    """Return (N,) the error of each token's vector, over all heads.
 
-    It is relative to the size of the right one, or to the root mean square of all tokens' sizes
-    where that is larger: some gradients are zero, as the first query's, which sees one key.
+    It is relative to the size of the right vector, or to the root mean square of all tokens' sizes
+    if that is larger: some gradients are zero, such as that of the first query, which sees one key.
     """
     error = (actual.to(right.dtype) - right).flatten(2).norm(dim=2)[0]
     size = right.flatten(2).norm(dim=2)[0]
@@ -232,7 +232,7 @@ def _one_sequence(tokens: int) -> list[Drawn]:
 
 
 def _dialogues(tokens: int) -> list[Drawn]:
-    """Of log-normal lengths, the last one cut to what is left."""
+    """Draw dialogues of log-normal lengths; the last one is cut to the rest."""
     rng = np.random.default_rng(0)
     found: list[Drawn] = []
     while tokens:
@@ -244,7 +244,7 @@ def _dialogues(tokens: int) -> list[Drawn]:
 
 
 def _long_branches(tokens: int) -> list[Drawn]:
-    """One triple: half of the tokens are its trunk, the others four branches, evenly spread."""
+    """Return one triple: a trunk of half the tokens, and four evenly spread branches."""
     branch = tokens // 8
     prompt = branch // 2
     harmful = tokens - 4 * branch - prompt
@@ -257,7 +257,7 @@ def _long_branches(tokens: int) -> list[Drawn]:
 
 
 def _short_branches(branches: int, tokens: int) -> list[Drawn]:
-    """Triples of the official data's lengths, and one dialogue that fills the pack."""
+    """Draw triples of the official data's lengths, and one dialogue that fills the pack."""
     found: list[Drawn] = []
     for drawn in draw_triples(tokens // 100, branches, VOCABULARY):
         length = packed_length(drawn.example, DertaObjective(branches=branches))
@@ -269,7 +269,7 @@ def _short_branches(branches: int, tokens: int) -> list[Drawn]:
 
 
 def _dialogue(length: int) -> Drawn:
-    is_target = np.arange(length + 1) == length  # the last target is no input
+    is_target = np.arange(length + 1) == length  # the last target is not an input
     dialogue = EncodedDialogue("dialogue", np.zeros(length + 1, np.int32), is_target)
     return Drawn(dialogue, cuts=np.zeros(0, np.int64), depths=np.zeros(0, dtype=bool))
 

@@ -1,8 +1,8 @@
-"""Every implementation that is measured, by name: ours, PyTorch's own, and flash-attn's.
+"""All measured implementations by name: ours, PyTorch's own, and flash-attn's.
 
-An entry takes a case and its inputs, imports what it needs, makes the mask as its users would, once
-for all layers of a batch, and gives attention as a function of q, k and v. One that cannot run
-there raises, and the reason is what gets recorded.
+An entry takes a case and its inputs, imports its packages, makes the mask as its users would, once
+for all layers of a batch, and returns attention as a function of q, k and v. An implementation that
+cannot run raises an error, which is recorded as the reason.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ FLASH = "torch SDPA flash"
 CUDNN = "torch SDPA cuDNN"
 DENSE = "torch SDPA dense mask"
 FLASH_ATTN = "flash-attn varlen"
-BLOCK = 128  # of FlexAttention's masks, its default
+BLOCK = 128  # default block of FlexAttention's masks
 
 
 class Attention(NamedTuple):
-    """What runs.
+    """An implementation, ready to run.
 
     Attributes:
-        attend: q, k, v -> output, of one layout.
-        heads_first: whether that is (1, H, N, D), else (1, N, H, D).
+        attend: function from q, k, v to the output, all in one layout.
+        heads_first: if True, the layout is (1, H, N, D), else (1, N, H, D).
     """
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,7 +42,7 @@ class Attention(NamedTuple):
 
 
 def derta(impl: str, case: Case, inputs: Inputs) -> Attention:
-    """Ours, with the layout that the first layer of a patched model makes."""
+    """Set up ours, with the layout that the first layer of a patched model makes."""
     from derta_kernels.attention import choose, interval_attention, layout_of
 
     choose(impl, inputs.q.device, case.torch_dtype, case.width)
@@ -60,14 +60,14 @@ def derta(impl: str, case: Case, inputs: Inputs) -> Attention:
 
 
 def eager(case: Case, inputs: Inputs) -> Attention:
-    """The definition."""
+    """Set up the definition of attention over packs."""
     return Attention(partial(attention_by_chunks, case=case, mask=inputs.mask), heads_first=False)
 
 
 def torch_causal(backend: SDPBackend, case: Case, inputs: Inputs) -> Attention:
-    """One of torch's kernels for plain causal attention, where that is right."""
+    """Set up one of torch's kernels for plain causal attention, if the mask is causal."""
     if case.pattern != PLAIN or case.window is not None:
-        raise NotImplementedError("it is plain causal attention, and this mask is not")
+        raise NotImplementedError("it is plain causal attention, this mask is not")
     _no_softcap(case)
     if backend == SDPBackend.CUDNN_ATTENTION:
         _cuda_alone(inputs)
@@ -82,7 +82,7 @@ def torch_causal(backend: SDPBackend, case: Case, inputs: Inputs) -> Attention:
 
 
 def torch_dense(case: Case, inputs: Inputs) -> Attention:
-    """A bool mask of N x N, with keys and values repeated as transformers repeats them."""
+    """Set up torch's attention with an N x N bool mask, and repeated keys and values."""
     _no_softcap(case)
     everything = slice(0, case.tokens)
     seen = inputs.mask.rows(everything, everything)
@@ -96,9 +96,9 @@ def torch_dense(case: Case, inputs: Inputs) -> Attention:
 
 
 def flash_attn(case: Case, inputs: Inputs) -> Attention:
-    """flash-attn's varlen kernels, an example a sequence; the newest version that is there."""
+    """Set up flash-attn's newest installed varlen kernels, with one sequence per example."""
     if case.pattern not in (PLAIN, DIALOGUES) or case.window is not None:
-        raise NotImplementedError("it knows causal sequences, and no branches")
+        raise NotImplementedError("it supports causal sequences, but no branches")
     _no_softcap(case)
     _cuda_alone(inputs)
     varlen = _flash_attn_varlen()
@@ -117,14 +117,14 @@ def flash_attn(case: Case, inputs: Inputs) -> Attention:
             max_seqlen_k=longest,
             causal=True,
         )
-        out = result[0] if isinstance(result, tuple) else result  # 4: and the logsumexp
+        out = result[0] if isinstance(result, tuple) else result  # version 4 adds the logsumexp
         return out[None]
 
     return Attention(attend, heads_first=False)
 
 
 def _flash_attn_varlen() -> Callable[..., Any]:
-    """Of version 3, 4 or 2, in that order."""
+    """Return the varlen function of version 3, 4 or 2, in that order."""
     missing = []
     for module in ("flash_attn_interface", "flash_attn.cute", "flash_attn"):
         try:
@@ -136,8 +136,8 @@ def _flash_attn_varlen() -> Callable[..., Any]:
 
 
 def flex(mode: str | None, case: Case, inputs: Inputs) -> Attention:
-    """FlexAttention, compiled, blocks that are seen whole marked as such."""
-    _cuda_alone(inputs)  # elsewhere it has no backward pass
+    """Set up compiled FlexAttention, with fully visible blocks marked as such."""
+    _cuda_alone(inputs)  # on other devices it has no backward pass
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = partial(
@@ -150,7 +150,7 @@ def flex(mode: str | None, case: Case, inputs: Inputs) -> Attention:
 
 
 def score_mod(softcap: float) -> Callable[..., Tensor]:
-    """The soft-cap, for FlexAttention."""
+    """Return the soft-cap as a FlexAttention score_mod."""
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -159,7 +159,7 @@ def score_mod(softcap: float) -> Callable[..., Tensor]:
 
 
 def block_mask(mask: Mask) -> Any:
-    """FlexAttention's mask, exact, made by a row of blocks at a time; N a multiple of `BLOCK`."""
+    """Make FlexAttention's exact mask, a row of blocks at a time; N is a multiple of `BLOCK`."""
     from torch.nn.attention.flex_attention import BlockMask
 
     visible_until, positions = mask.visible_until[0], mask.position_ids[0]
@@ -187,7 +187,7 @@ def block_mask(mask: Mask) -> Any:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each row has, (1, 1, rows), and which come first, (1, 1, rows, all)."""
+    """Return each row's count of key blocks, (1, 1, rows), and their order, (1, 1, rows, all)."""
     order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1).to(torch.int32)[None, None], order.to(torch.int32)[None, None]
 
@@ -199,7 +199,7 @@ def _no_softcap(case: Case) -> None:
 
 def _cuda_alone(inputs: Inputs) -> None:
     if not inputs.q.is_cuda:
-        raise NotImplementedError(f"it trains on CUDA alone, this is {inputs.q.device.type}")
+        raise NotImplementedError(f"it trains only on CUDA, this is {inputs.q.device.type}")
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Case, Inputs], Attention]] = {

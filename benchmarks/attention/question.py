@@ -1,4 +1,4 @@
-"""How does attention over packs compare with its peers?
+"""Attention over packs against its peers.
 
 python -m benchmarks.attention.question --machine xeon-2-cores
 """
@@ -52,12 +52,12 @@ BY_NAME = ("derta triton", "derta flash_attn", "derta sdpa")
 MASKED = (OURS, "derta flash_attn", "derta sdpa", FLEX, DENSE, EAGER)
 CAUSAL = (*MASKED, FLASH, CUDNN, FLASH_ATTN)
 LINEAR = (OURS, "derta flash_attn", FLEX, EAGER)
-TFLOPS = {"forward": 400.0, "backward": 300.0}  # required of ours
-# What the host is ahead of the GPU at the start of a step: two milliseconds of an H200.
+TFLOPS = {"forward": 400.0, "backward": 300.0}  # our required rates
+# The host's head start over the GPU in a step: two milliseconds of an H200.
 HEAD_START_CYCLES = 4_000_000
 
 SMALL = Case(FOUR, 2048, "float32", heads=8, kv_heads=4, width=64)
-# Longer than what ours computes whole.
+# Longer than the examples that ours computes in one piece.
 LONGER = Case(LONG, 18432, "float32", heads=2, kv_heads=1, width=64)
 HALF_AS_LONG = replace(LONGER, tokens=9216)
 GPU_PLAIN, GPU_LONG, GPU_ONE, GPU_FOUR = (Case(p, 8192) for p in (PLAIN, LONG, ONE, FOUR))
@@ -65,7 +65,7 @@ MEMORY = Case(FOUR, 65536)
 
 
 def groups_for(device: str) -> dict[str, list[tuple[Case, str]]]:
-    """What runs interleaved, by name: cases and implementations."""
+    """Return the groups to run in turns, by name: cases and implementations."""
     if device == "cpu":
         plain, long = replace(SMALL, pattern=PLAIN), replace(SMALL, pattern=LONG)
         return {
@@ -94,7 +94,7 @@ def _each(case: Case, names: tuple[str, ...]) -> list[tuple[Case, str]]:
 
 
 class Setup:
-    """Attention of one layer: its inputs, and what the phases leave behind."""
+    """Attention of one layer: its inputs, and the results of the phases."""
 
     def __init__(self, inputs: Inputs, attention: Attention) -> None:
         def laid_out(x: Tensor) -> Tensor:
@@ -121,17 +121,17 @@ class Setup:
         self.gradients = torch.autograd.grad(self.out, self.leaves, self.d_out)
 
     def clear(self) -> None:
-        """Lets go of output and gradients.
+        """Free output and gradients.
 
-        A GPU is kept busy for a while, so that launches of the step wait for it and it never waits
-        for a launch, as within a model: a layer's kernels take less time than to launch them.
+        A GPU is kept busy for a while, so that it never waits for the step's launches, as within a
+        model: launching a layer's kernels takes longer than running them.
         """
         self.out, self.gradients = None, ()
         if self.device.type == "cuda":
             torch.cuda._sleep(HEAD_START_CYCLES)
 
     def errors(self, answer: dict[str, Tensor]) -> Values:
-        """Of one step."""
+        """Return the errors of one step."""
         self.forward()
         self.backward()
         assert self.out is not None
@@ -172,12 +172,12 @@ class PackedAttention(Question):
         return right_answer(case, make_inputs(case, device))
 
     def is_right(self, case: Case, errors: Values, baseline: Values) -> bool:
-        """Within 2 x (eager attention's error in the same dtype + one rounding of that dtype)."""
+        """Return True within 2 x (eager's error in the same dtype + one rounding of that dtype)."""
         bands = dict.fromkeys(errors, torch.finfo(case.torch_dtype).eps)
         return within_budget(errors, baseline, bands)
 
     def derived(self, case: Case, implementation: str, values: Values) -> Values:
-        """Operations over visible pairs a second."""
+        """Return the operations over visible pairs per second."""
         return {
             f"{phase}_tflops": count / (1e9 * values[f"{phase}_ms_p50"])
             for phase, count in operations(case).items()

@@ -1,1 +1,1 @@
-"""Harness: measures the implementations of a question, interleaved, and records them."""
+"""Harness: measure a question's implementations in turns and record the results."""

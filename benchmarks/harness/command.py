@@ -1,7 +1,7 @@
-"""Measures the groups of a question and keeps what was found.
+"""Measure the groups of a question and record the results.
 
-Groups of cases run one after another. After each, the file of records is written, so a run that was
-ended can be taken up with --resume.
+Groups of cases run one after another. The file of records is written after each group, so --resume
+continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from benchmarks.harness.measuring import ROOT, load
 from benchmarks.harness.question import Question
 from benchmarks.harness.records import load_groups, records_of, save_groups, verdicts
 
-# What cannot compile its kernels in the minutes of a GPU's turn is left out, with that reason.
+# An implementation that needs more time to compile its kernels is left out, with that reason.
 ANSWER_SECONDS = {"cpu": 600.0, "cuda": 150.0}
 
 
 def main(question: Question) -> None:
-    """The command line of every benchmark."""
+    """Run the command line of a benchmark."""
     options = _options(question)
     groups = question.groups(options.device)
     folder = options.out or ROOT / "benchmarks" / "results" / options.machine
@@ -46,7 +46,7 @@ def main(question: Question) -> None:
             if options.resume and name in done:
                 continue
             if time.monotonic() - begin > options.seconds:
-                print(f"out of time before {name!r}: take it up with --resume", file=sys.stderr)
+                print(f"out of time before {name!r}: continue with --resume", file=sys.stderr)
                 break
             print(name, file=sys.stderr, flush=True)
             jobs = [Job(case, implementation) for case, implementation in groups[name]]
@@ -82,16 +82,16 @@ def _options(question: Question) -> argparse.Namespace:
     parser.add_argument("--machine", required=True, help="folder of results/ to write into")
     parser.add_argument("--out", type=Path, help="another folder to write into")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="torch's, on a CPU")
-    parser.add_argument("--groups", nargs="+", help="some of the groups, by name")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads on a CPU")
+    parser.add_argument("--groups", nargs="+", help="names of the groups to run")
     parser.add_argument("--repetitions", type=int, default=7, help="turns of each implementation")
-    parser.add_argument("--peers", help="a folder to import other libraries from")
+    parser.add_argument("--peers", help="folder of other libraries")
     parser.add_argument(
         "--other-python",
-        help="where ours is judged by torch's own op, measure that of this Python's torch too",
+        help="another Python, whose torch's own op is measured too if ours is judged by that op",
     )
     parser.add_argument("--resume", action="store_true", help="keep groups that have records")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin nothing after that long"
+        "--seconds", type=float, default=float("inf"), help="time limit to start new work"
     )
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Triples of the official data's lengths, in one pass and as the official recipe runs them."""
+"""Triples of the official data's lengths, for one pass and for the official recipe."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from derta.data.packs.packing import packed_length
 from derta.labels import IGNORE_INDEX
 from derta.objectives.derta import DertaObjective
 
-MEAN_LENGTHS = (40, 380, 70)  # of prompt, harmful and safe response
-SPREAD = 0.4  # the standard deviation of a length's logarithm
+MEAN_LENGTHS = (40, 380, 70)  # prompt, harmful and safe response
+SPREAD = 0.4  # standard deviation of a length's logarithm
 MAX_LENGTH = 1024
 BATCH = 16
 REFUSAL, CLOSING = 7, 3
@@ -25,9 +25,8 @@ class Sample(NamedTuple):
     """One sequence of the official recipe.
 
     Attributes:
-        input_ids: (n,) int64, with the token that closes it.
-        labels: (n,) int64, transformers': the token that the row before is trained to say, -100
-            where there is none.
+        input_ids: (n,) int64, with its closing token.
+        labels: (n,) int64, as in transformers: the target of the row before, -100 for no target.
     """
 
     input_ids: np.ndarray
@@ -35,10 +34,10 @@ class Sample(NamedTuple):
 
 
 def draw_triples(count: int, branches: int, vocabulary: int) -> list[Drawn]:
-    """Triples of random tokens, with cuts drawn as the trainer's defaults draw them.
+    """Draw triples of random tokens, with cuts as drawn by the trainer's defaults.
 
-    Lengths are log-normal, with means `MEAN_LENGTHS` and spread `SPREAD`, harmful responses cut at
-    their end where a sequence would be longer than `MAX_LENGTH`.
+    Lengths are log-normal with means `MEAN_LENGTHS` and spread `SPREAD`. A harmful response is cut
+    at its end if a sequence would be longer than `MAX_LENGTH`.
     """
     rng = np.random.default_rng(0)
     means = np.log(MEAN_LENGTHS) - SPREAD**2 / 2
@@ -64,7 +63,7 @@ def in_packs(drawn: Sequence[Drawn], max_tokens: int) -> list[PackedBatch]:
 
 
 def samples(drawn: Sequence[Drawn]) -> list[Sample]:
-    """Every triple's q + h, whose rows say the refusal token, and every q + h[:k] + r; shuffled."""
+    """Return every q + h, trained to refuse, and every q + h[:k] + r, shuffled."""
     found = []
     for triple, cuts in ((d.example, d.cuts) for d in drawn):
         assert isinstance(triple, EncodedTriple)
@@ -85,7 +84,7 @@ def _sample(ids: np.ndarray, context: int, *, refuses: bool) -> Sample:
 
 
 def padded(batch: Sequence[Sample]) -> dict[str, Tensor]:
-    """A batch as a transformers model takes it: (B, L) int64 each, padded on the right."""
+    """Build a batch for a transformers model: (B, L) int64 each, padded on the right."""
     longest = max(len(sample.input_ids) for sample in batch)
 
     def rows(columns: Sequence[np.ndarray], filling: int) -> Tensor:
@@ -102,5 +101,5 @@ def padded(batch: Sequence[Sample]) -> dict[str, Tensor]:
 
 
 def in_batches(found: Sequence[Sample], size: int = BATCH) -> list[dict[str, Tensor]]:
-    """Samples in their order, `size` a batch, 16 as in the official full-parameter script."""
+    """Batch samples in their order; 16 is the size in the official full-parameter script."""
     return [padded(found[first : first + size]) for first in range(0, len(found), size)]

@@ -1,4 +1,4 @@
-"""Steps that are judged by the gradients they leave on a module's parameters."""
+"""Training steps judged by the gradients they leave on a module's parameters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class TrainingStep(ABC):
     """Forward and backward, ready to run.
 
     Attributes:
-        module: whose parameters are trained.
-        device: where they are.
+        module: module whose parameters are trained.
+        device: device of the parameters.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -25,29 +25,29 @@ class TrainingStep(ABC):
 
     @abstractmethod
     def step(self) -> None:
-        """The gradients of all batches add up on the parameters."""
+        """Run all batches; their gradients add up on the parameters."""
 
     def phases(self) -> list[tuple[str, Callable[[], None]]]:
         return [("step", self.step)]
 
     def clear(self) -> None:
-        """Lets go of the gradients."""
+        """Free the gradients."""
         self.module.zero_grad()
 
     def gradients(self) -> dict[str, Tensor]:
-        """Of one step, by parameter."""
+        """Return the gradients of one step by parameter."""
         self.clear()
         self.step()
         named = self.module.named_parameters()
         return {name: value.grad for name, value in named if value.grad is not None}
 
     def errors(self, answer: Mapping[str, Tensor]) -> Values:
-        """The largest error of a parameter's gradient."""
+        """Return the largest error of a parameter's gradient."""
         return {"gradient_error": gradient_error(self.gradients(), answer)}
 
 
 def gradient_error(gradients: Mapping[str, Tensor], answer: Mapping[str, Tensor]) -> float:
-    """The largest of the parameters' errors, each relative to the size of its own gradient."""
+    """Return the largest of the parameters' errors, each relative to its gradient's size."""
     return max(
         float((gradients[name].cpu().double() - right).norm() / right.norm())
         for name, right in answer.items()

@@ -1,8 +1,9 @@
-"""Runs implementations side by side: one process each, that take turns.
+"""Run implementations side by side, in separate processes that take turns.
 
-A process builds its inputs once, shows that its results are right, and then waits for its turns:
-what one allocates, caches or compiles touches no other, and what slows the machine down for a while
-slows all of them. `python -m benchmarks.harness.interleave` is such a process, started by `run`.
+A process builds its inputs once, shows that its results are right, and then waits for its turns.
+The allocations, caches and compiled code of one process do not affect another, and a temporary
+slowdown of the machine affects all of them. `run` starts `python -m benchmarks.harness.interleave`
+as such a process.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WARM_UP_TURNS = 1
 
 @dataclass(frozen=True)
 class Job:
-    """What one process runs: a case, an implementation, and the Python that runs it."""
+    """The work of one process: a case, an implementation, and the Python that runs it."""
 
     case: Case
     implementation: str
@@ -42,7 +43,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What records call the implementation."""
+        """Name of the implementation in records."""
         if self.torch_version is None:
             return self.implementation
         return f"{self.implementation} (torch {self.torch_version})"
@@ -50,14 +51,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all processes of a run share.
+    """The settings shared by all processes of a run.
 
     Attributes:
-        question: its name.
+        question: name of the question.
         device: "cpu" or "cuda".
-        threads: torch's, on the CPU.
-        peers: a folder to import other libraries from, or None.
-        seconds: a process that takes longer over one answer is ended.
+        threads: torch threads on the CPU.
+        peers: folder to import other libraries from, or None.
+        seconds: time limit for one answer; a process that exceeds it is killed.
     """
 
     question: str
@@ -69,7 +70,7 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What a job gave: errors and what `measure` gave each turn, or the reason why it did not."""
+    """The results of a job: errors and measurements by turn, or the reason for a failure."""
 
     job: Job
     errors: dict[str, float] = field(default_factory=dict)
@@ -86,7 +87,7 @@ class Process:
         request = {**asdict(settings), "implementation": job.implementation}
         request |= {"case": asdict(job.case), "answer": str(answer)}
         environment = os.environ | {"PYTHONPATH": _search_path(settings.peers)}
-        environment.pop("TRITON_INTERPRET", None)  # an interpreter's time says nothing
+        environment.pop("TRITON_INTERPRET", None)  # the interpreter's time is meaningless
         self.process = subprocess.Popen(
             [job.python, "-m", "benchmarks.harness.interleave", json.dumps(request)],
             cwd=ROOT,
@@ -99,26 +100,26 @@ class Process:
         self._listen()
 
     def check(self) -> None:
-        """Has the errors computed, and whatever a first step compiles compiled."""
+        """Compute the errors, which also compiles the implementation."""
         self.outcome.errors = self._ask("check").get("errors", {})
 
     def turn(self, counts: bool) -> None:
-        """One turn; warm-up turns do not count."""
+        """Run one turn; warm-up turns do not count."""
         measured = self._ask("turn")
         if counts and measured:
             self.outcome.turns.append(measured)
 
     def end(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kill the process."""
         self.process.kill()
         self.process.communicate()
 
     def _ask(self, request: str) -> dict[str, Any]:
-        """The answer; nothing from a process that has failed."""
+        """Return the answer to a request; an empty one if the process has failed."""
         assert self.process.stdin is not None
         if self.outcome.reason is not None:
             return {}
-        with contextlib.suppress(BrokenPipeError):  # it ended: `_listen` finds out why
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `_listen` finds the reason
             print(request, file=self.process.stdin, flush=True)
         return self._listen()
 
@@ -143,14 +144,14 @@ class Process:
 def run(
     jobs: Sequence[Job], repetitions: int, settings: Settings, scratch: Path, deadline: float
 ) -> list[Outcome]:
-    """Times jobs by turns.
+    """Time jobs in turns.
 
     Args:
-        jobs: whatever is to be compared.
-        repetitions: turns of each.
+        jobs: the jobs to compare.
+        repetitions: number of turns for each job.
         settings: see `Settings`.
-        scratch: a folder for the right answers, which outlive a call: cases share them.
-        deadline: of `time.monotonic`; no turns are added after it, but the first is always made.
+        scratch: folder for the right answers, which cases share across calls.
+        deadline: end by `time.monotonic`; no turns start after it, except the first.
     """
     answers = {job.case: _answer_file(job.case, settings, scratch) for job in jobs}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -172,12 +173,12 @@ def run(
 
 
 def machine_of(settings: Settings) -> dict[str, Any]:
-    """`describe_machine`, seen with the peers in the search path."""
+    """Return `describe_machine` with the peers in the search path."""
     return _in_a_process("describe_machine", settings)
 
 
 def _answer_file(case: Case, settings: Settings, scratch: Path) -> Path:
-    """Where the case's right answer lies; cases may share one."""
+    """Return the file of the case's right answer; cases may share one."""
     case = question_named(settings.question).answer_case(case)
     path = scratch / (re.sub(r"\W+", "-", case.name) + ".pt")
     if not path.exists():
@@ -186,7 +187,7 @@ def _answer_file(case: Case, settings: Settings, scratch: Path) -> Path:
 
 
 def _in_a_process(function: str, settings: Settings, *arguments: Any) -> Any:
-    """What `serve` answers to a call, in a process that takes its memory with it."""
+    """Return the answer of `serve` to a call, in a process that frees its memory at its end."""
     done = subprocess.run(
         [
             sys.executable,
@@ -210,9 +211,9 @@ def _search_path(peers: str | None) -> str:
 
 
 def _folders(peers: str | None) -> list[str]:
-    """The folder of peers, and those that its .pth files name: Python reads them nowhere else.
+    """Return the folder of peers and the folders its .pth files name, which Python would not read.
 
-    The one that nvidia-cutlass-dsl's is in, above all, which QuACK and Liger import.
+    QuACK and Liger import nvidia-cutlass-dsl from such a folder.
     """
     if peers is None:
         return []
@@ -223,7 +224,7 @@ def _folders(peers: str | None) -> list[str]:
 
 
 def serve(request: dict[str, Any], talk: IO[str]) -> None:
-    """What a process does: answers one call, or serves a job's turns until it is ended."""
+    """Answer one call, or serve a job's turns until the process is killed."""
 
     def say(**message: Any) -> None:
         print(json.dumps(message), file=talk, flush=True)
@@ -243,7 +244,7 @@ def serve(request: dict[str, Any], talk: IO[str]) -> None:
     ready = question.setup(case, request["implementation"], device)
     _leave_the_rest(device)
     say()
-    for line in sys.stdin:  # until whoever asks has ended
+    for line in sys.stdin:  # until the parent ends
         if line.strip() == "check":
             say(errors=ready.errors(torch.load(request["answer"], mmap=True)))
         else:
@@ -252,7 +253,7 @@ def serve(request: dict[str, Any], talk: IO[str]) -> None:
 
 
 def _leave_the_rest(device: torch.device) -> None:
-    """Gives back what an allocator has of a GPU and does not use: other processes wait for it."""
+    """Release unused GPU memory, which other processes need."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -260,7 +261,7 @@ def _leave_the_rest(device: torch.device) -> None:
 def _say_why(
     talk: IO[str], kind: type[BaseException], error: BaseException, _: TracebackType | None
 ) -> None:
-    """The exception in one line, without the paths of this machine."""
+    """Report the exception in one line, without the paths of this machine."""
     said = " ".join(f"{kind.__name__}: {error}".split())
     said = re.sub(r"/(?:[\w.+-]+/)+", "", said)
     print(json.dumps({"reason": said[:200]}), file=talk, flush=True)
@@ -269,5 +270,5 @@ def _say_why(
 
 if __name__ == "__main__":
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    os.dup2(2, 1)  # output of libraries must not be read as an answer
     serve(json.loads(sys.argv[1]), channel)

@@ -1,4 +1,4 @@
-"""How it is measured: one step forward and backward, its time, its peak memory, the machine."""
+"""Measure one step forward and backward: its time, its peak memory, and the machine's state."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from benchmarks.harness.question import Ready
 
 MIB = 2**20
 ROOT = Path(__file__).parents[2]
-# Larger than the second-level cache of any GPU: writing it leaves none of the inputs there.
+# Larger than the L2 cache of any GPU: writing it evicts the inputs.
 FLUSH_BYTES = 256 * MIB
 PACKAGES = (
     "torch triton transformers liger-kernel cut-cross-entropy quack-kernels trl "
     "nvidia-cutlass-dsl flash-attn flash-attn-3 flash-attn-4 peft".split()
 )
-# Of a CPU: what decides in which precision, and how fast, its products are formed.
+# CPU flags that decide the precision and the speed of products.
 PRODUCT_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 
 
 def measure(ready: Ready, gpu_steps: int) -> dict[str, Any]:
-    """A turn: `time_ms` of its steps, `peak_mib` of one over the state before it, and more.
+    """Measure a turn: `time_ms` of its steps, `peak_mib` above the state before a step, and more.
 
-    A step of several phases also has the time of each, forward's as `forward_ms`. `others_share`
-    is how much of all cores other processes took, `sm_clock_mhz` a GPU's clock at the end. CPU: one
-    step. CUDA: `gpu_steps`, each with its inputs out of the cache, after one that fills the
+    A step with several phases also has their times, as in `forward_ms`. `others_share` is the share
+    of all cores taken by other processes, `sm_clock_mhz` a GPU's clock at the end. On a CPU, a turn
+    is one step. On CUDA, it is `gpu_steps` steps with cold caches, after a step that fills the
     allocator.
     """
     if ready.device.type == "cuda":
@@ -59,7 +59,7 @@ def measure(ready: Ready, gpu_steps: int) -> dict[str, Any]:
 
 
 def _times(ready: Ready, steps: list[list[float]]) -> dict[str, list[float]]:
-    """Milliseconds of every step, and of its phases if it has several."""
+    """Return the milliseconds of every step, and of its phases if it has several."""
     times = {"time_ms": [sum(spans) for spans in steps]}
     names = [name for name, _ in ready.phases()]
     if names[1:]:
@@ -71,19 +71,19 @@ def _times(ready: Ready, steps: list[list[float]]) -> dict[str, list[float]]:
 
 
 def watch_resident_memory() -> Callable[[], float]:
-    """A function that says by how many MiB this process has grown, at most, since this call.
+    """Return a function that gives this process's largest growth since this call, in MiB.
 
-    Linux: the kernel's own high-water mark, reset here, so nothing is sampled and nothing missed.
+    On Linux, the kernel's own high-water mark is reset here, so no peak is missed.
     """
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or the step would reuse what earlier steps have freed
+    ctypes.CDLL(None).malloc_trim(0)  # or the step would reuse memory freed by earlier steps
     before_kib = _status_kib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return lambda: (_status_kib("VmHWM") - before_kib) / 1024
 
 
 def watch_other_processes() -> Callable[[], float]:
-    """A function that says for how many core-seconds others have run since this call."""
+    """Return a function that gives the core-seconds of other processes since this call."""
 
     def seconds() -> float:
         line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
@@ -137,7 +137,7 @@ def _recorded() -> torch.cuda.Event:
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
-    """Processor and its instruction sets, memory, versions, commit, date; no host name or path."""
+    """Describe the processor, memory, versions, commit and date; no host name or path."""
     found: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -162,12 +162,12 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def load() -> dict[str, float]:
-    """How busy the machine is: processes that ran or waited to, over the last minute."""
+    """Return the number of processes that ran or waited to run, averaged over the last minute."""
     return {"load_average": round(os.getloadavg()[0], 2)}
 
 
 def gpu_state() -> dict[str, str]:
-    """Driver, clocks and power of the GPU as nvidia-smi has them, units included, if it is here."""
+    """Return nvidia-smi's driver, clocks and power of the GPU; empty without nvidia-smi."""
     fields = ["driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"]
     if shutil.which("nvidia-smi") is None:
         return {}
@@ -182,7 +182,7 @@ def _processor() -> str:
 
 
 def _instruction_sets() -> str:
-    """Those of `PRODUCT_FLAGS` that the CPU has, and what oneDNN is limited to, if it is."""
+    """Return the CPU's `PRODUCT_FLAGS`, and oneDNN's limit if it has one."""
     has = set((_cpuinfo("flags") or "").split())
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     limited = f" (oneDNN limited to {limit})" if limit else ""
@@ -190,7 +190,7 @@ def _instruction_sets() -> str:
 
 
 def _cpuinfo(field: str) -> str | None:
-    """What the kernel says of the first processor, if it says it."""
+    """Return a field of the kernel's description of the first processor, if it has one."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     found = re.search(rf"^{field}\s*: (.*)$", text, re.MULTILINE)
     return found[1] if found else None
@@ -206,9 +206,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, with "+" where files that matter to a number differ from it.
+    """Return the commit, with "+" if files that affect numbers differ from it.
 
-    A copy without its history is told by the variable DERTA_COMMIT.
+    DERTA_COMMIT names the commit of a copy without a history.
     """
     if "DERTA_COMMIT" in os.environ:
         return os.environ["DERTA_COMMIT"]

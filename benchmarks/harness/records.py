@@ -1,4 +1,4 @@
-"""Results as records, one a number; records in a file."""
+"""Records of results, one per number, and their files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 
 def records_of(outcomes: Iterable[Outcome], question: Question) -> list[Record]:
-    """One record a number: case, implementation, quantity, value, and a reason if that is null."""
+    """Return a record for each number: case, implementation, quantity, value; a reason if null."""
     outcomes = list(outcomes)
     baseline = {
         o.job.case: o.errors
@@ -49,7 +49,7 @@ def _record(quantity: str, value: float | None, reason: str | None = None) -> Re
 
 
 def _of_turns(turns: list[dict[str, Any]]) -> dict[str, float]:
-    """Spread of the times, interpolated; the most memory; the machine's state meanwhile."""
+    """Return quantiles of the times, the largest memory, and the machine's state."""
     values: dict[str, float] = {}
     for quantity in (name for name in turns[0] if name.endswith("_ms")):
         times = [ms for turn in turns for ms in turn[quantity]]
@@ -63,7 +63,7 @@ def _of_turns(turns: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def figures(records: Iterable[Record]) -> Figures:
-    """The numbers of all records, by case and implementation in their order; failures have none."""
+    """Return all numbers by case and implementation, in order; failures have no number."""
     found: Figures = {}
     for record in records:
         quantities = found.setdefault((record["case"], record["implementation"]), {})
@@ -75,7 +75,7 @@ def figures(records: Iterable[Record]) -> Figures:
 def verdicts(
     records: list[Record], question: Question
 ) -> list[tuple[Requirement, str, float | None]]:
-    """The requirements on cases that the records speak of, each with verdict and value."""
+    """Return the requirements on the recorded cases, with verdicts and values."""
     known = figures(records)
     cases = {case for case, _ in known}
     return [
@@ -86,12 +86,12 @@ def verdicts(
 
 
 def load_groups(path: Path) -> dict[str, Any]:
-    """Groups by name, each with the machine it ran on and its records; none if there is no file."""
+    """Load groups by name, each with its machine and records; empty without a file."""
     return json.loads(path.read_text(encoding="utf-8"))["groups"] if path.exists() else {}
 
 
 def save_groups(path: Path, groups: dict[str, Any]) -> None:
-    """Writes what `load_groups` reads, a record a line."""
+    """Write a file for `load_groups`, with one record to a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for name, group in groups.items():

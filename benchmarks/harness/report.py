@@ -1,4 +1,4 @@
-"""Tables and plots from records: `python -m benchmarks.harness.report FOLDER` makes all anew."""
+"""Make tables and plots from records; `python -m benchmarks.harness.report FOLDER` remakes all."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ what the columns mean is in [the benchmarks' page](../../README.md). ![time and 
 
 
 def records_file(folder: Path, question: Question) -> Path:
-    """Where a folder of results has the question's records."""
+    """Return the path of the question's records in a folder of results."""
     return folder / f"{question.name}.json"
 
 
 def write(folder: Path, question: Question) -> None:
-    """Table and, where matplotlib is installed, plot of the question's records in a folder."""
+    """Write the table and, if matplotlib is installed, the plot of a folder's records."""
     path = records_file(folder, question)
     groups = load_groups(path)
     path.with_suffix(".md").write_text(table(groups, question), encoding="utf-8")
@@ -34,7 +34,7 @@ def write(folder: Path, question: Question) -> None:
 
 
 def table(groups: dict[str, Any], question: Question) -> str:
-    """Markdown: requirements first, then every case with every implementation."""
+    """Return Markdown: requirements first, then every case with every implementation."""
     header = HEADER.format(title=question.title, name=question.name)
     parts = [header, "## Requirements\n", _requirements(groups, question)]
     for name, group in groups.items():
@@ -85,7 +85,7 @@ def _case(records: list[Record], question: Question) -> str:
 
 
 def _condition(values: Values) -> str:
-    """What state the machine was in."""
+    """Describe the machine's state during the turns."""
     if "sm_clock_mhz" in values:
         return f"{values['sm_clock_mhz']:.0f} MHz"
     return f"{values['others_share']:.0%} taken" if "others_share" in values else "-"
@@ -105,7 +105,7 @@ def _markdown(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _plot(groups: dict[str, Any], question: Question, path: Path) -> None:
-    """A row of panels a case, time and peak memory; a bar an implementation."""
+    """Plot a row of panels for each case, time and peak memory; a bar for each implementation."""
     import matplotlib
 
     matplotlib.use("agg")

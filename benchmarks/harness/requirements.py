@@ -1,4 +1,4 @@
-"""What ours must reach, each limit judged from records alone."""
+"""Requirements on our implementations, judged only from records."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ Figures = dict[tuple[str, str], dict[str, float]]  # (case, implementation) -> q
 
 @dataclass(frozen=True)
 class Requirement:
-    """An upper limit of a quantity of ours, or of its ratio to that of something else.
+    """An upper limit on a quantity of ours, or on its ratio to another implementation's.
 
     Attributes:
-        what: in words, without the limit.
-        case, quantity: of ours.
-        limit: the most that it may be.
-        case_against, against: what the ratio is to, the least where it was measured with more than
-            one torch; None: the quantity itself is limited.
-        allowance: taken off the quantity first, in its own unit.
+        what: description without the limit.
+        case, quantity: the limited quantity of ours.
+        limit: the largest allowed value.
+        case_against, against: the other side of the ratio, the smallest if measured with several
+            versions of torch; None: the quantity itself is limited.
+        allowance: amount subtracted from the quantity first, in its own unit.
     """
 
     what: str
@@ -30,7 +30,11 @@ class Requirement:
     allowance: float = 0.0
 
     def judge(self, figures: Figures, ours: str) -> tuple[str, float | None]:
-        """ "pass", "fail", "wrong" (such results pass nothing), "not judged" or "not measured"."""
+        """Return a verdict and the value.
+
+        A verdict is "pass", "fail", "wrong" (a wrong result, which cannot pass), "not judged" or
+        "not measured".
+        """
         own = figures.get((self.case.name, ours), {})
         value = own.get(self.quantity)
         if value is None:

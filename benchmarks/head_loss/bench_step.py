@@ -1,4 +1,4 @@
-"""Time of a step of every implementation, on heads small enough to be run with any change.
+"""Time a step of every implementation, on heads small enough to run with any change.
 
 pytest benchmarks --benchmark-only --benchmark-group-by=group
 """

@@ -1,4 +1,4 @@
-"""What is measured: cases of the head loss, their inputs, and the right answer in float64."""
+"""Cases of the head loss: their inputs, and the right answer in float64."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ HEADS = {
     "mistral-7b": Head(4096, 32768),
 }
 
-# What a trained model gives its targets: some rows are sure, a few are lost. Their mean loss is
-# 1.8 nats.
+# Target probabilities as in a trained model: some rows are sure, a few are far off. Their mean loss
+# is 1.8 nats.
 PROBABILITIES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.9999, 0.99999)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem that every implementation is given.
+    """One problem for every implementation.
 
     Attributes:
         head: a key of `HEADS`.
         rows: N.
-        dtype: of hidden and weight, as torch names it.
-        trainable: whether weight requires a gradient.
+        dtype: torch's name for the dtype of hidden and weight.
+        trainable: if True, weight requires a gradient.
         inputs: "random" or "peaked", see `make_inputs`.
-        live: share of the rows that have a target.
-        live_alone: whether the rows without a target were taken out beforehand.
+        live: share of the rows with a target.
+        live_alone: if True, rows without a target are removed beforehand.
     """
 
     head: str
@@ -71,7 +71,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Name of the case in records and tables."""
         parts = [
             f"{self.head}, N {self.rows}, {self.dtype}",
             f"{'trainable' if self.trainable else 'frozen'} head",
@@ -83,7 +83,7 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """hidden (N, d) and weight (V, d), leaves in the case's dtype, and target (N,) int64."""
+    """Leaves hidden (N, d) and weight (V, d) in the case's dtype, and target (N,) int64."""
 
     hidden: Tensor
     weight: Tensor
@@ -91,14 +91,14 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    """The case's tensors, the same in every process on one kind of device.
+    """Make the case's tensors, equal in every process on one kind of device.
 
     "random": hidden is standard normal and weight normal with variance 1 / d, so logits are
     standard normal and every token has a probability of about 1 / V. "peaked": each row of hidden
     is moved along its target's row of weight until the target has about the probability that
     `PROBABILITIES` gives it in turn. With unit rows of weight, a step of s raises the target's
-    logit by s and the variance of the others from 1 to v = 1 + s^2 / d; the logsumexp of those is
-    about log V + v / 2.
+    logit by s, and the variance of the others from 1 to v = 1 + s^2 / d; their logsumexp is about
+    log V + v / 2.
     """
     width, vocabulary, softcap = case.shape
     generator = torch.Generator(device).manual_seed(0)
@@ -130,7 +130,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 class Answer(NamedTuple):
-    """The mean loss and its gradients, computed in float64; the gradients are kept in float32."""
+    """The mean loss and its gradients, computed in float64; gradients are stored in float32."""
 
     loss: float
     d_hidden: Tensor
@@ -138,7 +138,7 @@ class Answer(NamedTuple):
 
 
 def right_answer(inputs: Inputs, softcap: float | None, chunk_rows: int = 512) -> Answer:
-    """`Answer` for inputs as they are, rounded already."""
+    """Return the `Answer` for the rounded inputs."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach().double()
     live = (inputs.target != IGNORED).nonzero()[:, 0]
     d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
@@ -162,10 +162,10 @@ def right_answer(inputs: Inputs, softcap: float | None, chunk_rows: int = 512) -
 
 
 def errors(loss: Tensor, inputs: Inputs, answer: Answer) -> dict[str, float]:
-    """Errors of a loss and of the gradients it left on inputs.
+    """Return the errors of a loss and of the gradients it left on the inputs.
 
-    The loss's is relative; the gradients' is `relative_error`, which gives the rows of a matrix
-    equal weight, so that those of sure targets count although their gradient is small.
+    The loss's error is relative. The gradients' error is `relative_error`, which gives the rows of
+    a matrix equal weight, so rows with sure targets count although their gradient is small.
     """
     found = {"loss_error": abs(loss.item() - answer.loss) / abs(answer.loss)}
     for name in ("hidden", "weight"):

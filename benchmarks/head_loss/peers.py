@@ -1,8 +1,9 @@
-"""Every implementation that is measured, by name: ours, PyTorch's own, and other libraries'.
+"""All measured implementations by name: ours, PyTorch's own, and other libraries'.
 
-An entry takes a case and a device, imports what it needs, and gives the mean loss over the targets
+An entry takes a case and a device, imports its packages, and returns the mean loss over the targets
 as a function of hidden, weight and target. Each peer is called as its own trainer calls it, with
-its own defaults. One that cannot run there raises, and the reason is what gets recorded.
+its own defaults. An implementation that cannot run raises an error, which is recorded as the
+reason.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ PRODUCTS = "products alone"
 
 
 def derta(impl: str, case: Case, device: torch.device) -> LossFunction:
-    """Ours."""
+    """Set up ours."""
     from derta.loss import derta_loss
     from derta_kernels.head_loss import choose
 
@@ -31,19 +32,19 @@ def derta(impl: str, case: Case, device: torch.device) -> LossFunction:
 
 
 def full_float32(case: Case, device: torch.device) -> LossFunction:
-    """All logits, widened to float32 for the cross entropy: what transformers does."""
+    """Set up all logits with a float32 cross entropy, as in transformers."""
     return partial(_full, softcap=case.shape.softcap, widen=True)
 
 
 def full(case: Case, device: torch.device) -> LossFunction:
-    """All logits, cross entropy in the inputs' dtype."""
+    """Set up all logits with a cross entropy in the inputs' dtype."""
     if case.torch_dtype == torch.float32:
         raise NotImplementedError(f'in float32 this is "{EAGER}"')
     return partial(_full, softcap=case.shape.softcap, widen=False)
 
 
 def full_compiled(case: Case, device: torch.device) -> LossFunction:
-    """`full_float32` under torch.compile."""
+    """Set up `full_float32` under torch.compile."""
     return torch.compile(full_float32(case, device))
 
 
@@ -57,7 +58,7 @@ def _full(
 
 
 def torch_chunked(chunk_rows: int | None, case: Case, device: torch.device) -> LossFunction:
-    """PyTorch's own chunked op, since 2.13."""
+    """Set up PyTorch's own chunked op, available since 2.13."""
     _no_softcap(case)
     if not hasattr(F, "linear_cross_entropy"):
         raise NotImplementedError(f"torch {torch.__version__} has no linear_cross_entropy")
@@ -66,7 +67,7 @@ def torch_chunked(chunk_rows: int | None, case: Case, device: torch.device) -> L
 
 
 def liger(case: Case, device: torch.device) -> LossFunction:
-    """Liger's Triton path."""
+    """Set up Liger's Triton path."""
     _cuda_alone(device)
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
@@ -74,7 +75,7 @@ def liger(case: Case, device: torch.device) -> LossFunction:
 
 
 def liger_cute(case: Case, device: torch.device) -> LossFunction:
-    """Liger's CuTe paths, one for Hopper and one for Blackwell."""
+    """Set up Liger's CuTe path for Hopper or Blackwell."""
     _cuda_alone(device)
     capability = torch.cuda.get_device_capability(device)
     if capability == (9, 0):
@@ -117,7 +118,7 @@ def _liger(
 
 
 def cce(exact: bool, case: Case, device: torch.device) -> LossFunction:
-    """Apple's cut cross entropy; by default it skips gradients below a threshold."""
+    """Set up Apple's cut cross entropy, which skips gradients below a threshold by default."""
     _cuda_alone(device)
     from cut_cross_entropy import linear_cross_entropy
 
@@ -128,7 +129,7 @@ def cce(exact: bool, case: Case, device: torch.device) -> LossFunction:
 
 
 def quack(case: Case, device: torch.device) -> LossFunction:
-    """QuACK's chunked op, which takes its own best path."""
+    """Set up QuACK's chunked op, which chooses its own best path."""
     _no_softcap(case)
     _cuda_alone(device)
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
@@ -137,7 +138,7 @@ def quack(case: Case, device: torch.device) -> LossFunction:
 
 
 def trl(case: Case, device: torch.device) -> LossFunction:
-    """TRL's chunked log-probabilities, of live rows alone on CUDA and of all rows elsewhere."""
+    """Set up TRL's chunked log-probabilities: of live rows on CUDA, of all rows elsewhere."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -155,9 +156,9 @@ def trl(case: Case, device: torch.device) -> LossFunction:
 
 
 def products(case: Case, device: torch.device) -> LossFunction:
-    """The matrix products that no exact method can do without, into buffers that are there.
+    """Set up the matrix products that every exact method needs, into existing buffers.
 
-    Three with a trainable head, two with a frozen one; no loss comes of it.
+    There are three with a trainable head and two with a frozen one. They give no loss.
     """
     buffers: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""How does the head loss compare with its peers?
+"""The head loss against its peers.
 
 python -m benchmarks.head_loss.question --machine xeon-2-cores
 """
@@ -38,7 +38,7 @@ SPARSE = (OURS, "derta torch", EAGER, TORCH_CHUNKED, "liger", "cce default", "qu
 
 
 def groups_for(device: str) -> dict[str, list[tuple[Case, str]]]:
-    """What runs interleaved, by name: cases and implementations."""
+    """Return the groups to run in turns, by name: cases and implementations."""
     if device == "cpu":
         case = Case("1024x64000", 2048)
         frozen, random = replace(case, trainable=False), replace(case, inputs="random")
@@ -96,7 +96,7 @@ class Setup:
         return [("step", self.step)]
 
     def step(self) -> Tensor:
-        """Forward and backward; the gradients stay on the inputs until the next step."""
+        """Run forward and backward; the gradients stay on the inputs until the next step."""
         self.clear()
         loss = self.loss_function(*self.inputs)
         if loss.requires_grad:
@@ -104,11 +104,11 @@ class Setup:
         return loss.detach()
 
     def clear(self) -> None:
-        """Lets go of the gradients."""
+        """Free the gradients."""
         self.inputs.hidden.grad = self.inputs.weight.grad = None
 
     def errors(self, answer: tuple[Any, ...]) -> Values:
-        """Errors of one step; none for products, which give no loss."""
+        """Return the errors of one step; empty for products, which give no loss."""
         loss = self.step()
         if self.inputs.hidden.grad is None:
             return {}
@@ -143,25 +143,25 @@ class HeadLossQuestion(Question):
         return Setup(make_inputs(case, device), loss_function)
 
     def answer_case(self, case: Case) -> Case:
-        """Frozen and trainable heads share their answer."""
+        """Return the case of the trainable head, which shares the frozen head's answer."""
         return replace(case, trainable=True)
 
     def answer(self, case: Case, device: torch.device) -> tuple[Any, ...]:
         return tuple(right_answer(make_inputs(case, device), case.shape.softcap))
 
     def is_right(self, case: Case, errors: Values, baseline: Values) -> bool:
-        """Within 2 x (full logits' error in the same dtype + one band).
+        """Return True within 2 x (full logits' error in the same dtype + one band).
 
-        For gradients, the band is one rounding of that dtype: the budget is that of the tests, see
-        `derta_kernels.testing.error_budget`. A loss is summed over thousands of rows and has to be
-        closer: its band is what is required of ours.
+        For gradients, the band is one rounding of that dtype, the tests' budget, see
+        `derta_kernels.testing.error_budget`. A loss is a sum over thousands of rows and must be
+        closer: its band is our requirement.
         """
         band = torch.finfo(case.torch_dtype).eps
         bands = {"loss_error": LOSS_BAND, "d_hidden_error": band, "d_weight_error": band}
         return within_budget(errors, baseline, bands)
 
     def derived(self, case: Case, implementation: str, values: Values) -> Values:
-        """Operations of the matrix products over live rows a second."""
+        """Return the operations of the products over live rows per second."""
         rows, shape = case.rows * case.live, case.shape
         count = (6 if case.trainable else 4) * rows * shape.vocabulary * shape.width
         return {"tflops": count / (1e9 * values["time_ms_p50"])}
@@ -177,7 +177,7 @@ def _rate(own: Values, products: Values) -> str:
 
 
 def _memory(own: Values, by_name: dict[str, Values]) -> str:
-    """Nothing of products, which keep no result."""
+    """Format the memory ratio; empty for products, which keep no result."""
     if own is by_name.get(PRODUCTS):
         return ""
     return ratio_to(EAGER, "", "peak_mib").show(own, by_name)

@@ -1,8 +1,8 @@
-"""What does one pass save a model's body, against separate forward passes?
+"""One pass against separate forward passes, through a model's body.
 
     python -m benchmarks.one_pass.question --machine xeon-2-cores
 
-transformers is imported where a model is made, so that results are reported without it.
+transformers is imported where a model is made, so that reports do not need it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ OURS = "one pass"
 PADDED = "apart, padded"
 BY_LENGTH = "apart, padded, sorted by length"
 UNPADDED = "apart, one by one"
-MAX_TOKENS = 4096  # of a pack, the trainer's default
+MAX_TOKENS = 4096  # tokens of a pack, the trainer's default
 ERROR_LIMIT = 1e-5
 
-# What a tiny Llama of 3 million parameters is made of.
+# Shape of a tiny Llama of 3 million parameters.
 SHAPE: dict[str, Any] = dict(
     vocab_size=512,
     hidden_size=256,
@@ -44,14 +44,14 @@ SHAPE: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Case:
-    """Triples of `draw_triples`, each with that many branches."""
+    """Triples of `draw_triples` with that many branches each."""
 
     triples: int
     branches: int
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Name of the case in records and tables."""
         branches = "1 branch" if self.branches == 1 else f"{self.branches} branches"
         return f"{self.triples} triples, {branches} each, float32"
 
@@ -63,9 +63,9 @@ class Batch(NamedTuple):
     """One forward pass.
 
     Attributes:
-        inputs: makes what the body is called with; a mask is made anew for every step.
-        labels: (B, L) int64, the token that a row is trained to say, -100 where there is none.
-        refuses: (B, L) bool, whether a row is trained to say the refusal token besides.
+        inputs: function that makes the body's arguments, with a new mask for every step.
+        labels: (B, L) int64, the token that a row is trained to say, -100 for no token.
+        refuses: (B, L) bool, True if a row is also trained to say the refusal token.
     """
 
     inputs: Callable[[], dict[str, Any]]
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 def batches_of(case: Case, implementation: str) -> list[Batch]:
-    """The forward passes of a step."""
+    """Return the forward passes of a step."""
     drawn = draw_triples(case.triples, case.branches, SHAPE["vocab_size"])
     if implementation == OURS:
         return [
@@ -99,7 +99,7 @@ def batches_of(case: Case, implementation: str) -> list[Batch]:
 
 
 def packed_inputs(pack: PackedBatch) -> dict[str, Any]:
-    """What a patched model hands to its body."""
+    """Return a patched model's inputs to its body."""
     from derta.modeling.attention import packed_mask
 
     bounds = (pack.example_bounds,)
@@ -111,7 +111,7 @@ def packed_inputs(pack: PackedBatch) -> dict[str, Any]:
 
 
 def make_model(dtype: torch.dtype, *, packed: bool) -> nn.Module:
-    """The same random model in every process."""
+    """Make the same random model in every process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from derta.modeling.patch import apply_derta
@@ -122,10 +122,10 @@ def make_model(dtype: torch.dtype, *, packed: bool) -> nn.Module:
 
 
 class Setup(TrainingStep):
-    """Forward and backward of the body, with a gradient that arrives at the targets' rows.
+    """Forward and backward of the body, with a gradient at the targets' rows.
 
-    A target's row is given the row of a random table that belongs to the token to be said: as a
-    head would, but free of charge. What a row is given does not depend on where it lies.
+    A target's row gets the row of a random table that belongs to the target token, like a head's
+    gradient but without its cost. It does not depend on the row's place.
     """
 
     def __init__(self, body: nn.Module, batches: list[Batch]) -> None:
@@ -171,12 +171,12 @@ class OnePass(Question):
 
     def setup(self, case: Case, implementation: str, device: torch.device) -> Setup:
         if device.type != "cpu":
-            raise NotImplementedError("a tiny model says nothing of a GPU: see benchmarks.step")
+            raise NotImplementedError("a tiny model cannot measure a GPU: see benchmarks.step")
         model: Any = make_model(torch.float32, packed=implementation == OURS)
         return Setup(model.model, batches_of(case, implementation))
 
     def answer(self, case: Case, device: torch.device) -> dict[str, Tensor]:
-        """Gradients of the samples alone, one after another, in float64."""
+        """Return the gradients of separate samples, one after another, in float64."""
         model: Any = make_model(torch.float64, packed=False)
         return Setup(model.model, batches_of(case, UNPADDED)).gradients()
 

@@ -1,8 +1,8 @@
-"""What does a whole training step take, from the official recipe to one pass?
+"""A whole training step, from the official recipe to one pass.
 
     python -m benchmarks.step.question --machine xeon-2-cores
 
-transformers and PEFT are imported where a model is made, so that results are reported without them.
+transformers and PEFT are imported where a model is made, so that reports do not need them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from derta.loss import derta_loss
 OFFICIAL = "official recipe"
 OURS = "one pass"
 LORA: dict[str, Any] = dict(r=16, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
-ONE_ROUNDING = 2**-8  # of bfloat16
-ERROR_LIMIT = 1e-4  # in float32
+ONE_ROUNDING = 2**-8  # bfloat16
+ERROR_LIMIT = 1e-4  # float32
 TINY: dict[str, Any] = one_pass.SHAPE | dict(vocab_size=16000)
 LLAMA_3_8B: dict[str, Any] = dict(
     vocab_size=128256,
@@ -59,14 +59,14 @@ SHAPES = {"a tiny Llama": TINY, "Llama-3.2-3B": LLAMA_3_3B, "Llama-3-8B": LLAMA_
 
 @dataclass(frozen=True)
 class Case:
-    """Triples of `draw_triples` through a model of `SHAPES`, layers checkpointed.
+    """Triples of `draw_triples` through a model of `SHAPES` with checkpointed layers.
 
     Attributes:
         model: a key of `SHAPES`.
-        triples, branches: how many, and of each.
-        dtype: of the weights, as torch names it.
-        lora: whether adapters are trained, or all weights.
-        max_tokens: of a pack.
+        triples, branches: number of triples, and of branches in each.
+        dtype: torch's name for the dtype of the weights.
+        lora: if True, adapters are trained, else all weights.
+        max_tokens: tokens of a pack.
     """
 
     model: str
@@ -78,7 +78,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What records and tables call it."""
+        """Name of the case in records and tables."""
         branches = "1 branch" if self.branches == 1 else f"{self.branches} branches"
         trained = "LoRA" if self.lora else "all weights"
         return f"{self.model}, {trained}, {self.triples} triples, {branches} each, {self.dtype}"
@@ -87,18 +87,18 @@ class Case:
 SMALL = Case("a tiny Llama", 16, 1, "float32", lora=False)
 SMALL_FOUR = replace(SMALL, branches=4)
 SHORT = replace(SMALL, triples=8)
-# Six of 3B beside the logits of the official recipe are what a GPU of 80 GB holds.
+# A GPU of 80 GB holds six processes of 3B beside the official recipe's logits.
 LARGE = Case("Llama-3.2-3B", 16, 1, "bfloat16", lora=True, max_tokens=8192)
 LARGE_FOUR = replace(LARGE, branches=4)
 
 
 class Rung(NamedTuple):
-    """What a step is made of.
+    """The make-up of a step.
 
     Attributes:
-        batches: "padded", a sample a row; "packed", a sample an example; or "one pass".
-        head: "all" logits, those of "live" rows, or "fused" with its loss.
-        liger: whether Liger's layers replace the model's.
+        batches: "padded", a sample per row; "packed", a sample per example; or "one pass".
+        head: "all" logits, those of "live" rows, or "fused" with the loss.
+        liger: if True, Liger's layers replace the model's.
     """
 
     batches: str
@@ -117,7 +117,7 @@ RUNGS = {
 
 
 def batches_of(case: Case, rung: Rung, device: torch.device) -> list[Any]:
-    """What a step runs, a forward pass each: packs, or dictionaries as transformers takes them."""
+    """Return a step's forward passes: packs, or dictionaries of transformers' arguments."""
     drawn = draw_triples(case.triples, case.branches, SHAPES[case.model]["vocab_size"])
     if rung.batches == "padded":
         return [
@@ -129,7 +129,7 @@ def batches_of(case: Case, rung: Rung, device: torch.device) -> list[Any]:
 
 
 def apart(drawn: Sequence[Drawn]) -> list[Drawn]:
-    """Every sample as an example of its own: trunks without branches, and branches as dialogues."""
+    """Split triples into separate examples: trunks without branches, and branches as dialogues."""
     none = np.zeros(0, int)
     found = []
     for one in drawn:
@@ -146,7 +146,7 @@ def apart(drawn: Sequence[Drawn]) -> list[Drawn]:
 
 
 def make_model(case: Case, rung: Rung, device: torch.device) -> Any:
-    """The same random model in every process on one kind of device; PEFT's if it has adapters."""
+    """Make the same random model in every process on one kind of device; PEFT's for LoRA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from derta.modeling.patch import apply_derta, checkpoint_layers
@@ -165,7 +165,7 @@ def make_model(case: Case, rung: Rung, device: torch.device) -> Any:
 
         adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:  # zero at first, and nothing would reach lora_A
+            if "lora_B" in name:  # initially zero, which would stop gradients to lora_A
                 nn.init.normal_(parameter, std=0.01)
     checkpoint_layers(model)
     if rung.batches != "padded":
@@ -174,7 +174,7 @@ def make_model(case: Case, rung: Rung, device: torch.device) -> Any:
 
 
 def loss_of(model: Any, head: str, batch: Any, targets: int) -> Tensor:
-    """The batch's share of the step's loss, the mean over all its targets."""
+    """Return the batch's share of the step's loss, the mean over all its targets."""
     if isinstance(batch, PackedBatch):
         return model(**batch.model_inputs(), num_items=targets).loss
     if head == "all":
@@ -191,7 +191,7 @@ def loss_of(model: Any, head: str, batch: Any, targets: int) -> Tensor:
 
 
 def targets_of(batches: Sequence[Any]) -> int:
-    """Of the whole step."""
+    """Count the targets of the whole step."""
     return sum(
         batch.totals["mle"].targets + batch.totals["rto"].targets
         if isinstance(batch, PackedBatch)
@@ -201,7 +201,7 @@ def targets_of(batches: Sequence[Any]) -> int:
 
 
 class Setup(TrainingStep):
-    """Forward and backward of all batches of a step, without the optimizer's."""
+    """Forward and backward of all batches of a step, without the optimizer's step."""
 
     def __init__(self, case: Case, rung: Rung, device: torch.device, model: Any) -> None:
         super().__init__(model, device)
@@ -242,11 +242,11 @@ class StepQuestion(Question):
     def setup(self, case: Case, implementation: str, device: torch.device) -> Setup:
         rung = RUNGS[implementation]
         if rung.liger and device.type != "cuda":
-            raise NotImplementedError("Liger's layers are Triton's, which this device has not")
+            raise NotImplementedError("Liger's layers need Triton, which this device lacks")
         return Setup(case, rung, device, make_model(case, rung, device))
 
     def answer(self, case: Case, device: torch.device) -> dict[str, Tensor]:
-        """Gradients of the official recipe, same weights, in float64; of bfloat16 in float32."""
+        """Return the official recipe's gradients in float64; in float32 for bfloat16."""
         rung = RUNGS[OFFICIAL]
         wide = torch.float64 if case.dtype == "float32" else torch.float32
         model = make_model(case, rung, device).to(wide)
@@ -254,7 +254,10 @@ class StepQuestion(Question):
         return {name: gradient.cpu() for name, gradient in gradients.items()}
 
     def is_right(self, case: Case, errors: Values, baseline: Values) -> bool:
-        """In float32 to 1e-4; in bfloat16 within 2 x (the official recipe's + one rounding)."""
+        """Return True if the error is within its limit.
+
+        The limit is 1e-4 in float32; in bfloat16, 2 x (the official recipe's + one rounding).
+        """
         if case.dtype == "float32":
             return errors["gradient_error"] <= ERROR_LIMIT
         return within_budget(errors, baseline, {"gradient_error": ONE_ROUNDING})

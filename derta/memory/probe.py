@@ -102,8 +102,8 @@ def probe(step: StepSettings, tokens: int, triples: Triples, device: torch.devic
     if device.type == "cpu" and of_tensors > (memory := physical_memory(device)):
         # A GPU reports that it is out of memory; on a CPU, the process would be killed.
         raise MemoryError(
-            f"probe: there is no GPU, and by the plan a pack takes {of_tensors / GIB:.2f} GiB of "
-            f"this machine's {memory / GIB:.2f} GiB"
+            f"probe: there is no GPU, and by the plan a pack takes {of_tensors / GIB:.2f} GiB, "
+            f"but this machine has only {memory / GIB:.2f} GiB"
         )
     try:
         _run(step, batch.to(device), device)

@@ -59,8 +59,8 @@ def load_model(
             quantization = quantization and _with_skips(quantization, config, folder)
         elif quantization is None:
             raise ValueError(
-                "its config.json has a quantization_config, expected unquantized weights: give "
-                "the model that it was made from"
+                "its config.json has a quantization_config, expected unquantized weights: use "
+                "the model it was made from"
             )
         return AutoModelForCausalLM.from_pretrained(
             folder,

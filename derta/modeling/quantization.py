@@ -43,8 +43,8 @@ def layers_for_4_bits(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
 
 def widths(layer: nn.Linear | Conv1D) -> tuple[int, int]:
     """Return the numbers of inputs and outputs of a layer."""
-    outputs, inputs = layer.weight.shape
-    return (outputs, inputs) if isinstance(layer, Conv1D) else (inputs, outputs)
+    rows, columns = layer.weight.shape
+    return (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
 
 
 def check_4_bits(model: nn.Module) -> None:

@@ -121,8 +121,8 @@ class Proof:
         if not worst <= tolerance:
             raise ValueError(
                 f"{type(model).__name__} cannot be trained on packs: {what} of one pass differ "
-                f"from those of separate passes by {worst:.1e} of their size, in {dtype} "
-                f"{tolerance:.1e} is allowed"
+                f"from those of separate passes by {worst:.1e} of their size; {dtype} "
+                f"allows {tolerance:.1e}"
             )
 
 

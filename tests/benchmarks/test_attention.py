@@ -1,4 +1,4 @@
-"""The benchmark of attention counts what it says, and its masks and answers are the definition."""
+"""The attention benchmark counts correctly, and its masks and answers match the definition."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ each = pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
 
 
 def dense(case: Case) -> Tensor:
-    """(N, N) bool, as `interval_attention` documents it."""
+    """Return the (N, N) bool mask documented by `interval_attention`."""
     mask = make_mask(case, CPU)
     i = torch.arange(case.tokens)
     seen = (i <= i[:, None]) & (i[:, None] < mask.visible_until)
@@ -70,7 +70,7 @@ def dense(case: Case) -> Tensor:
 
 
 @each
-def test_a_case_has_its_tokens_and_counts_the_pairs_that_are_seen(case: Case) -> None:
+def test_a_case_has_its_tokens_and_counts_visible_pairs(case: Case) -> None:
     mask = make_mask(case, CPU)
     assert mask.visible_until.shape == mask.position_ids.shape == (1, case.tokens)
     assert mask.bounds[0][0] == 0 and mask.bounds[-1][1] == case.tokens
@@ -83,9 +83,9 @@ def test_a_case_has_its_tokens_and_counts_the_pairs_that_are_seen(case: Case) ->
     assert operations(case)["backward"] == 5 * per_pair * int(seen.sum())
 
 
-def test_patterns_are_what_their_names_say() -> None:
+def test_patterns_match_their_names() -> None:
     def branches(pattern: str) -> int:
-        """How many places there are where positions go back within an example."""
+        """Count the places where positions go back within an example."""
         mask = make_mask(Case(pattern, 8192), CPU)
         starts = [start for start, _ in mask.bounds]
         return int((mask.position_ids[0].diff() != 1).sum()) - len(starts) + 1
@@ -97,7 +97,7 @@ def test_patterns_are_what_their_names_say() -> None:
 
 
 @each
-def test_the_right_answer_is_that_of_the_definition(case: Case) -> None:
+def test_the_right_answer_matches_the_definition(case: Case) -> None:
     inputs = make_inputs(case, CPU)
     leaves = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     out = interval_attention(
@@ -116,7 +116,7 @@ def test_the_right_answer_is_that_of_the_definition(case: Case) -> None:
 
 
 @each
-def test_whatever_runs_here_is_right(case: Case) -> None:
+def test_every_runnable_implementation_is_right(case: Case) -> None:
     answer = QUESTION.answer(case, CPU)
     baseline = QUESTION.setup(case, EAGER, CPU).errors(answer)
     ran = []
@@ -133,7 +133,7 @@ def test_whatever_runs_here_is_right(case: Case) -> None:
 
 
 @pytest.mark.parametrize("spoilt", RESULTS)
-def test_one_token_that_is_wrong_is_enough(spoilt: str) -> None:
+def test_one_wrong_token_makes_a_result_wrong(spoilt: str) -> None:
     case = replace(SMALL, dtype="bfloat16")
     answer = QUESTION.answer(case, CPU)
     baseline = QUESTION.setup(case, EAGER, CPU).errors(answer)
@@ -143,7 +143,7 @@ def test_one_token_that_is_wrong_is_enough(spoilt: str) -> None:
     assert not QUESTION.is_right(case, ours.errors(answer), baseline)
 
 
-def test_a_gradient_of_zero_may_be_rounded() -> None:
+def test_rounding_of_a_zero_gradient_is_allowed() -> None:
     right = torch.randn(1, 8, 2, 16)
     right[0, 0] = 0
     wrong = right.clone()
@@ -154,7 +154,7 @@ def test_a_gradient_of_zero_may_be_rounded() -> None:
 
 
 @each
-def test_flex_attention_is_given_the_same_mask_and_no_block_too_many(case: Case) -> None:
+def test_flex_attention_gets_the_same_mask_without_extra_blocks(case: Case) -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     inputs = make_inputs(case, CPU)
@@ -175,7 +175,7 @@ def test_flex_attention_is_given_the_same_mask_and_no_block_too_many(case: Case)
 
 
 @pytest.mark.parametrize("heads_first", [True, False])
-def test_a_peer_is_given_the_layout_that_it_takes(heads_first: bool) -> None:
+def test_a_peer_gets_its_own_layout(heads_first: bool) -> None:
     shapes = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def test_a_peer_is_given_the_layout_that_it_takes(heads_first: bool) -> None:
     assert setup.out is None and not setup.gradients
 
 
-def test_whoever_runs_is_known_and_the_names_are_unique_for_each_machine() -> None:
+def test_implementations_are_known_and_case_names_are_unique_per_device() -> None:
     for device in ("cpu", "cuda"):
         for pairs in groups_for(device).values():
             assert {name for _, name in pairs} <= set(IMPLEMENTATIONS)
@@ -202,7 +202,7 @@ def test_whoever_runs_is_known_and_the_names_are_unique_for_each_machine() -> No
 
 
 @pytest.mark.parametrize(("share", "verdict"), [(0.99, "pass"), (1.01, "fail")])
-def test_a_speed_is_required_as_the_time_that_it_takes(share: float, verdict: str) -> None:
+def test_a_required_speed_is_judged_as_a_time(share: float, verdict: str) -> None:
     found = dict.fromkeys((f"{name}_error" for name in RESULTS), 1e-3)
     count = operations(GPU_PLAIN)
     spans = {
@@ -219,7 +219,7 @@ def test_a_speed_is_required_as_the_time_that_it_takes(share: float, verdict: st
 
 
 @pytest.mark.slow
-def test_it_runs_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_runs_on_small_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (QUESTION.ours, "FlexAttention", EAGER)
     monkeypatch.setattr(
         QUESTION, "groups", lambda device: {"small": [(SMALL, name) for name in names]}
@@ -234,17 +234,17 @@ def test_it_runs_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert values["right"] == 1 and values["timings"] == 2 and values["peak_mib"] > 0
         assert values["forward_tflops"] > 0 and values["backward_tflops"] > 0
     text = records.with_suffix(".md").read_text()
-    assert "| FlexAttention | did not run: NotImplementedError: it trains on CUDA alone" in text
+    assert "| FlexAttention | did not run: NotImplementedError: it trains only on CUDA" in text
 
 
-def test_the_script_for_a_gpu_asks_what_there_is() -> None:
+def test_the_gpu_script_runs_existing_questions() -> None:
     script = ROOT / "benchmarks" / "gpu.sh"
     subprocess.run(["bash", "-n", script], check=True)
     asked = re.findall(r"^\w+\) ask (\w+) ;;$", script.read_text(encoding="utf-8"), re.MULTILINE)
     assert "attention" in asked and set(asked) <= set(NAMES)
 
 
-def test_the_kernels_tests_are_collected_where_there_is_nothing_but_torch_and_pytest(
+def test_the_kernels_tests_need_only_torch_and_pytest(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(

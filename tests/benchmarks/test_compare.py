@@ -1,4 +1,4 @@
-"""Two runs compared: by ratios, so that a slower machine is no regression."""
+"""Two runs are compared by ratios, so a slower machine is not a regression."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ],
     ids=str,
 )
-def test_a_ratio_that_has_grown_by_more_than_the_band_fails(
+def test_growth_of_a_ratio_beyond_the_band_fails(
     new, status, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     old = write(tmp_path / "old", ours=100.0, baseline=200.0)
@@ -53,17 +53,19 @@ def test_a_ratio_that_has_grown_by_more_than_the_band_fails(
         assert f"{CASE}: one pass: time_ms_p50 over apart, padded: 0.500 -> " in printed.out
         assert ("worse" in printed.out) == bool(status)
     else:
-        assert "have no case in common" in printed.err
+        assert "share no case" in printed.err
 
 
-def test_the_band_is_the_users(tmp_path: Path, monkeypatch) -> None:
+def test_the_band_is_configurable(tmp_path: Path, monkeypatch) -> None:
     old = write(tmp_path / "old", ours=100.0, baseline=200.0)
     new = write(tmp_path / "new", ours=145.0, baseline=200.0)
     assert run(monkeypatch, old, new, "--band", "0.5") == 0
     assert run(monkeypatch, old, new, "--band", "0.4") == 1
 
 
-def test_what_cannot_be_compared_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_incomparable_files_are_refused_with_the_reason(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     new = write(tmp_path, ours=1.0, baseline=1.0)
     missing = str(tmp_path / "nowhere" / "one_pass.json")
     assert run(monkeypatch, missing, new) == 2

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, and give no credit for a wrong result."""
+"""The harness measures correctly and gives no credit for a wrong result."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def outcome(case: Case, implementation: str, ms: float, mib: float, error: float
 
 
 @pytest.mark.parametrize("spoil", ["loss", "d_hidden", "d_weight", "nothing"])
-def test_a_wrong_result_is_not_right(spoil: str) -> None:
+def test_a_wrong_result_is_noticed(spoil: str) -> None:
     def spoilt(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         loss = eager.loss_function(
             hidden.detach() + 1.1 * (hidden - hidden.detach()) if spoil == "d_hidden" else hidden,
@@ -71,7 +71,7 @@ def test_no_speed_up_is_reported_for_a_wrong_result() -> None:
     assert {verdict for _, verdict, _ in verdicts(records, HEAD_LOSS)} <= {"wrong", "not measured"}
 
 
-def test_nothing_is_called_wrong_where_what_it_is_judged_by_did_not_run() -> None:
+def test_results_are_not_judged_without_the_baseline() -> None:
     case = Case("1024x64000", 2048)
     failed = Outcome(Job(case, EAGER), reason="out of memory")
     records = records_of([failed, outcome(case, OURS, 10, 1, 1e-5)], HEAD_LOSS)
@@ -102,7 +102,7 @@ def test_requirements_are_judged_from_records(ms: float, mib: float, expected: s
     assert {judged["time over full logits'"], judged["memory over full logits'"]} == expected
 
 
-def test_the_fastest_torch_is_what_ours_is_compared_with() -> None:
+def test_ours_is_compared_with_the_fastest_torch() -> None:
     case = Case("1024x64000", 2048)
     newer = outcome(case, TORCH_CHUNKED, 300, 1, 0.5)
     newer.job = replace(newer.job, torch_version="9.0")
@@ -118,7 +118,7 @@ def test_the_fastest_torch_is_what_ours_is_compared_with() -> None:
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=NAMES)
-def test_every_requirement_is_on_a_case_that_is_run(question: Question) -> None:
+def test_every_requirement_is_on_a_case_that_runs(question: Question) -> None:
     run_cases = {
         (case.name, name)
         for device in ("cpu", "cuda")
@@ -127,7 +127,7 @@ def test_every_requirement_is_on_a_case_that_is_run(question: Question) -> None:
     }
     assert question.requirements()
     for requirement in question.requirements():
-        for name in (question.ours, question.baseline):  # without which nothing is right
+        for name in (question.ours, question.baseline):  # without them, nothing is right
             assert (requirement.case.name, name) in run_cases
         if requirement.against is not None:
             against = requirement.case_against or requirement.case
@@ -135,7 +135,7 @@ def test_every_requirement_is_on_a_case_that_is_run(question: Question) -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_the_right_answer_is_that_of_autograd(softcap: float | None) -> None:
+def test_the_right_answer_matches_autograd(softcap: float | None) -> None:
     inputs = make_inputs(replace(TINY, dtype="float64", live=0.4), CPU)
     answer = right_answer(inputs, softcap, chunk_rows=7)
     z = inputs.hidden @ inputs.weight.T
@@ -146,14 +146,14 @@ def test_the_right_answer_is_that_of_autograd(softcap: float | None) -> None:
 
 
 @pytest.mark.parametrize("head", ["small", "1024x64000"])
-def test_peaked_rows_are_as_sure_as_they_should_be(head: str) -> None:
+def test_peaked_rows_have_the_intended_probabilities(head: str) -> None:
     hidden, weight, target = make_inputs(Case(head, 64, "float32"), CPU)
     log_p = (hidden @ weight.T).log_softmax(1).gather(1, target[:, None])[:, 0]
     odds = torch.tensor(PROBABILITIES).logit().repeat(8)
     assert (log_p.exp().clamp(max=1 - 1e-7).logit() - odds).abs().max() < 1.0
 
 
-def test_memory_that_is_freed_before_the_end_counts() -> None:
+def test_memory_freed_before_the_end_counts() -> None:
     peak_mib = watch_resident_memory()
     torch.ones(64 * 2**18).sum()
     assert 60 < peak_mib() < 80
@@ -165,7 +165,7 @@ def test_a_busy_neighbour_is_noticed() -> None:
     assert others() > 0.1
 
 
-def test_a_cpu_is_named_with_what_it_multiplies_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_described_with_its_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     cpu = torch.device("cpu")
     named = describe_machine(cpu, 1)["instruction_sets"]
@@ -175,14 +175,14 @@ def test_a_cpu_is_named_with_what_it_multiplies_by(monkeypatch: pytest.MonkeyPat
     assert describe_machine(cpu, 1)["instruction_sets"] == f"{named} (oneDNN limited to AVX2)"
 
 
-def test_a_gpu_without_its_command_is_measured_all_the_same(
+def test_a_gpu_is_measured_without_nvidia_smi(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", "")
     assert gpu_state() == {}
 
 
-def test_peers_are_found_where_their_pth_files_say(tmp_path: Path) -> None:
+def test_peers_are_found_through_their_pth_files(tmp_path: Path) -> None:
     inside = tmp_path / "outer" / "python_packages"
     inside.mkdir(parents=True)
     (inside / "peer_inside.py").touch()
@@ -191,7 +191,7 @@ def test_peers_are_found_where_their_pth_files_say(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", "import peer_inside"], env=environment, check=True)
 
 
-def test_a_process_that_gives_no_answer_is_ended_and_said_so(tmp_path: Path) -> None:
+def test_a_process_without_an_answer_is_killed_and_reported(tmp_path: Path) -> None:
     settings = Settings("head_loss", "cpu", 1, None, 600)
     run([Job(TINY, OURS)], 1, settings, tmp_path, time.monotonic())
     hurried = replace(settings, seconds=0.05)
@@ -224,12 +224,12 @@ def test_a_run_writes_records_and_table(
     monkeypatch.setattr("sys.argv", ["head_loss", *options, "--resume"])
     capfd.readouterr()
     main(HEAD_LOSS)
-    assert "ready" not in capfd.readouterr().err, "what has records is not run again"
+    assert "ready" not in capfd.readouterr().err, "recorded groups must not run again"
     json.loads((records).read_text(), parse_constant=pytest.fail)
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=NAMES)
-def test_results_that_are_kept_are_what_their_records_make(question: Question) -> None:
+def test_kept_results_match_their_records(question: Question) -> None:
     for folder in (ROOT / "benchmarks" / "results").iterdir():
         records = report.records_file(folder, question)
         groups = load_groups(records)

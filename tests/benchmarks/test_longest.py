@@ -1,4 +1,4 @@
-"""The longest response that fits: the search, what is tried, and the table."""
+"""The longest response that fits: the search, the trials, and the table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_search_finds_the_limit(limit: int, guess: int) -> None:
 
 
 @pytest.mark.parametrize("recipe", [OFFICIAL, OURS])
-def test_a_try_is_a_whole_step(recipe: str) -> None:
+def test_a_trial_is_a_whole_step(recipe: str) -> None:
     case = replace(SMALL, lora=True)
     model = make_model(case, RUNGS[recipe], CPU)
     longest.step(model.get_base_model(), recipe, 100, CPU)
@@ -39,8 +39,8 @@ def test_a_try_is_a_whole_step(recipe: str) -> None:
     assert trained and all(p.grad is not None and p.grad.isfinite().all() for p in trained)
 
 
-def test_tries_are_made_in_each_memory_that_the_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the GPU: its size, its limit, and where memory runs out."""
+def test_trials_cover_each_memory_size_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU is simulated: its size, its limit, and its out-of-memory errors."""
     shares: list[float] = []
     monkeypatch.setattr(longest, "CASE", replace(SMALL, lora=True))
     properties = SimpleNamespace(total_memory=20 * 2**30)
@@ -63,13 +63,13 @@ def test_tries_are_made_in_each_memory_that_the_device_has(monkeypatch: pytest.M
     assert len(let_go) == len(steps) + 1, "after every try, and of the model before"
 
 
-def test_the_triple_is_as_long_as_asked() -> None:
+def test_the_triple_has_the_requested_length() -> None:
     one = longest.triple(500)
     assert (len(one.example.prompt), len(one.example.harmful)) == (MEAN_LENGTHS[0], 500)
     assert one.cuts.tolist() == [250] and len(one.example.safe) == MEAN_LENGTHS[2]
 
 
-def test_projections_grow_with_memory_and_the_table_says_what_they_are(
+def test_projections_grow_with_memory_and_are_labelled_in_the_table(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(longest.LLAMA_3_8B, "num_hidden_layers", 1)

@@ -1,4 +1,4 @@
-"""Plans of known models: what fits, its parts, and the table and plot."""
+"""Plans of known models: the packs that fit, their parts, and the table and plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TINY: dict[str, Any] = dict(
 )
 
 
-def test_a_plan_that_fits_fills_its_memory_and_one_that_does_not_is_shown(
+def test_a_plan_fills_its_memory_and_plans_that_do_not_fit_are_shown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(plans, "MODELS", {"Tiny": TINY, "Tiny too": TINY})

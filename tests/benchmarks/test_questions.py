@@ -1,4 +1,4 @@
-"""Every question runs on a CPU in small, counts what it says, and sees a result that is wrong."""
+"""Every question runs on a CPU with small cases, counts correctly, and notices a wrong result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ each = pytest.mark.parametrize(("question", "case"), SMALL, ids=[q.name for q, _
 
 @pytest.mark.slow
 @each
-def test_a_question_runs_in_small(
+def test_a_question_runs_on_small_cases(
     question: Question, case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = {"small": [(case, question.ours), (case, question.baseline)]}
@@ -46,7 +46,7 @@ def test_a_question_runs_in_small(
 
 
 @each
-def test_what_is_wrong_is_not_right(question: Question, case: Any) -> None:
+def test_a_wrong_result_is_noticed(question: Question, case: Any) -> None:
     answer = question.answer(question.answer_case(case), CPU)
     baseline = question.setup(case, question.baseline, CPU).errors(answer)
     ours = question.setup(case, question.ours, CPU)
@@ -56,7 +56,7 @@ def test_what_is_wrong_is_not_right(question: Question, case: Any) -> None:
     assert not question.is_right(case, ours.errors(answer), baseline)
 
 
-def test_both_recipes_have_the_same_targets_and_the_tokens_that_a_run_reports() -> None:
+def test_both_recipes_have_equal_targets_and_the_reported_tokens() -> None:
     drawn = draw_triples(40, 3, 500)
     packs, found = in_packs(drawn, 4096), samples(drawn)
     assert max(batch.input_ids.shape[1] for batch in packs) <= 4096
@@ -64,7 +64,7 @@ def test_both_recipes_have_the_same_targets_and_the_tokens_that_a_run_reports() 
     assert targets == sum(int((sample.labels >= 0).sum()) for sample in found)
     tokens = count_tokens(drawn)
     assert tokens.one_pass == sum(batch.input_ids.shape[1] for batch in packs)
-    closing = len(drawn)  # of the harmful responses, which the official recipe runs too
+    closing = len(drawn)  # harmful responses' closing tokens, only in the official recipe
     assert tokens.apart == sum(len(sample.input_ids) for sample in found) - closing
     batches = in_batches(found)
     assert [len(batch["labels"]) for batch in batches] == [16] * 10

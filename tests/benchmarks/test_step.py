@@ -1,4 +1,4 @@
-"""The whole step: every rung trains the same thing, and the table says what it took."""
+"""The whole step: every rung trains the same objective, and the table shows its cost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHAPE = SHAPES[SMALL.model] | dict(
 
 @pytest.fixture(scope="module", autouse=True)
 def small_shape() -> Iterator[None]:
-    """The tiny Llama's shape is one to measure, which takes its time."""
+    """Use a smaller shape than the measured one, which is too slow for a test."""
     with mock.patch.dict(SHAPES, {SMALL.model: SHAPE}):
         yield
 
@@ -48,7 +48,7 @@ def answers(small_shape: None) -> dict[bool, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("name", ON_A_CPU)
-def test_every_rung_forms_the_official_recipes_gradients(name, lora, answers) -> None:
+def test_every_rung_has_the_official_recipes_gradients(name, lora, answers) -> None:
     case = replace(FEW, lora=lora)
     errors = QUESTION.setup(case, name, CPU).errors(answers[lora])
     assert set(errors) == {"gradient_error"}
@@ -57,7 +57,7 @@ def test_every_rung_forms_the_official_recipes_gradients(name, lora, answers) ->
     assert trained and len(trained) == len(answers[lora])
 
 
-def test_rungs_have_the_same_targets_and_fewer_tokens() -> None:
+def test_rungs_have_equal_targets_and_ever_fewer_tokens() -> None:
     batches = {name: batches_of(FEW, RUNGS[name], CPU) for name in ON_A_CPU}
     assert len({targets_of(of_one) for of_one in batches.values()}) == 1
     tokens = [QUESTION.derived(FEW, name, {"time_ms_p50": 500.0})["tokens"] for name in ON_A_CPU]
@@ -65,24 +65,24 @@ def test_rungs_have_the_same_targets_and_fewer_tokens() -> None:
     assert tokens[-1] < tokens[-2] < tokens[0]
 
 
-def test_a_step_clears_what_it_leaves() -> None:
+def test_clear_frees_a_steps_gradients() -> None:
     ready = QUESTION.setup(FEW, OURS, CPU)
     first = {name: gradient.clone() for name, gradient in ready.gradients().items()}
     for name, gradient in ready.gradients().items():
         assert torch.equal(gradient, first[name]), name
 
 
-def test_in_bfloat16_a_result_is_judged_by_the_official_recipes() -> None:
+def test_a_bfloat16_result_is_judged_by_the_official_recipes_error() -> None:
     baseline = {"gradient_error": 0.01}
     assert QUESTION.is_right(LARGE, {"gradient_error": 0.025}, baseline)
     assert not QUESTION.is_right(LARGE, {"gradient_error": 0.03}, baseline)
 
 
 def test_liger_is_listed_with_its_reason() -> None:
-    with pytest.raises(NotImplementedError, match="Liger's layers are Triton's"):
+    with pytest.raises(NotImplementedError, match="Liger's layers need Triton"):
         QUESTION.setup(SMALL, "one pass, Liger layers", CPU)
 
 
-def test_triples_a_second_are_those_of_the_median_step() -> None:
+def test_triples_per_second_use_the_median_step() -> None:
     derived = QUESTION.derived(FEW, OFFICIAL, {"time_ms_p50": 1500.0})
     assert derived["triples_per_s"] == 4.0

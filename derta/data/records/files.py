@@ -158,10 +158,10 @@ def _line_rows(path: Path, stream: Any, first: int, columns: Collection[str]) ->
             row = ValueError(_not_utf8(error))
         except json.JSONDecodeError as error:
             row = ValueError(
-                f"not JSON at column {error.colno} ({error.msg}), expected one object a line"
+                f"not JSON at column {error.colno} ({error.msg}), expected one object per line"
             )
         except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5000 digits
-            row = ValueError(f"cannot be read ({error}), expected one object a line")
+            row = ValueError(f"cannot be read ({error}), expected one object per line")
         if isinstance(row, dict) and _holds_lists(row, columns):
             rows = itertools.chain.from_iterable(row.values())
             yield from ((f"{line}[{index}]", one) for index, one in enumerate(rows))
@@ -186,11 +186,11 @@ class _Window:
 
     def __init__(self, path: Path, stream: Any, line: int) -> None:
         self.path = path
-        self.line = line  # at the position
+        self.line = line  # line of the position
         self.text = ""
         self.position = 0
         self.at_end = False
-        self._column = 0  # of the first character
+        self._column = 0  # column of the first character
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
@@ -326,7 +326,7 @@ def _csv_rows(
                 raise ValueError(
                     f"{path}:{line}: neither JSON nor CSV with a header that names columns of any "
                     "format, expected records in JSON, CSV or parquet, plain, gzip or xz, or "
-                    "format: where CSV has no header"
+                    "format: for CSV without a header"
                 )
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}:{line}: the header names a column twice")
@@ -338,7 +338,7 @@ def _csv_rows(
         elif len(cells) != len(header):
             yield (
                 f"{line}",
-                ValueError(f"has {len(cells)} cells, expected {len(header)} as the header has"),
+                ValueError(f"has {len(cells)} cells, expected {len(header)} as in the header"),
             )
         else:
             yield f"{line}", dict(zip(header, cells, strict=True))
@@ -403,7 +403,7 @@ def _dataset_rows(path: Path, columns: Collection[str]) -> Iterator[Placed]:
     except (pyarrow.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}:[0]: cannot be loaded by datasets ({type(error).__name__}), expected a folder "
-            "as its save_to_disk leaves it"
+            "written by its save_to_disk"
         ) from error
     known = _known(path, table.column_names, columns)
     index = 0

@@ -118,9 +118,13 @@ def _answer(name: str, value: Any, asked: Sequence[Message]) -> str:
         return check_text(name, value)
     *before, last = check_messages(name, value)
     if last["role"] != "assistant":
-        raise ValueError(f"{name}: the last is the {last['role']}'s, expected the assistant's")
+        raise ValueError(
+            f"{name}: the last message is the {last['role']}'s, expected the assistant's"
+        )
     if before and before != list(asked):
-        raise ValueError(f"{name}: begins with other messages than prompt, expected the answer")
+        raise ValueError(
+            f"{name}: starts with other messages than prompt, expected only the answer"
+        )
     return last["content"]
 
 

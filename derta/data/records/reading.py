@@ -59,7 +59,7 @@ class Ids:
         """
         read = (file.resolve(), purpose)
         if read in self._files:
-            raise ValueError(f"{file}: comes twice, expected every file once")
+            raise ValueError(f"{file}: is given twice, expected every file once")
         self._files.add(read)
         while self._here:
             key, digests = self._here.popitem()

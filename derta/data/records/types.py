@@ -86,10 +86,13 @@ class Dialogue:
         check_weight("weight", self.weight)
         messages = check_messages("messages", self.messages)
         if messages[0]["role"] == "assistant":
-            raise ValueError("messages: the first is the assistant's, expected something to answer")
+            raise ValueError(
+                "messages: the first message is the assistant's, expected another role"
+            )
         if messages[-1]["role"] != "assistant":
             raise ValueError(
-                f"messages: the last is the {messages[-1]['role']}'s, expected the assistant's"
+                f"messages: the last message is the {messages[-1]['role']}'s, expected the "
+                "assistant's"
             )
         object.__setattr__(self, "messages", messages)
 
@@ -173,11 +176,11 @@ def _set_messages(record: Triple | Request) -> None:
         messages = check_messages("messages", record.messages)
         if messages[-1]["role"] != "user":
             raise ValueError(
-                f"messages: the last is the {messages[-1]['role']}'s, expected the user's"
+                f"messages: the last message is the {messages[-1]['role']}'s, expected the user's"
             )
         prompt = messages[-1]["content"]
         if record.prompt not in ("", prompt):
-            raise ValueError("prompt: differs from the last message, expected only one of both")
+            raise ValueError("prompt: differs from the last message, expected only one of the two")
     object.__setattr__(record, "prompt", prompt)
     object.__setattr__(record, "messages", messages)
 

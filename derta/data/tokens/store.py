@@ -119,7 +119,7 @@ def _row(example: Encoded) -> dict[str, Any]:
 def _read(value: Any) -> Any:
     """Return a column's value, with lists as views of the file."""
     if value.is_valid and hasattr(value, "values"):
-        return value.values.to_numpy(zero_copy_only=False)  # booleans are bits there
+        return value.values.to_numpy(zero_copy_only=False)  # booleans are stored as bits
     return value.as_py()
 
 

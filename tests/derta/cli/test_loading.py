@@ -125,7 +125,7 @@ def test_records_of_sources_come_with_their_weights_roles_and_limits(workplace: 
         added = ["second:second:a", "second:b", "second:c", "second:d"]
         assert [one.id for one in more][6:] == added
     twice = SourceRecords([*records.sources, Source(path="./first.jsonl", role="borderline")])
-    with pytest.raises(ValueError, match="^first.jsonl: comes twice, expected every file once$"):
+    with pytest.raises(ValueError, match="^first.jsonl: is given twice, expected every file once$"):
         twice.check()
     with pytest.raises(FileNotFoundError, match="^none.jsonl: no such record file"):
         SourceRecords([Source(path=["rows.jsonl", "none.jsonl"], role="safety")])

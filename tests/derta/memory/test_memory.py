@@ -436,7 +436,7 @@ def test_other_models_than_causal_language_models_are_refused(
 def test_a_probe_that_exceeds_the_cpus_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("derta.memory.probe.physical_memory", lambda _: 2**20)
     step = StepSettings(config=AutoConfig.for_model("llama", **TINY))
-    with pytest.raises(MemoryError, match=r"^probe: there is no GPU, .* this machine's 0\.00 GiB"):
+    with pytest.raises(MemoryError, match=r"^probe: there is no GPU, .* has only 0\.00 GiB"):
         probe(step, 300, Triples(1, 1.0, 40, 70), CPU)
 
 

@@ -198,7 +198,7 @@ def test_quantized_weights_are_refused_in_one_sentence_except_under_qlora(tmp_pa
     tiny_tokenizer().save_pretrained(tmp_path)
     said = (
         f"^{folder}: the model cannot be loaded: its config.json has a quantization_config, "
-        "expected unquantized weights: give the model that it was made from$"
+        "expected unquantized weights: use the model it was made from$"
     )
     with pytest.raises(ValueError, match=said):
         load_model(folder, torch.float32)

@@ -147,7 +147,7 @@ def test_an_id_from_an_earlier_file_gets_the_stem_as_a_prefix(tmp_path: Path) ->
 def test_reading_a_file_twice_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, json.dumps({**OWN, "id": 7}))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^rows\.txt: comes twice, expected every file once$"):
+    with pytest.raises(ValueError, match=r"^rows\.txt: is given twice, expected every file once$"):
         ids(tmp_path, "rows.txt")
     reading = Reading()
     assert len(list(read_records(path, role="safety", reading=reading))) == 1
@@ -159,15 +159,18 @@ BAD = [
     ("", "1: no record, expected JSON Lines, a JSON array, CSV or parquet"),
     ("\n \n", "1: no record"),
     (" [ ] ", "1: no record"),
-    ('\n{"prompt": ', "2: not JSON at column 12 .*, expected one object a line"),
+    ('\n{"prompt": ', "2: not JSON at column 12 .*, expected one object per line"),
     ("3", "1: neither JSON nor CSV with a header that names columns of any format, expected"),
     (f"{json.dumps(OWN)}\n3", "2: row: is int, expected an object"),
     ("\n" + "[" * 100_000, "2: cannot be read .*recursion"),
-    (f"{json.dumps(OWN)}\n" + '{"a"' * 9, "2: not JSON at column 5 .*, expected one object a line"),
+    (
+        f"{json.dumps(OWN)}\n" + '{"a"' * 9,
+        "2: not JSON at column 5 .*, expected one object per line",
+    ),
     ('\n{"a":' * 100_000, "2: not JSON"),
-    ('{"a":' * 100_000, "1: cannot be read .*recursion.*, expected one object a line"),
-    ('{"a": ' + "9" * 5000, "1: cannot be read .*digits.*, expected one object a line"),
-    ('{"a": 1, "a": 2}', "1: cannot be read .an object has a field twice., expected one object a"),
+    ('{"a":' * 100_000, "1: cannot be read .*recursion.*, expected one object per line"),
+    ('{"a": ' + "9" * 5000, "1: cannot be read .*digits.*, expected one object per line"),
+    ('{"a": 1, "a": 2}', "1: cannot be read .an object has a field twice., expected one object p"),
     ("[" * 100_000, "1: cannot be read .*recursion.*, expected an array of objects"),
     ('[\n{"prompt"}]', "2: not JSON at column 10 .*, expected an array of objects"),
     ("[", "1: not JSON at column 2"),
@@ -227,8 +230,8 @@ BAD = [
         json.dumps({"messages": [], "safe": "x", "harmful": "y"}),
         "1: messages: is empty, expected at least one message",
     ),
-    ("prompt,safe,harmful\r\na,b\r\n", "2: has 2 cells, expected 3 as the header has"),
-    ('prompt,safe,harmful\n"a\nb",b,c\nd,e,f,g', "4: has 4 cells, expected 3 as the header has"),
+    ("prompt,safe,harmful\r\na,b\r\n", "2: has 2 cells, expected 3 as in the header"),
+    ('prompt,safe,harmful\n"a\nb",b,c\nd,e,f,g', "4: has 4 cells, expected 3 as in the header"),
     ('prompt,safe,harmful\n\na,"b"c,d', "3: not CSV .*, expected cells between commas, quoted"),
     ('prompt,safe,harmful\na,b,"c\nd\n', "2: not CSV .unexpected end of data., expected cells"),
     ("prompt,safe,harmful\na,b,c\rd", "2: not CSV .*, expected cells between commas"),
@@ -241,7 +244,7 @@ BAD = [
 ]
 BAD_DIALOGUES = [
     ({"instruction": " ", "output": "y"}, "instruction: is blank, expected text"),
-    ({"messages": [ASK]}, "messages: the last is the user's, expected the"),
+    ({"messages": [ASK]}, "messages: the last message is the user's, expected the"),
     ({"messages": None}, "messages: is NoneType, expected a list of messages"),
     (
         {"messages": [ASK, {"role": "assistant", "content": ""}]},

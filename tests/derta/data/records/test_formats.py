@@ -346,7 +346,7 @@ def test_an_evaluation_conversation_may_lack_its_answer(tmp_path: Path) -> None:
     for kind in ("harmful", "harmless"):
         (request,) = read(path, kind)
         assert (request.prompt, request.response) == ("How?", "")
-    with pytest.raises(ValueError, match="rows:1: messages: the last is the user's"):
+    with pytest.raises(ValueError, match="rows:1: messages: the last message is the user's"):
         read(path, "question")
 
 
@@ -378,7 +378,7 @@ def test_mmlu_may_have_one_column_for_each_letter(tmp_path: Path, header: bool) 
     if header:
         assert nameless(read(path, "question")) == expected
     else:
-        message = "rows:1: neither JSON nor CSV .*, or format: where CSV has no header$"
+        message = "rows:1: neither JSON nor CSV .*, or format: for CSV without a header$"
         with pytest.raises(ValueError, match=message):
             read(path, "question")
 
@@ -420,12 +420,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "safety",
         edit("preference", **messages("chosen", ASKING)),
-        "chosen: the last is the user's, expected the assistant's",
+        "chosen: the last message is the user's, expected the assistant's",
     ),
     (
         "safety",
         edit("preference", **messages("chosen", ASKING, ("assistant", "No."))),
-        "chosen: begins with other messages than prompt, expected the answer",
+        "chosen: starts with other messages than prompt, expected only the answer",
     ),
     ("helpful", edit("sharegpt", conversations="x"), "conversations: is str, expected a list"),
     ("helpful", edit("sharegpt", conversations=[3]), r"conversations\[0\]: expected from and v"),

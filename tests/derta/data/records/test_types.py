@@ -41,7 +41,11 @@ def test_a_record_does_not_change_with_its_inputs() -> None:
         ({"messages": []}, ValueError, "^messages: is empty, expected at least one message"),
         ({"messages": "How?"}, TypeError, "^messages: is str, expected a list of messages"),
         ({"messages": ["How?"]}, TypeError, r"^messages\[0\]: is str, expected role and content"),
-        ({"messages": [ASK, SAY]}, ValueError, "the last is the assistant's, expected the user's"),
+        (
+            {"messages": [ASK, SAY]},
+            ValueError,
+            "the last message is the assistant's, expected the user's",
+        ),
         ({"messages": [SAY, {**ASK, "content": "Why?"}]}, ValueError, "^prompt: differs from the"),
         (
             {"messages": [{"role": "user"}]},
@@ -74,8 +78,8 @@ def test_an_unusable_triple_is_refused(changes: dict, error: type[Exception], me
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([ASK], "^messages: the last is the user's, expected the assistant's"),
-        ([SAY], "^messages: the first is the assistant's, expected something to answer"),
+        ([ASK], "^messages: the last message is the user's, expected the assistant's"),
+        ([SAY], "^messages: the first message is the assistant's, expected another role"),
     ],
 )
 def test_a_dialogue_must_answer_a_user(messages: list, message: str) -> None:
