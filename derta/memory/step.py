@@ -158,11 +158,11 @@ class StepMemory:
         return peak
 
     def loss(self, model: Any, tokens: int, offloading: AbstractContextManager[None]) -> Tensor:
-        """What is run of a pack: the body, and our loss on its hidden states.
+        """Run the body over a pack, and the head loss on its hidden states.
 
         Args:
             model: without storage, in a `FakeTensorMode`.
-            offloading: what the body runs in.
+            offloading: context of the body.
         """
         ids = torch.zeros(1, tokens, dtype=torch.long)
         with offloading:
