@@ -1,8 +1,3 @@
-from derta.evaluation.curve import (
-    detector_auc as detector_auc,
-    forced_rates as forced_rates,
-    mean_curve as mean_curve,
-)
 from derta.evaluation.evaluate import (
     Answered as Answered,
     EvaluationSettings as EvaluationSettings,
@@ -37,6 +32,22 @@ from derta.evaluation.judges.rubrics import (
     paper_rubric as paper_rubric,
 )
 from derta.evaluation.judges.served import ServerJudge as ServerJudge
+from derta.evaluation.measures.curve import (
+    detector_auc as detector_auc,
+    forced_rates as forced_rates,
+    mean_curve as mean_curve,
+)
+from derta.evaluation.measures.results import (
+    Outcome as Outcome,
+    VariantResult as VariantResult,
+    pool as pool,
+    summarize as summarize,
+)
+from derta.evaluation.measures.statistics import (
+    newcombe_interval as newcombe_interval,
+    roc_auc as roc_auc,
+    wilson_interval as wilson_interval,
+)
 from derta.evaluation.reporting.comparison import (
     compare as compare,
     format_comparison as format_comparison,
@@ -47,22 +58,11 @@ from derta.evaluation.reporting.report import (
     format_undecided as format_undecided,
     write_report as write_report,
 )
-from derta.evaluation.results import (
-    Outcome as Outcome,
-    VariantResult as VariantResult,
-    pool as pool,
-    summarize as summarize,
-)
 from derta.evaluation.scenarios import (
     EvaluationData as EvaluationData,
     Scenario as Scenario,
     Trial as Trial,
     make_scenarios as make_scenarios,
-)
-from derta.evaluation.statistics import (
-    newcombe_interval as newcombe_interval,
-    roc_auc as roc_auc,
-    wilson_interval as wilson_interval,
 )
 from derta.evaluation.teacher_forcing import (
     find_refusal_token as find_refusal_token,

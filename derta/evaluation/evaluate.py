@@ -17,7 +17,7 @@ from derta.data.records.types import Request, naming
 from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
 from derta.evaluation.judges.base import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
-from derta.evaluation.results import Outcome, Sample, VariantResult
+from derta.evaluation.measures.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, make_scenarios
 from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
 from derta.modeling.introspection import context_length

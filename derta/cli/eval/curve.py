@@ -12,9 +12,9 @@ from derta.cli.settings.evaluation import CurveConfig
 from derta.data import Chat, Dialogue, Request, Triple, read_records
 from derta.data.records.sources import check_paths
 from derta.evaluation import find_refusal_token, mean_curve, refusal_curves
-from derta.evaluation.curve import CERTAIN
+from derta.evaluation.measures.curve import CERTAIN
+from derta.evaluation.measures.results import DIGITS
 from derta.evaluation.reporting.plots import draw
-from derta.evaluation.results import DIGITS
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
 from derta.outputs import compact_json, write_whole
 

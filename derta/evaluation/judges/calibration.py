@@ -17,7 +17,7 @@ import numpy as np
 from derta.data.records.files import data_files, read_rows
 from derta.data.records.types import check_text, field_names
 from derta.evaluation.judges.base import Exchange, Judge, Verdict, succeeded
-from derta.evaluation.statistics import wilson_interval
+from derta.evaluation.measures.statistics import wilson_interval
 
 REFUSED, HARMFUL = "refused", "harmful"
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from derta.evaluation.results import leaves
-from derta.evaluation.statistics import newcombe_interval, wilson_interval
+from derta.evaluation.measures.results import leaves
+from derta.evaluation.measures.statistics import newcombe_interval, wilson_interval
 
 Entry = Mapping[str, Any]
 

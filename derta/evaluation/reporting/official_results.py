@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from derta.evaluation.evaluate import tokens_before
 from derta.evaluation.judges.base import Exchange, Judge, succeeded
-from derta.evaluation.results import Outcome, VariantResult
+from derta.evaluation.measures.results import Outcome, VariantResult
 
 HARMLESS = "over_refusal."
 PROMPT_ENDS = ("[\\INST]", "[/INST]")

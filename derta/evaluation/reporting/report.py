@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from derta.evaluation.measures.results import leaves
 from derta.evaluation.reporting.page import PAGE
 from derta.evaluation.reporting.plots import colors, draw
 from derta.evaluation.reporting.tables import (
@@ -21,7 +22,6 @@ from derta.evaluation.reporting.tables import (
     to_html,
     to_text,
 )
-from derta.evaluation.results import leaves
 from derta.outputs import compact_json, write_whole
 
 Summary = Mapping[str, Any]

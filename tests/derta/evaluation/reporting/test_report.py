@@ -24,9 +24,9 @@ from derta.evaluation import (
     summarize,
     write_report,
 )
+from derta.evaluation.measures.results import Sample
 from derta.evaluation.reporting import report
 from derta.evaluation.reporting.plots import draw
-from derta.evaluation.results import Sample
 
 PICTURES = {"prefill", "refusal_curve", "refusal_positions", "checkpoints", "loss"}
 EVIL = "<script>alert(1)</script> $\\frac{$ {{ 7 }} & \"'"

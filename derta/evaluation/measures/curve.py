@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from derta.evaluation.statistics import roc_auc
+from derta.evaluation.measures.statistics import roc_auc
 
 # Above it the refusal token is the likeliest one, so greedy decoding starts to refuse.
 CERTAIN = 0.5

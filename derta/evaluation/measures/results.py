@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from derta.evaluation.curve import detector_auc, mean_curve
-from derta.evaluation.statistics import wilson_interval
+from derta.evaluation.measures.curve import detector_auc, mean_curve
+from derta.evaluation.measures.statistics import wilson_interval
 
 DIGITS = 6  # more than any evaluation can tell apart
 

@@ -1,0 +1,1 @@
+"""Measures: rates with their intervals, refusal curves, and the results of a variant."""
