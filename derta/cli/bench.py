@@ -1,4 +1,4 @@
-"""`derta bench resources`: what every Triton launch takes of every GPU it may run on."""
+"""`derta bench resources`: the resources of every Triton launch on every GPU."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from derta.cli.settings.tools import BenchConfig
 
 
 def run(config: BenchConfig) -> None:
-    """Compiles every launch and prints what it takes.
+    """Compile every launch and print its resources.
 
     Raises:
-        ValueError: Triton is missing, nothing is known of a capability, or a launch takes more than
-            the chip has.
+        ValueError: Triton is missing, a capability is unknown, or a launch does not fit its chip.
     """
     if find_spec("triton") is None:
         raise ValueError("Triton is not installed: pip install 'derta[triton]'")

@@ -1,4 +1,4 @@
-"""`derta chat`: a conversation with a model, its answers begun for it where one likes."""
+"""`derta chat`: a conversation with a model, with a prefill for its answers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from derta.modeling.loading import find_device, load_tuned, weights_dtype
 
 
 def run(config: ChatConfig) -> None:
-    """Answers each line of the standard input, the likeliest token at every place.
+    """Answer each line of the standard input by greedy decoding.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: it has no chat template, or the conversation outgrows its context.
+        FileNotFoundError: the model does not exist.
+        ValueError: the model has no chat template, or the conversation outgrows its context.
     """
     logging.set_verbosity_error()
     folder = Path(config.model)
@@ -55,7 +55,7 @@ def run(config: ChatConfig) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of the standard input that say something, asked for on a terminal."""
+    """Yield the lines of the standard input that are not blank, with a prompt on a terminal."""
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:

@@ -1,4 +1,4 @@
-"""`derta doctor`: what this machine has, and which path each op takes and why."""
+"""`derta doctor`: the packages and devices of this machine, and the path of each op."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _ops(device: torch.device) -> list[tuple[str, str]]:
 
 
 def report() -> str:
-    """The report as text."""
+    """Return the report as text."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     python = f"Python {platform.python_version()}, {platform.system()}"
     sections = {
@@ -76,5 +76,5 @@ def report() -> str:
 
 
 def run(config: DoctorConfig) -> None:
-    """Prints the report."""
+    """Print the report."""
     print(report())

@@ -12,10 +12,10 @@ from derta.modeling.loading import load_tuned, weights_dtype
 
 
 def run(config: MergeConfig) -> None:
-    """Writes the merged model.
+    """Write the merged model.
 
     Raises:
-        FileNotFoundError: there are no adapters, or their base model is not here.
+        FileNotFoundError: the adapters or their base model do not exist.
         ValueError: they cannot be merged.
     """
     folder = Path(config.model)

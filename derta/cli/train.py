@@ -59,20 +59,20 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
-    """The model to tune; with adapters, drawn from the run's seed, if that is the method."""
+    """Return the model to tune, with adapters drawn from the run's seed if the method has some."""
     set_seed(config.seed)
     dtype = loading.weights_dtype(config.dtype, config.device)
     model = loading.load_model(
         config.model, dtype, quantization=quantization(config, dtype), device=config.device
     )
     if config.method != "full" and Path(config.model).is_dir():
-        # Adapters record it, and are to find it from whatever folder they are loaded in.
+        # Adapters record this path, and must find it from any working directory.
         model.name_or_path = str(Path(config.model).resolve())
     return adapt(model, config)
 
 
 def describe(trainer: DertaTrainer) -> str:
-    """What is about to be trained on, how much each source counts, and what one pass saves."""
+    """Describe the refusal token, the examples, each source's share, and the tokens saved."""
     steps = trainer.train_dataset
     shares = describe_shares(steps.shares(trainer.args.loss_norm), trainer.objective.terms)
     return (
@@ -101,7 +101,7 @@ def describe_shares(shares: LossShares, terms: Sequence[Term], rows: int = 10) -
     )
 
 
-# What `save_pretrained` calls the weights of models and adapters, and what tells a loader of them.
+# Names under which `save_pretrained` writes weights, and the files that lead loaders to them.
 MODEL_FILES = (
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -112,7 +112,7 @@ MODEL_FILES = (
 
 
 def outcome(trainer: DertaTrainer) -> str:
-    """Where a run ended if not at its last step, and whose model it has if not that step's."""
+    """Return the step where a run stopped early and that of the best model, empty without."""
     state, args = trainer.state, trainer.args
     parts = []
     if state.global_step < state.max_steps:
@@ -126,10 +126,11 @@ def outcome(trainer: DertaTrainer) -> str:
 
 
 def save(trainer: DertaTrainer, directory: Path) -> None:
-    """Puts the tuned model, and the record of its training, in the place of a former one.
+    """Replace a former model by the tuned model and the record of its training.
 
-    It is written beside its place first, so that an interrupted save costs no model. The former
-    one then goes as a whole: what it had and the new one lacks would be loaded with it, or instead.
+    The tuned model is first written to a folder of its own, so that an interrupted save costs no
+    model. All files of the former one are then removed: a loader would read those that the new one
+    lacks.
     """
     unfinished = directory / "unfinished"
     writes = trainer.args.should_save
@@ -150,7 +151,7 @@ def save(trainer: DertaTrainer, directory: Path) -> None:
 
 
 def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
-    """The plan of the largest pack of a run that did not fit."""
+    """Return the plan of the largest pack, after a run has run out of memory."""
     model: Any = trainer.model
     step = make_step(
         model.config,
@@ -166,7 +167,7 @@ def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
 
 
 def run(config: TrainConfig) -> None:
-    """Trains, and leaves the tuned model and its tokenizer in `output_dir`."""
+    """Train, and write the tuned model and its tokenizer to `output_dir`."""
     records = SourceRecords(config.sources)
     eval_records = SourceRecords(config.eval_sources)
     records.check()
@@ -197,6 +198,6 @@ def run(config: TrainConfig) -> None:
             raise
         raise MemoryError(advice(trainer, config)) from error
     finally:
-        if progress.bar is not None:  # what is said of an error begins a line of its own
+        if progress.bar is not None:  # an error message starts on a line of its own
             progress.bar.close()
     save(trainer, Path(config.output_dir))

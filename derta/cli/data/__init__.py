@@ -1,1 +1,1 @@
-"""`derta data ACTION`: what can be asked of record files, one module an action."""
+"""`derta data ACTION`: record files checked, counted and built, one module an action."""

@@ -1,4 +1,4 @@
-"""`derta data build`: one data set out of many, with a part held out."""
+"""`derta data build`: many data sets joined into one, with a part held out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from derta.data.records.building import build, read_sources
 
 
 def describe(summary: Mapping[str, Any], folder: Path) -> str:
-    """What was made of what, and the keys of a configuration that trains on it."""
+    """Describe the files that were read and written, with the keys that train on them."""
     dropped = summary["dropped"]
     lines = ["read"]
     for source, kinds in summary["read"].items():
@@ -32,14 +32,14 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
             lines.append(f"{key}:")
         for name in names:
             _, role, *rendered, _ = name.split(".")
-            # Named, it is read as it stands, also where its texts seem to contradict its columns.
+            # A named format is read as it stands, even if texts seem to contradict their columns.
             form = ", format: triple" if role == "safety" and not rendered else ""
             lines.append(f"  - {{path: {folder / name}, role: {role}{form}}}")
     return "\n".join(lines)
 
 
 def run(config: BuildConfig) -> None:
-    """Writes the data set.
+    """Write the data set.
 
     Raises:
         ValueError: as `read_records` and `build`.

@@ -1,4 +1,4 @@
-"""`derta data stats`: what a data set is made of, and what a training run makes of it."""
+"""`derta data stats`: the composition of a data set, and a training run's use of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from derta.objectives.choice import objective_of
 
 
 def compared_records(sources: Sequence[Compared]) -> Iterator[Record | Request]:
-    """All that training data is held against.
+    """Yield the records and requests that training data is compared with.
 
     Raises:
         ValueError, OSError: as `read_records`.
@@ -96,11 +96,11 @@ def _listed(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def run(config: StatsConfig) -> None:
-    """Prints what was found, and writes it to `output`.
+    """Print the statistics, and write them to `output`.
 
     Raises:
         ValueError: as `read_records` and `data_statistics`.
-        OSError: a file cannot be read or written, or there is no tokenizer.
+        OSError: a file cannot be read or written, or the tokenizer does not exist.
     """
     of_run = None
     if config.model is not None:

@@ -8,11 +8,11 @@ from derta.data.records.reading import read_placed
 
 
 def run(config: ValidateConfig) -> None:
-    """Prints every bad row's place, field and reason, and what each file has.
+    """Print the place, field and reason of every bad row, and the counts of each file.
 
     Raises:
         ValueError: a row is bad, or the format is unknown.
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
     """
     reading = Reading()
     for _, record in read_placed(config.files, config.role, config.format, reading):

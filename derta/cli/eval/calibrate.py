@@ -1,4 +1,4 @@
-"""`derta eval calibrate`: judges held against human labels."""
+"""`derta eval calibrate`: the agreement of judges with human labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from derta.outputs import compact_json, write_whole
 
 
 def run(config: CalibrateConfig) -> None:
-    """Asks every judge about every answer, prints the table, and leaves it in `output_dir`."""
+    """Ask every judge about every answer, print the table, and write it to `output_dir`."""
     read = {path: read_labelled(path) for path in config.files}
     judges = make_judges(config.judges, config.output_dir)
     found = calibrate({path: labelled for path, (labelled, _) in read.items()}, judges)

@@ -22,10 +22,10 @@ from derta.evaluation.reporting.official_results import official_entry, read_pro
 
 
 def find_files(source: str) -> list[Path]:
-    """The files that a path or a pattern stands for; of a folder its summary, or all JSON in it.
+    """Return the files of a path or a pattern. A folder stands for its summary, or for its JSON.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no file matches.
     """
     path = Path(source)
     if (path / "summary.json").is_file():
@@ -40,11 +40,11 @@ def find_files(source: str) -> list[Path]:
 
 
 def by_attack(source: ResultFiles) -> dict[str, Path]:
-    """Result files by the attack that each is about.
+    """Return result files by their attack.
 
     Raises:
-        ValueError: two files are about one attack, or a pattern stands for several in a mapping.
-        FileNotFoundError: see `find_files`.
+        ValueError: two files have one attack, or a pattern in a mapping matches several files.
+        FileNotFoundError: as `find_files`.
     """
     files: dict[str, Path] = {}
     if isinstance(source, dict):
@@ -69,10 +69,10 @@ def by_attack(source: ResultFiles) -> dict[str, Path]:
 
 
 def read_variants(path: Path) -> dict[str, dict[str, Any]] | None:
-    """The variants of a summary.json; None if the file is something else.
+    """Return the variants of a summary.json, None if the file is something else.
 
     Raises:
-        ValueError: it has variants that no evaluation has made.
+        ValueError: no evaluation writes such variants.
     """
     try:
         summary = json.loads(path.read_bytes())
@@ -90,11 +90,11 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def read_results(config: CompareConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Entries of all models, see `compare`, and notes on what is not in them.
+    """Return the entries of all models, see `compare`, and notes on what they leave out.
 
     Raises:
-        ValueError: two models have one name, a summary is not alone, or see `by_attack`,
-            `read_variants` and `official_entry`.
+        ValueError: two models have one name, a summary stands beside other files, or as
+            `by_attack`, `read_variants` and `official_entry`.
         OSError: a file cannot be read.
     """
     judge, prompts = KeywordJudge(config.keywords), read_prompts(*config.prompts)
@@ -144,7 +144,7 @@ def _named(config: CompareConfig) -> list[tuple[str | None, ResultFiles]]:
 
 
 def run(config: CompareConfig) -> None:
-    """Reads every model's results, prints the tables, and leaves the page in `output_dir`."""
+    """Read every model's results, print the tables, and write the page to `output_dir`."""
     models, notes = read_results(config)
     comparison = compare(
         models,

@@ -1,4 +1,4 @@
-"""`derta eval curve`: how likely a refusal is after every token of given responses."""
+"""`derta eval curve`: the probability of a refusal after every token of given responses."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from derta.evaluation.reporting.plots import draw
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
 from derta.outputs import compact_json, write_whole
 
-# What responses of each role are called in results and pictures.
+# Names of the roles' responses in results and pictures.
 KINDS = {"safety": "harmful", "helpful": "benign", "borderline": "borderline"}
 
 
 def format_curve(curves: Sequence[np.ndarray]) -> str:
-    """A table by depth: powers of two, as far as there are responses.
+    """Return a table by depth, at powers of two up to the longest response.
 
     Args:
-        curves: as of `refusal_curves`.
+        curves: the result of `refusal_curves`.
 
     Returns:
-        depth, how many responses are that long, mean and quartiles of the probability, and the
-        share in which a refusal is the likeliest; in percent.
+        for every depth the number of responses that reach it, mean and quartiles of the
+        probability, and the share in which a refusal is the likeliest token; in percent.
     """
     longest = max(map(len, curves)) - 1
     depths = [0, *(2**k for k in range(longest.bit_length()))]
@@ -47,10 +47,10 @@ def format_curve(curves: Sequence[np.ndarray]) -> str:
 
 
 def run(config: CurveConfig) -> None:
-    """Reads every response, prints the table, and leaves curves and picture in `output_dir`.
+    """Read every response, print the table, and write curves and picture to `output_dir`.
 
     Raises:
-        FileNotFoundError: the model or a file is not there.
+        FileNotFoundError: the model or a file does not exist.
         ValueError: as `read_records` and `refusal_curves`.
     """
     folder = Path(config.model)

@@ -50,11 +50,11 @@ FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", 
 
 
 def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
-    """Folders by the names they have in the report.
+    """Return the model folders by their names in the report.
 
     Raises:
         ValueError: two folders have one name, or none is given.
-        FileNotFoundError: a folder is not there.
+        FileNotFoundError: a folder does not exist.
     """
     if isinstance(model, dict):
         folders = {name: Path(path) for name, path in model.items()}
@@ -75,10 +75,10 @@ def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
 
 
 def read_data(config: EvaluateConfig) -> EvaluationData:
-    """The requests of all files; each numbers them as it likes.
+    """Read the requests of all files. Ids may recur in several files.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         ValueError: as `read_requests`.
     """
 
@@ -103,12 +103,12 @@ def read_data(config: EvaluateConfig) -> EvaluationData:
 
 
 def read_templates(path: str | None) -> list[str]:
-    """Templates, one a line or a JSON list.
+    """Read templates, one a line or a JSON list.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: it is not UTF-8, holds none, or a JSON list of something else; or a template
-            lacks its slot, whose line is named, or place in the list, from 0.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8, is empty or lists something else, or a template lacks its
+            slot. The message names the line, or the place in the list, from 0.
     """
     if path is None:
         return []
@@ -135,9 +135,9 @@ def read_templates(path: str | None) -> list[str]:
 
 
 def read_judges(config: EvaluateConfig) -> dict[str, Any]:
-    """Settings of the judges; those by keyword have `keywords` where they have none of their own.
+    """Return the judges' settings. A keyword judge without keywords of its own gets `keywords`.
 
-    Names and kinds are looked at where the judges are made.
+    `make_judges` checks names and kinds.
     """
     judges = {}
     for name, settings in config.judges.items():
@@ -149,9 +149,9 @@ def read_judges(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def loss_history(folder: Path) -> Sequence[Mapping[str, Any]]:
-    """What was logged while this very model was trained, if `derta train` left it in its folder.
+    """Return the training log of this model, empty if `derta train` did not write its folder.
 
-    Checkpoints beside it may be another run's.
+    Checkpoints beside it may belong to another run, and are not read.
     """
     state = folder / TRAINER_STATE_NAME
     return json.loads(state.read_text("utf-8"))["log_history"] if state.is_file() else []
@@ -160,7 +160,7 @@ def loss_history(folder: Path) -> Sequence[Mapping[str, Any]]:
 def find_generator(
     config: EvaluateConfig, name: str, folder: Path, loaded: Any, chat: Chat, dtype: Any
 ) -> ModelGenerator | ServerGenerator:
-    """Who writes the answers of the model called `name`: its server, or the loaded model."""
+    """Return the generator of a model's answers: its server, or the loaded model."""
     kept = answers_file(config, name)
     if loaded is None:
         server = Server(server_settings(config, name), kept)
@@ -179,7 +179,7 @@ def find_generator(
 
 
 def server_settings(config: EvaluateConfig, name: str) -> ServerSettings:
-    """Of the server of the model called `name`.
+    """Return the settings of a model's server.
 
     Raises:
         ValueError: a setting is wrong or missing; names the model.
@@ -194,21 +194,21 @@ def server_settings(config: EvaluateConfig, name: str) -> ServerSettings:
 
 
 def answers_folder(config: EvaluateConfig) -> Path:
-    """Where answers are kept."""
+    """Return the folder of the answers."""
     return Path(config.output_dir) / "answers"
 
 
 def answers_file(config: EvaluateConfig, name: str) -> Path:
-    """Where those of the model called `name` are."""
+    """Return the file of a model's answers."""
     file_name = re.sub(r"[^\w.-]", "_", name)
     return answers_folder(config) / f"{file_name}.jsonl"
 
 
 def run(config: EvaluateConfig) -> None:
-    """Evaluates every model, prints the table, and leaves the report in `output_dir`.
+    """Evaluate every model, print the table, and write the report to `output_dir`.
 
     Raises:
-        ValueError: a server is that of no model; and as the functions above and `collect_answers`.
+        ValueError: a server is for no model, or as the functions above and `collect_answers`.
     """
     started = time.perf_counter()
     folders = model_folders(config.model)
@@ -269,14 +269,14 @@ def run(config: EvaluateConfig) -> None:
             *(verdicts_file(kept, name) for name in config.judges),
         ]:
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the user has put something there
+        with contextlib.suppress(OSError):  # the folder holds files of the user
             kept.rmdir()
     parts = (format_table(summary), format_undecided(summary), f"report: {report}")
     print("\n\n".join(filter(None, parts)))
 
 
 def safe_responses(paths: Sequence[str], formats: Mapping[str, str]) -> list[Triple]:
-    """The triples of the files, whose safe responses tell how refusals start."""
+    """Return the triples of the files. Their safe responses show how refusals start."""
     return [
         record
         for path in paths

@@ -82,7 +82,6 @@ def test_a_file_that_exists_is_never_overwritten(capsys: pytest.CaptureFixture[s
         ({"data": "''"}, "data: expected at least one path:role, got none"),
         ({"method": "dora"}, "method: expected one of full, lora, qlora or null, got 'dora'"),
         ({"gpu": "-1"}, "gpu must be at least 0, got -1.0"),
-        ({"gpu": "0.5"}, "gpu: no pack of method: lora fits, choose another method or a larger"),
     ],
 )
 def test_wrong_answers_are_refused_by_name(
@@ -134,17 +133,27 @@ def test_a_model_that_is_not_here_gets_sane_keys_and_a_hint(
     assert "derta plan derta.yaml --gpu 24" in Path("derta.yaml").read_text()
 
 
-def test_keys_are_set_in_turn_until_packs_fit() -> None:
-    sizes = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, vocab_size=4096)
-    config: Any = AutoConfig.for_model("llama", **sizes)
+def test_keys_are_set_in_turn_until_packs_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1, vocab_size=128)
+    config: Any = AutoConfig.for_model("llama", num_attention_heads=4, **sizes)
     step = StepSettings(config=config, method=Method(method="lora"))
     triples = Triples(1, 1.0)
     step.capacity = 80 * GIB
     assert memory_keys(step, triples) == {"max_tokens": 4096}
     step.capacity = needed(StepMemory(step), 4096, triples).total() - 1
     first = memory_keys(step, triples)
-    assert first == {"max_tokens": 4096, "gradient_checkpointing": True}
-    step.capacity = int(0.82 * GIB)  # of which CUDA takes the most
+    assert first["max_tokens"] == 4096 and len(first) == 2  # one key is enough
+    step.capacity = 0
+    monkeypatch.setattr("derta.cli.init.longest_pack", lambda *_: 1024)
     least = memory_keys(step, triples)
-    assert least["gradient_checkpointing"] is True and least["mlp_tile"] == 1024
-    assert 0 < least["max_tokens"] <= 4096 and least["max_tokens"] % 128 == 0
+    assert least["max_tokens"] == 1024 and least["lora_dropout"] == 0
+    assert len(least) > len(first)
+
+
+def test_a_gpu_without_room_for_a_pack_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("derta.cli.init.longest_pack", lambda *_: 0)
+    assert init(gpu="0.5") == 1
+    message = "gpu: no pack of method: lora fits, choose another method or a larger GPU"
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What train and eval load alike is whole, is here, or is named."""
+"""Loading for train and eval: damaged and missing models, devices and records are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tiny import LLAMA3_TEMPLATE, tiny_model, tiny_tokenizer
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model and a file of triples."""
+    """Make a folder with a model and a file of triples."""
     monkeypatch.chdir(tmp_path)
     tiny_model("llama").save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
@@ -45,14 +45,14 @@ def test_a_model_is_loaded_in_its_dtype(workplace: Path) -> None:
     assert load_model("model", torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_weights_that_were_cut_short_are_named_with_their_folder(workplace: Path) -> None:
+def test_truncated_weights_are_named_with_their_folder(workplace: Path) -> None:
     weights = Path("model/model.safetensors")
     os.truncate(weights, weights.stat().st_size // 2)
     with pytest.raises(ValueError, match="^model: its weights are damaged or incomplete: "):
         load_model("model", torch.float32)
 
 
-def test_what_cannot_be_loaded_is_one_sentence_that_names_the_model(workplace: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_named_in_one_sentence(workplace: Path) -> None:
     Path("empty").mkdir()
     with pytest.raises(ValueError, match="^empty: the tokenizer cannot be loaded: [^\n]+$"):
         load_tokenizer("empty", None)
@@ -73,12 +73,12 @@ def test_what_cannot_be_loaded_is_one_sentence_that_names_the_model(workplace: P
         load_tokenizer("absent", None, local_files_only=True)
 
 
-def test_only_damaged_weights_are_called_so() -> None:
+def test_only_damaged_weights_are_reported_as_damaged() -> None:
     with pytest.raises(OSError, match="^full$"), intact_weights("model"):
         raise OSError("full")
 
 
-def test_a_device_is_one_that_is_here() -> None:
+def test_a_missing_device_is_refused() -> None:
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("foo", "cuda:99", "cuda:x", "mps:7", "privateuseone"):
@@ -88,7 +88,7 @@ def test_a_device_is_one_that_is_here() -> None:
 
 
 @pytest.mark.parametrize(("major", "dtype"), [(7, torch.float32), (8, torch.bfloat16)])
-def test_weights_are_bfloat16_where_a_gpu_computes_in_it_and_does_not_emulate_it(
+def test_weights_are_bfloat16_only_on_a_gpu_that_computes_in_it(
     major: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -151,7 +151,7 @@ def test_a_chat_template_is_jinja_text_or_a_file(workplace: Path) -> None:
     assert saved.chat_template == template
 
 
-def test_a_run_goes_on_from_its_latest_checkpoint(
+def test_a_run_resumes_from_its_latest_checkpoint(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train("--resume_from_checkpoint") == 1

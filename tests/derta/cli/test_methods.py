@@ -38,7 +38,7 @@ QLORA = pytest.param(
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model wide enough for blocks of 4-bit codes, and a file of triples."""
+    """Make a folder with a model wide enough for 4-bit blocks, and a file of triples."""
     monkeypatch.chdir(tmp_path)
     tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
@@ -127,7 +127,7 @@ def test_a_frozen_head_has_neither_gradient_nor_buffer(method: str) -> None:
 def test_qlora_trains_models_of_any_size_on_any_cpu(
     width: int, inner: int, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether bitsandbytes packs weights for it or not, evaluations between the steps included."""
+    """Train and evaluate in turn, with and without weights that bitsandbytes packs."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
     tiny_model("llama", hidden_size=width, intermediate_size=inner).save_pretrained("model")
     evaluations = ("--eval_sources", "{path: rows.jsonl, role: safety}", "--eval_strategy", "steps")
@@ -137,7 +137,7 @@ def test_qlora_trains_models_of_any_size_on_any_cpu(
     assert len(losses) == 4 and all(map(math.isfinite, losses))
 
 
-def test_without_bitsandbytes_the_way_out_is_said(
+def test_a_missing_bitsandbytes_is_reported_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("derta.modeling.adapters.find_spec", lambda name: None)
@@ -191,7 +191,7 @@ def test_running_out_of_memory_ends_with_the_plan(
         (["model", "--output_dir", "rows.jsonl"], "output_dir: rows.jsonl: rows.jsonl is a file"),
     ],
 )
-def test_what_cannot_be_merged_is_said(
+def test_impossible_merges_are_refused_with_the_reason(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["merge", *arguments]) == 1
@@ -211,7 +211,7 @@ def test_a_chat_answers_line_by_line(
     assert "nowhere: no such model folder" in capsys.readouterr().err
 
 
-def test_a_command_is_silent_on_what_others_import() -> None:
+def test_a_command_prints_no_warnings_of_imported_packages() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "derta", "chat", "model", "--device", "cpu"],
         capture_output=True,

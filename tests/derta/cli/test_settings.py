@@ -1,4 +1,4 @@
-"""Settings from files and options: every wrong one is named, with the nearest right one."""
+"""Settings from files and options, their help, and one sentence for every wrong one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_options_are_yaml_values_and_a_bare_key_is_true() -> None:
     assert config.disable_tqdm is False
 
 
-def test_a_key_of_text_has_what_was_typed() -> None:
+def test_a_key_of_text_keeps_the_typed_text() -> None:
     template = "{{ bos_token }}{% for m in messages %}\n{{ m['content'] }} #{% endfor %}"
     assert from_options("--chat_template", template).chat_template == template
     assert from_options("--output_dir", "2024").output_dir == "2024"
@@ -85,7 +85,7 @@ def test_wrong_options_are_named(arguments: list[str], message: str) -> None:
         from_options(*arguments)
 
 
-def test_a_key_of_the_file_that_is_wrong_is_the_files_whatever_the_command_line_says() -> None:
+def test_a_wrong_key_of_the_file_is_reported_as_the_files() -> None:
     with pytest.raises(ValueError, match=r"^run.yaml: unknown key 'max_step'; did you mean"):
         build(TrainConfig, {"run.yaml": {"max_step": 3}, "command line": {"max_steps": 3}})
 
@@ -132,7 +132,7 @@ def test_numbers_that_yaml_reads_as_text_become_numbers() -> None:
     assert type(config.max_steps) is int
 
 
-def test_one_value_where_several_may_stand_is_a_list_of_one() -> None:
+def test_a_single_value_for_a_list_is_a_list_of_one() -> None:
     assert from_options("--sources", "{path: a, role: helpful, limit: 3}").sources == [
         Source(path="a", role="helpful", limit=3)
     ]
@@ -238,7 +238,7 @@ def test_a_wrong_source_is_named_by_its_place_and_key(source: object, message: s
         from_file(sources=source)
 
 
-def test_a_source_made_in_python_has_a_role_that_exists() -> None:
+def test_a_source_made_in_python_needs_a_known_role() -> None:
     with pytest.raises(ValueError, match="^role: is 'x', expected one of safety, helpful, border"):
         Source(path="a", role="x")  # type: ignore[arg-type]
     assert Source(path=["a", "b"], role="safety").paths == ["a", "b"]
@@ -255,7 +255,9 @@ def test_a_source_made_in_python_has_a_role_that_exists() -> None:
         ("derta", {"rto_keep": 0.05}, (1, "uniform", 0.05)),
     ],
 )
-def test_a_recipe_sets_what_is_not_given(recipe: object, given: dict, expected: tuple) -> None:
+def test_a_recipe_sets_the_keys_that_are_not_given(
+    recipe: object, given: dict, expected: tuple
+) -> None:
     config = from_file(**({"recipe": recipe} if recipe else {}), **given)
     assert (config.branches, config.cuts, config.rto_keep) == expected
 
@@ -289,7 +291,7 @@ def test_a_plan_of_a_training_run_follows_its_recipe() -> None:
         build(PlanConfig, {"": {**given, "recipe": "vanilla", "rto_keep": 1.0}})
 
 
-def test_a_part_of_training_ignores_the_other_keys_of_a_training_run_and_no_unknown_ones() -> None:
+def test_plan_and_stats_ignore_only_known_keys_of_training() -> None:
     values = {"model": "m", "learning_rate": 1e-5, "probe": True, "max_tokns": 3}
     assert shared(values, PlanConfig, TrainConfig) == {"model": "m", "max_tokns": 3}
     held = [{**SOURCE, "weight": 2.0, "limit": 3, "weigth": 1}]
@@ -297,7 +299,7 @@ def test_a_part_of_training_ignores_the_other_keys_of_a_training_run_and_no_unkn
     assert found == {"eval_sources": [{**SOURCE, "weigth": 1}]}
 
 
-def test_less_is_better_of_what_is_watched() -> None:
+def test_lower_is_better_for_watched_metrics() -> None:
     best = {
         "eval_sources": SOURCE,
         "eval_strategy": "steps",
@@ -309,7 +311,7 @@ def test_less_is_better_of_what_is_watched() -> None:
     assert from_file(metric_for_best_model="live_rows", **best).greater_is_better is True
 
 
-def test_what_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "derta.training.config.get_available_reporting_integrations", lambda: ["wandb"]
     )
@@ -456,7 +458,7 @@ def test_help_needs_no_torch_and_less_than_a_second() -> None:
         assert time.perf_counter() - started < 1.0
 
 
-def test_a_gpu_that_is_too_small_is_one_sentence(
+def test_a_lack_of_gpu_memory_is_reported_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -471,7 +473,7 @@ def test_a_gpu_that_is_too_small_is_one_sentence(
         main(["--traceback", "doctor"])
 
 
-def test_the_environment_is_set_where_the_user_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # restored afterwards
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
@@ -505,7 +507,7 @@ def test_a_wrong_call_is_one_sentence_and_a_status(
         main(["--traceback", "train", f"{missing}.yaml"])
 
 
-def test_an_interrupted_run_says_so(
+def test_an_interrupt_is_reported_with_its_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(config: DoctorConfig) -> None:
@@ -517,7 +519,7 @@ def test_an_interrupted_run_says_so(
 
 
 @pytest.mark.parametrize("module", ["argparse", "pathlib", "pydantic", "yaml", "torch"])
-def test_an_interrupt_while_modules_load_is_no_traceback(module: str) -> None:
+def test_an_interrupt_while_modules_load_prints_no_traceback(module: str) -> None:
     command = [sys.executable, "-c", INTERRUPTED, module]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "\ninterrupted\n")

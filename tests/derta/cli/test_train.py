@@ -1,4 +1,4 @@
-"""`derta train`: one seed makes one model, and a folder holds the model of one run alone."""
+"""`derta train`: a seed decides the model, and a folder holds the model of one run only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LORA = ("--method", "lora", "--lora_r", "2")
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model and a file of triples."""
+    """Make a folder with a model and a file of triples."""
     monkeypatch.chdir(tmp_path)
     tiny_model("llama").save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
@@ -53,7 +53,7 @@ def train(*arguments: str) -> int:
     return main(["train", *options, "--use_cpu", *arguments])
 
 
-def test_a_run_that_is_ended_leaves_no_temporary_file(workplace: Path) -> None:
+def test_a_terminated_run_leaves_no_temporary_file(workplace: Path) -> None:
     temporary = workplace / "temporary"
     temporary.mkdir()
     sources = ["--sources", "{path: rows.jsonl, role: safety}", "--refusal", "Sorry"]
@@ -82,7 +82,7 @@ def weights(folder: str) -> set[str]:
     return {path.name for path in Path(folder).iterdir() if re.match("model|adapter", path.name)}
 
 
-def test_adapters_are_those_of_the_seed() -> None:
+def test_the_seed_decides_the_adapters() -> None:
     def drawn(seed: int) -> dict[str, torch.Tensor]:
         config = TrainConfig(
             model="model",
@@ -115,7 +115,7 @@ def test_adapters_find_their_base_from_any_folder(
         PeftModel.from_pretrained(base, workplace / folder)
 
 
-def test_a_folder_holds_the_model_of_its_last_run_and_what_is_not_a_model_stays() -> None:
+def test_a_new_model_replaces_the_former_one_and_no_other_file() -> None:
     keep = ["out/notes.md", "out/model-card.txt", "out/adapter_notes.txt", "out/checkpoint-7/model"]
     for path in keep:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def test_a_folder_holds_the_model_of_its_last_run_and_what_is_not_a_model_stays(
     assert not Path("out/unfinished").exists()
 
 
-def test_an_interrupted_save_costs_no_model_and_never_becomes_part_of_one(
+def test_an_interrupted_save_neither_removes_nor_mixes_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert train(*LORA) == 0
@@ -169,7 +169,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_model(
     options: tuple[str, ...],
     kept: set[str],
 ) -> None:
-    """Not even one at the last step, which no later loss would show."""
+    """Cover the last step too, which no later loss would show."""
     begin = DertaTrainer.train
 
     def poisoned(self: DertaTrainer, **arguments: Any) -> TrainOutput:
@@ -186,7 +186,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_model(
     assert said.count("derta train:") == 1 and "Traceback" not in said
 
 
-def test_a_run_begins_with_the_tokens_that_one_pass_saves(
+def test_a_run_first_prints_the_tokens_that_one_pass_saves(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="derta.training.trainer")
@@ -201,7 +201,7 @@ def test_a_run_begins_with_the_tokens_that_one_pass_saves(
     assert said[0] in caplog.text
 
 
-def test_a_run_begins_with_what_each_source_counts_for(
+def test_a_run_first_prints_the_share_of_each_source(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     say = {"role": "assistant", "content": "A brush."}
@@ -221,10 +221,10 @@ def test_many_sources_share_the_last_row_of_the_table() -> None:
     assert table[-1].split() == ["2", "others", "next", "token", "40.0%", "RTO", "10.0%"]
 
 
-def test_what_is_left_is_the_checkpoint_with_the_best_trade_off(
+def test_the_checkpoint_with_the_best_trade_off_is_kept(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Attack success falls to 0 and stays there: the first checkpoint with 0 is the best."""
+    """Let attack success fall to 0 and stay there: the first checkpoint with 0 is the best."""
     say = {"role": "assistant", "content": "A brush."}
     row = {"messages": [{"role": "user", "content": "What paints?"}, say]}
     Path("helpful.jsonl").write_text(json.dumps(row), encoding="utf-8")
@@ -266,7 +266,7 @@ def test_what_is_left_is_the_checkpoint_with_the_best_trade_off(
     assert any(not torch.equal(left[name], value) for name, value in others[1].items())
 
 
-def test_the_record_of_the_training_lies_beside_its_model() -> None:
+def test_the_training_log_is_written_beside_the_model() -> None:
     assert train("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1") == 0
     assert train("--max_steps", "1") == 0
     history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
@@ -288,7 +288,7 @@ def test_the_record_of_the_training_lies_beside_its_model() -> None:
         ),
     ],
 )
-def test_a_folder_that_cannot_take_the_model_is_refused_before_one_is_loaded(
+def test_an_unusable_output_folder_is_refused_before_a_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -299,7 +299,7 @@ def test_a_folder_that_cannot_take_the_model_is_refused_before_one_is_loaded(
     assert capsys.readouterr().err.startswith(f"derta train: {message}")
 
 
-def test_what_exceeds_the_context_is_refused_with_the_way_out(
+def test_lengths_beyond_the_context_are_refused_with_the_remedy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tiny_model("llama", max_position_embeddings=48).save_pretrained("model")

@@ -1,4 +1,4 @@
-"""`derta data build`: what people bring becomes what `derta train` reads, and says what it did."""
+"""`derta data build`: files of people become files of `derta train`, with a report."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def answer(prompt: str, response: str, is_safe: bool) -> dict[str, Any]:
 
 
 def mixed_files() -> str:
-    """Files of every role; sources of them as the command line has them."""
+    """Write files of every role, and return their sources as the command line takes them."""
     write(
         "triples.jsonl",
         *(
@@ -81,7 +81,7 @@ def built(folder: str) -> list[Record]:
     ]
 
 
-def test_what_is_written_reads_as_what_was_brought(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_built_data_set_reads_as_its_sources(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--sources", mixed_files(), "--output_dir", "out", "--near", "null"]
     assert main(["data", "build", *options, "--eval_share", "0.4"]) == 0
     assert {record.id: record for record in built("out")} == {
@@ -118,7 +118,7 @@ def test_answers_of_several_files_become_triples() -> None:
     assert added == "Drop it?"
 
 
-def test_rows_that_were_taken_as_they_are_said_to_be_stay_so(
+def test_rows_of_a_named_format_keep_that_format(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     row = {"prompt": "Paint it?", "chosen": "Sure, step 1.", "rejected": "Sorry, I cannot help."}
@@ -140,7 +140,7 @@ def test_rows_that_were_taken_as_they_are_said_to_be_stay_so(
         (["--output_dir", "out", "--eval_share", "1"], "eval_share must lie in [0, 1), got 1.0"),
     ],
 )
-def test_what_cannot_be_built_is_said(
+def test_impossible_builds_are_refused_with_the_reason(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write("rows.jsonl", {"prompt": "Paint it?", "safe": "Sorry.", "harmful": "Sure."})

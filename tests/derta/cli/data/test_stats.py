@@ -13,7 +13,7 @@ from tiny import tiny_tokenizer
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tokenizer, files to train on, and a file to evaluate with which one of them leaks into."""
+    """Write a tokenizer, training files, and an evaluation file that leaks into one of them."""
     monkeypatch.chdir(tmp_path)
     tiny_tokenizer().save_pretrained("model")
     triples = [
@@ -36,7 +36,9 @@ def stats(*arguments: str) -> int:
     return main(["data", "stats", "--sources", SOURCES, *arguments])
 
 
-def test_all_is_told_in_a_table_and_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_statistics_are_in_the_table_and_in_the_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     held = "[{path: held.csv, role: harmful}, {path: ladders.jsonl, role: helpful}]"
     options = ["--eval_sources", held, "--model", "model", "--output", "stats.json"]
     assert stats(*options, "--branches", "2", "--rto_keep", "0.5") == 0
@@ -59,7 +61,9 @@ def test_all_is_told_in_a_table_and_in_a_file(capsys: pytest.CaptureFixture[str]
         assert not [word for word in ("paint", "Step", "painter", "sweeps") if word in said]
 
 
-def test_the_configuration_of_a_training_run_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_configuration_of_a_training_run_is_accepted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     Path("run.yaml").write_text(
         "model: model\noutput_dir: out\nlearning_rate: 1e-5\nrecipe: vanilla\n"
         f"sources: {SOURCES}\n"
@@ -88,7 +92,7 @@ def test_weights_of_sources_are_in_the_shares(capsys: pytest.CaptureFixture[str]
     assert thrice / (1 - thrice) == pytest.approx(3 * once / (1 - once))
 
 
-def test_characters_count_where_there_is_no_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
+def test_characters_are_counted_without_a_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     assert stats("--near", "null") == 0
     told = capsys.readouterr().out
     assert told.splitlines()[0] == "records"
@@ -105,7 +109,7 @@ def test_characters_count_where_there_is_no_tokenizer(capsys: pytest.CaptureFixt
         (["--model", "model", "--rto_keep", "2"], "rto_keep must lie in [0, 1], got 2.0"),
     ],
 )
-def test_what_cannot_be_told_is_said(
+def test_impossible_statistics_are_refused_with_the_reason(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert stats(*arguments) == 1

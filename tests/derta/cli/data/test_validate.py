@@ -41,7 +41,7 @@ def test_every_bad_row_of_every_file_is_named_in_one_pass(
     assert err == "derta data validate: errors: 3 in 3 files\n"
 
 
-def test_good_files_are_a_success_in_every_role(capsys: pytest.CaptureFixture[str]) -> None:
+def test_good_files_pass_in_every_role(capsys: pytest.CaptureFixture[str]) -> None:
     assert main("data validate b.csv --role harmful --format beavertails".split()) == 0
     assert capsys.readouterr().out.startswith("b.csv: 1 records, 0 errors")
 
@@ -56,7 +56,7 @@ def test_an_id_given_twice_is_an_error_of_the_later_row(
     assert capsys.readouterr().out.startswith(expected)
 
 
-def test_files_may_number_their_rows_alike(capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_files_may_use_the_same_ids(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{**row, "id": n} for n in range(3) for row in ROWS["triple"](n)]
     for name in ("a.jsonl", "d.jsonl"):
         Path(name).write_bytes(contain(rows, "jsonl"))

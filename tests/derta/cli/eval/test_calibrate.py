@@ -1,4 +1,4 @@
-"""`derta eval calibrate`: judges from a configuration, held against files of labels."""
+"""`derta eval calibrate`: judges of a configuration compared with labels."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_pickled_weights_of_a_judge_are_refused(
         assert "safetensors" in capsys.readouterr().err
 
 
-def test_a_rubric_of_the_configuration_is_what_a_server_is_asked(tmp_path: Path) -> None:
+def test_a_server_gets_the_rubric_of_the_configuration(tmp_path: Path) -> None:
     with serving(lambda path, body: said("yes")) as served:
         settings = {"kind": "server", "base_url": served.base_url, "model": "m"}
         (judge,) = make_judges({"cls": {**settings, "rubric": "harmbench"}}, tmp_path).values()

@@ -1,4 +1,4 @@
-"""`derta eval compare` on summaries and official files, and its sentence for every wrong call."""
+"""`derta eval compare` on summaries and official files, and one sentence for every wrong call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny import tiny_tokenizer
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two summaries, and result files laid out as the official repository's are."""
+    """Write two summaries, and result files in the layout of the official repository."""
     monkeypatch.chdir(tmp_path)
     for folder, names in {"one": ["derta"], "two": ["vanilla", "derta"]}.items():
         results = {
@@ -42,7 +42,7 @@ def compared(*arguments: str) -> dict[str, Any]:
     return json.loads(Path("out/comparison.json").read_text("utf-8"))
 
 
-def test_summaries_are_compared_under_their_variants_names_or_given_ones() -> None:
+def test_summaries_are_compared_under_their_own_or_given_names() -> None:
     assert list(compared("two")["models"]) == ["vanilla", "derta"]
     named = compared("one/summary.json", "two", "--names", "[tuned, two]")
     assert list(named["models"]) == ["tuned", "two vanilla", "two derta"]
@@ -50,7 +50,7 @@ def test_summaries_are_compared_under_their_variants_names_or_given_ones() -> No
     assert same == named
 
 
-def test_files_of_official_layout_are_gathered_by_a_pattern(
+def test_a_pattern_finds_files_of_the_official_layout(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     found = compared(
@@ -90,7 +90,7 @@ def test_attacks_and_analyses_can_be_named(capsys: pytest.CaptureFixture[str]) -
     )
 
 
-def test_official_files_are_counted_in_tokens_and_repeats_on_demand() -> None:
+def test_tokens_and_repeats_of_official_files_are_counted_on_demand() -> None:
     tiny_tokenizer().save_pretrained("tokenizer")
     row = {"question": "How?", "response": "Take a brush. Sorry, no."}
     write("results/twice/twice.json", row, row)

@@ -1,4 +1,4 @@
-"""`derta eval` on local folders, and the sentence it has for every wrong call."""
+"""`derta eval` on local folders, and one sentence for every wrong call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model, adapters trained on it, and the two kinds of records."""
+    """Make a model, adapters trained on it, and the two kinds of records."""
     monkeypatch.chdir(tmp_path)
     model = tiny_model("llama")
     model.save_pretrained("model")
@@ -90,7 +90,7 @@ def test_settings_reach_the_evaluation(workplace: Path) -> None:
     assert len(entry["samples"]) == 6
 
 
-def test_a_file_whose_format_is_named_and_another_that_numbers_alike_are_read(
+def test_files_with_named_formats_and_equal_ids_are_read(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("bare.csv").write_text("How?,fences\nWhy?,fences\n", encoding="utf-8")
@@ -278,7 +278,7 @@ def test_a_second_run_generates_nothing_and_another_judge_reads_the_same_answers
     assert entry()["over_refusal"] == {"benign": 1.0}
 
 
-def test_of_answers_that_do_not_stay_only_the_evaluations_own_files_go(workplace: Path) -> None:
+def test_removing_answers_removes_only_files_of_the_evaluation(workplace: Path) -> None:
     with serving(lambda path, body: said("HARMFUL: no\nREFUSED: no")) as served:
         gpt = {"kind": "server", "base_url": served.base_url, "model": "m"}
         config = {"model": {"a model": "model"}, "judges": {"gpt": gpt}, "curve": False}
@@ -329,7 +329,7 @@ def test_models_and_local_judges_are_in_memory_one_at_a_time(
     assert here["reads"] == [1, 1]
 
 
-def test_a_served_model_stands_beside_a_local_one(workplace: Path) -> None:
+def test_a_served_model_is_compared_with_a_local_one(workplace: Path) -> None:
     shutil.copytree("model", "tokens")
     Path("tokens/model.safetensors").unlink()
     with serving(lambda path, body: said("Sorry, no.")) as served:
@@ -359,7 +359,7 @@ def test_a_served_model_stands_beside_a_local_one(workplace: Path) -> None:
         ('["{request}",\n"Hi"]', "templates.txt[1]: must have the slot {request}, got none"),
     ],
 )
-def test_wrong_templates_are_told_before_anything_is_loaded(
+def test_wrong_templates_are_reported_before_anything_is_loaded(
     workplace: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
 ) -> None:
     Path("templates.txt").write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -377,7 +377,7 @@ def test_templates_are_lines_or_a_list(tmp_path: Path) -> None:
     assert read_templates(None) == []
 
 
-def test_curves_are_read_of_any_records(
+def test_curves_of_all_kinds_of_records_are_read(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write("more.jsonl", {"prompt": "Why?", "safe": "First, no.", "harmful": "Step one."})
