@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can say, each part in under 8 minutes on a machine with nothing but torch >= 2.11,
-# NumPy, Triton >= 3.6 and pytest. Nothing is downloaded.
+# Measurements that need a GPU, each part in under 8 minutes on a machine with nothing but
+# torch >= 2.11, NumPy, Triton >= 3.6 and pytest. Nothing is downloaded.
 #
 #   benchmarks/gpu.sh tests       the kernels' tests, bf16 on the GPU: tests.log, tests.xml
 #   benchmarks/gpu.sh loss        the head loss against its peers: head_loss.json, ..., loss.log
@@ -9,14 +9,13 @@
 #   benchmarks/gpu.sh memory      derta plan against what is allocated, 1B to 8B: plan.log; then the
 #                                 longest harmful response that fits, against derta plan
 #
-# Results go to $OUT, or to benchmarks/results/$DERTA_MACHINE where that is unset. All parts but
-# `tests` are taken up where they were left: what has records there, or in benchmarks/results, is not
-# run again.
+# Results go to $OUT, or to benchmarks/results/$DERTA_MACHINE if that is unset. All parts but `tests`
+# resume: groups with records there, or in benchmarks/results, are not run again.
 #
 #   DERTA_MACHINE   name of the folder of results; h200 by default
-#   DERTA_PEERS     folder of wheels to compare with, their needs among them; none by default.
-#                   `tests` takes hypothesis from it, and leaves its tests out without
-#   DERTA_COMMIT    what the records call the commit, for a copy without its history
+#   DERTA_PEERS     folder of wheels to compare with, dependencies included; none by default.
+#                   `tests` takes hypothesis from it, and skips its tests without
+#   DERTA_COMMIT    name of the commit in the records, for a copy without its history
 set -euo pipefail
 cd "$(dirname "$0")/.."
 part=${1:-}

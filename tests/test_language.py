@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from derta.cli.commands import COMMANDS
+from derta.settings.fields import keys_of
+
 ROOT = Path(__file__).parents[1]
 CLAUSES = ("What", "Whether", "Of", "That", "How", "Which", "Whose", "Whom")
 OPENING = re.compile(rf"({'|'.join(CLAUSES)})\b", re.IGNORECASE)
@@ -54,4 +57,28 @@ def test_no_docstring_or_message_opens_with_a_clause(folder: str) -> None:
                 for line, text in (*docstrings(tree), *messages(tree))
                 if OPENING.match(text)
             ]
+    assert not found, "\n".join(found)
+
+
+SETTINGS = [name for name, entry in COMMANDS.items() if entry.settings]
+
+
+@pytest.mark.parametrize("command", sorted(SETTINGS))
+def test_no_help_text_opens_with_a_clause(command: str) -> None:
+    assert not OPENING.match(COMMANDS[command].summary)
+    for name, key in keys_of(COMMANDS[command].config_class).items():
+        text = key.about.help
+        assert text and not OPENING.match(text), name
+        assert text.endswith((".", ":")), name
+
+
+def test_pages_open_their_paragraphs_with_the_subject() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+    pages += [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md")]
+    found = []
+    for page in pages:
+        for paragraph in re.split(r"\n\s*\n", page.read_text(encoding="utf-8")):
+            text = paragraph.strip().lstrip("*#- ")
+            if OPENING.match(text) and "?" not in text and "." in text.split("\n")[0]:
+                found.append(f"{page.relative_to(ROOT)}: {text[:60]}")
     assert not found, "\n".join(found)
