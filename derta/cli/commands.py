@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from derta.settings import describe_keys, keys_of
+from derta.settings.help import WIDTH
 
-WIDTH = 100
 # Arguments that take all that are left.
 LISTS = ("files", "data", "results")
 

@@ -22,8 +22,8 @@ from derta.memory.step import StepMemory, StepSettings
 from derta.modeling.introspection import context_of
 from derta.objectives.defaults import DERTA, MAX_LENGTH, MAX_TOKENS
 from derta.settings import Text, build, keys_of, read_text
+from derta.settings.help import WIDTH
 
-WIDTH = 100
 QUESTIONS = {
     "model": "model (a folder, or a name on the model hub)",
     "data": "data (path:role, path:role, ...; roles: safety, helpful, borderline)",

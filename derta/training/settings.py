@@ -149,7 +149,7 @@ class ScheduleSettings:
     examples_per_step: int = setting(
         128, "Examples per optimizer step, over all ranks.", ge=1, heading="batches"
     )
-    num_train_epochs: float = setting(2.0, "Epochs of the training.")
+    num_train_epochs: float = setting(2.0, "Epochs of the training.", heading="schedule")
     learning_rate: float = setting(2e-5, "Initial learning rate, after the warm-up.")
 
 
@@ -258,10 +258,12 @@ class RuntimeSettings:
     )
     head_impl: str = setting(
         "auto",
-        "Implementation of the head loss, see derta doctor: auto, or a name that it tells.",
+        "Implementation of the head loss, see derta_kernels.head_loss.",
         heading="implementation",
     )
-    attention_impl: str = setting("auto", "Implementation of the attention, likewise.")
+    attention_impl: str = setting(
+        "auto", "Implementation of the attention, see derta_kernels.interval_attention."
+    )
 
 
 @dataclass(kw_only=True)
