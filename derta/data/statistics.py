@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from derta.data.defaults import LISTED, NEAR
 from derta.data.packs.packing import Collator, count_tokens
 from derta.data.packs.shares import loss_shares
 from derta.data.records.duplicates import (
-    NEAR,
     Fingerprint,
     Match,
     RequestIndex,
@@ -32,8 +32,6 @@ from derta.objectives.base import Drawn, LossNorm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LISTED = 20
 
 
 class Lengths:

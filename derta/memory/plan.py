@@ -18,6 +18,7 @@ from derta.data import Drawn, EncodedTriple
 from derta.data.packs.packing import placed
 from derta.memory.step import StepMemory, StepSettings
 from derta.modeling.introspection import context_of
+from derta.objectives.defaults import PROMPT_TOKENS, SAFE_TOKENS
 from derta.objectives.derta import DertaObjective
 
 GIB = 2**30
@@ -51,8 +52,8 @@ class Triples:
 
     branches: int
     rto_keep: float
-    prompt: int = 40
-    safe: int = 70
+    prompt: int = PROMPT_TOKENS
+    safe: int = SAFE_TOKENS
 
     def check(self, tokens: int) -> None:
         """Check that a triple fits into a pack of that many tokens.

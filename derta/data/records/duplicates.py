@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from datasketch import MinHash, MinHashLSH
 
+from derta.data.defaults import NEAR
 from derta.data.records.types import Message, Record, Rendered, Request, Triple
 
-NEAR = 0.7
 SHINGLE_WORDS = 2
 PERMUTATIONS = 128
 MISSED = 1e-3

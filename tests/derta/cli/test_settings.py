@@ -408,19 +408,13 @@ def test_help_of_a_setting_is_exact() -> None:
 
 def test_defaults_agree_with_the_library() -> None:
     from derta.data import DertaCollator
-    from derta.data.defaults import LISTED, NEAR
-    from derta.data.records import duplicates
-    from derta.data.statistics import LISTED as listed
     from derta.demo.run import VARIANTS
-    from derta.memory.plan import Triples
-    from derta.objectives.defaults import DERTA, PROMPT_TOKENS, SAFE_TOKENS
+    from derta.objectives.defaults import DERTA
     from derta.training.settings import RECIPES as recipes
 
     collator = DertaCollator()
     assert all(getattr(collator.objective, name) == value for name, value in vars(DERTA).items())
     assert recipes["derta"] is DERTA
-    assert (Triples.prompt, Triples.safe) == (PROMPT_TOKENS, SAFE_TOKENS)
-    assert (duplicates.NEAR, listed) == (NEAR, LISTED)
     assert build(settings_of(module_of("demo")), {}).variants == list(VARIANTS)
 
 
