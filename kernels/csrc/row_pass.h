@@ -31,6 +31,9 @@ struct DertaRows {
     int32_t form_gradient;
 };
 
+/* sizeof(struct DertaRows), by which a caller knows a library that was built from other sources. */
+DERTA_API int64_t derta_row_pass_rows_bytes(void);
+
 /* On the CPU, by at most `threads` threads. `instruction_set`: one of those below; NULL: the best.
  * Results do not depend on the number of threads. */
 DERTA_API const char *derta_row_pass(const struct DertaRows *rows, const char *instruction_set,

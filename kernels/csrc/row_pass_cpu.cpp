@@ -39,6 +39,8 @@ constexpr int64_t kLogitsWorthAThread = 1 << 16;
 
 }  // namespace
 
+int64_t derta_row_pass_rows_bytes() { return sizeof(DertaRows); }
+
 const char *derta_row_pass(const DertaRows *rows, const char *instruction_set, int threads) {
     if (rows->dtype < DERTA_BFLOAT16 || rows->dtype > DERTA_FLOAT32) return "unknown dtype";
     if (rows->columns != 2 && rows->columns != 3) return "rows have two tokens or three";

@@ -77,6 +77,8 @@ const char *message(cudaError_t error) {
 
 }  // namespace
 
+int64_t derta_row_pass_rows_bytes() { return sizeof(DertaRows); }
+
 const char *derta_row_pass_cuda(const DertaRows *rows, int device, void *stream) {
     Kernel kernel = nullptr;
     switch (rows->dtype) {

@@ -174,6 +174,17 @@ def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     )
 
 
+@needs_library
+def test_a_library_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(native._Rows):
+        _fields_ = [("added", native.ctypes.c_int64)]
+
+    monkeypatch.setattr(native, "_Rows", Rows)
+    assert unavailable(CPU, torch.float32) == (
+        "the native library is older than its sources: run `pip install -e .` there"
+    )
+
+
 def test_without_tools_the_build_says_which_one_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

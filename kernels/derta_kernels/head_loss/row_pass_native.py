@@ -100,10 +100,14 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"it runs on CPUs and CUDA devices, not on {device.type}"
     why_not = _not_built(device.type)
-    if why_not is not None or device.type == "cpu":
+    if why_not is not None:
         return why_not
-    if not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
+    if _is_of_other_sources(device.type):
+        return "the native library is older than its sources: run `pip install -e .` there"
+    if device.type == "cpu":
+        return None
     with torch.cuda.device(device):  # the library sets the device, this sets it back
         error = _library("cuda").derta_row_pass_cuda_unavailable(torch.cuda.current_device())
     return None if error is None else error.decode()
@@ -142,6 +146,12 @@ def _not_built(kind: str) -> str | None:
     if reasons["cpu"] is not None:
         return f"the native library was not built: {reasons['cpu']}"
     return f"the native library was built without CUDA: {reasons['cuda']}"
+
+
+def _is_of_other_sources(kind: str) -> bool:
+    """Return whether the library has another `DertaRows`, as one from before a pull may have."""
+    size = getattr(_library(kind), "derta_row_pass_rows_bytes", None)
+    return size is None or size() != ctypes.sizeof(_Rows)
 
 
 def _path(kind: str) -> Path:
