@@ -147,7 +147,7 @@ def _labelled(row: Any) -> Labelled | None:
             continue
         word = f"{value:g}" if isinstance(value, bool | int | float) else str(value).strip()
         if word.lower() not in words:
-            raise ValueError(f"{field}: is none of {', '.join(words)}")
+            raise ValueError(f"{field}: expected one of {', '.join(words)}")
         question, yes = words[word.lower()]
         said[question] = yes
     response = row[format.response]

@@ -60,7 +60,7 @@ class ModelJudge:
         if not isinstance(probe, str) and _SENTINEL not in self._render(probe):
             self._in_parts = True
             if _SENTINEL not in self._render(probe):
-                raise ValueError("the judge's chat template leaves out the answer it is to read")
+                raise ValueError("the judge's chat template drops the answer to be judged")
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         room = context_length(self.model) - self.rubric.max_new_tokens
@@ -142,11 +142,12 @@ class ClassifierJudge:
         self.labels: list[str] = [label for _, label in sorted(id2label.items())]
         if refusal_label is None and harmful_label is None:
             raise ValueError(
-                f"name refusal_label, harmful_label or both; the labels are {_listed(self.labels)}"
+                "refusal_label or harmful_label must be given; the labels are "
+                f"{_listed(self.labels)}"
             )
         for name, label in (("refusal_label", refusal_label), ("harmful_label", harmful_label)):
             if label is not None and label not in self.labels:
-                raise ValueError(f"{name}: {label!r} is none of {_listed(self.labels)}")
+                raise ValueError(f"{name} must be one of {_listed(self.labels)}, got {label!r}")
         if len(self.labels) < 2 or model.config.problem_type == "multi_label_classification":
             raise ValueError("the classifier must give every answer exactly one of several labels")
         self.model = model

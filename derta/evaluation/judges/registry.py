@@ -227,7 +227,7 @@ def make_judges(judges: Mapping[str, Any], folder: str | Path) -> dict[str, Judg
 def _config(name: str, settings: Any) -> tuple[Any, Callable[..., Judge]]:
     """Check settings as far as possible without loading anything, and return them and the maker."""
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"judges: {name!r} is no name, expected letters, digits, - and _")
+        raise ValueError(f"judges: expected a name of letters, digits, - and _, got {name!r}")
     if not isinstance(settings, Mapping | None):
         raise ValueError(f"judges.{name}: expected settings, as in {{{name}: {{kind: keyword}}}}")
     settings = dict(settings or {})
@@ -247,5 +247,5 @@ def _text(template: str) -> str:
         return template
     path = Path(template)
     if not path.is_file():
-        raise ValueError(f"template: {template}: neither a text with {{request}} nor a file")
+        raise ValueError(f"template: expected text with {{request}} or a file, got {template!r}")
     return path.read_text(encoding="utf-8")

@@ -64,7 +64,7 @@ def test_lm_eval_prints_nothing_to_the_terminal(
     assert not [said for said in caplog.records if said.name.startswith("lm_eval")]
 
 
-def test_lm_eval_is_not_imported_without_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_is_needed_only_for_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run_tasks(tiny_model("llama"), tiny_tokenizer(), [], batch_size=4) == {}
     with pytest.raises(

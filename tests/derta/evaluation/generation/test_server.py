@@ -75,7 +75,7 @@ def test_only_temporary_failures_are_retried(served: Served) -> None:
     assert len(served.asked) == 5 + 5  # distinct prompts, and troubles
 
 
-def test_a_reply_that_exceeds_the_time_limit_is_an_error(served: Served) -> None:
+def test_a_reply_over_the_time_limit_is_retried_and_then_an_error(served: Served) -> None:
     served.slow_s = lambda body: 0.5 if len(served.asked) == 1 else 0.0
     assert ask(server(served, timeout_s=0.1, concurrency=1), [[40]]) == ["after [40]"]
     served.slow_s = lambda body: 0.5

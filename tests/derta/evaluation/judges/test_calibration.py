@@ -66,7 +66,7 @@ def test_kappa_is_undefined_if_chance_always_agrees(
     assert one.kappa is None
 
 
-def test_judges_are_compared_on_the_questions_they_decide() -> None:
+def test_each_judge_is_compared_with_people_on_both_questions() -> None:
     def labelled(answer: str, refused: bool | None, harmful: bool | None) -> Labelled:
         return Labelled(Exchange(({"role": "user", "content": "How?"},), answer), refused, harmful)
 
@@ -167,11 +167,11 @@ def test_custom_labelled_answers_are_read_by_their_label_words(tmp_path: Path, a
         ('{"prompt": "a", "response": "b"}', "1: fields: found prompt, response, expected prompt"),
         (
             '{"prompt": "a", "response": "b", "label": "secret"}',
-            "1: label: is none of refusal, compliance, harmful, unharmful, unsafe, safe",
+            "1: label: expected one of refusal, compliance, harmful, unharmful, unsafe, safe",
         ),
         (
             '{"prompt": "a", "target_response": "b", "human_majority": 0.5}',
-            "1: human_majority: is none of 1, 0",
+            "1: human_majority: expected one of 1, 0",
         ),
         ('{"prompt": " ", "response": "b", "label": "safe"}', "1: prompt: is blank"),
         ('[["a"]]', "1[0]: row: is list, expected an object"),

@@ -48,7 +48,7 @@ def replies(text: str) -> list[int]:
 def replying(
     scripted: Callable[..., PreTrainedModel], chain: Callable[..., dict[int, int]]
 ) -> Callable[..., PreTrainedModel]:
-    """Return a model that replies with the given text to questions that end in `last`."""
+    """Return a maker of models that reply with `text` to questions that end in `last`."""
 
     def make(last: int, text: str) -> PreTrainedModel:
         return scripted(chain(last, *replies(text)))
@@ -111,7 +111,7 @@ def test_a_guard_is_asked_through_its_own_template(
         (None, "the judge's tokenizer has no chat template, expected the model's own"),
         (
             "{{ messages[0].content }}",
-            "the judge's chat template leaves out the answer it is to read",
+            "the judge's chat template drops the answer to be judged",
         ),
         ("{{ raise_exception('never') }}", "the judge's chat template rejects the exchange: never"),
     ],
@@ -210,9 +210,17 @@ def test_answers_are_read_one_by_one_without_a_padding_token() -> None:
 @pytest.mark.parametrize(
     ("overrides", "labels", "message"),
     [
-        ({}, {}, "name refusal_label, harmful_label or both; the labels are NORMAL, REJECTION, HA"),
-        ({}, {"refusal_label": "NO"}, "refusal_label: 'NO' is none of NORMAL, REJECTION, HARM"),
-        ({}, {"harmful_label": "NO"}, "harmful_label: 'NO' is none of NORMAL, REJECTION, HARM"),
+        ({}, {}, "refusal_label or harmful_label must be given; the labels are NORMAL, REJ"),
+        (
+            {},
+            {"refusal_label": "NO"},
+            "refusal_label must be one of NORMAL, REJECTION, HARM, got 'NO'",
+        ),
+        (
+            {},
+            {"harmful_label": "NO"},
+            "harmful_label must be one of NORMAL, REJECTION, HARM, got 'NO'",
+        ),
         (
             {"problem_type": "multi_label_classification"},
             {"harmful_label": "HARM"},
