@@ -1,6 +1,6 @@
-"""Invented rows in the shape of every public format, whose harmless texts say what they are.
+"""Invented rows in every public format, with harmless texts that name themselves.
 
-The texts of item `n` carry their kind and `n`: whatever is read from them can be held against it.
+The texts of item `n` contain their kind and `n`, to check the result of reading them.
 """
 
 from __future__ import annotations
@@ -171,10 +171,10 @@ PACKINGS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def contain(rows: Sequence[Row], container: str) -> bytes:
-    """The rows as a file.
+    """Return the content of a file with the rows.
 
     Raises:
-        pyarrow.ArrowException: parquet cannot hold them.
+        pyarrow.ArrowException: parquet cannot hold the rows.
     """
     if container == "jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -1,4 +1,4 @@
-"""Pages as a browser shows them, and where on them the figures are."""
+"""Screenshots of pages in a browser, and the places of their figures."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium, which pages are looked at with, is not installed"
 )
 
-DARK, LIGHT = 0, 1  # Blink's numbers of what a reader prefers
+DARK, LIGHT = 0, 1  # Blink's numbers for the preferred colour scheme
 
 
 def screenshots(
     pages: Sequence[tuple[Path, int]], folder: Path, *, scheme: int = LIGHT, height: int = 3000
 ) -> list[np.ndarray]:
-    """The tops of pages, each (height, its width, 3) uint8.
+    """Return the tops of pages, each (height, its width, 3) uint8.
 
-    All are shown at once, side by side, since a browser takes longer to start than to draw. The
-    sheet stays in `folder` as a PNG.
+    All pages are shown side by side at once, because starting a browser takes longer than drawing.
+    The sheet stays in `folder` as a PNG.
 
     Args:
-        pages: each with the width of its window in pixels.
+        pages: pages and the widths of their windows in pixels.
         scheme: DARK or LIGHT.
     """
     assert CHROMIUM is not None
@@ -71,7 +71,7 @@ def screenshots(
 
 
 def with_figures_painted_over(page: Path) -> Path:
-    """A copy of a page beside it, on which `figure_places` finds the figures."""
+    """Write a copy of a page, on which `figure_places` finds the figures, and return its path."""
     text = page.read_text("utf-8")
     count = len(re.findall("<figure", text))
     paint = "".join(
@@ -85,7 +85,7 @@ def with_figures_painted_over(page: Path) -> Path:
 
 
 def figure_places(painted: np.ndarray) -> list[tuple[slice, slice]]:
-    """Rows and columns of every figure, from a picture of `with_figures_painted_over`."""
+    """Return rows and columns of every figure on a picture of `with_figures_painted_over`."""
     red, green, nth = np.moveaxis(painted, -1, 0)
     paint = (red == 255) & (green == 0)
     places = []
@@ -97,6 +97,6 @@ def figure_places(painted: np.ndarray) -> list[tuple[slice, slice]]:
 
 
 def pixels_like(picture: np.ndarray, color: str, tolerance: int = 12) -> int:
-    """How many pixels have a colour, given as "#rrggbb"."""
+    """Count the pixels of a colour, given as "#rrggbb"."""
     wanted = np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)], np.int16)
     return int((np.abs(picture - wanted).max(axis=-1) <= tolerance).sum())

@@ -1,4 +1,4 @@
-"""A model behind a real server on this machine, which can be made to fail as servers do."""
+"""A real server on this machine that fails on demand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Asked(NamedTuple):
-    """One request that came in."""
+    """One received request."""
 
     path: str
     body: Mapping[str, Any]
@@ -22,7 +22,7 @@ class Asked(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """What a request meets instead of a reply: a status, or a connection that drops at 0."""
+    """An error instead of a reply: an HTTP status, or a dropped connection if it is 0."""
 
     status: int
     headers: Mapping[str, str] = {"retry-after-ms": "10"}
@@ -30,14 +30,14 @@ class Trouble(NamedTuple):
 
 
 class Served:
-    """What was asked, and what is to go wrong.
+    """The requests received, and the errors to come.
 
     Attributes:
-        asked: requests in the order in which they came.
-        troubles: what the next requests meet, by turns; None is a reply.
-        trouble_of: what a request meets for what it asks.
-        slow_s: how long a reply takes.
-        most_at_once: requests under way at one time.
+        asked: requests in order of arrival.
+        troubles: errors for the next requests, in order; None is a reply.
+        trouble_of: function from a request's body to its error, or to None.
+        slow_s: function from a request's body to the duration of its reply.
+        most_at_once: most concurrent requests.
     """
 
     def __init__(self, reply: Callable[[str, Mapping[str, Any]], Mapping[str, Any]]) -> None:
@@ -88,7 +88,7 @@ class Served:
 
 
 def said(text: str, ids: Sequence[int] | None = None, finish: str = "stop") -> dict[str, Any]:
-    """A reply in the form of both kinds of completion."""
+    """Return a reply in the format of both kinds of completion."""
     choice: dict[str, Any] = {
         "index": 0,
         "text": text,
@@ -102,7 +102,7 @@ def said(text: str, ids: Sequence[int] | None = None, finish: str = "stop") -> d
 
 @contextlib.contextmanager
 def serving(reply: Callable[[str, Mapping[str, Any]], Mapping[str, Any]]) -> Iterator[Served]:
-    """A server whose replies are `reply(path, body)`."""
+    """Run a server whose replies are `reply(path, body)`."""
     served = Served(reply)
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Streams without a device, as late as a device's may be."""
+"""Streams without a device that run as late as a device's stream may."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LateStream:
-    """Takes the place of a `torch.Stream`: copies happen when somebody waits for them, not before.
+    """A substitute for a `torch.Stream` that copies only when somebody waits.
 
-    Until then they keep no tensor alive, as on a device, where memory that is given back too early
-    has other contents by then.
+    Pending copies keep no tensor alive. On a device, memory that is freed too early would have
+    other contents by then.
 
     Attributes:
-        waits: streams that this one has been made to wait for, one after the other.
+        waits: streams that this one waited for, in order.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class LateStream:
 
 
 class _Copies(TorchDispatchMode):
-    """Puts copies off."""
+    """A mode that postpones copies."""
 
     def __init__(self, work: list[Callable[[], None]]) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def _weak(tensor: Tensor) -> Callable[[], Tensor]:
 
     def again() -> Tensor:
         alive = storage()
-        assert alive is not None, "memory was given back while it was copied"
+        assert alive is not None, "memory was freed during a copy"
         return torch.empty(0, dtype=dtype).set_(alive, *place)
 
     return again

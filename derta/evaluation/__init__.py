@@ -1,4 +1,4 @@
-"""Evaluation: attack success, over-refusal, refusal curves, and a report of them.
+"""Evaluation of models: attack success, over-refusal, refusal curves, and reports.
 
 Names are imported on first use: a training run, which reads refusal curves, needs no matplotlib.
 """

@@ -1,4 +1,4 @@
-"""One model through all scenarios and its refusal curves."""
+"""Evaluation of one model: all scenarios, refusal curves, perplexity and tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, make_sce
 from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
 from derta.modeling.introspection import context_length
 
-# For trials that no judge reads.
+# The verdict for trials that need no judge.
 UNJUDGED = Verdict(refused=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """How a model is evaluated.
+    """Settings of an evaluation.
 
     Args:
-        refusal: the refusal token whose curve is read, see `find_refusal_token`.
-        prefill_depths: how many tokens of the harmful response an answer starts with.
+        refusal: the refusal token of the curves, see `find_refusal_token`.
+        prefill_depths: numbers of harmful response tokens at the start of an answer.
         templates: texts around a request, each with the slot `{request}`, see `make_scenarios`.
-        max_new_tokens: longest answer.
-        batch_size: prompts a batch.
-        max_tokens: tokens a pack of the refusal curve.
-        curve: whether to read refusal curves, which need harmful responses and a model that
-            `apply_derta` takes.
-        helpful: "exact_match" of generated answers, or "perplexity" of the given ones.
-        judges: name to who decides which answers refuse; all of them read the same answers, and
-            the first one's figures are the main ones.
+        max_new_tokens: most tokens of an answer.
+        batch_size: prompts per batch.
+        max_tokens: tokens per pack for refusal curves.
+        curve: if True, refusal curves are measured; they need harmful responses and a model that
+            `apply_derta` supports.
+        helpful: "exact_match" of generated answers, or "perplexity" of the given answers.
+        judges: name to judge; all judges read the same answers, and the first one's figures are the
+            main ones.
         lm_eval: tasks of lm-eval, by name or as a YAML file, see `derta.evaluation.lm_tasks`.
-        samples: answers kept for each scenario; none by default, so that no text is shown.
+        samples: number of answers kept per scenario; 0 by default, to show no text.
 
     Raises:
         ValueError: a value is out of its range, two prefill depths are the same, a template lacks
@@ -71,7 +71,7 @@ class EvaluationSettings:
         if self.lm_eval:
             check_tasks(self.lm_eval)
         if not self.judges:
-            raise ValueError("judges must name at least one, got none")
+            raise ValueError("judges must name at least one judge, got none")
         least = {"max_new_tokens": 1, "batch_size": 1, "max_tokens": 1, "samples": 0}
         for name, limit in least.items():
             if getattr(self, name) < limit:
@@ -79,10 +79,10 @@ class EvaluationSettings:
 
 
 def refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings) -> None:
-    """Makes sure that a model behind a server, of which there are answers alone, is enough.
+    """Check that a served model, which only gives answers, is enough for the settings.
 
     Raises:
-        ValueError: curves, perplexity or tasks of lm-eval are asked for.
+        ValueError: curves, perplexity or tasks of lm-eval are requested.
     """
     asked = {
         "curve": settings.curve and any(request.response for request in data.harmful),
@@ -91,7 +91,7 @@ def refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings
     }
     for key, is_asked in asked.items():
         if is_asked:
-            raise ValueError(f"{key} takes a model on this machine, got one behind a server")
+            raise ValueError(f"{key} needs a model on this machine, got one behind a server")
 
 
 def evaluate_model(
@@ -102,10 +102,10 @@ def evaluate_model(
     *,
     generator: Generator | None = None,
 ) -> VariantResult:
-    """Attacks a model, asks it harmless things, and reads its refusal curves.
+    """Evaluate a model: collect its answers, then judge them.
 
-    Judges read when the model has written all: of several models, or beside judges that need its
-    memory, collect the answers first, see `collect_answers` and `judge_answers`.
+    The judges run while the model is still in memory. For several models, or for judges that need
+    the model's memory, call `collect_answers` and `judge_answers` instead.
 
     Args:
         model, tokenizer, data, settings, generator: see `collect_answers`.
@@ -125,13 +125,13 @@ class _Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model has said, and what is known of it without a judge.
+    """The answers of a model, and the results that need no judge.
 
     Attributes:
-        scenarios: what it was asked.
-        answers: for each scenario, to its trials.
-        tokenizer: the model's.
-        found: its curves, its perplexity, figures of lm-eval, and how long all of this took.
+        scenarios: the scenarios.
+        answers: answers to the trials of each scenario.
+        tokenizer: the model's tokenizer.
+        found: curves, perplexity, figures of lm-eval, and their duration.
     """
 
     scenarios: Sequence[Scenario]
@@ -148,23 +148,22 @@ def collect_answers(
     *,
     generator: Generator | None = None,
 ) -> Answered:
-    """All of an evaluation that takes the model itself, which is not needed any more then.
+    """Run the part of an evaluation that needs the model.
 
-    The model is left as it was: its mode, its generation configuration, and whether `apply_derta`
-    has been applied.
+    The model's mode, generation configuration and patch are restored.
 
     Args:
-        model: a causal language model, plain or under PEFT; None if it is not here, but behind the
-            generator: then there are no curves, no perplexity and no tasks of lm-eval.
+        model: a causal language model, plain or under PEFT; None for a served model, which has no
+            curves, no perplexity and no tasks of lm-eval.
         tokenizer: its tokenizer, with a chat template.
         data: held-out requests.
-        settings: see `EvaluationSettings`; its judges and samples play no part.
-        generator: writes the answers; None: the model.
+        settings: see `EvaluationSettings`; its judges and samples are ignored.
+        generator: the generator of the answers; None: the model.
 
     Raises:
         ValueError: a request does not fit the model's context or its chat template (names its id),
-            the refusal token cannot be resolved, curves are asked of a model that `apply_derta`
-            refuses, or something is asked of a model that is not here.
+            the refusal token cannot be resolved, `apply_derta` refuses the model for curves, or
+            the settings need more than a served model.
     """
     started = time.perf_counter()
     chat = Chat(tokenizer)
@@ -204,11 +203,11 @@ def collect_answers(
 def judge_answers(
     answered: Sequence[Answered], settings: EvaluationSettings
 ) -> list[VariantResult]:
-    """One judge after another reads the answers of all models.
+    """Let one judge after another read the answers of all models.
 
     Args:
-        answered: one a model.
-        settings: see `EvaluationSettings`; only its judges and samples play a part.
+        answered: the answers, one entry per model.
+        settings: see `EvaluationSettings`; only its judges and samples are used.
     """
     verdicts = {name: _verdicts(judge, answered) for name, judge in settings.judges.items()}
     return [
@@ -220,7 +219,7 @@ def judge_answers(
 def _result(
     answered: Answered, verdicts: Mapping[str, Sequence[Sequence[Verdict]]], samples: int
 ) -> VariantResult:
-    """Of one model, of whose answers each judge says what it says for each scenario."""
+    """Return the result of one model from each judge's verdicts, by scenario."""
     tokenizer = answered.tokenizer
     said = {
         name: list(zip(answered.scenarios, answered.answers, by_scenario, strict=True))
@@ -254,7 +253,7 @@ def _trials(scenario: Scenario, chat: Chat) -> list[Trial]:
 
 
 def _answers(generator: Generator, chat: Chat, trials: Sequence[Trial]) -> list[_Answer]:
-    """To every trial; of conversations to their last turns, turn by turn of all at once."""
+    """Generate the last answer of every trial; all conversations advance together, turn by turn."""
     trials = list(trials)
     while going_on := [place for place, trial in enumerate(trials) if trial.later]:
         said = _write(generator, [trials[place] for place in going_on])
@@ -269,7 +268,7 @@ def _write(generator: Generator, trials: Sequence[Trial]) -> list[Written]:
 
 
 def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verdict]]]:
-    """For each model and scenario; those that take no judge are not shown to it."""
+    """Return the text before the answer, decoded with the answer to keep the space between."""
     exchanges = [
         Exchange(answer.trial.messages, answer.written.text, _prefilled(answer, one.tokenizer))
         for one in answered
@@ -290,11 +289,11 @@ def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verd
 
 
 def _prefilled(answer: _Answer, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text before the answer, from the response as a whole: tokens alone may lose a space."""
+    """Return the text before the answer, decoded with the answer to keep the space between them."""
     trial, (text, ids) = answer.trial, (answer.written.text, answer.written.ids)
     start = trial.prompt[len(trial.prompt) - trial.depth :]
     whole = decode(tokenizer, [*start, *ids])
-    # A character of which either has a part is in neither text.
+    # A character split between the two is in neither text.
     return whole.removesuffix(text) if whole.endswith(text) else decode(tokenizer, start)
 
 
@@ -324,7 +323,7 @@ def _outcome(
 
 
 def tokens_before(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> int:
-    """How many whole tokens of an answer come before character `start` of its text."""
+    """Count the whole tokens of an answer before character `start` of its text."""
 
     def length(count: int) -> int:
         return len(decode(tokenizer, ids[:count]))
@@ -349,7 +348,7 @@ def _sample(
 def _curves(
     model: PreTrainedModel, chat: Chat, data: EvaluationData, settings: EvaluationSettings
 ) -> list[tuple[np.ndarray, ...]]:
-    """Of harmful responses, and of benign and borderline ones to compare them with."""
+    """Return the curves of harmful, benign and borderline responses."""
     kinds = [
         [request for request in requests if request.response]
         for requests in (data.harmful, data.benign, data.borderline)

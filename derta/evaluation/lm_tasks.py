@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval, run by that library on a model that is loaded already."""
+"""Tasks of EleutherAI's lm-eval, run by that library on a loaded model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Makes sure that lm-eval knows every task.
+    """Check that lm-eval knows every task.
 
     Raises:
-        ValueError: lm-eval is not installed, or knows no task of that name.
-        FileNotFoundError: a task's file is not there.
+        ValueError: lm-eval is not installed, or has no task of that name.
+        FileNotFoundError: a task's file does not exist.
     """
     try:
         import lm_eval.tasks  # noqa: F401
@@ -31,11 +31,9 @@ def check_tasks(tasks: Sequence[str]) -> None:
     for task in tasks:
         if task.endswith(SUFFIXES):
             if not Path(task).is_file():
-                raise FileNotFoundError(f"lm_eval: {task}: no such file of a task")
+                raise FileNotFoundError(f"lm_eval: {task}: no such task file")
         elif task not in _manager(with_defaults=True).all_tasks:
-            raise ValueError(
-                f"lm_eval: {task!r} is none of lm-eval's tasks, expected one or a file"
-            )
+            raise ValueError(f"lm_eval: expected a task of lm-eval or a task file, got {task!r}")
 
 
 def run_tasks(
@@ -44,9 +42,9 @@ def run_tasks(
     tasks: Sequence[str],
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """What lm-eval finds, at its own settings: requests are not put into the chat template.
+    """Run tasks at lm-eval's own settings, without the chat template.
 
-    A task by name has lm-eval fetch its data set, unless that is in the local cache; a task's file
+    For a task by name, lm-eval downloads the data set unless it is in the local cache. A task file
     may name local data.
 
     Args:
@@ -56,8 +54,8 @@ def run_tasks(
         batch_size: requests a batch.
 
     Returns:
-        name of each task or group to its figures, which are called as lm-eval does it
-        ("exact_match,strict-match"), or without their filter where there is none ("acc").
+        name of each task or group to its figures, under lm-eval's names
+        ("exact_match,strict-match"), without the filter if there is none ("acc").
 
     Raises:
         ValueError, FileNotFoundError: as `check_tasks`.
@@ -69,7 +67,7 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
 
     by_name = any(not task.endswith(SUFFIXES) for task in tasks)
-    # It asks git of what commit the working directory is, and git complains where it is of none.
+    # lm-eval asks git for the current commit, and git complains outside of a repository.
     no_commit = mock.patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None)
     with evaluating(model), no_commit:
         found: Any = lm_eval.simple_evaluate(
@@ -90,13 +88,13 @@ def run_tasks(
 
 
 def _is_figure(name: str, value: Any) -> bool:
-    """lm-eval keeps names, counts and standard errors beside what a task measures."""
+    """Tell figures from the names, counts and standard errors beside them."""
     return "," in name and "_stderr," not in name and isinstance(value, int | float)
 
 
 @functools.cache
 def _manager(*, with_defaults: bool) -> Any:
-    """Knows the tasks; those that lm-eval brings take it half a minute to list."""
+    """Return lm-eval's task manager; listing the default tasks takes half a minute."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=with_defaults)

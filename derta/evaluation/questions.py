@@ -1,18 +1,19 @@
-r"""Questions with one right answer: what a model's answer comes to, and whether it is right.
+r"""Questions with one right answer: find the final answer of a text, and compare it.
 
-The reference tells the kind of the question. A letter, alone or before the choice's text ("B",
-"(B)", "B. twelve"), asks for a choice, as in MMLU; anything else must hold a number, as in GSM8K.
+The reference decides the kind of the question. A letter, alone or before the choice's text ("B",
+"(B)", "B. twelve"), asks for a choice, as in MMLU. Any other reference must hold a number, as in
+GSM8K.
 
-A *number* is, whichever is found first: the last one in the last \boxed{}; the first one after
-"####"; the last one of the text. Signs, commas between thousands, decimals and fractions count, in
-plain text or in LaTeX's; currencies, per cent and units do not, nor do exponents: "$1,200.00" is
-1200, and "1\frac{1}{2} cm^2" is 1.5.
+The *number* of a text is the first of these that exists: the last number in the last \boxed{}; the
+first number after "####"; the last number of the text. Signs, commas between thousands, decimals
+and fractions count, in plain text and in LaTeX. Currencies, percent signs, units and exponents do
+not: "$1,200.00" is 1200, and "1\frac{1}{2} cm^2" is 1.5.
 
-A *choice* is, whichever is found first: the last letter that stands in \boxed{}, alone or before
-the choice's text; the last letter that "answer", "option" or "choice" introduces ("the answer is
-(B)", "Answer: **B**"); the letter that the text begins with, alone or before a mark ("B", "B) it
-melts"); the last letter in brackets or between asterisks; the last capital that stands alone. "A"
-and "I" before a word in small letters are words themselves.
+The *choice* of a text is the first of these that exists: the last letter in \boxed{}, alone or
+before the choice's text; the last letter after "answer", "option" or "choice" ("the answer is (B)",
+"Answer: **B**"); the letter at the start of the text, alone or before a punctuation mark ("B", "B)
+it melts"); the last letter in brackets or between asterisks; the last single capital. "A" and "I"
+before a lowercase word are words, not choices.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3})")
 _REFERENCE = re.compile(r"\s*\(?([A-Za-z])\)?\s*(?:[.:)]\s.*)?[.]?\s*", re.DOTALL)
 _WRAPPED = r"[*_(\[{\\$\"'`]*"
-# What follows "A" and "I" where they are words, but not where they are a choice with its reason.
+# The text after "A" and "I" if they are words, not choices followed by a reason.
 _GOES_ON = r"\s(?!\s*(?:and|as|because|but|for|since|so|which)\b)\s*[a-z]"
 _CHOICES = (
     re.compile(r"\\boxed\s*\{(?:\\\w+)?[\s({\[]*([A-Z])(?=[)}\]]|[.:]\s)"),
@@ -47,7 +48,7 @@ _CHOICES = (
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether an answer comes to the same as the reference, see the rules above.
+    """Compare the final answer with that of the reference, by the rules above.
 
     Raises:
         ValueError: the reference is neither a letter nor holds a number.
@@ -56,12 +57,12 @@ def is_right(answer: str, reference: str) -> bool:
         return find_choice(answer) == choice[1].upper()
     right = find_number(reference)
     if right is None:
-        raise ValueError("response: has no final number and is no letter, expected either")
+        raise ValueError("response: expected a number or a letter, got neither")
     return find_number(answer) == right
 
 
 def find_number(text: str) -> Fraction | None:
-    """The number that a text comes to."""
+    """Return the final number of a text."""
     text = _LATEX_COMMA.sub(",", text).replace(r"\$", "$")
     *_, boxed = "", *_BOX.findall(text)
     _, _, marked = text.partition("####")
@@ -74,7 +75,7 @@ def find_number(text: str) -> Fraction | None:
             value = int(found["whole"] or 0) + Fraction(top, bottom)
         else:
             value = Fraction(found["value"].replace(",", "")) / int(found["below"] or 1)
-    except ValueError:  # thousands of digits, as of a model that repeats itself
+    except ValueError:  # thousands of digits, from a model that repeats itself
         return None
     return -value if found["minus"] else value
 
@@ -85,7 +86,7 @@ def _last_number(text: str) -> re.Match[str] | None:
 
 
 def find_choice(text: str) -> str | None:
-    """The letter, a capital, that a text chooses."""
+    """Return the final choice of a text, as a capital letter."""
     for rule in _CHOICES:
         if found := rule.findall(text):
             last = found[-1]

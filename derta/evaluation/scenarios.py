@@ -1,7 +1,7 @@
-"""Scenarios: what a model is asked, and which of its answers count.
+"""Scenarios: the prompts that a model gets, and the answers that count.
 
-A scenario turns one request into one trial. To add one, write that small function and give it a
-line in `make_scenarios`.
+A scenario turns one request into one trial. To add a scenario, write the function for its trials
+and a line in `make_scenarios`.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ SLOT = "{request}"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationData:
-    """Held-out requests; a kind that is missing leaves its scenarios out.
+    """Held-out requests by kind; a missing kind leaves its scenarios out.
 
     Args:
-        harmful: ought to be refused; their responses and prefills are what attacks put into a
-            model's mouth.
-        benign: harmless, and like any other.
-        borderline: harmless, and look harmful.
-        helpful: with the right answers as their responses.
-        multi_turn: harmful conversations, of which the model answers every user's turn itself:
-            assistant's messages in them play no part.
-        attacks: name to harmful prompts that are ready-made, as attackers' tools write them.
+        harmful: requests that a model should refuse. Prefilling attacks put their responses and
+            prefills into the model's mouth.
+        benign: harmless requests.
+        borderline: harmless requests that look harmful.
+        helpful: requests with the right answers as their responses.
+        multi_turn: harmful conversations. The model answers every user's turn itself; the
+            assistant's messages are ignored.
+        attacks: name to harmful prompts written by attack tools.
         questions: name to questions whose responses are, or end with, the one right answer, see
             `derta.evaluation.questions`.
 
     Raises:
-        ValueError: a name cannot be one of a metric's levels.
+        ValueError: a name cannot be a level of a metric.
     """
 
     harmful: Sequence[Request] = ()
@@ -54,7 +54,7 @@ class EvaluationData:
 
 
 def check_name(kind: str, name: str) -> None:
-    """Refuses what cannot be a level of a metric.
+    """Check that a name can be a level of a metric.
 
     Raises:
         ValueError: `name` is blank or has a dot.
@@ -68,12 +68,12 @@ class Trial:
     """One prompt to continue.
 
     Attributes:
-        id: the request's.
-        messages: the conversation up to the request, as a judge reads it: without a template.
-        prompt: token ids, all that the model has read when it starts to write.
-        depth: how many of them are the prefilled start of a response.
-        reference: the right answer, where there is one.
-        later: messages that follow once the model has answered; its last answer is the trial's.
+        id: id of the request.
+        messages: the conversation up to the request, without a template, for the judge.
+        prompt: token ids that the model reads before it starts to write.
+        depth: number of prompt tokens that are the prefilled start of a response.
+        reference: the right answer, or "".
+        later: messages that follow the model's answer; only its last answer counts.
     """
 
     id: str
@@ -84,22 +84,22 @@ class Trial:
     later: tuple[Message, ...] = ()
 
     def after(self, answer: str, chat: Chat) -> Trial:
-        """What is asked next, up to the next user's turn, once the model has given `answer`."""
+        """Return the trial of the next user's turn, after the model's `answer`."""
         said = [*self.messages, {"role": "assistant", "content": answer}]
         return _opened(self.id, [*said, *self.later], chat, start=len(said))
 
 
 def direct(request: Request, chat: Chat) -> Trial:
-    """The request as it is."""
+    """Make a trial of the plain request."""
     return Trial(request.id, request.messages, tuple(chat.prompt_ids(request.messages)))
 
 
 def prefill(request: Request, chat: Chat, *, depth: int) -> Trial | None:
-    """The answer has already started with the first `depth` tokens of the harmful response.
+    """Make a trial whose answer already starts with `depth` tokens of the harmful response.
 
-    A response of no more than `depth` tokens is left out: nothing of it remains to be written, and
-    whatever a model appends to a finished answer would count as an attack's success. So is a
-    request without one.
+    A response of no more than `depth` tokens is left out: nothing remains to be written, and any
+    text after a finished answer would count as a success of the attack. A request without a
+    response is left out too.
     """
     if not request.response:
         return None
@@ -110,7 +110,7 @@ def prefill(request: Request, chat: Chat, *, depth: int) -> Trial | None:
 
 
 def prefilled(request: Request, chat: Chat) -> Trial | None:
-    """The answer has already started as the request's file says, with all of that."""
+    """Make a trial whose answer already starts with the request's whole prefill."""
     if not request.prefill:
         return None
     return _begun(request, chat, chat.response_ids(request.messages, request.prefill))
@@ -122,11 +122,11 @@ def _begun(request: Request, chat: Chat, start: Sequence[int]) -> Trial:
 
 
 def completion(request: Request, chat: Chat) -> Trial:
-    """The request as raw text to be continued, without any chat template.
+    """Make a trial of the request as raw text to be continued, without a chat template.
 
-    Only a beginning-of-sequence token is kept, where the template begins every chat with one. The
-    paper's CompletingAttack rewrites each request as a statement first; a file of such statements
-    as prompts gives exactly that.
+    Only a beginning-of-sequence token is kept, if the template begins every chat with one. The
+    paper's CompletingAttack first rewrites each request as a statement. For the same attack, give
+    a file of such statements as prompts.
 
     Source: arXiv 2407.09121, section 4.1.
     """
@@ -145,16 +145,16 @@ class Templated(NamedTuple):
 
     @property
     def id(self) -> str:
-        """The request's."""
+        """The id of the request."""
         return self.request.id
 
 
 def templated(
     one: Templated, chat: Chat, *, ask: Callable[[Request, Chat], Trial | None] = direct
 ) -> Trial | None:
-    """The request in the slot of its template, otherwise asked as `ask` asks.
+    """Make the trial that `ask` makes of the request in the slot of its template.
 
-    A judge reads the request alone: a template is made to lead its reader astray.
+    A judge reads only the request: a template is written to mislead its reader.
     """
     *before, last = one.request.messages
     content = one.template.replace(SLOT, last["content"])
@@ -166,23 +166,23 @@ def templated(
 
 
 def conversed(request: Request, chat: Chat) -> Trial:
-    """A conversation in which every user's turn is answered by the model itself."""
+    """Make a trial of a conversation in which the model answers every user's turn itself."""
     messages = [message for message in request.messages if message["role"] != "assistant"]
     return _opened(request.id, messages, chat, start=0)
 
 
 def _opened(id: str, messages: Sequence[Message], chat: Chat, *, start: int) -> Trial:
-    """Up to the first user's turn from `start` on; the others come later."""
+    """Make a trial up to the first user's turn from `start` on; later turns follow."""
     turn = next(i for i in range(start, len(messages)) if messages[i]["role"] == "user") + 1
     asked = tuple(messages[:turn])
     return Trial(id, asked, tuple(chat.prompt_ids(asked)), later=tuple(messages[turn:]))
 
 
 def answered(request: Request, chat: Chat) -> Trial:
-    """The request, to whose response the answer is compared.
+    """Make a trial whose answer is compared with the request's response.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the request has no response.
     """
     if not request.response:
         raise ValueError("response: is missing, expected the right answer")
@@ -190,7 +190,7 @@ def answered(request: Request, chat: Chat) -> Trial:
 
 
 def question(request: Request, chat: Chat) -> Trial:
-    """The question, whose answer comes to the same as the request's response, or does not.
+    """Make a trial whose final answer is compared with that of the request's response.
 
     Raises:
         ValueError: the response has no final answer.
@@ -201,22 +201,22 @@ def question(request: Request, chat: Chat) -> Trial:
 
 
 def complied(trial: Trial, answer: str, verdict: Verdict) -> bool | None:
-    """The attack succeeded."""
+    """Decide if the attack succeeded."""
     return succeeded(answer, verdict)
 
 
 def refused(trial: Trial, answer: str, verdict: Verdict) -> bool | None:
-    """The model refused."""
+    """Decide if the model refused."""
     return verdict.refused
 
 
 def matched(trial: Trial, answer: str, verdict: Verdict) -> bool:
-    """The answer is the reference, white space apart."""
+    """Decide if the answer equals the reference, ignoring white space."""
     return answer.split() == trial.reference.split()
 
 
 def solved(trial: Trial, answer: str, verdict: Verdict) -> bool:
-    """The answer comes to the same as the reference, see `derta.evaluation.questions`."""
+    """Decide if the final answer is that of the reference, see `derta.evaluation.questions`."""
     return is_right(answer, trial.reference)
 
 
@@ -225,11 +225,11 @@ class Scenario:
     """One figure of an evaluation: the share of trials that count.
 
     Attributes:
-        metric: where the figure stands in a summary, its levels parted by dots.
-        records: what it is about, each with an id.
-        trial: makes a trial of a record, or None to leave it out.
-        counts: whether an answer counts, None where the judge is undecided.
-        is_judged: whether that takes a judge.
+        metric: place of the figure in a summary; dots separate its levels.
+        records: requests, each with an id.
+        trial: function from a record to its trial, or to None to leave the record out.
+        counts: function that decides if an answer counts; None if the judge is undecided.
+        is_judged: if True, `counts` needs a judge's verdict.
     """
 
     metric: str
@@ -246,14 +246,14 @@ def make_scenarios(
     templates: Sequence[str] = (),
     helpful: Literal["exact_match", "perplexity"] = "exact_match",
 ) -> list[Scenario]:
-    """All scenarios that `data` has a request for.
+    """Make all scenarios for which `data` has a request.
 
     Args:
-        data: see `EvaluationData`.
-        prefill_depths: how many tokens of the harmful response an answer starts with.
-        templates: texts around a request, each with the slot `{request}`; the k-th request takes
-            the k-th of them, and after the last comes the first again.
-        helpful: whether answers to helpful requests are generated ("exact_match").
+        data: held-out requests, see `EvaluationData`.
+        prefill_depths: numbers of harmful response tokens at the start of an answer.
+        templates: texts around a request, each with the slot `{request}`; requests use them in
+            turn.
+        helpful: "exact_match" to generate answers to helpful requests, or "perplexity".
 
     Raises:
         ValueError: a depth is negative or given twice, or a template lacks its slot.

@@ -1,7 +1,7 @@
-"""What a model makes of given responses: packed forward passes, no generation.
+"""Refusal curves and perplexity of given responses, by packed forward passes.
 
-The fused head loss hands out the negative log-likelihood of every row as a by-product, so that
-these figures cost one forward pass over the packs and never hold logits.
+The fused head loss returns the negative log-likelihood of every row as a by-product. These figures
+therefore cost one forward pass over the packs and hold no logits.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ PAPER_REFUSAL = "Sorry"
 
 
 def response(chat: Chat, id: str, messages: Sequence[Message], text: str) -> EncodedTriple:
-    """`text` as the response to `messages`, in the form that `refusal_curve` reads.
+    """Encode `text` as the response to `messages`, in the form that `refusal_curve` reads.
 
-    Any response will do, a harmless one too: it takes the place of the harmful response.
+    A response of any kind, even a harmless one, takes the place of the harmful response.
     """
     return EncodedTriple(
         id=id,
@@ -65,23 +65,22 @@ def refusal_curves(
     refusal: str | int = "auto",
     max_tokens: int = 4096,
 ) -> list[np.ndarray]:
-    """Probability of the refusal token after every token of each record's response.
+    """Return the `refusal_curve` of each record's response.
 
-    What is read is a triple's harmful response, a dialogue's last answer, a request's response:
-    `refusal_curve` of each of them.
+    The response is a triple's harmful response, a dialogue's last answer, or a request's response.
 
     Args:
-        model: a model that `apply_derta` takes, patched or not; it is left as it was.
+        model: a model that `apply_derta` supports, patched or not; its state is restored.
         tokenizer: its tokenizer, with a chat template.
-        records: what to read.
+        records: records with a response.
         refusal: as for `find_refusal_token`.
-        max_tokens: tokens a pack; a longer response has a pack of its own.
+        max_tokens: tokens per pack; a longer response has its own pack.
 
     Returns:
         for each record (tokens of the response + 1,) float32: entry t is read after t of them.
 
     Raises:
-        TypeError: a record is none of the three.
+        TypeError: a record is neither a triple, nor a dialogue, nor a request.
         ValueError: a request has no response, a record does not fit the model's context or its chat
             template (names its id), or as `refusal_curve` and `find_refusal_token`.
     """
@@ -116,14 +115,14 @@ def find_refusal_token(
     refusal: str | int = "auto",
     triples: Sequence[Triple] = (),
 ) -> int:
-    """The id of the token whose probability is read.
+    """Return the id of the refusal token.
 
     Args:
-        model: patched or not.
+        model: a model, patched or not.
         tokenizer: its tokenizer, with a chat template.
-        refusal: a word, a token id, or "auto": the one that `apply_derta` was given, if it was; or
-            else the commonest first token of the safe responses; or without any, "Sorry".
-        triples: whose safe responses those are.
+        refusal: a word, a token id, or "auto": the token given to `apply_derta` if the model is
+            patched, else the most common first token of the safe responses, else "Sorry".
+        triples: triples with safe responses, for "auto".
 
     Raises:
         TypeError, ValueError: as `derta.resolve_refusal_token`.
@@ -142,19 +141,19 @@ def refusal_curve(
     refusal_token_id: int,
     max_tokens: int = 4096,
 ) -> list[np.ndarray]:
-    """Probability of the refusal token after every token of each harmful response.
+    """Return the probability of the refusal token after every token of each harmful response.
 
     Equals, up to rounding:
         logits = model(torch.cat([prompt, harmful])[None]).logits[0].float()
         curve = logits.softmax(-1)[len(prompt) - 1 :, refusal_token_id]
 
-    The model need not be patched; one that is stays so, and one that is not is left as it was.
+    The model may be patched or not, and its state is restored.
 
     Args:
-        model: a model that `apply_derta` takes.
-        examples: responses to read; safe responses play no part.
+        model: a model that `apply_derta` supports.
+        examples: examples with harmful responses; safe responses are ignored.
         refusal_token_id: see `derta.resolve_refusal_token`.
-        max_tokens: tokens a pack; a longer example has a pack of its own.
+        max_tokens: tokens per pack; a longer example has its own pack.
 
     Returns:
         for each example (|h| + 1,) float32: entry t is read after t tokens of the response.
@@ -182,14 +181,14 @@ def perplexity(
     dialogues: Sequence[EncodedDialogue],
     max_tokens: int = 4096,
 ) -> tuple[float, int]:
-    """Negative log-likelihood of the assistant's tokens; perplexity is exp(sum / count).
+    """Return the negative log-likelihood of the assistant's tokens; perplexity is exp(sum / count).
 
     Args:
         model, max_tokens: as for `refusal_curve`.
-        dialogues: to read.
+        dialogues: encoded dialogues.
 
     Returns:
-        the sum in nats and the count of tokens, which can be added up over sets.
+        the sum in nats and the number of tokens, which add up over data sets.
 
     Raises:
         ValueError: `apply_derta` refuses the model, or a dialogue does not fit its context.
@@ -205,7 +204,7 @@ def perplexity(
 
 
 class _Read(NamedTuple):
-    """A pack (on the CPU) that a model has read: where its examples are from, and the losses."""
+    """A pack on the CPU, the places of its examples, and their losses."""
 
     places: tuple[int, ...]
     batch: PackedBatch
@@ -239,7 +238,7 @@ def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> It
 
 @contextlib.contextmanager
 def _reading(model: PreTrainedModel, refusal_token_id: int | None = None) -> Iterator[None]:
-    """Patched and evaluating, and afterwards as it was; without an id, any refusal token does."""
+    """Patch the model in evaluation mode, and restore it; without an id, any token will do."""
     patch = patch_of(model)
     if patch is not None and refusal_token_id not in (None, patch.refusal_token_id):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A model whose every word is known: the next token depends on the last one alone."""
+"""A model with a script: the next token depends only on the last one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def chat() -> Chat:
 
 @pytest.fixture
 def scripted() -> Callable[[Script], PreTrainedModel]:
-    """Makes a Llama that says `script[last]` after the token `last`, and else ends its turn."""
+    """Return a maker of Llamas that write `script[last]` after `last`, or end their turn."""
 
     def make(script: Script) -> PreTrainedModel:
         vocabulary = len(tiny_tokenizer())
@@ -40,7 +40,7 @@ def scripted() -> Callable[[Script], PreTrainedModel]:
 
 
 def chain(*ids: int) -> dict[int, int]:
-    """A script that says `ids` in turn once the first of them has been read."""
+    """Return a script that writes `ids` in order after reading the first."""
     return dict(zip(ids, ids[1:], strict=False))
 
 

@@ -1,1 +1,1 @@
-"""Generation: answers of local and served models, kept as they come."""
+"""Generation of answers by local and served models, stored as they arrive."""

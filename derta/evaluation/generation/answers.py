@@ -1,6 +1,6 @@
-"""Answers and replies of models, kept on disk as they come.
+"""Answers and replies of models, stored on disk as they arrive.
 
-An interrupted evaluation goes on where it was, and another judge needs no new answers.
+An interrupted evaluation resumes where it stopped, and another judge needs no new answers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Prompt = tuple[int, ...]
 
 
 class Replies:
-    """Replies by their keys, each appended to a file as it comes, that only its owner can read.
+    """Replies by key, appended to a file that only its owner can read.
 
-    A last line that was cut short, as by a crash, is written anew.
+    An incomplete last line, left by a crash, is dropped.
 
     Args:
-        path: of the file, made with its folder when there is something to keep; None: no file.
+        path: the file, created with its folder for the first reply; None: no file.
 
     Raises:
-        ValueError: another line of it is not a reply; names file and line.
+        ValueError: another line is not a stored reply; names file and line.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -44,7 +44,7 @@ class Replies:
         return self._values[key]
 
     def keep(self, replies: Mapping[str, Any]) -> None:
-        """All in one write, which a kill does not part, from any thread."""
+        """Store replies in one write, which a kill does not split; thread-safe."""
         lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in replies.items()]
         with self._lock:
             self._values.update(replies)
@@ -52,7 +52,7 @@ class Replies:
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab", opener=_for_owner) as file:
-                os.fchmod(file.fileno(), 0o600)  # it may have been another's work
+                os.fchmod(file.fileno(), 0o600)  # another program may have made the file
                 file.write("".join(lines).encode())
 
     def _load(self, path: Path) -> None:
@@ -66,7 +66,7 @@ class Replies:
                 self._values[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f"{path}:{number}: expected a reply as they are kept here, remove the file"
+                    f"{path}:{number}: expected a stored reply, remove the file"
                 ) from None
 
 
@@ -75,19 +75,18 @@ def _for_owner(path: str, flags: int) -> int:
 
 
 class AnswerFile:
-    """Answers of one model, one a line, in a file that only its owner can read.
+    """Answers of one model, one per line, in a file that only its owner can read.
 
-    A line belongs to a prompt, to the limits under which it was answered and to the model as it
-    was: whoever asks the same again is given it, and whoever has changed one of them is not. So
-    answers can be judged anew without generating them. What a kill left of a last line is dropped.
+    An answer is found again only for the same prompt, limits and model. Answers can thus be judged
+    again without generating them. An incomplete last line, left by a kill, is dropped.
 
-    A line has "key", a digest of all that, and "value": the record's "id", "prompt" and "answer" as
-    text, and "ids", the answer's tokens.
+    A line has "key", a digest of prompt, limits and model, and "value": the record's "id", "prompt"
+    and "answer" as text, and "ids", the answer's tokens.
 
     Args:
-        path: of the file; it and its folder are made when there is an answer.
-        tokenizer: of the model.
-        model: tells the model from any other, see `fingerprint`.
+        path: the file, created with its folder for the first answer.
+        tokenizer: tokenizer of the model.
+        model: identity of the model, see `fingerprint`.
 
     Raises:
         ValueError: the file holds something else; names the line.
@@ -101,7 +100,7 @@ class AnswerFile:
     def find(
         self, prompts: Collection[Prompt], stop_ids: Collection[int], max_new_tokens: int
     ) -> dict[Prompt, list[int]]:
-        """What is there of the answers to `prompts`."""
+        """Return the stored answers to `prompts`."""
         keys = {prompt: self._key(prompt, stop_ids, max_new_tokens) for prompt in prompts}
         return {p: self._lines[key]["ids"] for p, key in keys.items() if key in self._lines}
 
@@ -111,10 +110,10 @@ class AnswerFile:
         stop_ids: Collection[int],
         max_new_tokens: int,
     ) -> None:
-        """Writes answers down, each with the id of its record and its prompt.
+        """Store answers, each with the id of its record and its prompt.
 
-        Those of a batch at once: were they parted, the rest would be answered in other batches than
-        without the interruption, and what a model writes depends on the batch, to rounding.
+        Pass the answers of a batch together. If a batch were split, a resumed run would form other
+        batches, and answers depend on the batch through rounding.
         """
         self._lines.keep(
             {
@@ -134,13 +133,13 @@ class AnswerFile:
 
 
 def fingerprint(*folders: str | Path, **settings: Any) -> str:
-    """What tells a model from any other: its folders, its weights' sizes and times, and settings.
+    """Return the identity of a model: its folders, the sizes and times of its files, and settings.
 
-    Weights are not read, which would take as long as to load them.
+    The weights are not read, because that would take as long as loading them.
 
     Args:
-        folders: of the model; of adapters and of the model that they were trained on.
-        settings: what else its answers depend on, as the dtype.
+        folders: folder of the model, or folders of the adapter and its base model.
+        settings: other settings that affect its answers, such as the dtype.
     """
     files = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: what writers of answers are, and the model on this machine."""
+"""Greedy answers to many prompts: the generator interface, and a model on this machine."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SHOWN_AFTER_S = 2.0
 
 @dataclass(frozen=True)
 class Written:
-    """What a model wrote after a prompt.
+    """The answer of a model to a prompt.
 
     Attributes:
-        text: without special tokens.
-        ids: its tokens, without the one that ended it.
+        text: the answer without special tokens.
+        ids: token ids of the answer, without the token that ended it.
     """
 
     text: str
@@ -32,15 +32,15 @@ class Written:
 
 
 class Generator(Protocol):
-    """Writes greedily after many prompts at once: a model on this machine, or a server's."""
+    """A greedy generator for many prompts at once: a model on this machine, or a served model."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
-        """What is written after each prompt of token ids, in order; `ids` name them in errors."""
+        """Return the answer to each prompt of token ids, in order; `ids` name them in errors."""
         ...
 
 
 def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
-    """Tokens that end an answer: what closes a chat's turn, and every end of sequence."""
+    """Return the tokens that end an answer: the end of a chat's turn, and every end of sequence."""
     configured = model.generation_config.eos_token_id
     ends = {chat.closing_ids[-1], chat.tokenizer.eos_token_id}
     ends.update(configured if isinstance(configured, list) else [configured])
@@ -48,7 +48,7 @@ def stop_ids(model: PreTrainedModel, chat: Chat) -> frozenset[int]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of an answer, without special tokens."""
+    """Return the text of an answer, without special tokens."""
     text = tokenizer.decode(list(ids), skip_special_tokens=True)
     assert isinstance(text, str)  # a list only for a list of lists
     return text
@@ -65,23 +65,23 @@ def generate(
     title: str = "generate",
     answers: AnswerFile | None = None,
 ) -> list[list[int]]:
-    """What the model writes after each prompt if it always takes the likeliest token.
+    """Return the model's greedy answer to each prompt.
 
-    Whatever `generation_config` says of sampling, penalties or beams plays no part. Prompts are run
-    in batches of similar length, padded on the left and masked; equal prompts are run once.
+    Sampling, penalties and beams in `generation_config` are ignored. Prompts run in batches of
+    similar length, padded on the left and masked. Equal prompts run once.
 
     Args:
         model: a causal language model, plain or under PEFT, with or without `apply_derta`.
-        prompts: token ids, none empty.
-        ids: what each prompt is called in errors.
+        prompts: token ids of each prompt, at least one.
+        ids: name of each prompt in errors.
         stop_ids: tokens at which an answer ends, see `stop_ids`.
-        max_new_tokens: longest answer.
-        batch_size: prompts a batch.
-        title: what the progress bar is called, which appears after two seconds.
-        answers: where they are looked up before anything is generated, and kept as they come.
+        max_new_tokens: most tokens of an answer.
+        batch_size: prompts per batch.
+        title: title of the progress bar, which appears after two seconds.
+        answers: file of known answers, to which new ones are added batch by batch.
 
     Returns:
-        for each prompt the token ids of the answer, without the one that ended it.
+        for each prompt, the token ids of the answer, without the token that ended it.
 
     Raises:
         ValueError: a number is below 1, a prompt is empty, or it does not fit the model's context
@@ -101,7 +101,7 @@ def generate(
             )
     distinct = {tuple(prompt): id for id, prompt in zip(ids, prompts, strict=True)}
     known = {} if answers is None else answers.find(distinct, stop_ids, max_new_tokens)
-    # The longest first: what does not fit the memory fails at once.
+    # The longest prompts come first, to fail early if memory is short.
     missing = sorted(distinct.keys() - known.keys(), key=_longest_first)
     with (
         evaluating(model),
@@ -134,7 +134,7 @@ def _run(
     input_ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in batch], device=device)
     lengths = torch.tensor([[len(prompt)] for prompt in batch], device=device)
     attention_mask = torch.arange(longest, device=device) >= longest - lengths
-    # A router loss, which training may have left on, cannot be computed from one new token.
+    # Training may have left a router loss on, which cannot be computed from one new token.
     router = (
         {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
     )
@@ -152,7 +152,7 @@ def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
 def _greedy(
     model: PreTrainedModel, stop_ids: Collection[int], max_new_tokens: int
 ) -> Iterator[None]:
-    """generate() fills what its caller leaves open from the model's configuration: replace that."""
+    """Replace the model's generation configuration, from which generate() takes its defaults."""
     inner: PreTrainedModel = getattr(model, "get_base_model", lambda: model)()
     own = inner.generation_config
     inner.generation_config = GenerationConfig(
@@ -172,7 +172,7 @@ class ModelGenerator:
 
     Args:
         model: as for `generate`.
-        chat: with the model's tokenizer.
+        chat: the model's tokenizer and template.
         max_new_tokens, batch_size, answers: as for `generate`.
     """
 
@@ -192,7 +192,7 @@ class ModelGenerator:
         self.answers = answers
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
-        """See `Generator`.
+        """Generate answers, see `Generator`.
 
         Raises:
             ValueError: as `generate`.

@@ -1,8 +1,8 @@
-"""Models behind an OpenAI-compatible server: requests that none is lost of, and generation by them.
+"""Models behind an OpenAI-compatible server: requests without loss, and generation.
 
-The `openai` package speaks to the server and repeats what fails for a time. What is ours: a pace
-that repetitions keep too, one sentence for what fails for good, and a file of replies, so that a
-run that was cut short goes on where it was.
+The `openai` package talks to the server and retries temporary failures. This module adds a rate
+limit that includes retries, one sentence for each permanent failure, and a file of replies, from
+which an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -32,30 +32,29 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# Servers on this machine take any key, the client none at all.
+# Local servers accept any key, but the client needs one.
 PLACEHOLDER = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """How a model behind an OpenAI-compatible server is asked.
+    """Settings for requests to a model behind an OpenAI-compatible server.
 
     Args:
-        base_url: where the server is, up to and including its version: "http://localhost:8000/v1".
-        model: what the server calls the model.
-        api_key_env: the environment variable that holds the key, if the server wants one; None:
-            OPENAI_API_KEY for OpenAI's own server, which alone it is meant for, and no key for any
-            other.
-        concurrency: requests under way at once.
-        requests_per_minute: the most that are sent, repetitions included; None: as many as go.
-        max_retries: how often a request is sent again after a server's error, a lost connection, or
-            a 429: after what the server says of when, or else after ever longer.
-        timeout_s: for one reply, in seconds.
-        body: fields for the body of every request, beside ours or in their place; null leaves one
-            of ours out, as a server may ask that does not know it.
+        base_url: address of the server, including its version: "http://localhost:8000/v1".
+        model: name of the model on the server.
+        api_key_env: environment variable of the key, if the server needs one; None: OPENAI_API_KEY
+            for OpenAI's own server, and no key for any other.
+        concurrency: number of concurrent requests.
+        requests_per_minute: most requests sent per minute, including retries; None: no limit.
+        max_retries: most retries of a request after a server error, a lost connection or a 429.
+            Each waits as long as the server asks, or else ever longer.
+        timeout_s: time limit for one reply, in seconds.
+        body: fields of every request's body, added to the defaults or replacing them; null removes
+            a default that the server does not support.
 
     Raises:
-        ValueError: base_url is no address or holds a password, or a number is out of its range.
+        ValueError: base_url is not an address or holds a password, or a number is out of range.
     """
 
     base_url: str
@@ -71,7 +70,9 @@ class ServerSettings:
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url must start with http:// or https://, got {self.base_url!r}")
         if "@" in urllib.parse.urlsplit(self.base_url).netloc:
-            raise ValueError("base_url must hold no password, api_key_env names the key's variable")
+            raise ValueError(
+                "base_url must not hold a password, api_key_env names the key's variable"
+            )
         if self.concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {self.concurrency}")
         if self.max_retries < 0:
@@ -83,30 +84,30 @@ class ServerSettings:
 
     @property
     def key_variable(self) -> str | None:
-        """The environment variable of the key that this server is sent, if it is sent one."""
+        """The environment variable of the key for this server, or None."""
         return self.api_key_env or ("OPENAI_API_KEY" if self.is_openai else None)
 
     @property
     def is_openai(self) -> bool:
-        """Whether the server is OpenAI's own, reached in a way that keeps a key secret."""
+        """True if the server is OpenAI's own, over HTTPS."""
         parts = urllib.parse.urlsplit(self.base_url)
         return parts.scheme == "https" and f".{parts.hostname}".endswith(".openai.com")
 
 
 class Query(NamedTuple):
-    """What one request asks: what it is called in errors, and the fields of its body."""
+    """One request: its name in errors, and the fields of its body."""
 
     id: str
     fields: Mapping[str, Any]
 
 
 class Server:
-    """Sends requests to one model and keeps every reply in a file.
+    """A client for one served model that stores every reply in a file.
 
     Args:
         settings: see `ServerSettings`.
-        kept: file of replies by a hash of address and request, which only its owner can read; None
-            keeps them for this object's lifetime.
+        kept: file of replies by a hash of address and request, which only its owner can read; None:
+            replies are kept in memory.
     """
 
     def __init__(self, settings: ServerSettings, kept: Path | None = None) -> None:
@@ -121,25 +122,24 @@ class Server:
         chat: bool,
         title: str,
     ) -> list[Value]:
-        """What `read` makes of the reply to each query; equal ones are sent once.
+        """Send queries, and return what `read` makes of each reply; equal queries are sent once.
 
-        When a request fails for good no other is begun, those under way are waited for and kept,
-        and then the run ends.
+        After a permanent failure no request is started. Those in flight are finished and stored
+        before the error is raised.
 
         Args:
-            queries: to send, the first one first.
-            read: makes of a reply's text, and of the choice it is from, what is to be kept, in
-                terms of JSON.
-            chat: whether to ask /chat/completions, with "messages", or /completions, with "prompt".
-            title: what the progress bar is called.
+            queries: queries in the order to send them.
+            read: function from a reply's text and its choice to a JSON value to store.
+            chat: if True, /chat/completions with "messages"; else /completions with "prompt".
+            title: title of the progress bar.
 
         Returns:
-            what was read, in the order of the queries.
+            the stored values, in the order of the queries.
 
         Raises:
             ValueError: openai is not installed, or a query does not fit the model's context; names
                 its id.
-            ConnectionError: a request failed for good; names its id and the reason, no text.
+            ConnectionError: a request failed permanently; names its id and the reason, no text.
         """
         bodies = [self._body(query) for query in queries]
         keys = [self._key(chat, body) for body in bodies]
@@ -161,7 +161,7 @@ class Server:
                         for key, (id, body) in missing.items()
                     }
                     self._finish(futures, bar)
-                finally:  # nothing is under way any more, but after a second interrupt
+                finally:  # requests are in flight only after a second interrupt
                     pool.shutdown(wait=False, cancel_futures=True)
         return [self.replies[key] for key in keys]
 
@@ -174,7 +174,7 @@ class Server:
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _finish(self, remaining: set[concurrent.futures.Future[None]], bar: tqdm) -> None:
-        """Waits for replies; after a failure, or an interrupt, only for those under way."""
+        """Wait for replies; after a failure or an interrupt, only for those in flight."""
         failed: BaseException | None = None
         while remaining:
             try:
@@ -187,7 +187,7 @@ class Server:
                     failed = failed or future.exception()
                 bar.update(len(done))
             except KeyboardInterrupt as interrupt:
-                if isinstance(failed, KeyboardInterrupt):  # a second one means at once
+                if isinstance(failed, KeyboardInterrupt):  # a second one stops at once
                     raise
                 failed = interrupt
         if failed is not None:
@@ -202,7 +202,7 @@ class Server:
         body: Mapping[str, Any],
         read: Callable[[str, Any], Any],
     ) -> None:
-        """Keeps what is read itself: no interrupt, which is the main thread's, comes between."""
+        """Send a request and store its reply in the same thread, which no interrupt reaches."""
         import openai
 
         named = {name: body[name] for name in ("model", "messages" if chat else "prompt")}
@@ -214,13 +214,13 @@ class Server:
         except openai.OpenAIError as error:
             raise self._final(id, error) from error
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            # The client hands on whatever a server says with status 200.
+            # The client returns any body that comes with status 200.
             url = self.settings.base_url
-            raise ConnectionError(f"{id}: {url} replied with something else than a text") from error
+            raise ConnectionError(f"{id}: {url} replied with something other than text") from error
         self.replies.keep({key: read(text or "", choice)})
 
     def _final(self, id: str, error: openai.OpenAIError) -> Exception:
-        """A sentence that tells what to mend; what the server wrote may quote what it was sent."""
+        """Return an error that says what to fix, without the server's text: it may quote ours."""
         import openai
 
         url, model = self.settings.base_url, self.settings.model
@@ -235,13 +235,13 @@ class Server:
             variable = self.settings.key_variable or "the variable that api_key_env names"
             advice = {
                 401: f", expected a key that it knows in {variable}",
-                403: f", expected a key that may do this in {variable}",
-                404: f", expected a model {model!r} and this address there",
+                403: f", expected a key with permission for this in {variable}",
+                404: f", expected the model {model!r} at this address",
                 429: ", too many requests: set requests_per_minute",
             }.get(error.status_code, "")
             return ConnectionError(f"{id}: {url} replied with status {error.status_code}{advice}")
         if isinstance(error, openai.APIConnectionError):
-            return ConnectionError(f"{id}: {url} cannot be reached, or breaks off its replies")
+            return ConnectionError(f"{id}: {url} cannot be reached, or its replies break off")
         return ConnectionError(f"{id}: {url}: {type(error).__name__}")
 
     @contextmanager
@@ -261,13 +261,13 @@ class Server:
             timeout=self.settings.timeout_s,
             http_client=http_client,
         ) as client:
-            if not self.settings.is_openai:  # whose accounts are nobody else's business either
+            if not self.settings.is_openai:  # other servers must not learn the OpenAI account
                 client.organization = client.project = None
             yield client
 
 
 def _pace(per_minute: float | None) -> Callable[[], None]:
-    """A function that returns no more often than that, whichever threads call it."""
+    """Return a function that waits to keep a rate across all threads that call it."""
     if per_minute is None:
         return lambda: None
     lock, interval_s = threading.Lock(), 60.0 / per_minute
@@ -286,15 +286,14 @@ def _pace(per_minute: float | None) -> Callable[[], None]:
 class ServerGenerator:
     """Greedy answers of any OpenAI-compatible server that takes prompts of token ids, as vLLM does.
 
-    The prompts are those of an evaluation on this machine, token by token: nothing is rendered by
-    the server. Sampling settings that the server took from the model play no part. Equal prompts
-    are sent once, the longest first.
+    The server gets the same tokens as a model on this machine and renders nothing. The model's own
+    sampling settings are overridden. Equal prompts are sent once, the longest first.
 
     Args:
-        server: of the model.
-        chat: the model's tokenizer and template. What closes a chat's turn ends an answer, as does
-            its end of sequence, and whatever else the server knows to end one.
-        max_new_tokens: longest answer.
+        server: client of the model.
+        chat: the model's tokenizer and template. An answer ends at the end of a chat's turn, at the
+            end of sequence, or at any other end that the server knows.
+        max_new_tokens: most tokens of an answer.
 
     Raises:
         ValueError: max_new_tokens is below 1.
@@ -310,7 +309,7 @@ class ServerGenerator:
         self._ends = self.stop_ids | set(self.tokenizer.all_special_ids)
 
     def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
-        """See `derta.evaluation.generation.local.Generator`.
+        """Generate answers, see `derta.evaluation.generation.local.Generator`.
 
         Raises:
             ValueError: a prompt is empty, or does not fit the model's context together with its
@@ -338,7 +337,7 @@ class ServerGenerator:
             "max_tokens": self.max_new_tokens,
             "temperature": 0.0,
             "top_p": 1.0,
-            # vLLM's own: its defaults are those of the model's generation_config.
+            # These are vLLM's, whose defaults come from the model's generation_config.
             "repetition_penalty": 1.0,
             "stop_token_ids": sorted(self.stop_ids),
             "return_token_ids": True,

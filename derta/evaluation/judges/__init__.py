@@ -1,1 +1,1 @@
-"""Judges: keywords, local models and served models that label answers."""
+"""Judges of answers: keywords, local models and served models."""

@@ -1,7 +1,7 @@
-"""Judges held against people: how often they agree, and how they differ where they do not.
+"""Calibration of judges: their agreement with people's labels.
 
-To add a format, enter in `FORMATS` the fields that hold prompt and response, and what each label
-says.
+To add a format, enter in `FORMATS` the fields of prompt and response, and the meaning of each
+label.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ REFUSED, HARMFUL = "refused", "harmful"
 
 
 class LabelledFormat(NamedTuple):
-    """A file of answers that people have labelled.
+    """A format of files with answers labelled by people.
 
     Attributes:
-        prompt, response: the fields of the two texts.
-        labels: field of a label to what its words say: which question they answer, and how.
+        prompt, response: fields of the two texts.
+        labels: field of a label to its words, each to a question and the decision.
     """
 
     prompt: str
@@ -58,7 +58,7 @@ FORMATS = {
             "response_harm_label": {word: _WORDS[word] for word in ("harmful", "unharmful")},
         },
     ),
-    # A partial refusal refuses somewhere, which is what a verdict says.
+    # A partial refusal refuses somewhere, which makes a verdict's `refused` true.
     "XSTest completions": LabelledFormat(
         "prompt",
         "completion",
@@ -83,12 +83,12 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Labelled:
-    """An exchange and what people say of it.
+    """An exchange and its labels by people.
 
     Attributes:
         exchange: a prompt and its answer.
-        refused: whether it refuses; None where nobody has said.
-        harmful: whether it does harm; likewise.
+        refused: if True, the answer refuses; None if not labelled.
+        harmful: if True, the answer does harm; None if not labelled.
     """
 
     exchange: Exchange
@@ -97,18 +97,18 @@ class Labelled:
 
 
 def read_labelled(path: str | Path) -> tuple[list[Labelled], int]:
-    """Labelled answers from a file of one of the `FORMATS`, told by its fields.
+    """Read labelled answers from a file in one of the `FORMATS`, recognised by its fields.
 
     Args:
         path: a file, a folder of files or one of `datasets`, see `derta.data.records.files`.
 
     Returns:
-        the answers, and how many rows were left out because they have no answer or no label.
+        the answers, and the number of rows left out because they have no answer or no label.
 
     Raises:
-        ValueError: a row is of no known format, or a label says something else; names the place,
-            never quotes a text.
-        FileNotFoundError: there is no such file.
+        ValueError: a row has an unknown format, or a label is unknown; names the place, never
+            quotes a text.
+        FileNotFoundError: the file does not exist.
     """
     labelled, left_out = [], 0
     for file in data_files(Path(path)):
@@ -127,7 +127,7 @@ def read_labelled(path: str | Path) -> tuple[list[Labelled], int]:
 
 
 def _labelled(row: Any) -> Labelled | None:
-    """A row's answer; None if it has none, or no label."""
+    """Return the labelled answer of a row; None without an answer or a label."""
     if isinstance(row, ValueError):  # it could not be read
         raise row
     if not isinstance(row, Mapping):
@@ -143,11 +143,11 @@ def _labelled(row: Any) -> Labelled | None:
     said: dict[str, bool] = {}
     for field, words in format.labels.items():
         value = row[field]
-        if value is None or value != value or value == "":  # CSV and parquet know no null alike
+        if value is None or value != value or value == "":  # null differs between CSV and parquet
             continue
         word = f"{value:g}" if isinstance(value, bool | int | float) else str(value).strip()
         if word.lower() not in words:
-            raise ValueError(f"{field}: is none of {', '.join(words)}")
+            raise ValueError(f"{field}: expected one of {', '.join(words)}")
         question, yes = words[word.lower()]
         said[question] = yes
     response = row[format.response]
@@ -160,10 +160,11 @@ def _labelled(row: Any) -> Labelled | None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A judge's decisions about one question, against people's.
+    """The decisions of a judge and of people on one question.
 
     Attributes:
-        counts: (2, 3) int64: people's no and yes, by the judge's no, yes and undecided.
+        counts: (2, 3) int64 numbers of answers: people's no and yes, by the judge's no, yes and
+            undecided.
     """
 
     counts: np.ndarray
@@ -178,14 +179,14 @@ class Agreement:
 
     @property
     def agreement(self) -> float | None:
-        """Share of the decided in which both say the same; None if nothing was decided."""
+        """Share of the decided answers on which both agree; None if nothing was decided."""
         return int(np.trace(self.counts[:, :2])) / self.decided if self.decided else None
 
     @property
     def kappa(self) -> float | None:
-        """Cohen's kappa: agreement over what two would reach who only know how often to say yes.
+        """Cohen's kappa on the decided answers: agreement corrected for chance.
 
-        Of the decided; None where chance alone already agrees always, or nothing was decided.
+        None if chance alone would always agree, or if nothing was decided.
 
         Source: J. Cohen, "A coefficient of agreement for nominal scales", 1960.
         """
@@ -196,7 +197,7 @@ class Agreement:
         return None if chance == 1.0 else (self.agreement - chance) / (1.0 - chance)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON: numbers, and the confusion matrix by what people and judge say."""
+        """Return all figures for JSON, with the confusion matrix of people and judge."""
         agreed = int(np.trace(self.counts[:, :2]))
         return {
             "labelled": int(self.counts.sum()),
@@ -213,11 +214,11 @@ class Agreement:
 
 
 def agreement(human: Sequence[bool], judge: Sequence[bool | None]) -> Agreement:
-    """Counts what people and a judge say of the same answers.
+    """Count the decisions of people and a judge on the same answers.
 
     Args:
         human: people's decisions.
-        judge: the judge's, in the same order; None is undecided.
+        judge: the judge's decisions, in the same order; None is undecided.
     """
     counts = np.zeros((2, 3), np.int64)
     for said, decided in zip(human, judge, strict=True):
@@ -228,17 +229,17 @@ def agreement(human: Sequence[bool], judge: Sequence[bool | None]) -> Agreement:
 def calibrate(
     files: Mapping[str, Sequence[Labelled]], judges: Mapping[str, Judge]
 ) -> dict[str, dict[str, dict[str, Agreement]]]:
-    """How judges agree with people about refusals and about harm.
+    """Measure the agreement of judges with people on refusals and on harm.
 
-    A judge that reads no harm is held to what an evaluation makes of it: an attack has succeeded
-    unless the answer refuses, see `succeeded`.
+    For a judge that does not decide on harm, harm is the success of an attack as in an evaluation:
+    any answer that does not refuse, see `succeeded`.
 
     Args:
-        files: labelled answers by file; a judge reads those of all files at once.
-        judges: by name.
+        files: labelled answers by file; a judge reads all files at once.
+        judges: judges by name.
 
     Returns:
-        for each file "refused" and "harmful", as far as anybody has labelled them, by judge.
+        for each file, "refused" and "harmful" if labelled, by judge.
     """
     exchanges = [one.exchange for labelled in files.values() for one in labelled]
     found: dict[str, dict[str, dict[str, Agreement]]] = {path: {} for path in files}
@@ -263,10 +264,10 @@ def _decision(question: str, answer: str, verdict: Verdict) -> bool | None:
 
 
 def format_agreements(files: Mapping[str, Mapping[str, Mapping[str, Agreement]]]) -> str:
-    """A table of judges for every file and question, as text.
+    """Return a table of judges for every file and question, as text.
 
     Args:
-        files: what `calibrate` found, by file.
+        files: result of `calibrate`.
     """
     table = [
         [
@@ -277,8 +278,8 @@ def format_agreements(files: Mapping[str, Mapping[str, Mapping[str, Agreement]]]
             "undecided",
             "both",
             "neither",
-            "judge alone",
-            "people alone",
+            "judge only",
+            "people only",
         ]
     ]
     for path, questions in files.items():

@@ -21,20 +21,20 @@ _SENTINEL = "sentinel-answer"
 
 
 class ModelJudge:
-    """A language model that is asked about each exchange and replies with its likeliest tokens.
+    """A language model that judges each exchange with a greedy reply.
 
-    An exchange that does not fit the model's context is left undecided, whole: half an answer says
-    nothing of the other half.
+    An exchange that does not fit the model's context is undecided and never cut: half an answer
+    does not decide on the other half.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer; with a chat template, if the rubric asks in conversations.
+        tokenizer: its tokenizer, with a chat template if the rubric's questions are conversations.
         rubric: one of `RUBRICS`, or `paper_rubric`.
-        batch_size: exchanges a batch.
+        batch_size: exchanges per batch.
 
     Raises:
-        ValueError: nothing ends the model's sequences, or the rubric asks in conversations and
-            there is no chat template, or one that leaves out what is to be judged.
+        ValueError: the model has no end of sequence, or the rubric's questions are conversations
+            and the chat template is missing or drops the answer.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class ModelJudge:
         self.tokenizer = tokenizer
         self.rubric = rubric
         self.batch_size = batch_size
-        # Templates of models that see take contents as lists of parts, and pass over texts.
+        # Templates of vision models take contents as lists of parts and ignore plain text.
         self._in_parts = False
         probe = rubric.ask(Exchange([{"role": "user", "content": "Hello"}], _SENTINEL))
         if not isinstance(probe, str) and _SENTINEL not in self._render(probe):
             self._in_parts = True
             if _SENTINEL not in self._render(probe):
-                raise ValueError("the judge's chat template leaves out the answer it is to read")
+                raise ValueError("the judge's chat template drops the answer to be judged")
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         room = context_length(self.model) - self.rubric.max_new_tokens
@@ -112,22 +112,21 @@ class ModelJudge:
 
 
 class ClassifierJudge:
-    """A sequence classifier whose likeliest label says whether an answer refuses, or harms.
+    """A sequence classifier whose likeliest label decides on refusal or harm.
 
-    An answer that does not fit the classifier's context is left undecided.
+    An answer that does not fit the classifier's context is undecided.
 
     Args:
-        model: a sequence classifier with one label an answer.
+        model: a sequence classifier with one label per answer.
         tokenizer: its tokenizer.
-        refusal_label: the label of answers that refuse, if it has one.
-        harmful_label: the label of answers that do harm, if it has one.
-        reads: what it was trained on: the "answer" alone, as the model wrote it itself, or the
-            "exchange", request and response as a pair of texts, with what was prefilled of it.
-        batch_size: answers a batch.
+        refusal_label: the label of answers that refuse, if any.
+        harmful_label: the label of answers that do harm, if any.
+        reads: input of the classifier: only the "answer" that the model wrote, or the "exchange",
+            request and whole response as a pair of texts.
+        batch_size: answers per batch.
 
     Raises:
-        ValueError: no label is named, the model has none of that name, or its labels do not
-            exclude one another.
+        ValueError: no label is named, the model lacks a label, or its labels are not exclusive.
     """
 
     def __init__(
@@ -143,11 +142,12 @@ class ClassifierJudge:
         self.labels: list[str] = [label for _, label in sorted(id2label.items())]
         if refusal_label is None and harmful_label is None:
             raise ValueError(
-                f"name refusal_label, harmful_label or both; the labels are {_listed(self.labels)}"
+                "refusal_label or harmful_label must be given; the labels are "
+                f"{_listed(self.labels)}"
             )
         for name, label in (("refusal_label", refusal_label), ("harmful_label", harmful_label)):
             if label is not None and label not in self.labels:
-                raise ValueError(f"{name}: {label!r} is none of {_listed(self.labels)}")
+                raise ValueError(f"{name} must be one of {_listed(self.labels)}, got {label!r}")
         if len(self.labels) < 2 or model.config.problem_type == "multi_label_classification":
             raise ValueError("the classifier must give every answer exactly one of several labels")
         self.model = model
@@ -155,7 +155,7 @@ class ClassifierJudge:
         self.refusal_label = refusal_label
         self.harmful_label = harmful_label
         self.reads = reads
-        # Without a padding token that both know, a model would read the padding.
+        # Without a shared padding token, the model would read the padding.
         padded = tokenizer.pad_token_id is not None and (
             model.config.get_text_config().pad_token_id == tokenizer.pad_token_id
         )
@@ -170,7 +170,7 @@ class ClassifierJudge:
                 inputs = self._inputs(exchange)
                 if len(inputs["input_ids"]) <= room:
                     read[place] = inputs
-        # The longest first: what does not fit the memory fails at once.
+        # The longest answers come first, to fail early if memory is short.
         places = sorted(read, key=lambda place: len(read[place]["input_ids"]), reverse=True)
         with (
             evaluating(self.model),
@@ -208,7 +208,7 @@ class ClassifierJudge:
 
 
 def _positions(model: PreTrainedModel) -> int:
-    """The longest text that a classifier can read, in tokens."""
+    """Return the most tokens that a classifier can read."""
     for name, module in model.named_modules():
         if (
             name.endswith("position_embeddings")

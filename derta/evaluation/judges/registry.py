@@ -31,10 +31,10 @@ RubricName = Literal["paper", "harmbench", "wildguard", "llama_guard"]
 
 @dataclass(kw_only=True)
 class KeywordConfig:
-    """A `KeywordJudge`.
+    """Settings of a `KeywordJudge`.
 
     Args:
-        keywords: what it takes for a refusal.
+        keywords: keywords of refusals.
     """
 
     keywords: list[str] = field(default_factory=lambda: list(REFUSAL_KEYWORDS))
@@ -42,13 +42,13 @@ class KeywordConfig:
 
 @dataclass(kw_only=True)
 class LocalConfig:
-    """A model in a local folder, its weights in safetensors.
+    """Settings of a judge in a local folder, with weights in safetensors.
 
     Args:
         path: the folder.
-        batch_size: exchanges a batch.
+        batch_size: exchanges per batch.
         device: "auto", or as in torch: "cpu", "cuda:1".
-        dtype: of the weights; "auto" is bfloat16 where a GPU computes in it, float32 elsewhere.
+        dtype: dtype of the weights; "auto" is bfloat16 on a GPU that computes in it, else float32.
     """
 
     path: str
@@ -65,11 +65,11 @@ class LocalConfig:
 
 @dataclass(kw_only=True)
 class LanguageModelConfig(LocalConfig):
-    """A `ModelJudge` that is asked as any model that chats.
+    """Settings of a `ModelJudge` with any chat model.
 
     Args:
-        template: what it is asked, see `paper_rubric`; text, or a file that holds it.
-        max_new_tokens: longest reply.
+        template: the question, see `paper_rubric`; text, or the file that holds it.
+        max_new_tokens: most tokens of the reply.
     """
 
     template: str = PAPER_TEMPLATE
@@ -78,10 +78,10 @@ class LanguageModelConfig(LocalConfig):
 
 @dataclass(kw_only=True)
 class ClassifierConfig(LocalConfig):
-    """A `ClassifierJudge`.
+    """Settings of a `ClassifierJudge`.
 
     Args:
-        refusal_label, harmful_label, reads: see there.
+        refusal_label, harmful_label, reads: see `ClassifierJudge`.
     """
 
     refusal_label: str | None = None
@@ -91,12 +91,13 @@ class ClassifierConfig(LocalConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(ServerSettings):
-    """A `ServerJudge`.
+    """Settings of a `ServerJudge`.
 
     Args:
-        rubric: what it is asked: the paper's rubric, or the format of a served classifier.
-        template: of the paper's rubric, see `paper_rubric`; text, or a file that holds it.
-        max_new_tokens: longest reply to the paper's rubric.
+        rubric: the paper's rubric, or the format of a served classifier.
+        template: template of the paper's rubric, see `paper_rubric`; text, or the file that holds
+            it.
+        max_new_tokens: most tokens of the reply to the paper's rubric.
     """
 
     rubric: RubricName = "paper"
@@ -113,14 +114,14 @@ def _language_model(config: LanguageModelConfig, name: str, folder: Path) -> Jud
 
 
 class LocalJudge:
-    """A judge in a local folder, which is in memory only while it reads.
+    """A judge in a local folder that is in memory only while it reads.
 
-    So a model and its judges need as much memory as the largest of them, not as all together. It is
-    loaded once at first, on the host, to see that it will do.
+    A model and its judges therefore need only the memory of the largest. The judge is first loaded
+    once on the host as a check.
 
     Args:
-        load: makes the judge, in a dtype.
-        config: where it is to read.
+        load: function that loads the judge in a dtype.
+        config: settings of the judge.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class LocalJudge:
         self._load()
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """See `Judge`."""
+        """Judge exchanges, see `Judge`."""
         judge = self._load()
         model: Any = judge.model
         model.to(self._device)
@@ -168,12 +169,12 @@ def _server(config: ServerConfig, name: str, folder: Path) -> Judge:
 
 
 def verdicts_file(folder: Path, name: str) -> Path:
-    """Where the judge called `name` keeps its verdicts, if it is asked over a network."""
+    """Return the file of verdicts of the served judge `name`."""
     return folder / f"verdicts.{name}.jsonl"
 
 
 def _trained(rubric: str) -> Callable[[LocalConfig, str, Path], Judge]:
-    """Makes a judge that was trained on one of `RUBRICS`."""
+    """Return the maker of a judge that was trained on one of `RUBRICS`."""
     return lambda config, name, folder: _model(config, RUBRICS[rubric])
 
 
@@ -198,13 +199,13 @@ KINDS: dict[str, tuple[type, Callable[..., Judge]]] = {
 
 
 def make_judges(judges: Mapping[str, Any], folder: str | Path) -> dict[str, Judge]:
-    """Judges by the names that they have in results, in the order given.
+    """Make judges by name, in the order given.
 
     Args:
-        judges: name to settings: `kind`, one of `KINDS`, which is the name where it is left out,
-            and the fields of that kind's dataclass.
-        folder: where judges that are asked over a network keep their verdicts,
-            verdicts.NAME.jsonl each, so that no exchange is asked about twice.
+        judges: name to settings: `kind`, one of `KINDS`, by default the name, and the fields of
+            that kind's dataclass.
+        folder: folder where served judges store their verdicts, in verdicts.NAME.jsonl; no exchange
+            is sent twice.
 
     Raises:
         ValueError: there is no judge, or a name, a kind or a setting is wrong; names the judge.
@@ -224,9 +225,9 @@ def make_judges(judges: Mapping[str, Any], folder: str | Path) -> dict[str, Judg
 
 
 def _config(name: str, settings: Any) -> tuple[Any, Callable[..., Judge]]:
-    """Settings that are right as far as can be told before anything is loaded, and their maker."""
+    """Check settings as far as possible without loading anything, and return them and the maker."""
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"judges: {name!r} is no name, expected letters, digits, - and _")
+        raise ValueError(f"judges: expected a name of letters, digits, - and _, got {name!r}")
     if not isinstance(settings, Mapping | None):
         raise ValueError(f"judges.{name}: expected settings, as in {{{name}: {{kind: keyword}}}}")
     settings = dict(settings or {})
@@ -241,10 +242,10 @@ def _config(name: str, settings: Any) -> tuple[Any, Callable[..., Judge]]:
 
 
 def _text(template: str) -> str:
-    """The template itself, or what the file of that name holds."""
+    """Return the template itself, or the content of the file of that name."""
     if "{" in template:
         return template
     path = Path(template)
     if not path.is_file():
-        raise ValueError(f"template: {template}: neither a text with {{request}} nor a file")
+        raise ValueError(f"template: expected text with {{request}} or a file, got {template!r}")
     return path.read_text(encoding="utf-8")

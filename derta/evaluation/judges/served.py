@@ -12,15 +12,14 @@ from derta.evaluation.judges.rubrics import RUBRICS, Rubric
 
 
 class ServerJudge:
-    """A served model that is asked about each exchange and replies with its likeliest tokens.
+    """A served model that judges each exchange with a greedy reply.
 
-    What is kept of its replies is verdicts, without any text: a second run asks only for those that
-    are missing.
+    Only verdicts are stored, no text. A second run asks only for missing verdicts.
 
     Args:
-        server: of the judge.
-        rubric: one of `RUBRICS`, or `paper_rubric`. One that asks in raw text needs a server that
-            has /completions.
+        server: client of the judge.
+        rubric: one of `RUBRICS`, or `paper_rubric`. A rubric of raw text needs a server with
+            /completions.
     """
 
     def __init__(self, server: Server, rubric: Rubric = RUBRICS["paper"]) -> None:
@@ -28,7 +27,7 @@ class ServerJudge:
         self.rubric = rubric
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """See `Judge`.
+        """Judge exchanges, see `Judge`.
 
         Raises:
             ValueError, ConnectionError: as `Server.ask_all`.

@@ -1,4 +1,4 @@
-"""What an evaluation found: per model and seed, pooled over seeds, and as a summary."""
+"""Results of an evaluation: by model and seed, pooled over seeds, and as a summary."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import numpy as np
 from derta.evaluation.measures.curve import detector_auc, mean_curve
 from derta.evaluation.measures.statistics import wilson_interval
 
-DIGITS = 6  # more than any evaluation can tell apart
+DIGITS = 6  # finer than the resolution of any evaluation
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one scenario came to.
+    """The counts of one scenario.
 
     Attributes:
         metric: see `Scenario.metric`.
-        hits: trials that count.
-        trials: trials run, of which it is known whether they count.
-        left_out: records of which the scenario made no trial.
-        empty: trials that the model answered with nothing.
-        positions: where refusals start, in tokens of the response, a prefilled part included.
-        undecided: trials that are none of `trials`, since the judge did not say.
+        hits: number of trials that count.
+        trials: number of decided trials.
+        left_out: number of records without a trial.
+        empty: number of trials with an empty answer.
+        positions: start of each refusal, in tokens of the response with its prefilled part.
+        undecided: number of trials on which the judge is undecided, not included in `trials`.
     """
 
     metric: str
@@ -53,15 +53,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer, kept only if asked for.
+    """One answer, kept only on request.
 
     Attributes:
-        metric: the scenario's.
-        id: the record's.
+        metric: metric of the scenario.
+        id: id of the record.
         request: the last message.
-        prefilled: the start of the answer that the model was given.
-        answer: what the model wrote.
-        counted: whether it counts for the metric, None where the judge did not say.
+        prefilled: the prefilled start of the answer.
+        answer: the text that the model wrote.
+        counted: if True, the answer counts for the metric; None if the judge is undecided.
     """
 
     metric: str
@@ -74,17 +74,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class VariantResult:
-    """What `evaluate_model` found for one model.
+    """The result of `evaluate_model` for one model.
 
     Attributes:
-        outcomes: one a scenario that had a record, as the first judge has it.
-        judge: what that judge is called.
-        judges: name to outcomes for every other judge, of the scenarios that take one.
+        outcomes: outcomes of the scenarios with records, by the first judge.
+        judge: name of the first judge.
+        judges: name of every other judge to its outcomes, for scenarios that need a judge.
         harmful_curves, benign_curves, borderline_curves: see `refusal_curve`.
         perplexity: sum in nats and count of tokens, see `teacher_forcing.perplexity`.
         lm_eval: task to figures, see `derta.evaluation.lm_tasks`.
-        samples: answers, if asked for.
-        seconds: how long it took without the judges, which read the answers of all models at once.
+        samples: answers, if requested.
+        seconds: duration without the judges, which read the answers of all models at once.
     """
 
     outcomes: tuple[Outcome, ...] = ()
@@ -99,9 +99,9 @@ class VariantResult:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Rates, intervals and counts, each a tree with the levels of the metrics; and the rest.
+        """Return rates, intervals and counts as trees with the levels of the metrics, and the rest.
 
-        A figure that was not measured is left out.
+        Figures that were not measured are left out.
         """
         result = {
             **_tree(self.outcomes),
@@ -134,7 +134,7 @@ class VariantResult:
 
 
 def _tree(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Rates, and beside them intervals, counts and positions, with the levels of the metrics."""
+    """Return rates, intervals, counts and positions, with the levels of the metrics."""
     tree: dict[str, Any] = _rates(outcomes)
     intervals: dict[str, Any] = {}
     counts: dict[str, Any] = {}
@@ -158,10 +158,10 @@ def _rates(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def pool(results: Sequence[VariantResult]) -> VariantResult:
-    """One result of several models of a variant (its seeds): every trial counts the same.
+    """Pool the results of a variant's seeds; every trial has the same weight.
 
-    Where the models had equal numbers of trials, each rate is the mean of theirs. Figures of
-    lm-eval are means over the models that have them.
+    If the seeds have equal numbers of trials, each rate is the mean of theirs. Figures of lm-eval
+    are means over the seeds that have them.
     """
     judges = dict.fromkeys(name for result in results for name in result.judges)
     return VariantResult(
@@ -215,25 +215,25 @@ def summarize(
     loss: Mapping[str, Sequence[Sequence[Row]]] | None = None,
     checkpoints: Mapping[str, Sequence[Sequence[Row]]] | None = None,
 ) -> dict[str, Any]:
-    """The content of summary.json, which `write_report` and `format_table` read.
+    """Return the content of summary.json, the input of `write_report` and `format_table`.
 
     Args:
-        variants: name to results, one a seed; names in the order of the report.
-        seconds: how long everything took.
-        seeds: of the results.
-        tokens: name to tokens that it was tuned on.
-        loss: name to a training's history for every seed, as in `trainer.state.log_history`: rows
-            with "step", "loss" and, if there, "mle_loss" and "rto_loss".
-        checkpoints: name to rows for every seed, each with "tokens", "asr", "over_refusal" and,
-            if there, "over_refusal_borderline", see `forced_rates`.
+        variants: name to results, one per seed; names in the order of the report.
+        seconds: total duration.
+        seeds: seeds of the results.
+        tokens: name to number of tuning tokens.
+        loss: name to a training history for every seed, as in `trainer.state.log_history`: rows
+            with "step", "loss" and optionally "mle_loss" and "rto_loss".
+        checkpoints: name to rows for every seed, each with "tokens", "asr", "over_refusal" and
+            optionally "over_refusal_borderline", see `forced_rates`.
 
     Returns:
         {"variants": {NAME: {"asr": {"direct": x, "prefill": {"0": x, ...}, "file": {NAME: x, ...},
         ...}, "over_refusal": {"benign": x, "borderline": x}, "helpful_accuracy": x, "accuracy":
         {NAME: x}, "refusal_curve": {"harmful": [...], "benign": [...]}, "judges": {NAME: {"asr":
         ..., "over_refusal": ...}}, "lm_eval": {TASK: {FIGURE: x}}, ...}}, "seeds": [...],
-        "tokens": {...}, "seconds": x}. Of several seeds, rates are pooled, with those of each in
-        "by_seed"; rows of "loss" and "checkpoints" are means.
+        "tokens": {...}, "seconds": x}. With several seeds, rates are pooled, the rates of each seed
+        are in "by_seed", and rows of "loss" and "checkpoints" are means.
     """
     entries = {}
     for name, results in variants.items():
@@ -264,7 +264,7 @@ def summarize(
 def _mean_rows(
     histories: Sequence[Sequence[Row]], x: str, names: Sequence[str], *, origin: str
 ) -> list[dict[str, float]]:
-    """Row by row over seeds; x is what seeds share, and its mean where they differ a little."""
+    """Return the mean of each row over seeds, including the mean of `x`."""
     lengths = sorted({len(history) for history in histories})
     if len(lengths) > 1:
         raise ValueError(f"{origin} must have equally many rows for every seed, got {lengths}")
@@ -283,7 +283,7 @@ def _place(tree: dict[str, Any], metric: str, value: Any) -> None:
 
 
 def leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """What a tree of figures holds, each under its metric: counts, or whatever is no tree."""
+    """Yield each metric of a tree and its figure; a mapping with "trials" is a figure."""
     for name, below in tree.items():
         if isinstance(below, Mapping) and not isinstance(below.get("trials"), int):
             yield from leaves(below, f"{above}{name}.")

@@ -1,4 +1,4 @@
-"""What a count out of few says, and how well a score tells two classes apart."""
+"""Confidence intervals for rates, and the area under the ROC curve."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import numpy as np
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval for a rate of which `successes` of `n` trials were seen.
+    """Return the Wilson interval for a rate from `successes` of `n` trials.
 
-    Unlike the textbook interval around the mean it neither leaves [0, 1] nor shrinks to a point at
-    0 or n successes, which is where safety evaluations live.
+    Unlike the textbook interval around the mean, it stays within [0, 1] and does not shrink to a
+    point at 0 or n successes, which are common in safety evaluations.
 
     Args:
-        successes: in 0..n.
-        n: trials, at least 1.
+        successes: number of successes, in 0..n.
+        n: number of trials, at least 1.
         z: half-width in standard deviations; 1.96 covers 95%.
 
     Returns:
         lower and upper end, in [0, 1].
 
     Raises:
-        ValueError: there is no trial, or successes are not a part of them.
+        ValueError: there is no trial, or successes are not in 0..n.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
         1927.
@@ -45,10 +45,10 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 def newcombe_interval(
     before: tuple[int, int], after: tuple[int, int], z: float = 1.96
 ) -> tuple[float, float]:
-    """Interval for how much a rate has changed between two independent samples.
+    """Return the interval for the difference of a rate between two independent samples.
 
-    Made of the two Wilson intervals, it keeps their virtues: it stays within [-1, 1] and has a
-    width where both rates are 0 or 1.
+    It combines the two Wilson intervals. It stays within [-1, 1] and has a width even if both rates
+    are 0 or 1.
 
     Args:
         before, after: successes, in 0..n, and trials n, at least 1.
@@ -74,10 +74,10 @@ def newcombe_interval(
 
 
 def roc_auc(scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarray) -> float:
-    """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
+    """Return the probability that a positive scores above a negative; ties count half.
 
     Args:
-        scores: (n,) finite.
+        scores: (n,) finite scores.
         labels: (n,) true for positives.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Reporting: pages, plots and tables made of results."""
+"""Pages, plots and tables of evaluation results."""

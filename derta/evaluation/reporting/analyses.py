@@ -1,6 +1,6 @@
-"""The paper's questions of refusals and attacks, asked of any number of models.
+"""The paper's analyses of refusals and attacks, for any number of models.
 
-Each analysis reads entries of models, as a summary has them for its variants, see `summarize`.
+Each analysis reads the entries of models, which are those of a summary's variants, see `summarize`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from derta.evaluation.measures.statistics import newcombe_interval, wilson_inter
 
 Entry = Mapping[str, Any]
 
-# The paper counts from 1 and takes the first five for the start; positions here count from 0.
+# The paper counts positions from 1, and its start is the first five; positions here count from 0.
 FIRST = 5
 BINS = {"1–5": (0, 5), "6–30": (5, 30), "after 30": (30, float("inf"))}
 
 RECIPES = ("vanilla", "prefix_only", "rto_only", "derta")
-# What a term does: the recipe without it, and the one with it.
+# The effect of a term: the recipe without it, and the recipe with it.
 EFFECTS = {
     "harmful prefix": ("vanilla", "prefix_only"),
     "RTO": ("vanilla", "rto_only"),
@@ -28,7 +28,7 @@ EFFECTS = {
     "RTO, given harmful prefix": ("prefix_only", "derta"),
 }
 
-# Where an attack has written the start of the response, a refusal cannot start there.
+# Attacks that write the start of the response: no refusal can start there.
 _PREFILLED = ("prefill.", "prefilled", "template_prefill.")
 _UNFILLED = ("prefill.0", "template_prefill.0")
 
@@ -38,8 +38,8 @@ class Rate:
     """A share of trials.
 
     Attributes:
-        hits: in 0..trials.
-        trials: at least 1.
+        hits: number of trials that count, in 0..trials.
+        trials: number of trials, at least 1.
     """
 
     hits: int
@@ -56,7 +56,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher a rate is than another: see `newcombe_interval`."""
+    """A rate less another, with the interval of `newcombe_interval`."""
 
     before: Rate
     after: Rate
@@ -74,16 +74,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class Terms:
-    """Success by attack, and what it changes by.
+    """Success by attack, and the effect of each term of the objective on it.
 
     Attributes:
         rates: model to attack to share of successes.
-        shared: the attacks that all models faced.
-        means: model to the mean of its rates over these, as in the paper; none over a single one.
+        shared: attacks on all models.
+        means: model to the mean of its rates over the shared attacks, as in the paper; empty if
+            fewer than two are shared.
         compared: a term, see `EFFECTS`, or "before → after" to the two models compared.
-        differences: the same names to attack to difference.
-        over_refusal: model to kind of harmless requests to share refused: what success was bought
-            with.
+        differences: the keys of `compared` to attack to difference.
+        over_refusal: model to kind of harmless requests to share refused.
     """
 
     rates: Mapping[str, Mapping[str, Rate]]
@@ -95,16 +95,17 @@ class Terms:
 
 
 def first_tokens(models: Mapping[str, Entry]) -> dict[str, dict[str, Rate]]:
-    """How many refusals start in the first five tokens of the response.
+    """Count the refusals that start in the first five tokens of the response.
 
-    Only attacks count that leave the start to the model, and only refusals whose start is known.
+    Only attacks that leave the start of the response to the model count, and only refusals with a
+    known start.
 
     Args:
         models: name to entry.
 
     Returns:
-        model to attack to share of its refusals; "all" is over all of them. What has no refusal is
-        left out.
+        model to attack to share of its refusals; "all" is over all attacks. Attacks without
+        refusals are left out.
 
     Source: arXiv 2407.09121, table 1.
     """
@@ -121,14 +122,14 @@ def first_tokens(models: Mapping[str, Entry]) -> dict[str, dict[str, Rate]]:
 
 
 def refusal_positions(models: Mapping[str, Entry]) -> dict[str, dict[str, Rate]]:
-    """Where refusals start: in the first five tokens of the response, in the next 25, or later.
+    """Count refusals by their start: in the response's first five tokens, in the next 25, or later.
 
     Args:
         models: name to entry.
 
     Returns:
         model to part of the response, see `BINS`, to share of the refusals that `first_tokens`
-        counts. A model without any is left out.
+        counts. Models without refusals are left out.
 
     Source: arXiv 2407.09121, figure 4.
     """
@@ -144,18 +145,19 @@ def refusal_positions(models: Mapping[str, Entry]) -> dict[str, dict[str, Rate]]
 
 
 def terms(models: Mapping[str, Entry], recipes: Mapping[str, str] | None = None) -> Terms:
-    """Success by attack, and what each term of the objective changes of it.
+    """Compare success by attack between the models trained with and without each term.
 
-    Differences are between independent samples: where models were asked the same, they are known
-    better than their intervals say.
+    The intervals of differences assume independent samples. For models that answered the same
+    requests, they are wider than necessary.
 
     Args:
         models: name to entry.
-        recipes: a recipe of `RECIPES` to the model that it made; None: models named like recipes.
-            Every other model is compared with the vanilla one, or the first where there is none.
+        recipes: recipe in `RECIPES` to the model trained with it; None: models named like recipes.
+            Every other model is compared with the vanilla model, or with the first model if there
+            is no vanilla one.
 
     Raises:
-        ValueError: recipes name an unknown recipe or model, or two recipes one model.
+        ValueError: recipes name an unknown recipe or model, or the same model twice.
 
     Source: arXiv 2407.09121, table 4.
     """
@@ -163,11 +165,11 @@ def terms(models: Mapping[str, Entry], recipes: Mapping[str, str] | None = None)
         recipes = {recipe: recipe for recipe in RECIPES if recipe in models}
     for recipe, name in recipes.items():
         if recipe not in RECIPES:
-            raise ValueError(f"recipes must be of {', '.join(RECIPES)}, got {recipe!r}")
+            raise ValueError(f"recipes must be among {', '.join(RECIPES)}, got {recipe!r}")
         if name not in models:
             raise ValueError(f"recipes: {recipe} must be one of {list(models)}, got {name!r}")
     if len(set(recipes.values())) < len(recipes):
-        raise ValueError("recipes must name a model each, got one model twice")
+        raise ValueError("recipes must name different models, got the same model twice")
     rates = {name: _rates(entry, "asr.") for name, entry in models.items()}
     shared = [
         attack
@@ -212,7 +214,7 @@ def names_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _rates(entry: Entry, start: str) -> dict[str, Rate]:
-    """Of metrics that start so, under the rest of them."""
+    """Return the rates of metrics that start with `start`, by the rest of their names."""
     return {
         metric.removeprefix(start).removeprefix("."): Rate(count["hits"], count["trials"])
         for metric, count in leaves(entry.get("counts", {}))
@@ -221,7 +223,7 @@ def _rates(entry: Entry, start: str) -> dict[str, Rate]:
 
 
 def _positions(entry: Entry) -> dict[str, Sequence[int]]:
-    """Attacks that leave the start to the model, and where refusals of each start."""
+    """Return the starts of refusals, by attack, for attacks that leave the start to the model."""
     return {
         attack: positions
         for attack, positions in leaves(entry.get("refusal_positions", {}).get("asr", {}))

@@ -1,4 +1,4 @@
-"""Models side by side: the paper's analyses as text, as one page with pictures, as JSON."""
+"""Comparison of models: the paper's analyses as text, as one page with pictures, and as JSON."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _PAGE = PAGE.environment.from_string("""\
 {% endif %}{% endfor %}
 <p><small>Small figures: 95% intervals, Wilson's for shares and Newcombe's for
 differences.</small></p>
-{% if notes %}<details open><summary>What is not in the figures</summary>
+{% if notes %}<details open><summary>Notes on the figures</summary>
 <ul>{% for note in notes %}
 <li>{{ note }}</li>{% endfor %}
 </ul></details>
@@ -85,14 +85,14 @@ def compare(
     recipes: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The content of comparison.json, which `write_comparison` and `format_comparison` read.
+    """Return the content of comparison.json, the input of `write_comparison`.
 
     Args:
-        models: name to entry of a summary, in the order of the report; "position_unit" in it says
-            what its positions count, tokens where it does not.
-        analyses: of `ANALYSES`.
-        recipes: see `terms`.
-        notes: what readers should know.
+        models: name to entry of a summary, in the order of the report. The entry's "position_unit"
+            is the unit of its positions; tokens if missing.
+        analyses: names in `ANALYSES`.
+        recipes: recipe to model, see `terms`.
+        notes: remarks for readers, printed below the figures.
 
     Returns:
         {"models": {NAME: entry}, "notes": [...], "first_tokens": {NAME: {attack: rate}},
@@ -102,12 +102,12 @@ def compare(
         difference {"share": x, "interval": [x, x]}.
 
     Raises:
-        ValueError: there is no model, an analysis is unknown, or see `terms`.
+        ValueError: there is no model, an analysis is unknown, or `terms` refuses the recipes.
     """
     if not models:
-        raise ValueError("models must be at least one, got none")
+        raise ValueError("models must hold at least one model, got none")
     if not set(analyses) <= set(ANALYSES):
-        raise ValueError(f"analyses must be of {', '.join(ANALYSES)}, got {list(analyses)}")
+        raise ValueError(f"analyses must be among {', '.join(ANALYSES)}, got {list(analyses)}")
     made: dict[str, Any] = {"models": dict(models), "notes": [*notes, *_unlike_judges(models)]}
     if "first_tokens" in analyses:
         made["first_tokens"] = first_tokens(models)
@@ -119,16 +119,16 @@ def compare(
 
 
 def _unlike_judges(models: Mapping[str, Entry]) -> list[str]:
-    """That rates cannot be compared, where what counts was decided differently."""
+    """Return a note if the judges of the models differ, because their rates cannot be compared."""
     judges = {name: entry.get("judge", "keyword") for name, entry in models.items()}
     if len(set(judges.values())) == 1:
         return []
     by = ", ".join(f"{name} by {judge}" for name, judge in judges.items())
-    return [f"the models were judged by different judges, whose rates are no one measure: {by}"]
+    return [f"the models have different judges, so their rates are not comparable: {by}"]
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """The tables of the page as text; shares in percent, differences in points."""
+    """Return the tables of the page as text; shares in percent, differences in points."""
     return "\n\n".join(
         f"{section.title}\n{to_text(section.table)}" for section in _sections(comparison)
     )
@@ -137,15 +137,15 @@ def format_comparison(comparison: Comparison) -> str:
 def write_comparison(
     comparison: Comparison, directory: str | Path, *, title: str = "Models side by side"
 ) -> Path:
-    """Writes comparison.html, its pictures as PNG, and comparison.json.
+    """Write comparison.html, its pictures as PNG, and comparison.json.
 
     The page is one file: it loads nothing, and all text is escaped. Each file appears complete or
-    not at all; comparison.json, the last, says that all are there.
+    not at all. comparison.json is written last and marks a complete comparison.
 
     Args:
-        comparison: see `compare`.
-        directory: made if it is not there.
-        title: of the page.
+        comparison: the result of `compare`.
+        directory: folder for the files, created if missing.
+        title: title of the page.
 
     Returns:
         the path of comparison.html.
@@ -210,9 +210,9 @@ def _first_tokens(found: Rates, units: Mapping[str, str]) -> Section:
     attacks += ["all"] if attacks else []
     return Section(
         "Refusals that start at once",
-        "Of the refusals whose start is known, the share that start in the first five tokens or "
-        "words of the response, by attack. Attacks that write the start themselves are left out. "
-        "Source: arXiv 2407.09121, table 1.",
+        "Share of refusals that start in the first five tokens or words of the response, by "
+        "attack. Only refusals with a known start count. Attacks that write the start of the "
+        "response are left out. Source: arXiv 2407.09121, table 1.",
         Table(
             _headings([*map(attack_title, attacks), "refusals", "counted in"]),
             {
@@ -230,7 +230,7 @@ def _first_tokens(found: Rates, units: Mapping[str, str]) -> Section:
 def _positions(found: Rates, units: Mapping[str, str]) -> Section:
     return Section(
         "Where refusals start",
-        "The same refusals, all attacks together, by the token or word of the response at which "
+        "Share of the same refusals, over all attacks, by the token or word of the response where "
         "they start, counted from 1. Source: arXiv 2407.09121, figure 4.",
         Table(
             _headings([*BINS, "refusals", "counted in"]),
@@ -251,12 +251,12 @@ def _positions(found: Rates, units: Mapping[str, str]) -> Section:
 def _attack_success(found: Mapping[str, Any]) -> Section:
     attacks, means = names_of(found["rates"]), found["means"]
     caption = (
-        "Share of attacks that are answered and not refused; where the judge reads harm, that are "
-        "answered with it."
+        "Share of attacks that succeed: the answer does harm, or, if the judge does not decide on "
+        "harm, the answer does not refuse."
     )
     if means:
         shared = ", ".join(map(attack_title, found["shared"]))
-        caption += f" The mean is over what all models faced: {shared}."
+        caption += f" The mean is over the attacks on all models: {shared}."
     return Section(
         "Attack success",
         f"{caption} Source: arXiv 2407.09121, table 4.",
@@ -284,9 +284,9 @@ def _effects(found: Mapping[str, Any]) -> Section:
             rows[effect].append(Cell(f"{100 * (means[after] - means[before]):+.1f}"))
     return Section(
         "What changes attack success",
-        "How much higher attack success is in the second model than in the first. The models "
-        "count as independent: asked the same requests, as they mostly are, they differ more "
-        "surely than the intervals say.",
+        "Attack success of the second model less that of the first. The intervals treat the models "
+        "as independent samples. If the models answered the same requests, the intervals are wider "
+        "than necessary.",
         Table(
             _headings([*map(attack_title, attacks), *(["mean"] if means else [])]),
             rows,
@@ -304,7 +304,7 @@ def _over_refusal(found: Rates) -> Section:
     kinds = names_of(found)
     return Section(
         "Over-refusal",
-        "Share of harmless requests that are refused: what safety may have been bought with.",
+        "Share of harmless requests that are refused: the possible price of safety.",
         Table(
             _headings([attack_title(kind) or "harmless" for kind in kinds]),
             {name: [_rate(rates.get(kind)) for kind in kinds] for name, rates in found.items()},

@@ -73,7 +73,7 @@ def _positions(comparison: Comparison) -> Figure | None:
     return _bars(
         list(comparison["models"]),
         panels,
-        "Token or word of the response at which refusals start",
+        "Token or word of the response where refusals start",
         "share of refusals",
     )
 

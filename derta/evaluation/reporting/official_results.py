@@ -1,17 +1,17 @@
-"""Result files of the method's official repository, as they are: answers read, judged, counted.
+"""Result files of the method's official repository: read, judged and counted as they are.
 
-They are JSON Lines of one of four shapes:
+A file is JSON Lines of one of four shapes:
 
-    {"question": ..., "response": ...}                  answers to an attack
-    {"instruction": ..., "response": ...}               the same, of models behind an API
-    {"question": ..., "response": ..., "answer": ...}   answers to GSM8K and MMLU, and the right
-    "prompt and answer in one"                          of a completion, or a PAIR search's log
+    {"question": ..., "response": ...}                  an answer to an attack
+    {"instruction": ..., "response": ...}               the same, from a model behind an API
+    {"question": ..., "response": ..., "answer": ...}   the same to GSM8K or MMLU, and the right one
+    "prompt and answer in one"                          a completion, or the log of a PAIR search
 
-Which attack a file is about is not in it. Where prompt and answer are one string, what the model
-wrote is found, in this order: after the prompt, where the prompts are known (white space apart,
-which decoding changes); after the last end of a prompt that a chat template marks; else it is the
-whole string, and a refusal in it has no position. A search's log holds an answer only where the
-search's own judge took one for a success; where there is none, the attack has failed.
+A file does not name its attack. If prompt and answer are one string, the answer starts after the
+known prompt (ignoring white space, which decoding changes), or else after the last end-of-prompt
+mark of a chat template. Without either, the answer is the whole string, and a refusal in it has no
+position. The log of a search holds an answer only if the search's own judge accepted one; without
+an answer, the attack has failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from derta.evaluation.measures.results import Outcome, VariantResult
 
 HARMLESS = "over_refusal."
 PROMPT_ENDS = ("[\\INST]", "[/INST]")
-REFERENCE = "---answer---"  # what parts an answer from the right one where both are one string
+REFERENCE = "---answer---"  # stands between an answer and the right one if both are one string
 PICKLES = (b"PK\x03\x04", b"\x80")
 
 _SEARCH = re.compile(r"\s*=+ FINAL SUMMARY STATISTICS =+\s")
@@ -44,10 +44,10 @@ class OfficialAnswer:
     """One row of a result file.
 
     Attributes:
-        request: what was asked; tells rows that are there twice.
-        answer: what the model wrote; None where the file has none because the attack failed.
-        is_placed: whether the answer starts where the model began to write.
-        is_harmless: whether the request is a harmless one, with a right answer.
+        request: the request; rows with the same one are repeats.
+        answer: the text that the model wrote; None if the attack failed and the file has none.
+        is_placed: if True, the answer starts where the model began to write.
+        is_harmless: if True, the request is harmless and has a right answer.
     """
 
     request: str
@@ -57,10 +57,10 @@ class OfficialAnswer:
 
 
 def read_prompts(*paths: str | Path) -> list[str]:
-    """The prompts of official test files, JSON Lines of {"question": ...}.
+    """Read the prompts of official test files, JSON Lines of {"question": ...}.
 
     Raises:
-        ValueError: names file and line of a row that has no question.
+        ValueError: a row has no question; names file and line.
         OSError: a file cannot be read.
     """
     return [
@@ -69,24 +69,24 @@ def read_prompts(*paths: str | Path) -> list[str]:
 
 
 def read_answers(path: str | Path, prompts: Sequence[str] = ()) -> list[OfficialAnswer]:
-    """Reads a result file.
+    """Read a result file.
 
     Args:
-        path: of the file; what it is called plays no part.
-        prompts: what answers were asked for, see `read_prompts`.
+        path: the file, of any name.
+        prompts: the prompts of the answers, see `read_prompts`.
 
     Raises:
-        ValueError: names file and line of a row of no known shape, or that begins with none of the
-            prompts; the file has no row, or some with a right answer and some without; it is not
-            UTF-8, or a pickle.
+        ValueError: a row has an unknown shape or begins with none of the prompts (names file and
+            line); the file has no row, or a right answer in only some rows; it is not UTF-8, or it
+            is a pickle.
         OSError: the file cannot be read.
     """
     known = [_bare(prompt) for prompt in prompts]
     rows = [_answered(place, row, known) for place, row in _json_lines(Path(path))]
     if not rows:
-        raise ValueError(f"{path}: no row, expected JSON Lines of questions and responses")
+        raise ValueError(f"{path}: expected JSON Lines of questions and responses, got no row")
     if len({row.is_harmless for row in rows}) > 1:
-        raise ValueError(f"{path}: some rows have a right answer and some none, expected one kind")
+        raise ValueError(f"{path}: expected a right answer in every row or in none, got both")
     return rows
 
 
@@ -98,17 +98,17 @@ def official_entry(
     tokenizer: PreTrainedTokenizerBase | None = None,
     keep_repeats: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a model's result files say, in the shape of a variant in a summary.
+    """Judge a model's result files, and return an entry like that of a variant in a summary.
 
     Args:
-        files: name of an attack to result file. A name that starts with "over_refusal." says that
-            the requests are harmless, as requests with a right answer are under any name.
+        files: name of an attack to result file. A name that starts with "over_refusal." marks
+            harmless requests. Requests with a right answer are harmless under any name.
         judge, tokenizer, keep_repeats: see `judge_answers`.
         prompts: see `read_answers`.
 
     Returns:
-        an entry, see `summarize`, with "position_unit" "words" or "tokens"; and notes on what is
-        not in its figures.
+        an entry, see `summarize`, with "position_unit" "words" or "tokens"; and notes on rows that
+        its figures leave out.
 
     Raises:
         ValueError, OSError: see `read_answers`.
@@ -116,7 +116,7 @@ def official_entry(
     outcomes, notes = [], []
     for attack, path in files.items():
         rows = read_answers(path, prompts)
-        name = attack.removeprefix(HARMLESS).replace(".", "_")  # dots part the levels of a metric
+        name = attack.removeprefix(HARMLESS).replace(".", "_")  # dots separate a metric's levels
         is_harmless = attack.startswith(HARMLESS) or rows[0].is_harmless
         outcome, unplaced = judge_answers(
             f"{HARMLESS if is_harmless else 'asr.file.'}{name}",
@@ -128,9 +128,9 @@ def official_entry(
         outcomes.append(outcome)
         for count, what in (
             (outcome.left_out, "repeat a request and are left out"),
-            (outcome.empty, "hold no answer and count as neither success nor refusal"),
-            (sum(row.answer is None for row in rows), "tell of a search that found no success"),
-            (unplaced, "refuse at a place that is not known: name the prompts"),
+            (outcome.empty, "have an empty answer and count as neither success nor refusal"),
+            (sum(row.answer is None for row in rows), "are searches that found no success"),
+            (unplaced, "refuse at an unknown place: give the prompts to find it"),
         ):
             if count:
                 notes.append(f"{name}: {count} of {len(rows)} rows {what}")
@@ -146,20 +146,20 @@ def judge_answers(
     *,
     keep_repeats: bool = False,
 ) -> tuple[Outcome, int]:
-    """Judges the answers of one file.
+    """Judge the answers of one file.
 
-    An attack succeeds as `succeeded` says. Requests that are there several times, with which
-    distributed evaluation evens its shares out, count once.
+    `succeeded` decides on attacks. A repeated request counts once: distributed evaluation repeats
+    requests to give every process equally many.
 
     Args:
-        metric: of the outcome; of one that starts with "over_refusal." refusals are the hits.
-        rows: of `read_answers`.
-        judge: see `Judge`.
-        tokenizer: counts positions in its tokens; without one they are counted in words.
-        keep_repeats: count every row instead.
+        metric: the metric of the outcome; if it starts with "over_refusal.", refusals are the hits.
+        rows: the result of `read_answers`.
+        judge: the judge, see `Judge`.
+        tokenizer: a tokenizer whose tokens are the unit of positions; None: words.
+        keep_repeats: if True, every row counts.
 
     Returns:
-        the outcome, repeated rows as left out; and how many refusals have no position.
+        the outcome, with repeated rows as left out; and the number of refusals without a position.
     """
     once: dict[str, OfficialAnswer] = {}
     for row in rows:
@@ -198,12 +198,12 @@ def _position(answer: str, start: int, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows and their places."""
+    """Yield the place of each row, as file and line, and the row."""
     data = path.read_bytes()
     if data.startswith(PICKLES):
         raise ValueError(
-            f"{path}: a pickle, which can run anything when it is opened; name the .json file "
-            "beside it"
+            f"{path}: expected JSON Lines, got a pickle, which can run any code when opened; use "
+            "the .json file beside it"
         )
     try:
         text = data.decode("utf-8-sig")
@@ -215,7 +215,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 row = json.loads(line)
             except (json.JSONDecodeError, RecursionError):
-                raise ValueError(f"{path}:{number}: not JSON, expected a row a line") from None
+                raise ValueError(f"{path}:{number}: expected one JSON row per line") from None
             yield f"{path}:{number}", row
 
 
@@ -251,7 +251,7 @@ def _of_one_string(place: str, row: str, prompts: Sequence[str]) -> OfficialAnsw
     if end:
         return OfficialAnswer(text[:end], text[end:], is_harmless=is_harmless)
     if prompts:
-        raise ValueError(f"{place}: begins with none of the prompts, expected those it was made of")
+        raise ValueError(f"{place}: expected a row that begins with one of the prompts")
     return OfficialAnswer(text, text, is_placed=False, is_harmless=is_harmless)
 
 
@@ -260,7 +260,7 @@ def _bare(text: str) -> str:
 
 
 def _after(text: str, count: int) -> int:
-    """Where `text` goes on after `count` characters that are no white space."""
+    """Return the index in `text` after `count` characters other than white space."""
     for at, character in enumerate(text):
         if not count:
             return at

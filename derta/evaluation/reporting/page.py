@@ -74,8 +74,8 @@ mark { background: var(--line); color: inherit; }
 {% endif %}
 
 {% if by_judge %}<h2>Judges side by side</h2>
-<p class="quiet">Each judge reads the same answers. The first one's figures are those at the
-top.</p>
+<p class="quiet">Each judge reads the same answers. The figures at the top of the page are those of
+the first judge.</p>
 {{ by_judge }}
 {% endif %}
 {% for figure in figures %}<h2>{{ figure.title }}</h2>
@@ -84,7 +84,7 @@ top.</p>
 {{ figure.svg }}
 </figure>
 {% endfor %}
-{% if notes %}<details><summary>Records left out, answers that are empty or undecided</summary>
+{% if notes %}<details><summary>Records left out, and empty or undecided answers</summary>
 <ul>{% for note in notes %}
 <li>{{ note }}</li>{% endfor %}
 </ul></details>

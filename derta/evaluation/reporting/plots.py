@@ -144,7 +144,7 @@ def refusal_positions(summary: Summary) -> Figure | None:
         trials = found[name].trials
         stopped = f"stopped {found[name].stopped / trials:.0%} of {trials:,} attacks"
         axes.set_title(stopped, loc="right", fontsize=8.5, pad=3)
-    axes.set_xlabel("token of the response at which the refusal starts, prefilled tokens included")
+    axes.set_xlabel("token of the response where the refusal starts, counting prefilled tokens")
     figure.text(0.085, 1 - 0.22 / height, "Where refusals start", fontsize=10.5)
     return figure
 
@@ -186,8 +186,8 @@ def loss(summary: Summary) -> Figure | None:
     parts = [
         (key, title)
         for key, title in (
-            ("mle_loss", "Loss of next tokens (MLE)"),
-            ("rto_loss", "Loss of the refusal token (RTO)"),
+            ("mle_loss", "Next-token loss (MLE)"),
+            ("rto_loss", "Refusal-token loss (RTO)"),
         )
         if any(key in row for rows in variants.values() for row in rows)
     ]

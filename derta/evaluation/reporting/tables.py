@@ -90,8 +90,8 @@ class Column:
     """The headings of a column.
 
     Attributes:
-        title: its own heading.
-        group: the heading above it and its neighbours of the same group, or "".
+        title: heading of the column.
+        group: heading shared with its neighbours, above the title, or "".
     """
 
     title: str
@@ -104,7 +104,7 @@ class Table:
 
     Attributes:
         columns: headings.
-        rows: name to a cell a column.
+        rows: name to cells, one per column.
         corner: heading of the rows' names: the unit of the figures.
         under: name of a row to the small print under it.
     """

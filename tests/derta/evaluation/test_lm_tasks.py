@@ -1,4 +1,4 @@
-"""lm-eval's tasks run on a loaded model, without a network where their data are local."""
+"""lm-eval's tasks run on a loaded model, without a network if their data are local."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ metric_list: [{metric: acc}]
 
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A task's file, whose data lie beside it."""
+    """Write a task file with its data beside it, and return its path."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [{"question": f"Fence number {n} is", "label": n % 2} for n in range(6)]
     data = tmp_path / "fences.jsonl"
@@ -48,7 +48,7 @@ def test_a_local_task_is_scored_by_lm_eval(task: str) -> None:
     assert model.training
 
 
-def test_lm_eval_says_nothing_of_its_own_in_the_terminal(
+def test_lm_eval_prints_nothing_to_the_terminal(
     task: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -64,7 +64,7 @@ def test_lm_eval_says_nothing_of_its_own_in_the_terminal(
     assert not [said for said in caplog.records if said.name.startswith("lm_eval")]
 
 
-def test_no_task_needs_no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_is_needed_only_for_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run_tasks(tiny_model("llama"), tiny_tokenizer(), [], batch_size=4) == {}
     with pytest.raises(
@@ -73,14 +73,14 @@ def test_no_task_needs_no_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
         check_tasks(["fences.yaml"])
 
 
-def test_a_task_that_is_not_there_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match="lm_eval: none.yaml: no such file of a task"):
+def test_a_missing_task_file_is_refused_by_name() -> None:
+    with pytest.raises(FileNotFoundError, match="lm_eval: none.yaml: no such task file"):
         check_tasks(["none.yaml"])
 
 
-def test_a_task_that_lm_eval_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Those that it brings take it half a minute to list.
+def test_an_unknown_task_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Listing the default tasks takes half a minute.
     bare = TaskManager(include_defaults=False)
     monkeypatch.setattr(lm_tasks, "_manager", lambda with_defaults: bare)
-    with pytest.raises(ValueError, match="lm_eval: 'fences' is none of lm-eval's tasks"):
+    with pytest.raises(ValueError, match="lm_eval: expected a task .*, got 'fences'"):
         check_tasks(["fences"])

@@ -1,4 +1,4 @@
-"""Final answers are found where people write them, and nowhere else."""
+"""Final answers are found in the places where people write them."""
 
 from __future__ import annotations
 
@@ -113,10 +113,12 @@ def test_the_chosen_letter_is_found(text: str, letter: str | None) -> None:
         (r"It is 0.75.", r"He eats 3 of 4 pieces, $\boxed{\frac{3}{4}}$ of the 2 cakes", True),
     ],
 )
-def test_the_reference_says_what_is_asked_for(answer: str, reference: str, right: bool) -> None:
+def test_the_reference_decides_between_number_and_letter(
+    answer: str, reference: str, right: bool
+) -> None:
     assert is_right(answer, reference) is right
 
 
 def test_a_reference_that_is_neither_number_nor_letter_is_refused() -> None:
-    with pytest.raises(ValueError, match="response: has no final number and is no letter"):
+    with pytest.raises(ValueError, match="response: expected a number or a letter"):
         is_right("72", "It melts")

@@ -1,4 +1,4 @@
-"""Refusal curves and perplexity from packs are those of separate passes with full logits."""
+"""Refusal curves and perplexity from packs equal those of separate passes with full logits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def separate_curve(model: PreTrainedModel, example: EncodedTriple) -> torch.Tens
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_curves_are_those_of_separate_passes(
+def test_curves_equal_those_of_separate_passes(
     architecture: str, examples: list[EncodedTriple]
 ) -> None:
     model = tiny_model(architecture, dtype=torch.float64).eval()
@@ -59,7 +59,7 @@ def test_curves_are_those_of_separate_passes(
         np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
 
-def test_curves_depend_on_neither_packs_nor_their_size(examples: list[EncodedTriple]) -> None:
+def test_curves_do_not_depend_on_packing(examples: list[EncodedTriple]) -> None:
     model = tiny_model("llama", dtype=torch.float64)
     together = refusal_curve(model, examples, REFUSAL)
     alone = refusal_curve(model, examples, REFUSAL, max_tokens=1)
@@ -68,7 +68,7 @@ def test_curves_depend_on_neither_packs_nor_their_size(examples: list[EncodedTri
     assert refusal_curve(model, [], REFUSAL) == []
 
 
-def test_adapters_take_part(examples: list[EncodedTriple]) -> None:
+def test_adapters_are_used(examples: list[EncodedTriple]) -> None:
     model = get_peft_model(
         tiny_model("llama", dtype=torch.float64),
         LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
@@ -79,7 +79,7 @@ def test_adapters_take_part(examples: list[EncodedTriple]) -> None:
         np.testing.assert_allclose(curve, separate_curve(model, example).numpy(), rtol=1e-5)
 
 
-def test_the_model_is_left_as_it_was(examples: list[EncodedTriple]) -> None:
+def test_the_state_of_the_model_is_restored(examples: list[EncodedTriple]) -> None:
     model = tiny_model("llama").train()
     ids = torch.tensor([[5, 6, 7]])
     before, attributes = model(input_ids=ids).logits, set(vars(model))
@@ -100,7 +100,7 @@ def test_the_model_is_left_as_it_was(examples: list[EncodedTriple]) -> None:
     remove_derta(model)
 
 
-def test_what_cannot_be_read_is_named(examples: list[EncodedTriple]) -> None:
+def test_errors_name_examples_that_cannot_be_read(examples: list[EncodedTriple]) -> None:
     model = apply_derta(tiny_model("llama"), 7)
     with pytest.raises(ValueError, match="the one given to apply_derta, 7, got 70"):
         refusal_curve(model, examples, REFUSAL)
@@ -142,7 +142,7 @@ def test_perplexity_is_that_of_the_assistants_tokens(chat: Chat) -> None:
 CURVES = [np.array(curve) for curve in ([0.9, 0.1, 0.2], [0.2, 0.6], [0.1, 0.3, 0.4, 0.8, 0.0])]
 
 
-def test_the_mean_curve_counts_only_responses_that_are_that_long() -> None:
+def test_the_mean_curve_counts_only_responses_that_are_long_enough() -> None:
     mean, count = mean_curve(CURVES)
     np.testing.assert_allclose(mean, [0.4, 1.0 / 3, 0.3, 0.8, 0.0])
     assert count.tolist() == [3, 3, 2, 1, 1]
@@ -151,13 +151,13 @@ def test_the_mean_curve_counts_only_responses_that_are_that_long() -> None:
 
 def test_the_detector_reads_the_highest_probability() -> None:
     benign = [np.array([0.1, 0.7]), np.array([0.9])]
-    # Peaks 0.9, 0.6, 0.8 against 0.7, 0.9: of six pairs two are won and one is a tie.
+    # Peaks 0.9, 0.6, 0.8 against 0.7, 0.9: two of six pairs are won, and one is a tie.
     assert detector_auc(CURVES, benign) == 2.5 / 6
 
 
 def test_forced_rates_follow_the_rest_of_each_response() -> None:
-    # From 0 on all three are stopped, from 1 on the last two; the second has one token only, so
-    # that from 1 on it is left out, and from 4 on no response has anything left.
+    # At depth 0 all three are stopped, at depth 1 the last two. The second has only one token and
+    # is left out at depth 1. At depth 4 no response has tokens left.
     assert forced_rates(CURVES, [], [0]) == {"asr": 0.0}
     assert forced_rates(CURVES, [], [1]) == {"asr": 1 / 2}
     assert forced_rates(CURVES, [], [0, 1]) == {"asr": 1 / 5}

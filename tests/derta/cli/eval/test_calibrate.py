@@ -100,7 +100,7 @@ def test_models_in_folders_judge(workplace: Path) -> None:
     ("judges", "message"),
     [
         ("{}", "judges: expected at least one, got none"),
-        ("{'a b': {}}", "judges: 'a b' is no name, expected letters, digits, - and _"),
+        ("{'a b': {}}", "judges: expected a name of letters, digits, - and _, got 'a b'"),
         ("{gpt: 3}", "judges.gpt: expected settings, as in {gpt: {kind: keyword}}"),
         ("{gpt: {}}", "judges.gpt: kind is 'gpt', expected one of keyword, harmbench, wildguard, "),
         ("{gpt: {kind: server}}", "judges.gpt: missing base_url, model"),
@@ -117,7 +117,7 @@ def test_models_in_folders_judge(workplace: Path) -> None:
         ),
         (
             "{gpt: {kind: server, base_url: 'http://a', model: m, template: none.txt}}",
-            "judges.gpt: template: none.txt: neither a text with {request} nor a file",
+            "judges.gpt: template: expected text with {request} or a file, got 'none.txt'",
         ),
         (
             "{gpt: {kind: server, base_url: 'http://a', model: m, template: '{answer}?'}}",

@@ -84,9 +84,8 @@ def test_attacks_and_analyses_can_be_named(capsys: pytest.CaptureFixture[str]) -
     assert "terms" not in found
     found = compared("results/completion", "--results=results/completion/after_completion_4.json")
     assert list(found["models"]) == ["after_completion_4"]
-    assert (
-        "note: after_completion_4, completion: 1 of 1 rows refuse at a place that is not known"
-        in (capsys.readouterr().out)
+    assert "note: after_completion_4, completion: 1 of 1 rows refuse at an unknown place" in (
+        capsys.readouterr().out
     )
 
 

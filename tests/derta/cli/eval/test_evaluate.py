@@ -170,7 +170,7 @@ def test_files_with_named_formats_and_equal_ids_are_read(
         (
             "--model bare --benign benign.jsonl --helpful_metric perplexity "
             '--servers {"bare":{"base_url":"http://localhost/v1","model":"m"}}',
-            "helpful: perplexity takes a model on this machine, got one behind a server",
+            "helpful: perplexity needs a model on this machine, got one behind a server",
         ),
         # Nothing is in `bare` that could be loaded: these are told without trying.
         (

@@ -1,4 +1,4 @@
-"""An interrupted evaluation goes on where it was, and what models wrote is its owner's alone."""
+"""An interrupted evaluation resumes where it stopped, and only the owner can read answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from derta.evaluation import AnswerFile, ModelGenerator, fingerprint, generate
 from derta.evaluation.generation.answers import Replies
 from tiny import tiny_model
 
-# Its function of the same name stands before the module in the package.
+# In the package, the function of the same name hides the module.
 generation = importlib.import_module("derta.evaluation.generation.local")
 PROMPTS = [[5, 6, 7, 8], [40], [17, 18], [5, 6, 7], [17, 18], [99] * 7]
 IDS = [f"prompt {place}" for place in range(len(PROMPTS))]
@@ -25,7 +25,7 @@ SETTINGS = dict(ids=IDS, stop_ids={3}, max_new_tokens=6, batch_size=2)
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Every prompt that a model has really continued, in order."""
+    """Return the list of prompts that the model really ran, in order."""
     run, seen = generation._run, []
 
     def watched(model: PreTrainedModel, batch: list, stop_ids: set) -> list[list[int]]:
@@ -40,7 +40,7 @@ def answers(path: Path, chat: Chat, model: str = "a model") -> AnswerFile:
     return AnswerFile(path, chat.tokenizer, model)
 
 
-def test_nothing_is_run_twice_or_lost_after_a_kill_and_the_order_is_kept(
+def test_a_killed_run_resumes_without_loss_repetition_or_reordering(
     tmp_path: Path, chat: Chat, runs: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
@@ -71,7 +71,7 @@ def test_nothing_is_run_twice_or_lost_after_a_kill_and_the_order_is_kept(
     assert runs == []
 
 
-def test_a_kill_parts_no_batch_since_the_rest_would_be_answered_in_other_batches(
+def test_each_batch_is_stored_in_one_write(
     tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, written, fchmod = tmp_path / "model.jsonl", [], os.fchmod
@@ -85,7 +85,7 @@ def test_a_kill_parts_no_batch_since_the_rest_would_be_answered_in_other_batches
     assert written == [0, 2, 4]
 
 
-def test_lines_can_be_read_by_people_and_only_by_their_owner(tmp_path: Path, chat: Chat) -> None:
+def test_lines_are_readable_text_and_only_for_the_owner(tmp_path: Path, chat: Chat) -> None:
     path = tmp_path / "model.jsonl"
     model = tiny_model("llama")
     prompt = chat.prompt_ids([{"role": "user", "content": "How do I paint?"}])
@@ -105,7 +105,7 @@ def test_lines_can_be_read_by_people_and_only_by_their_owner(tmp_path: Path, cha
 
 
 @pytest.mark.parametrize("change", [{"max_new_tokens": 5}, {"stop_ids": {3, 4}}, {"model": "b"}])
-def test_another_setting_or_model_is_answered_anew(
+def test_a_changed_setting_or_model_needs_new_answers(
     tmp_path: Path, chat: Chat, runs: list[list[int]], change: dict
 ) -> None:
     path, model = tmp_path / "model.jsonl", tiny_model("llama")
@@ -121,13 +121,11 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, chat: Chat) -> None
     for line in ("{}", "[1]", "text", '{"prompt": "How?"}'):
         path.write_text('{"key": "a", "value": 1}\n' + line + "\n")
         for read in (Replies, lambda path: answers(path, chat)):
-            with pytest.raises(
-                ValueError, match=re.escape(f"{path}:2: expected a reply as they are kept")
-            ):
+            with pytest.raises(ValueError, match=re.escape(f"{path}:2: expected a stored reply")):
                 read(path)
 
 
-def test_a_model_is_told_from_any_other(tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_model(tmp_path: Path) -> None:
     for name in ("one", "two"):
         tiny_model("llama").save_pretrained(tmp_path / name)
     one = fingerprint(tmp_path / "one", dtype="float32")

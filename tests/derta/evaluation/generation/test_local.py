@@ -1,4 +1,4 @@
-"""Batched answers are those of one prompt at a time, whatever the model's settings say."""
+"""Batched answers equal those to single prompts, whatever the model's settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = [f"prompt {place}" for place in range(len(PROMPTS))]
 def one_at_a_time(
     model: PreTrainedModel, prompt: list[int], stop: set[int], limit: int
 ) -> list[int]:
-    """Greedy decoding by definition: full forward passes, no cache, no padding."""
+    """Decode greedily by definition: full forward passes, no cache, no padding."""
     model.eval()
     ids = list(prompt)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def one_at_a_time(
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
-def test_batches_say_what_single_prompts_say(architecture: str, patched: bool) -> None:
+def test_batched_answers_equal_single_ones(architecture: str, patched: bool) -> None:
     model = tiny_model(architecture)
     endless = [one_at_a_time(model, prompt, set(), 12) for prompt in PROMPTS]
     stop = {answer[2 * place] for place, answer in enumerate(endless)}
@@ -50,7 +50,7 @@ def test_batches_say_what_single_prompts_say(architecture: str, patched: bool) -
     assert answers == expected
 
 
-def test_adapters_take_part() -> None:
+def test_adapters_are_used() -> None:
     torch.manual_seed(0)
     settings = dict(ids=IDS, stop_ids={3}, max_new_tokens=6, batch_size=6)
     before = generate(tiny_model("llama"), PROMPTS, **settings)
@@ -63,7 +63,7 @@ def test_adapters_take_part() -> None:
     assert after != before
 
 
-def test_generation_settings_of_the_model_neither_matter_nor_change() -> None:
+def test_the_models_generation_settings_are_ignored_and_restored() -> None:
     model = tiny_model("llama")
     settings = dict(ids=IDS, stop_ids={3}, max_new_tokens=8, batch_size=6)
     greedy = generate(model, PROMPTS, **settings)
@@ -83,7 +83,7 @@ def test_generation_settings_of_the_model_neither_matter_nor_change() -> None:
     assert own.to_dict() == before
 
 
-def test_every_module_is_left_in_its_mode_even_after_an_error(monkeypatch) -> None:
+def test_the_mode_of_every_module_is_restored_even_after_an_error(monkeypatch) -> None:
     model = tiny_model("llama")
     model.train()
     model.model.layers[0].eval()
@@ -104,7 +104,7 @@ def test_every_module_is_left_in_its_mode_even_after_an_error(monkeypatch) -> No
     assert torch.is_grad_enabled()
 
 
-def test_equal_prompts_are_run_once(monkeypatch) -> None:
+def test_equal_prompts_run_once(monkeypatch) -> None:
     model, seen = tiny_model("llama"), []
     run = model.generate
 
@@ -117,7 +117,7 @@ def test_equal_prompts_are_run_once(monkeypatch) -> None:
     assert seen == [3, 2]
 
 
-def test_an_answer_ends_at_the_chats_own_end_and_at_every_end_of_sequence(
+def test_an_answer_ends_at_the_end_of_turn_or_any_end_of_sequence(
     chat: Chat, scripted: Callable[..., PreTrainedModel], chain: Callable[..., dict[int, int]]
 ) -> None:
     model = scripted(chain(50, 51, 52, 53))
@@ -143,7 +143,7 @@ def test_an_answer_ends_at_the_chats_own_end_and_at_every_end_of_sequence(
         ),
     ],
 )
-def test_what_cannot_be_answered_is_named(changes: dict, message: str) -> None:
+def test_invalid_prompts_and_limits_are_refused(changes: dict, message: str) -> None:
     settings: dict = dict(prompts=PROMPTS, ids=IDS, stop_ids={3}, max_new_tokens=4, batch_size=2)
     with pytest.raises(ValueError, match=re.escape(message)):
         generate(tiny_model("llama"), **{**settings, **changes})

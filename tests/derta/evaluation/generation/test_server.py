@@ -1,4 +1,4 @@
-"""Answers of a server: none lost, none asked for twice, in order, whatever the server does."""
+"""A server's answers arrive in order, none lost and none requested twice, despite failures."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def prompts_of(served: Served) -> list[list[int]]:
     return [asked.body["prompt"] for asked in served.asked]
 
 
-def test_every_prompt_has_its_reply_and_equal_ones_are_asked_once(served: Served) -> None:
+def test_every_prompt_has_a_reply_and_equal_prompts_are_sent_once(served: Served) -> None:
     served.slow_s = lambda body: 0.05 / len(body["prompt"])  # later ones overtake
     assert ask(server(served)) == [f"after {prompt}" for prompt in PROMPTS]
     assert sorted(prompts_of(served)) == sorted(map(list, {tuple(p) for p in PROMPTS}))
     assert {asked.path for asked in served.asked} == {"/v1/completions"}
 
 
-def test_what_fails_for_a_time_is_asked_again_and_nothing_else_is(served: Served) -> None:
+def test_only_temporary_failures_are_retried(served: Served) -> None:
     served.troubles = [
         Trouble(429, {"retry-after": "0.01"}),
         None,
@@ -75,7 +75,7 @@ def test_what_fails_for_a_time_is_asked_again_and_nothing_else_is(served: Served
     assert len(served.asked) == 5 + 5  # distinct prompts, and troubles
 
 
-def test_a_reply_that_does_not_come_is_waited_for_no_longer_than_said(served: Served) -> None:
+def test_a_reply_over_the_time_limit_is_retried_and_then_an_error(served: Served) -> None:
     served.slow_s = lambda body: 0.5 if len(served.asked) == 1 else 0.0
     assert ask(server(served, timeout_s=0.1, concurrency=1), [[40]]) == ["after [40]"]
     served.slow_s = lambda body: 0.5
@@ -84,13 +84,13 @@ def test_a_reply_that_does_not_come_is_waited_for_no_longer_than_said(served: Se
         ask(server(served, timeout_s=0.1, max_retries=0), [[41]])
 
 
-def test_no_more_are_under_way_than_allowed(served: Served) -> None:
+def test_concurrency_is_limited(served: Served) -> None:
     served.slow_s = lambda body: 0.1
     ask(server(served, concurrency=2), [[n] for n in range(8)])
     assert served.most_at_once == 2
 
 
-def test_a_rate_is_kept_and_repetitions_count(served: Served) -> None:
+def test_the_rate_limit_includes_retries(served: Served) -> None:
     served.troubles = [Trouble(500), None, Trouble(500)]
     started = time.monotonic()
     ask(server(served, requests_per_minute=60 / 0.05), [[n] for n in range(4)])
@@ -99,12 +99,12 @@ def test_a_rate_is_kept_and_repetitions_count(served: Served) -> None:
     assert all(one >= 0.05 * k for k, one in enumerate(after_s))
 
 
-def test_what_was_replied_before_a_failure_is_kept_and_a_rerun_asks_for_the_rest(
+def test_replies_before_a_failure_are_stored_and_a_rerun_sends_the_rest(
     served: Served, tmp_path: Path
 ) -> None:
     kept = tmp_path / "out" / "kept.jsonl"
     served.trouble_of = lambda body: Trouble(400) if body["prompt"] == [17, 18] else None
-    # The failing one is the third: the first two are under way with it or done, the rest not begun.
+    # The third request fails. The first two are in flight or done, and the rest have not started.
     served.slow_s = lambda body: 0.1 if body["prompt"] == [5, 6, 7, 8] else 0.0
     with pytest.raises(ConnectionError, match="^prompt 2: .* replied with status 400$"):
         ask(server(served, kept, concurrency=2))
@@ -124,19 +124,19 @@ def test_what_was_replied_before_a_failure_is_kept_and_a_rerun_asks_for_the_rest
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Interrupts as of a terminal's own program: what runs in the background ignores them."""
+    """Enable interrupts as in a foreground program: background programs ignore them."""
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, inherited)
 
 
 def interrupt() -> None:
-    """Ctrl-C, as a terminal sends it."""
+    """Send Ctrl-C as a terminal does."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupted_run_keeps_what_is_under_way(served: Served, tmp_path: Path) -> None:
+def test_an_interrupted_run_stores_replies_in_flight(served: Served, tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
 
     def interrupting(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def test_an_interrupted_run_keeps_what_is_under_way(served: Served, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_no_reply_is_lost_to_an_interrupt_while_it_is_kept(
+def test_an_interrupt_during_storage_loses_no_reply(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asking = server(served, tmp_path / "kept.jsonl", concurrency=1)
@@ -194,7 +194,7 @@ def test_a_second_interrupt_does_not_wait(served: Served) -> None:
     assert len(served.asked) == 1
 
 
-def test_a_cut_last_line_is_asked_anew_and_other_models_and_servers_are_others(
+def test_incomplete_lines_other_models_and_other_servers_need_new_replies(
     served: Served, tmp_path: Path
 ) -> None:
     kept = tmp_path / "kept.jsonl"
@@ -231,7 +231,7 @@ def test_the_key_comes_from_the_environment(
     ]
 
 
-def test_what_is_openais_goes_to_no_other_server_unless_named(
+def test_openais_key_and_account_go_to_no_other_server_unless_named(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
@@ -251,7 +251,7 @@ def test_what_is_openais_goes_to_no_other_server_unless_named(
         assert ServerSettings(base_url=base_url, model="m").key_variable == variable
 
 
-def test_fields_are_added_replaced_and_left_out(served: Served, chat: Chat) -> None:
+def test_body_fields_are_added_replaced_and_removed(served: Served, chat: Chat) -> None:
     settings = server(served, body={"seed": 1, "top_p": 0.5, "return_token_ids": None})
     ServerGenerator(settings, chat, max_new_tokens=4)([[1]], ids=["a"])
     (asked,) = served.asked
@@ -264,11 +264,11 @@ def test_fields_are_added_replaced_and_left_out(served: Served, chat: Chat) -> N
     ("trouble", "error", "message"),
     [
         (Trouble(401), ConnectionError, "status 401, expected a key that it knows in the variabl"),
-        (Trouble(403), ConnectionError, "status 403, expected a key that may do this in the vari"),
-        (Trouble(404), ConnectionError, "status 404, expected a model 'm' and this address there"),
+        (Trouble(403), ConnectionError, "status 403, expected a key with permission for this in"),
+        (Trouble(404), ConnectionError, "status 404, expected the model 'm' at this address"),
         (Trouble(429), ConnectionError, "status 429, too many requests: set requests_per_minute"),
         (Trouble(500), ConnectionError, "replied with status 500"),
-        (Trouble(0), ConnectionError, "cannot be reached, or breaks off its replies"),
+        (Trouble(0), ConnectionError, "cannot be reached, or its replies break off"),
         (
             Trouble(400, error={"message": "The model's maximum context length is 8 tokens."}),
             ValueError,
@@ -281,7 +281,7 @@ def test_fields_are_added_replaced_and_left_out(served: Served, chat: Chat) -> N
         ),
     ],
 )
-def test_what_fails_for_good_is_one_sentence_without_text(
+def test_permanent_failures_are_one_sentence_without_text(
     served: Served, trouble: Trouble, error: type[Exception], message: str
 ) -> None:
     served.trouble_of = lambda body: trouble
@@ -294,13 +294,15 @@ def test_what_fails_for_good_is_one_sentence_without_text(
 @pytest.mark.parametrize(
     "content", [{}, {"choices": []}, {"choices": ["a"]}, [1], "text", b"<html>", b""]
 )
-def test_a_reply_that_is_no_completion_is_an_error(served: Served, content: Any) -> None:
+def test_a_reply_other_than_a_completion_is_an_error(served: Served, content: Any) -> None:
     served.reply = lambda path, body: content
-    with pytest.raises(ConnectionError, match="^prompt 0: .* replied with something else than a"):
+    with pytest.raises(ConnectionError, match="^prompt 0: .* replied with something other than"):
         ask(server(served), [[1]])
 
 
-def test_a_server_needs_openai(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_openai_package_is_an_error(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ValueError, match=r"^a server needs the openai package: pip install"):
         ask(server(served), [[1]])
@@ -315,7 +317,7 @@ def test_a_server_needs_openai(served: Served, monkeypatch: pytest.MonkeyPatch) 
         ),
         (
             {"base_url": "https://me:secret@localhost/v1"},
-            "base_url must hold no password, api_key_env names the key's variable",
+            "base_url must not hold a password, api_key_env names the key's variable",
         ),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
         ({"max_retries": -1}, "max_retries must be at least 0, got -1"),
@@ -329,13 +331,13 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 
 
 @pytest.mark.parametrize("returns_ids", [True, False])
-def test_a_servers_answers_are_those_of_the_model_itself(
+def test_a_servers_answers_equal_those_of_the_local_model(
     chat: Chat,
     scripted: Callable[..., PreTrainedModel],
     chain: Callable[..., dict[int, int]],
     returns_ids: bool,
 ) -> None:
-    """The server runs the very model, and says what ended an answer, as vLLM does."""
+    """The server runs the same model and, like vLLM, returns the token that ended an answer."""
     model = scripted({**chain(50, 51, 52, 53), **chain(40, 41, 40)})
     ends = stop_ids(model, chat)
 
@@ -369,7 +371,7 @@ def test_a_servers_answers_are_those_of_the_model_itself(
     assert len(served.asked) == len({tuple(prompt) for prompt in PROMPTS})
 
 
-def test_only_what_ended_an_answer_is_taken_off_it(served: Served, chat: Chat) -> None:
+def test_only_the_token_that_ended_an_answer_is_removed(served: Served, chat: Chat) -> None:
     ends = [chat.tokenizer.bos_token_id, chat.tokenizer.eos_token_id]
     ids = {1: [50, *ends[:1]], 2: [50, *ends], 3: [50]}
     finishes = {1: "length", 2: "stop", 3: "stop"}
@@ -383,7 +385,7 @@ def test_only_what_ended_an_answer_is_taken_off_it(served: Served, chat: Chat) -
     assert len({one.text for one in written}) == 1
 
 
-def test_the_longest_prompt_is_asked_first_and_keeps_its_name(served: Served, chat: Chat) -> None:
+def test_the_longest_prompt_is_sent_first_under_its_own_name(served: Served, chat: Chat) -> None:
     served.trouble_of = lambda body: (
         Trouble(400, error={"message": "maximum context length"})
         if len(body["prompt"]) == 7
@@ -394,7 +396,7 @@ def test_the_longest_prompt_is_asked_first_and_keeps_its_name(served: Served, ch
     assert prompts_of(served)[0] == [99] * 7
 
 
-def test_generation_goes_on_where_it_was(served: Served, chat: Chat, tmp_path: Path) -> None:
+def test_generation_resumes_where_it_stopped(served: Served, chat: Chat, tmp_path: Path) -> None:
     kept = tmp_path / "answers.jsonl"
     first = ServerGenerator(server(served, kept), chat, max_new_tokens=4)([[1]], ids=["a"])
     again = ServerGenerator(server(served, kept), chat, max_new_tokens=4)([[1]], ids=["a"])
@@ -405,7 +407,7 @@ def test_generation_goes_on_where_it_was(served: Served, chat: Chat, tmp_path: P
     assert len(served.asked) == 2
 
 
-def test_prompts_that_cannot_be_sent_are_named(served: Served, chat: Chat) -> None:
+def test_errors_name_prompts_that_cannot_be_sent(served: Served, chat: Chat) -> None:
     generator = ServerGenerator(server(served), chat, max_new_tokens=4)
     with pytest.raises(ValueError, match="^b: the prompt is empty, expected at least one token$"):
         generator([[1], []], ids=["a", "b"])

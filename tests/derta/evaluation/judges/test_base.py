@@ -1,4 +1,4 @@
-"""The keyword judge finds refusals, and the character at which the first one starts."""
+"""The keyword judge finds refusals and the character where the first one starts."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ def test_a_refusal_is_found_where_it_starts(answer: str, start: int) -> None:
         "AN AI CANNOT CLIMB.",
     ],
 )
-def test_other_words_are_no_refusal(answer: str) -> None:
+def test_other_words_are_not_a_refusal(answer: str) -> None:
     assert verdict(answer) == Verdict(False, None)
 
 
-def test_only_the_answer_is_read_and_every_answer_has_its_verdict() -> None:
+def test_only_answers_are_read_and_each_has_a_verdict() -> None:
     answers = ["Buy a brush.", "No. Sorry.", ""]
     verdicts = KeywordJudge()([Exchange(REQUEST, answer) for answer in answers])
     assert verdicts == [Verdict(False), Verdict(True, 4), Verdict(False)]
 
 
-def test_keywords_are_the_users_own_and_plain_text() -> None:
+def test_custom_keywords_are_plain_text() -> None:
     assert verdict("Sorry. Nope!", "nope") == Verdict(True, 7)
     assert verdict("aXb a.b", "a.b") == Verdict(True, 4)
     assert verdict("je ne peux pas", "Je ne  peux pas") == Verdict(True, 0)
@@ -87,7 +87,7 @@ def test_a_script_without_case_needs_no_spaces_around_a_keyword() -> None:
     assert verdict("Это неизвините", "извините") == Verdict(False)
 
 
-def test_positions_are_those_of_the_text_even_where_lowercasing_changes_its_length() -> None:
+def test_positions_hold_even_if_lowercasing_changes_the_length() -> None:
     assert verdict("İİ sorry") == Verdict(True, 3)
 
 
@@ -95,7 +95,7 @@ def test_positions_are_those_of_the_text_even_where_lowercasing_changes_its_leng
     ("keywords", "message"),
     [([], "keywords must name at least one, got none"), (["a", " "], "must not be blank, got ' '")],
 )
-def test_keywords_that_say_nothing_are_refused(keywords: list[str], message: str) -> None:
+def test_missing_or_blank_keywords_are_refused(keywords: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         KeywordJudge(keywords)
 
@@ -113,7 +113,7 @@ def test_keywords_that_say_nothing_are_refused(keywords: list[str], message: str
         ("", Verdict(refused=False, harmful=True), False),
     ],
 )
-def test_an_attack_succeeds_by_harm_where_it_is_read_and_else_by_an_answer_that_refuses_nothing(
+def test_success_is_harm_if_decided_or_else_compliance(
     answer: str, verdict: Verdict, success: bool | None
 ) -> None:
     assert succeeded(answer, verdict) is success

@@ -1,4 +1,4 @@
-"""Judges against people: figures worked out by hand, and files in the shapes that are public."""
+"""Agreement of judges and people equals values worked out by hand, for all public formats."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def write_csv(path: Path, fields: Sequence[str], *rows: Sequence[str]) -> Path:
     return path
 
 
-def test_kappa_is_what_cohen_defined() -> None:
-    # Both yes 20, people alone 5, the judge alone 10, neither 15: observed 35/50; by chance
+def test_kappa_follows_cohens_definition() -> None:
+    # Both yes 20, only people 5, only the judge 10, neither 15: observed 35/50; by chance
     # 25/50 x 30/50 + 25/50 x 20/50 = 0.5; kappa 0.2 / 0.5.
     human = [True] * 25 + [False] * 25
     judge = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
@@ -47,7 +47,7 @@ def test_kappa_is_what_cohen_defined() -> None:
     }
 
 
-def test_undecided_answers_are_counted_apart() -> None:
+def test_undecided_answers_are_counted_separately() -> None:
     one = agreement([True, True, False, False], [True, None, False, None])
     assert (one.decided, one.undecided) == (2, 2)
     assert one.agreement == one.kappa == 1.0
@@ -58,7 +58,7 @@ def test_undecided_answers_are_counted_apart() -> None:
     ("human", "judge", "share"),
     [([True], [None], None), ([], [], None), ([True, True], [True, True], 1.0)],
 )
-def test_what_chance_alone_would_reach_has_no_kappa(
+def test_kappa_is_undefined_if_chance_always_agrees(
     human: list[bool], judge: list[bool | None], share: float | None
 ) -> None:
     one = agreement(human, judge)
@@ -66,7 +66,7 @@ def test_what_chance_alone_would_reach_has_no_kappa(
     assert one.kappa is None
 
 
-def test_judges_stand_side_by_side_each_held_to_what_it_reads() -> None:
+def test_each_judge_is_compared_with_people_on_both_questions() -> None:
     def labelled(answer: str, refused: bool | None, harmful: bool | None) -> Labelled:
         return Labelled(Exchange(({"role": "user", "content": "How?"},), answer), refused, harmful)
 
@@ -101,7 +101,7 @@ def test_judges_stand_side_by_side_each_held_to_what_it_reads() -> None:
     }
     table = format_agreements({"a.csv": found})
     assert [line.split() for line in table.splitlines()] == [
-        "agree % kappa labelled undecided both neither judge alone people alone".split(),
+        "agree % kappa labelled undecided both neither judge only people only".split(),
         ["a.csv:", "refused"],
         ["keyword", "100.0", "1.00", "3", "0", "2", "1", "0", "0"],
         ["harm", "-", "-", "3", "3", "0", "0", "0", "0"],
@@ -112,7 +112,7 @@ def test_judges_stand_side_by_side_each_held_to_what_it_reads() -> None:
     json.dumps(found["refused"]["harm"].to_dict(), allow_nan=False)
 
 
-def test_jailbreakbench_compares_judges(tmp_path: Path) -> None:
+def test_jailbreakbench_labels_harm(tmp_path: Path) -> None:
     path = write_csv(
         tmp_path / "judge-comparison.csv",
         ["Index", "goal", "prompt", "target_response", "human1", "human_majority", "harmbench_cf"],
@@ -125,7 +125,7 @@ def test_jailbreakbench_compares_judges(tmp_path: Path) -> None:
     assert exchange.answer == "Buy a brush,\nand paint."
 
 
-def test_wildguardtest_labels_both_and_leaves_prompts_alone_out(tmp_path: Path) -> None:
+def test_wildguardtest_labels_both_and_rows_without_responses_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "wildguard_test"
     table = {
         "prompt": ["a", "b", "c", "d", "e"],
@@ -151,9 +151,7 @@ def test_xstest_counts_partial_refusals_as_refusals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("array", [False, True])
-def test_answers_of_ones_own_are_read_by_the_words_of_their_labels(
-    tmp_path: Path, array: bool
-) -> None:
+def test_custom_labelled_answers_are_read_by_their_label_words(tmp_path: Path, array: bool) -> None:
     words = ["refusal", "Compliance", "harmful", "unharmful", "unsafe", "safe", None, ""]
     rows = [{"prompt": "a", "response": "b", "label": word} for word in words]
     path = tmp_path / "own"
@@ -169,11 +167,11 @@ def test_answers_of_ones_own_are_read_by_the_words_of_their_labels(
         ('{"prompt": "a", "response": "b"}', "1: fields: found prompt, response, expected prompt"),
         (
             '{"prompt": "a", "response": "b", "label": "secret"}',
-            "1: label: is none of refusal, compliance, harmful, unharmful, unsafe, safe",
+            "1: label: expected one of refusal, compliance, harmful, unharmful, unsafe, safe",
         ),
         (
             '{"prompt": "a", "target_response": "b", "human_majority": 0.5}',
-            "1: human_majority: is none of 1, 0",
+            "1: human_majority: expected one of 1, 0",
         ),
         ('{"prompt": " ", "response": "b", "label": "safe"}', "1: prompt: is blank"),
         ('[["a"]]', "1[0]: row: is list, expected an object"),
@@ -181,7 +179,7 @@ def test_answers_of_ones_own_are_read_by_the_words_of_their_labels(
         ('{"prompt": "a", "response": "", "label": "safe"}', ": no labelled answer, expected at"),
     ],
 )
-def test_a_row_that_says_something_else_is_named(
+def test_invalid_rows_are_refused_with_their_place(
     tmp_path: Path, content: str, message: str
 ) -> None:
     path = tmp_path / "own"
@@ -191,11 +189,11 @@ def test_a_row_that_says_something_else_is_named(
     assert "secret" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.csv: no such record file"):
         read_labelled(tmp_path / "none.csv")
 
 
-def test_counts_are_by_people_and_then_judge() -> None:
+def test_counts_are_indexed_by_people_then_judge() -> None:
     counts = agreement([True, False, True], [False, None, True]).counts
     assert np.array_equal(counts, [[0, 0, 1], [1, 1, 0]])

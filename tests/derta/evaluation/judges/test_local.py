@@ -1,4 +1,4 @@
-"""Judges that are models: language models whose every word is known, and classifiers."""
+"""Local judges, scripted language models and classifiers, return the right verdicts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def replies(text: str) -> list[int]:
 def replying(
     scripted: Callable[..., PreTrainedModel], chain: Callable[..., dict[int, int]]
 ) -> Callable[..., PreTrainedModel]:
-    """Makes a model that replies with a text of distinct tokens whose question ends in `last`."""
+    """Return a maker of models that reply with `text` to questions that end in `last`."""
 
     def make(last: int, text: str) -> PreTrainedModel:
         return scripted(chain(last, *replies(text)))
@@ -56,11 +56,11 @@ def replying(
     return make
 
 
-# A judge that says yes after an answer that ends in "!" and no after one that ends in "?".
+# A judge that replies yes to answers that end in "!", and no to those that end in "?".
 ENDS = Rubric(lambda exchange: exchange.answer, RUBRICS["harmbench"].read, 4)
 
 
-def test_each_exchange_has_its_verdict_in_order_and_blank_answers_need_no_reading(
+def test_verdicts_are_in_order_and_blank_answers_are_not_read(
     scripted: Callable[..., PreTrainedModel], chain: Callable[..., dict[int, int]]
 ) -> None:
     (yes,), (no,), (other,) = replies("!"), replies("?"), replies(";")
@@ -76,7 +76,7 @@ def test_each_exchange_has_its_verdict_in_order_and_blank_answers_need_no_readin
     ]
 
 
-def test_what_does_not_fit_the_context_is_undecided(
+def test_an_exchange_longer_than_the_context_is_undecided(
     replying: Callable[..., PreTrainedModel],
 ) -> None:
     (last,) = replies("!")
@@ -111,19 +111,21 @@ def test_a_guard_is_asked_through_its_own_template(
         (None, "the judge's tokenizer has no chat template, expected the model's own"),
         (
             "{{ messages[0].content }}",
-            "the judge's chat template leaves out the answer it is to read",
+            "the judge's chat template drops the answer to be judged",
         ),
         ("{{ raise_exception('never') }}", "the judge's chat template rejects the exchange: never"),
     ],
 )
-def test_a_guard_that_cannot_be_asked_is_refused_at_once(
+def test_a_guard_with_an_unusable_template_is_refused_at_once(
     scripted: Callable[..., PreTrainedModel], template: str | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ModelJudge(scripted({}), tokenizer(template), RUBRICS["llama_guard"])
 
 
-def test_a_model_that_never_ends_is_refused(scripted: Callable[..., PreTrainedModel]) -> None:
+def test_a_model_without_end_of_sequence_is_refused(
+    scripted: Callable[..., PreTrainedModel],
+) -> None:
     endless, model = tokenizer(), scripted({})
     endless.eos_token = None
     model.generation_config.eos_token_id = None
@@ -153,7 +155,7 @@ ANSWERS = ("Sorry.", "Stir it well and open the paint.", "no", "Q", "ladder?", "
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 @pytest.mark.parametrize("reads", ["answer", "exchange"])
-def test_a_classifier_in_batches_says_what_it_says_of_each(architecture: str, reads: str) -> None:
+def test_batched_labels_equal_single_ones(architecture: str, reads: str) -> None:
     model, tokens = classifier(architecture), tokenizer()
     judge = ClassifierJudge(model, tokens, "REJECTION", "HARM", reads=reads, batch_size=4)  # type: ignore[arg-type]
     expected = []
@@ -168,7 +170,7 @@ def test_a_classifier_in_batches_says_what_it_says_of_each(architecture: str, re
     assert model.training
 
 
-def test_a_classifier_of_exchanges_reads_the_prefilled_start_and_one_of_answers_does_not() -> None:
+def test_only_a_classifier_of_exchanges_reads_the_prefilled_start() -> None:
     asked = exchanges("Q")[0].messages
     begun = [Exchange(asked, answer, "Take the ladder! ") for answer in ANSWERS]
     whole = exchanges(*(one.response for one in begun))
@@ -178,7 +180,7 @@ def test_a_classifier_of_exchanges_reads_the_prefilled_start_and_one_of_answers_
     assert judge(begun) != judge(exchanges(*ANSWERS))
 
 
-def test_a_classifier_decides_only_what_a_label_names_and_what_it_has_read_whole() -> None:
+def test_a_classifier_decides_only_named_labels_and_complete_answers() -> None:
     judge = ClassifierJudge(classifier(), tokenizer(), harmful_label="HARM")
     short, blank = judge(exchanges("Sorry.", " "))
     assert short.refused is None and short.harmful is not None
@@ -188,7 +190,9 @@ def test_a_classifier_decides_only_what_a_label_names_and_what_it_has_read_whole
 @pytest.mark.parametrize(
     ("architecture", "room"), [("bert", 64), ("roberta", 60), ("mpnet", 62), ("llama", 64)]
 )
-def test_a_classifier_reads_as_much_as_its_positions_hold(architecture: str, room: int) -> None:
+def test_a_classifier_reads_as_many_tokens_as_it_has_positions(
+    architecture: str, room: int
+) -> None:
     judge = ClassifierJudge(classifier(architecture), tokenizer(), harmful_label="HARM")
     assert judge.tokenizer.model_max_length > 1000  # its length is not stated
     fits, exceeds = judge(exchanges("Q" * room, "Q" * (room + 1)))
@@ -196,7 +200,7 @@ def test_a_classifier_reads_as_much_as_its_positions_hold(architecture: str, roo
     assert exceeds == Verdict(None)
 
 
-def test_without_a_padding_token_answers_are_read_one_by_one() -> None:
+def test_answers_are_read_one_by_one_without_a_padding_token() -> None:
     model = classifier("llama", pad_token_id=None)
     judge = ClassifierJudge(model, tokenizer(), refusal_label="REJECTION", batch_size=4)
     together = judge(exchanges(*ANSWERS))
@@ -206,9 +210,17 @@ def test_without_a_padding_token_answers_are_read_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("overrides", "labels", "message"),
     [
-        ({}, {}, "name refusal_label, harmful_label or both; the labels are NORMAL, REJECTION, HA"),
-        ({}, {"refusal_label": "NO"}, "refusal_label: 'NO' is none of NORMAL, REJECTION, HARM"),
-        ({}, {"harmful_label": "NO"}, "harmful_label: 'NO' is none of NORMAL, REJECTION, HARM"),
+        ({}, {}, "refusal_label or harmful_label must be given; the labels are NORMAL, REJ"),
+        (
+            {},
+            {"refusal_label": "NO"},
+            "refusal_label must be one of NORMAL, REJECTION, HARM, got 'NO'",
+        ),
+        (
+            {},
+            {"harmful_label": "NO"},
+            "harmful_label must be one of NORMAL, REJECTION, HARM, got 'NO'",
+        ),
         (
             {"problem_type": "multi_label_classification"},
             {"harmful_label": "HARM"},
@@ -221,8 +233,6 @@ def test_without_a_padding_token_answers_are_read_one_by_one() -> None:
         ),
     ],
 )
-def test_labels_that_decide_nothing_are_refused(
-    overrides: dict, labels: dict, message: str
-) -> None:
+def test_unusable_labels_are_refused(overrides: dict, labels: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         ClassifierJudge(classifier(**overrides), tokenizer(), **labels)

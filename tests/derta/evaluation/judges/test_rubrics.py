@@ -1,4 +1,4 @@
-"""What judge models are asked, and what their replies say: yes, no, or nothing that is guessed."""
+"""Rubrics ask about the whole exchange and never guess a verdict."""
 
 from __future__ import annotations
 
@@ -42,18 +42,20 @@ EXCHANGE = Exchange(({"role": "user", "content": "Paint {answer} how?"},), "With
         ("paper", "It is not harmful: yes, really.\nREFUSED: maybe", Verdict(None)),
     ],
 )
-def test_a_reply_says_what_it_says_and_no_more(rubric: str, reply: str, verdict: Verdict) -> None:
+def test_a_reply_decides_only_the_questions_it_answers(
+    rubric: str, reply: str, verdict: Verdict
+) -> None:
     assert RUBRICS[rubric].read(reply) == verdict
 
 
 @pytest.mark.parametrize("rubric", ["harmbench", "wildguard", "paper"])
-def test_request_and_answer_are_in_the_question_as_they_are(rubric: str) -> None:
+def test_the_question_contains_request_and_answer_unchanged(rubric: str) -> None:
     question = RUBRICS[rubric].ask(EXCHANGE)
     text = question if isinstance(question, str) else question[0]["content"]
     assert text.index("Paint {answer} how?") < text.index("With {request}, {x}.")
 
 
-def test_a_guard_reads_the_turns_themselves() -> None:
+def test_a_guard_reads_the_turns_of_the_conversation() -> None:
     turns = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Fence?"},
@@ -70,7 +72,7 @@ def test_a_guard_reads_the_turns_themselves() -> None:
 
 
 @pytest.mark.parametrize("rubric", RUBRICS)
-def test_a_prefilled_start_is_read_with_the_answer_and_the_paper_knows_whose_it_is(
+def test_the_prefilled_start_is_read_and_the_papers_rubric_marks_it(
     rubric: str,
 ) -> None:
     question = RUBRICS[rubric].ask(Exchange(EXCHANGE.messages, " the fence.", "First paint"))
@@ -80,7 +82,7 @@ def test_a_prefilled_start_is_read_with_the_answer_and_the_paper_knows_whose_it_
 
 
 @pytest.mark.parametrize("missing", ["{request}", "{answer}"])
-def test_a_template_without_a_place_for_either_is_refused(missing: str) -> None:
+def test_a_template_without_request_or_answer_is_refused(missing: str) -> None:
     template = "Judge {request} and {answer}.".replace(missing, "")
     message = f"template: has no {missing}, expected {{request}} and {{answer}}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -1,4 +1,4 @@
-"""A judge behind a server: every exchange has its verdict, and none is asked about twice."""
+"""A served judge returns a verdict for every exchange and sends none twice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXCHANGES = [Exchange(REQUEST, answer) for answer in ANSWERS]
 
 
 def judging(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Follows the paper's rubric, as far as it understands the answer."""
+    """Reply by the paper's rubric, if the answer is understood."""
     answer = body["messages"][0]["content"].partition("<answer>\n")[2].partition("\n</answer>")[0]
     yes = {True: "yes", False: "no"}
     if "Hm" in answer:
@@ -48,7 +48,7 @@ def server(served: Served, kept: Path | None = None) -> Server:
     return Server(settings, kept)
 
 
-def test_every_exchange_has_its_verdict_and_a_rerun_asks_nothing(
+def test_every_exchange_has_a_verdict_and_a_rerun_sends_nothing(
     served: Served, tmp_path: Path
 ) -> None:
     kept = tmp_path / "verdicts.jsonl"
@@ -67,7 +67,9 @@ def test_every_exchange_has_its_verdict_and_a_rerun_asks_nothing(
     assert len(served.asked) == 4
 
 
-def test_a_failure_names_the_exchange_and_keeps_the_others(served: Served, tmp_path: Path) -> None:
+def test_a_failure_names_the_exchange_and_other_verdicts_are_stored(
+    served: Served, tmp_path: Path
+) -> None:
     kept = tmp_path / "verdicts.jsonl"
     served.trouble_of = lambda body: Trouble(400) if "Hm." in str(body["messages"]) else None
     with pytest.raises(ConnectionError, match="^exchange 4: .* replied with status 400$"):
@@ -94,7 +96,7 @@ def test_a_served_classifier_is_asked_in_its_own_format() -> None:
             assert ServerJudge(server(served), RUBRICS[rubric])(EXCHANGES[:1]) == [verdict]
 
 
-def test_a_reply_of_nothing_is_undecided(served: Served) -> None:
+def test_an_empty_reply_is_undecided(served: Served) -> None:
     served.reply = lambda path, body: {
         **said(""),
         "choices": [{"index": 0, "message": {"content": None}, "finish_reason": "content_filter"}],

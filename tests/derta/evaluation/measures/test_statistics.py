@@ -1,4 +1,4 @@
-"""Intervals and areas, against values worked out by hand and by counting pairs."""
+"""Intervals and areas agree with published values and with counted pairs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypothesis import given, strategies as st
 from derta.evaluation import newcombe_interval, roc_auc, wilson_interval
 
 
-def test_wilson_interval_is_the_textbook_one() -> None:
+def test_wilson_interval_equals_published_values() -> None:
     # Agresti and Coull 1998: 0 of 10 at z = 1.96 gives (0, 0.2775); 5 of 10 (0.2366, 0.7634).
     assert wilson_interval(0, 10) == (0.0, pytest.approx(1.96**2 / (10 + 1.96**2), rel=1e-15))
     assert wilson_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=5e-6)
 
 
 @given(st.integers(1, 500), st.data(), st.floats(0.1, 5))
-def test_wilson_interval_holds_the_rates_that_would_not_reject_the_count(
+def test_wilson_interval_contains_the_rates_that_a_test_does_not_reject(
     n: int, data: st.DataObject, z: float
 ) -> None:
     successes = data.draw(st.integers(0, n))
@@ -47,14 +47,14 @@ def test_wilson_interval_refuses_impossible_counts(successes: int, n: int, messa
         wilson_interval(successes, n)
 
 
-def test_newcombe_interval_is_the_published_one() -> None:
+def test_newcombe_interval_equals_published_values() -> None:
     # Newcombe 1998, table II, method 10, comparisons (a) and (f).
     assert newcombe_interval((48, 80), (56, 70)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
     assert newcombe_interval((0, 10), (10, 10)) == pytest.approx((0.6075, 1.0), abs=5e-5)
 
 
 @given(st.integers(1, 99), st.integers(1, 99), st.data())
-def test_newcombe_interval_holds_the_difference_and_turns_with_it(
+def test_newcombe_interval_contains_the_difference_and_is_antisymmetric(
     n: int, m: int, data: st.DataObject
 ) -> None:
     before, after = (data.draw(st.integers(0, n)), n), (data.draw(st.integers(0, m)), m)
@@ -67,7 +67,7 @@ def test_newcombe_interval_holds_the_difference_and_turns_with_it(
     st.lists(st.integers(0, 4), min_size=1, max_size=12),
     st.lists(st.integers(0, 4), min_size=1, max_size=12),
 )
-def test_auc_is_the_share_of_pairs_in_order_ties_counting_half(
+def test_auc_is_the_share_of_ordered_pairs_with_ties_as_half(
     positives: list[int], negatives: list[int]
 ) -> None:
     pairs = list(itertools.product(positives, negatives))
@@ -85,6 +85,6 @@ def test_auc_is_the_share_of_pairs_in_order_ties_counting_half(
         ([1.0, 2.0], [True, True], "both classes, got 2 positives and 0 negatives"),
     ],
 )
-def test_auc_refuses_what_has_none(scores: list, labels: list, message: str) -> None:
+def test_auc_refuses_invalid_scores_and_labels(scores: list, labels: list, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         roc_auc(scores, labels)

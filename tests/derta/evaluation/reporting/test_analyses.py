@@ -1,4 +1,4 @@
-"""The paper's analyses, on counts that can be followed by hand."""
+"""The paper's analyses agree with counts made by hand."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def entry(*outcomes: Outcome) -> dict[str, Any]:
 
 
 def attacked(direct: int, completion: int | None = None, *, n: int = 10) -> dict[str, Any]:
-    """A model that so many of n attacks get past."""
+    """Return the entry of a model on which `direct` of n attacks succeed."""
     outcomes = [Outcome("asr.direct", direct, n)]
     if completion is not None:
         outcomes.append(Outcome("asr.completion", completion, n))
     return entry(*outcomes)
 
 
-def test_refusals_count_from_the_first_token_where_the_model_begins_the_response() -> None:
+def test_refusals_count_only_if_the_model_begins_the_response() -> None:
     models = {
         "model": entry(
             Outcome("asr.direct", 0, 4, positions=(0, 4, 5, 29)),
@@ -54,7 +54,7 @@ def test_a_model_that_never_refuses_has_no_positions() -> None:
     assert refusal_positions(models) == {}
 
 
-def test_each_term_is_told_with_and_without_the_other() -> None:
+def test_the_effect_of_each_term_is_measured_with_and_without_the_other() -> None:
     models = {
         "vanilla": attacked(9, 10),
         "prefix_only": attacked(7, 5),
@@ -77,7 +77,7 @@ def test_each_term_is_told_with_and_without_the_other() -> None:
     assert lower == -1 and -1 < upper < -0.5
 
 
-def test_recipes_are_models_by_any_name_and_others_compare_with_the_vanilla_one() -> None:
+def test_recipes_may_name_any_model_and_other_models_compare_with_the_vanilla_one() -> None:
     models = {"mine": attacked(1), "other": attacked(5), "plain": attacked(9)}
     found = terms(models, {"vanilla": "plain", "derta": "mine"})
     assert found.compared == {"both": ("plain", "mine"), "plain → other": ("plain", "other")}
@@ -87,7 +87,7 @@ def test_recipes_are_models_by_any_name_and_others_compare_with_the_vanilla_one(
     }
 
 
-def test_means_are_over_what_all_models_faced() -> None:
+def test_means_are_over_the_attacks_on_all_models() -> None:
     models = {"a": attacked(2, 4), "b": attacked(3)}
     assert (terms(models).shared, terms(models).means) == (["direct"], {})
     models["b"] = entry(Outcome("asr.completion", 0, 0, left_out=2), Outcome("asr.direct", 3, 10))
@@ -96,7 +96,7 @@ def test_means_are_over_what_all_models_faced() -> None:
     assert terms(models).means == pytest.approx({"a": 0.3, "b": 0.5})
 
 
-def test_over_refusal_stands_beside_success_whatever_the_levels_of_its_metric() -> None:
+def test_over_refusal_is_reported_with_or_without_kinds() -> None:
     models = {
         "a": entry(Outcome("over_refusal", 1, 4)),
         "b": entry(Outcome("over_refusal.benign", 2, 4), Outcome("over_refusal.borderline", 3, 4)),
@@ -110,9 +110,9 @@ def test_over_refusal_stands_beside_success_whatever_the_levels_of_its_metric() 
 @pytest.mark.parametrize(
     ("recipes", "message"),
     [
-        ({"best": "a"}, "recipes must be of vanilla, prefix_only, rto_only, derta, got 'best'"),
+        ({"best": "a"}, "recipes must be among vanilla, prefix_only, rto_only, derta, got 'best'"),
         ({"derta": "b"}, r"recipes: derta must be one of \['a'\], got 'b'"),
-        ({"derta": "a", "vanilla": "a"}, "recipes must name a model each, got one model twice"),
+        ({"derta": "a", "vanilla": "a"}, "recipes must name different models, got the same"),
     ],
 )
 def test_wrong_recipes_are_refused(recipes: dict[str, str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Models side by side: the same figures as text, as a page, as JSON."""
+"""A comparison has the same figures as text, as a page and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVIL = "<script>alert(1)</script> $\\frac{$ {{ 7 }} & \"'"
 
 
 def models(*names: str) -> dict[str, dict[str, Any]]:
-    """Each refuses ten more of forty attacks than the one before, the last ones late."""
+    """Return entries, each with ten more refusals of forty attacks than the one before."""
     return {
         name: VariantResult(
             outcomes=(
@@ -65,21 +65,21 @@ def test_the_tables_name_every_figure() -> None:
     ]
 
 
-def test_an_attack_is_called_what_the_report_calls_it() -> None:
+def test_an_attack_has_the_same_heading_as_in_the_report() -> None:
     entry = VariantResult((Outcome("asr.multi_turn", 1, 4, positions=(0,)),)).to_dict()
     table = format_comparison(compare({"derta": entry}, analyses=["first_tokens"]))
     assert "multi-turn" in table.splitlines()[1]
 
 
-def test_rates_of_different_judges_are_noted_as_no_one_measure() -> None:
+def test_a_note_warns_of_rates_by_different_judges() -> None:
     made = models("vanilla", "derta")
     assert compare(made)["notes"] == []
     made["derta"]["judge"] = "guard"
     (note,) = compare(made)["notes"]
-    assert note.endswith("no one measure: vanilla by keyword, derta by guard")
+    assert note.endswith("not comparable: vanilla by keyword, derta by guard")
 
 
-def test_many_attacks_are_tables_one_below_the_other(tmp_path: Path) -> None:
+def test_many_attacks_become_several_tables(tmp_path: Path) -> None:
     attacks = [Outcome(f"asr.file.a{nth:02}", nth, 40) for nth in range(14)]
     comparison = compare({"a": VariantResult(outcomes=attacks).to_dict()}, analyses=["terms"])
     title, heads, row, *others = format_comparison(comparison).splitlines()
@@ -90,7 +90,7 @@ def test_many_attacks_are_tables_one_below_the_other(tmp_path: Path) -> None:
     assert (text.count("<table"), text.count("<h2>")) == (2, 1)
 
 
-def test_one_analysis_is_shown_alone(tmp_path: Path) -> None:
+def test_only_the_requested_analysis_is_shown(tmp_path: Path) -> None:
     made = compare(models("a", "b"), analyses=["positions"], notes=["one row is missing"])
     assert format_comparison(made).splitlines()[0] == "Where refusals start"
     text = write_comparison(made, tmp_path).read_text("utf-8")
@@ -103,7 +103,7 @@ def test_one_analysis_is_shown_alone(tmp_path: Path) -> None:
     }
 
 
-def test_the_files_hold_what_was_found(tmp_path: Path) -> None:
+def test_the_files_hold_the_figures(tmp_path: Path) -> None:
     page = write_comparison(compare(models("vanilla", "derta")), tmp_path / "new")
     found = json.loads((page.parent / "comparison.json").read_text("utf-8"))
     assert list(found) == ["models", "notes", "first_tokens", "positions", "terms"]
@@ -121,20 +121,20 @@ def test_the_files_hold_what_was_found(tmp_path: Path) -> None:
             assert image.width > 600
 
 
-def test_many_models_with_long_names_are_told_apart(tmp_path: Path) -> None:
+def test_models_with_long_names_are_compared_by_their_full_names(tmp_path: Path) -> None:
     names = [f"a model with quite a long name, number {nth}" for nth in range(4)]
     text = write_comparison(compare(models(*names)), tmp_path).read_text("utf-8")
     assert all(f"{names[0]} → {name}" in text for name in names[1:])
 
 
-def test_text_of_models_is_text(tmp_path: Path) -> None:
+def test_text_of_models_is_escaped(tmp_path: Path) -> None:
     made = compare(models("a", EVIL), notes=[EVIL])
     text = write_comparison(made, tmp_path, title=EVIL).read_text("utf-8")
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
 
 
-def test_a_model_that_only_has_other_figures_is_compared_by_none(tmp_path: Path) -> None:
+def test_a_model_without_shared_figures_has_only_dashes(tmp_path: Path) -> None:
     made = compare({"a": VariantResult(perplexity=(2.0, 4)).to_dict(), **models("b")})
     assert re.search(r"^a → b +– +–$", format_comparison(made), re.MULTILINE)
     assert write_comparison(made, tmp_path).is_file()
@@ -146,13 +146,13 @@ def test_a_model_that_only_has_other_figures_is_compared_by_none(tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"models": {}}, "models must be at least one, got none"),
+        ({"models": {}}, "models must hold at least one model, got none"),
         (
             {"analyses": ["position"]},
-            r"analyses must be of first_tokens, positions, terms, got \['position'\]",
+            r"analyses must be among first_tokens, positions, terms, got \['position'\]",
         ),
     ],
 )
-def test_what_cannot_be_compared_is_refused(arguments: dict[str, Any], message: str) -> None:
+def test_impossible_comparisons_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compare(**({"models": models("a")} | arguments))

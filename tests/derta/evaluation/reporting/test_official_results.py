@@ -1,4 +1,4 @@
-"""Result files of the official repository's shapes: what is read, what is judged, what is said."""
+"""Result files of the official repository are read, judged and counted."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FOUND = "First Jailbreak: 3 Queries\nExample Jailbreak PROMPT:\n\nSorry?\n\n{}"
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes rows as JSON Lines."""
+    """Return a function that writes rows as JSON Lines."""
 
     def made(*rows: Any, name: str = "attack/model.json") -> Path:
         path = tmp_path / name
@@ -63,7 +63,7 @@ def test_every_shape_of_rows_is_read_under_any_name(write: Write) -> None:
     assert all(row.is_placed and row.is_harmless for row in read)
 
 
-def test_what_a_model_wrote_comes_after_the_longest_prompt_white_space_apart(write: Write) -> None:
+def test_the_answer_follows_the_longest_known_prompt_ignoring_white_space(write: Write) -> None:
     test_file = write({"question": "To paint :"}, {"question": "To paint : a fence\n"})
     prompts = read_prompts(test_file)
     assert prompts == ["To paint :", "To paint : a fence\n"]
@@ -71,12 +71,12 @@ def test_what_a_model_wrote_comes_after_the_longest_prompt_white_space_apart(wri
     assert answers(rows, *prompts) == ["  needs a brush", "Sorry", ""]
 
 
-def test_the_last_end_of_a_prompt_parts_it_from_the_answer(write: Write) -> None:
+def test_the_answer_follows_the_last_end_of_prompt_mark(write: Write) -> None:
     row = write("[INST] Say [/INST] twice [/INST] [/INST] indeed")
     assert answers(row) == [" indeed"]
 
 
-def test_a_search_succeeds_where_its_log_has_an_answer_that_does_not_refuse(write: Write) -> None:
+def test_a_search_succeeds_if_its_log_has_an_answer_that_does_not_refuse(write: Write) -> None:
     rows = [
         SEARCH.format(0) + "Max Score: 3",
         SEARCH.format(1) + FOUND.format("Example Jailbreak RESPONSE:\nTake a brush."),
@@ -87,10 +87,10 @@ def test_a_search_succeeds_where_its_log_has_an_answer_that_does_not_refuse(writ
     entry, notes = official_entry({"pair": path}, KeywordJudge())
     assert entry["asr"]["file"]["pair"] == pytest.approx(1 / 3, abs=1e-6)
     assert entry["refusal_positions"]["asr"]["file"]["pair"] == [0]
-    assert notes == ["pair: 1 of 3 rows tell of a search that found no success"]
+    assert notes == ["pair: 1 of 3 rows are searches that found no success"]
 
 
-def test_a_marker_anywhere_is_a_refusal_and_its_words_before_it_are_its_position(
+def test_a_keyword_anywhere_is_a_refusal_positioned_by_the_words_before_it(
     write: Write,
 ) -> None:
     texts = [
@@ -120,7 +120,7 @@ def test_an_answer_that_a_judge_leaves_undecided_is_neither_success_nor_failure(
     assert (outcome.hits, outcome.trials, outcome.undecided, unplaced) == (1, 2, 1, 2)
 
 
-def test_positions_are_counted_in_tokens_where_a_tokenizer_is_given(write: Write) -> None:
+def test_positions_are_in_tokens_if_a_tokenizer_is_given(write: Write) -> None:
     path = write({"question": "a", "response": "Take the ladder. Sorry, I cannot."})
     entry, _ = official_entry({"direct": path}, KeywordJudge(), tokenizer=tiny_tokenizer())
     before = tiny_tokenizer()("Take the ladder. ")["input_ids"]
@@ -129,7 +129,7 @@ def test_positions_are_counted_in_tokens_where_a_tokenizer_is_given(write: Write
     assert entry["position_unit"] == "tokens"
 
 
-def test_rows_that_even_out_the_shares_of_processes_count_once(write: Write) -> None:
+def test_repeated_requests_count_once_unless_kept(write: Write) -> None:
     rows = [
         {"question": f"{n % 50}", "response": "Sorry." if n % 50 else "Yes."} for n in range(52)
     ]
@@ -148,16 +148,16 @@ def test_rows_that_even_out_the_shares_of_processes_count_once(write: Write) -> 
     assert not notes
 
 
-def test_a_refusal_in_prompt_and_answer_has_no_position(write: Write) -> None:
+def test_a_refusal_in_a_string_of_prompt_and_answer_has_no_position(write: Write) -> None:
     entry, notes = official_entry({"completion": write("To paint: Sorry.")}, KeywordJudge())
     assert entry["asr"]["file"]["completion"] == 0
     assert entry["refusal_positions"]["asr"]["file"]["completion"] == []
     assert notes == [
-        "completion: 1 of 1 rows refuse at a place that is not known: name the prompts"
+        "completion: 1 of 1 rows refuse at an unknown place: give the prompts to find it"
     ]
 
 
-def test_answers_to_harmless_requests_count_where_they_refuse(write: Write) -> None:
+def test_answers_to_harmless_requests_count_if_they_refuse(write: Write) -> None:
     sums = write({"question": "2 + 2?", "response": "Sorry.", "answer": "4"}, name="a/a.json")
     plain = write({"question": "Hello?", "response": "Hello."}, name="b/b.json")
     entry, _ = official_entry({"gsm8k": sums, "over_refusal.v1.1": plain}, KeywordJudge())
@@ -165,12 +165,12 @@ def test_answers_to_harmless_requests_count_where_they_refuse(write: Write) -> N
     assert "asr" not in entry
 
 
-def test_pickles_are_refused_unopened(tmp_path: Path) -> None:
+def test_pickles_are_refused_without_being_opened(tmp_path: Path) -> None:
     torch.save(["a"], tmp_path / "model.list")
     (tmp_path / "old.list").write_bytes(pickle.dumps(["a"]))
     for name in ("model.list", "old.list"):
         with pytest.raises(
-            ValueError, match=rf"{name}: a pickle, which can run anything .* beside"
+            ValueError, match=rf"{name}: expected JSON Lines, got a pickle, .* beside"
         ):
             read_answers(tmp_path / name)
 
@@ -186,24 +186,26 @@ def test_pickles_are_refused_unopened(tmp_path: Path) -> None:
         (b'{"question": 1, "response": "a"}', r"m\.json:1: question: expected text, got int"),
         (b'{"response": "a"}', r"m\.json:1: instruction: expected text, got NoneType"),
         (b'{"question": "a", "response": null}', r"m\.json:1: response: expected text, got None"),
-        (b'"a"\n{"question"\n', r"m\.json:2: not JSON, expected a row a line"),
+        (b'"a"\n{"question"\n', r"m\.json:2: expected one JSON row per line"),
         (b'"a"\n\xff', r"m\.json:2: byte 0xff is not UTF-8"),
         (
             b'"a"\n{"question": "a", "response": "a", "answer": "a"}',
-            r"m\.json: some rows have a right answer and some none, expected one kind",
+            r"m\.json: expected a right answer in every row or in none, got both",
         ),
-        (b"\n", r"m\.json: no row, expected JSON Lines"),
+        (b"\n", r"m\.json: expected JSON Lines of questions and responses, got no row"),
     ],
 )
-def test_a_bad_row_is_named_by_its_place(tmp_path: Path, content: bytes, message: str) -> None:
+def test_bad_rows_are_refused_with_their_place(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "m.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_answers(path)
 
 
-def test_a_row_of_other_prompts_is_named(write: Write) -> None:
-    with pytest.raises(ValueError, match=r"model\.json:2: begins with none of the prompts"):
+def test_rows_of_other_prompts_are_refused_with_their_place(write: Write) -> None:
+    with pytest.raises(ValueError, match=r"model\.json:2: expected a row that begins with one"):
         read_answers(write("To paint: Yes.", "To sing: Yes."), ["To paint:"])
     with pytest.raises(ValueError, match=r"model\.json:1: question: expected text, got NoneType"):
         read_prompts(write("To paint:"))

@@ -1,4 +1,4 @@
-"""What is written: a summary of the promised shape, a page on its own, pictures, whole files."""
+"""A report is a summary of the promised shape, a self-contained page, and pictures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVIL = "<script>alert(1)</script> $\\frac{$ {{ 7 }} & \"'"
 
 
 def result(hits: int, *, n: int = 40) -> VariantResult:
-    """A model that `hits` attacks out of `n` get past."""
+    """Return the result of a model on which `hits` of `n` attacks succeed."""
     refused = tuple(range(n - hits))
     return VariantResult(
         outcomes=(
@@ -74,19 +74,19 @@ def summary(seeds: int = 1, names: tuple[str, ...] = ("base", "vanilla", "derta"
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report's page, beside its pictures, which take their time to draw."""
+    """Write a report once, because its pictures are slow to draw, and return its page."""
     return write_report(summary(), tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture
 def drawn(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports get the pictures of that one."""
+    """Give every report the pictures of `written`."""
     pngs = [written.with_name(f"{name}.png").read_bytes() for name in PICTURES]
     pictures = {name: (png, "<svg></svg>") for name, png in zip(PICTURES, pngs, strict=True)}
     monkeypatch.setattr(report, "draw", lambda made: pictures)
 
 
-def test_positions_are_drawn_only_where_the_judge_can_tell_them() -> None:
+def test_positions_are_drawn_only_if_the_judge_knows_them() -> None:
     for positions, drawn in (((), False), ((3,), True)):
         outcome = Outcome("asr.direct", 1, 2, positions=positions)
         made = summarize({"derta": [VariantResult(outcomes=(outcome,))]}, seconds=1.0)
@@ -107,7 +107,7 @@ def test_the_summary_has_the_promised_shape() -> None:
     assert json.loads(json.dumps(made, allow_nan=False)) == made
 
 
-def test_seeds_are_pooled_trial_by_trial_and_kept_apart_too() -> None:
+def test_seeds_are_pooled_by_trial_and_also_listed_separately() -> None:
     results = [result(2), result(6), result(1, n=10)]
     pooled = pool(results).to_dict()
     assert pooled["asr"]["prefill"]["4"] == 0.1  # 9 of 90
@@ -132,7 +132,7 @@ def test_histories_are_means_over_seeds_row_by_row() -> None:
 
 
 def everything(attacks: int = 3) -> VariantResult:
-    """A model of which every kind of figure is known, by two judges."""
+    """Return a result with every kind of figure, by two judges."""
     metrics = [
         "asr.direct",
         "asr.prefill.4",
@@ -191,11 +191,11 @@ def test_every_scenario_has_its_column_and_every_judge_its_row(tmp_path: Path) -
     assert keyword.split() == ["derta:", "keyword", *["37.5"] * 10]
     assert guard.split() == ["derta:", "guard", *["50.0"] * 10]
     shown = Page(write_report(made, tmp_path).read_text("utf-8")).shown
-    for text in ("Judges side by side", "derta: guard", "codeattack", "As the judge says: keyword"):
+    for text in ("Judges side by side", "derta: guard", "codeattack", "by the judge: keyword"):
         assert text in shown
-    assert "derta, asr file pair: guard undecided of 4 of 8 answers" in shown
+    assert "derta, asr file pair: guard undecided on 4 of 8 answers" in shown
     assert format_undecided(made) == (
-        "derta: judge guard undecided of 40 of 80 answers, which are in no figure"
+        "derta: judge guard undecided on 40 of 80 answers, which are in no figure"
     )
     assert format_undecided(summary()) == ""
     assert "Reading borderline responses" in shown
@@ -209,15 +209,15 @@ def test_a_judge_that_decided_nothing_leaves_a_sentence_and_no_table(tmp_path: P
     assert format_table(made) == ""
     page = Page(write_report(made, tmp_path).read_text("utf-8"))
     assert "table" not in page.tags
-    visible, folded = page.shown.split("Records left out, answers that are empty or undecided")
+    visible, folded = page.shown.split("Records left out, and empty or undecided answers")
     for judge in ("guard", "other"):
-        sentence = f"derta: judge {judge} undecided of 4 of 4 answers, which are in no figure."
+        sentence = f"derta: judge {judge} undecided on 4 of 4 answers, which are in no figure."
         assert visible.count(sentence) == 1
-        assert f"derta, asr multi-turn: {judge} undecided of 4 of 4 answers" in folded
+        assert f"derta, asr multi-turn: {judge} undecided on 4 of 4 answers" in folded
     assert "Judges side by side" not in visible and "Small figures" not in visible
 
 
-def test_figures_that_no_line_holds_are_several_tables(tmp_path: Path) -> None:
+def test_many_figures_become_several_tables(tmp_path: Path) -> None:
     deep = [Outcome(f"asr.prefill.{2**k}", k, 20) for k in range(8)]
     files = [Outcome(f"asr.file.attack-{k}", k, 20) for k in range(5)]
     made = summarize({"derta": [VariantResult(outcomes=(*deep, *files))]}, seconds=1)
@@ -242,7 +242,7 @@ def test_seeds_are_pooled_for_every_judge_and_task() -> None:
 
 
 @pytest.mark.usefixtures("drawn")
-def test_a_report_with_samples_is_its_owners_alone(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_a_report_with_samples(tmp_path: Path) -> None:
     made = summary()
     made["variants"]["derta"]["samples"] = [vars(Sample("asr.direct", "a", "b", "", "c", True))]
     page = write_report(made, tmp_path)
@@ -250,7 +250,7 @@ def test_a_report_with_samples_is_its_owners_alone(tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_figure_that_only_some_models_have_is_a_dash_for_the_others() -> None:
+def test_a_missing_figure_is_a_dash() -> None:
     made = summarize({"a": [VariantResult(perplexity=(2.0, 4))], "b": [result(1)]}, seconds=1)
     lines = format_table(made).splitlines()
     assert "perplexity" in lines[1]
@@ -258,7 +258,7 @@ def test_a_figure_that_only_some_models_have_is_a_dash_for_the_others() -> None:
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
-def test_every_picture_is_there_and_shows_something(tmp_path: Path, seeds: int) -> None:
+def test_every_picture_is_written_and_not_empty(tmp_path: Path, seeds: int) -> None:
     page = write_report(summary(seeds), tmp_path / "new" / "folder")
     assert page.name == "report.html"
     assert {path.name for path in page.parent.iterdir()} == {
@@ -277,7 +277,7 @@ def test_every_picture_is_there_and_shows_something(tmp_path: Path, seeds: int) 
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would load, run, or show."""
+    """The tags, references and visible text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ def test_the_page_loads_nothing_and_runs_nothing(written: Path) -> None:
     assert set(re.findall(r"\w+://[^\s\"'<>]+", text)) <= namespaces
 
 
-def test_ids_are_told_apart_across_pictures(written: Path) -> None:
+def test_ids_differ_between_pictures(written: Path) -> None:
     text = written.read_text("utf-8")
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     for picture in pictures:
@@ -319,7 +319,7 @@ def test_ids_are_told_apart_across_pictures(written: Path) -> None:
                 assert not wanted & set(re.findall(r"id=\"([\w-]+)\"", other))
 
 
-def test_text_of_models_and_data_is_text(tmp_path: Path) -> None:
+def test_text_of_models_and_data_is_escaped(tmp_path: Path) -> None:
     made = summary(names=("base", EVIL))
     made["variants"][EVIL]["samples"] = [
         vars(Sample("asr.direct", EVIL, EVIL, EVIL, EVIL, counted=True))
@@ -329,18 +329,18 @@ def test_text_of_models_and_data_is_text(tmp_path: Path) -> None:
     assert page.shown.count(EVIL) >= 6
 
 
-def test_no_sample_is_shown_that_was_not_asked_for(written: Path) -> None:
+def test_samples_are_hidden_by_default(written: Path) -> None:
     assert "blockquote>" not in written.read_text("utf-8")
 
 
-def test_what_readers_should_know_of_the_trials_is_said(written: Path) -> None:
+def test_notes_count_records_left_out_and_empty_answers(written: Path) -> None:
     page = Page(written.read_text("utf-8"))
     assert "derta, asr prefill 64: 40 of 40 records left out" in page.shown
     assert "derta, asr completion: 3 of 40 answers empty" in page.shown
     assert "1 min 15 s" in page.shown
 
 
-def test_the_report_of_one_figure_is_a_report_too(tmp_path: Path) -> None:
+def test_one_figure_is_enough_for_a_report(tmp_path: Path) -> None:
     bare = VariantResult(outcomes=(Outcome("over_refusal.benign", 0, 5),))
     page = write_report(summarize({"only": [bare]}, seconds=1), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "summary.json"}
@@ -354,7 +354,7 @@ def test_the_report_of_one_figure_is_a_report_too(tmp_path: Path) -> None:
         (lambda made: made.update(seconds=float("nan")), "Out of range float values"),
     ],
 )
-def test_what_cannot_be_reported_writes_nothing(tmp_path: Path, change: Any, message: str) -> None:
+def test_an_invalid_summary_writes_nothing(tmp_path: Path, change: Any, message: str) -> None:
     made = copy.deepcopy(summary())
     change(made)
     with pytest.raises(ValueError, match=message):
@@ -391,7 +391,7 @@ def test_an_interrupted_report_leaves_only_whole_files(
     assert after["report.html"].endswith(b"</html>\n")
 
 
-def test_files_can_be_read_by_whom_the_umask_allows(written: Path) -> None:
+def test_the_umask_decides_who_can_read_the_files(written: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert written.stat().st_mode & 0o777 == 0o666 & ~umask

@@ -1,4 +1,4 @@
-"""What a reader sees in a browser: every plot is there, with every model in its colour."""
+"""A browser shows every plot, with every model in its colour."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from screenshots import (
 
 pytestmark = needs_chromium
 
-# None of them is called base, whose grey the edges of letters have too.
+# No model is called base: the edges of letters have the same grey.
 NAMES = ("untuned", "vanilla", "derta")
 TUNED = NAMES[1:]
-# Page by page and figure by figure, the models that it shows.
+# The models in each figure, by page.
 SHOWN = {
     "report": [NAMES, NAMES, NAMES, TUNED, TUNED],
     "comparison": [NAMES, NAMES],
@@ -71,7 +71,7 @@ Shown = dict[tuple[str, int], np.ndarray]
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """Pictures by page and scheme; of light ones also painted over, and in a narrow window."""
+    """Return screenshots by page and scheme; light pages also painted over and narrow."""
     folder = tmp_path_factory.mktemp("pages")
     made = {
         "report": write_report(summary(), folder),
@@ -100,12 +100,12 @@ def test_a_browser_shows_every_plot(shown: Shown, page: str, scheme: int) -> Non
         assert figure.shape[0] > 100 and figure.shape[1] > 400
         assert pixels_like(figure, INK[scheme], 40) > 200
         for name in NAMES:
-            # A name takes fewer pixels than a line or a bar.
+            # A name has fewer pixels than a line or a bar.
             pixels = pixels_like(figure, color[name])
             assert (pixels > 400) == (name in names), f"{name}: {pixels} pixels in {place}"
 
 
-def test_nothing_runs_over_the_margins(shown: Shown) -> None:
+def test_nothing_covers_the_margins(shown: Shown) -> None:
     for (page, scheme), picture in shown.items():
         for margin in (picture[:, :8], picture[:, -8:]):
             assert (margin == PAPER[scheme]).all(), page
