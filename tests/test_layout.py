@@ -30,7 +30,7 @@ LAYERS = [
         "derta.loss",
         "derta.labels",
     },
-    {"derta.data.records", "derta.data.defaults", "derta.objectives.defaults"},
+    {"derta.data.records", "derta.objectives.defaults"},
     {"derta.data.tokens"},
     {"derta.objectives"},
     {"derta.data"},

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from derta.data.defaults import LISTED, NEAR
 from derta.data.packs.packing import Collator, count_tokens
 from derta.data.packs.shares import loss_shares
+from derta.data.records.defaults import LISTED, NEAR
 from derta.data.records.duplicates import (
     Fingerprint,
     Match,

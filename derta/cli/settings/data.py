@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from derta.cli.settings.shared import TemplateSettings
-from derta.data.defaults import LISTED, NEAR
+from derta.data.records.defaults import LISTED, NEAR
 from derta.data.records.sources import Source
 from derta.outputs import check_folder
 from derta.settings import check_ranges, setting

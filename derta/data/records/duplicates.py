@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from datasketch import MinHash, MinHashLSH
 
-from derta.data.defaults import NEAR
+from derta.data.records.defaults import NEAR
 from derta.data.records.types import Message, Record, Rendered, Request, Triple
 
 SHINGLE_WORDS = 2
