@@ -178,7 +178,7 @@ def test_running_out_of_memory_ends_with_the_plan(
     monkeypatch.setattr(DertaTrainer, "_probe" if options else "_pack_loss", allocate)
     assert train(*options) == 1
     message = capsys.readouterr().err
-    assert "derta train: out of memory; a step in packs of " in message
+    assert "derta train: out of memory; a step with packs of " in message
     for said in ("weights", "optimizer", "the longest pack", "gradient_checkpointing: true"):
         assert said in message
 
