@@ -1,4 +1,4 @@
-"""Where Triton runs; importing this does not import it."""
+"""A check that Triton runs on a device; importing this module does not import Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIN_CAPABILITY = (8, 0)
 
 @cache
 def no_triton(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on tensors of a device, in a clause; None: they can."""
+    """Say why Triton's kernels cannot run on tensors of a device, in a clause; None: they can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cuda":
