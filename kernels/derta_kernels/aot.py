@@ -44,7 +44,7 @@ def kernel_of(launch: Launch, capability: int) -> Any:
         ValueError: Triton's interpreter is on, so there is nothing to compile.
     """
     if triton.knobs.runtime.interpret:
-        raise ValueError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it")
+        raise ValueError("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
     # In the order of the arguments: a set's order changes, and Triton's cache would miss.
     divisible = {
         (place,): [["tt.divisibility", 16]]

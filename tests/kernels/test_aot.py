@@ -92,5 +92,5 @@ def test_every_launch_has_a_name_of_its_own_and_a_row_in_the_table() -> None:
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off on a GPU")
 def test_the_interpreter_leaves_nothing_to_compile() -> None:
     launch = replace(aot.launches()[0], num_warps=4)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET is set, which leaves nothing to comp"):
+    with pytest.raises(ValueError, match="TRITON_INTERPRET is set, so there is nothing to comp"):
         aot.compiled(launch, 90)

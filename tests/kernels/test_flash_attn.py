@@ -283,7 +283,7 @@ def test_a_version_that_cannot_be_called_is_passed_over(install) -> None:
             "float16",
             64,
             {"flash_attn.cute": OUTDATED["flash_attn.cute"]},
-            "flash-attn 4 has no interface that is known here .*max_seqlen_q.*; flash-attn 2 has",
+            "flash-attn 4 has no known interface .*max_seqlen_q.*; flash-attn 2 has",
         ),
     ],
 )

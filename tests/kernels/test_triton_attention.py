@@ -341,7 +341,7 @@ def test_a_gpu_takes_it_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     capability[0] = (9, 0)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(ValueError, match="cannot be used: Triton builds .* a C compiler, and fo"):
+    with pytest.raises(ValueError, match="cannot be used: Triton needs a C compiler .*, and fo"):
         choose("triton", torch.device("cuda:10"))
 
 

@@ -155,7 +155,7 @@ def _varlen_func(
             inspect.signature(varlen).bind("q", "k", "v", **dict.fromkeys(_ARGUMENTS))
         except (ImportError, AttributeError, TypeError) as error:
             # Version 2 comes with an old copy of 4; 4 installed by itself has no module of 2.
-            reasons.append(f"flash-attn {number} has no interface that is known here ({error})")
+            reasons.append(f"flash-attn {number} has no known interface ({error})")
             continue
         if major not in head_dims:
             reasons.append(f"flash-attn {number} does not train on capability {major}.{minor}")
