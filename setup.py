@@ -3,8 +3,8 @@
 `kernels/` holds the package `derta_kernels` and is itself no package: an importable `kernels`
 would shadow the Hugging Face distribution of that name, which transformers probes for.
 
-The native library is optional: what cannot be built is said, here and in the report that
-row_pass_native.py reads, and the installation goes on without it.
+The native library is optional. If it cannot be built, the reason is printed and kept in the report
+that row_pass_native.py reads, and the installation continues.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TARGETS = {"cpu": "derta_row_pass", "cuda": "derta_row_pass_cuda"}
 
 
 def sources_stamp() -> str:
-    """What the libraries are built from: when this changes they are built again."""
+    """Return a hash of all that the libraries are built from; they are rebuilt when it changes."""
     stamp = hashlib.sha256(platform.machine().encode())
     for path in (ROOT / "CMakeLists.txt", *sorted((ROOT / "kernels" / "csrc").iterdir())):
         stamp.update(path.name.encode() + path.read_bytes())
@@ -37,9 +37,9 @@ def sources_stamp() -> str:
 
 
 def missing_tool(kind: str) -> str | None:
-    """Why the library for "cpu" or "cuda" cannot be built, in a clause; None: the tools are there.
+    """Return why the library for "cpu" or "cuda" cannot be built, in a clause, or None.
 
-    They are what CMake itself would take; a compiler that does not work is CMake's to report.
+    Checks for the tools that CMake itself would take; CMake reports a compiler that does not work.
     """
     if shutil.which("cmake") is None:
         return "CMake was not found"
@@ -51,7 +51,7 @@ def missing_tool(kind: str) -> str | None:
 
 
 def build_native() -> None:
-    """Builds the libraries into `NATIVE`, with a report, unless what is there will do."""
+    """Build the libraries into `NATIVE`, with a report, unless they are up to date."""
     report_path = NATIVE / "report.json"
     stamp = sources_stamp()
     if report_path.exists():
@@ -70,7 +70,7 @@ def build_native() -> None:
 
 
 def built(kind: str) -> str | None:
-    """Builds one library; why it could not, in a clause, or None."""
+    """Build one library; return why it could not be built, in a clause, or None."""
     missing = missing_tool(kind)
     if missing is not None:
         return missing
@@ -93,7 +93,7 @@ def built(kind: str) -> str | None:
 
 
 class BuildWithNative(build_py):
-    """The Python files, after the libraries among them."""
+    """Build the libraries first, then the Python files that they lie among."""
 
     def run(self) -> None:
         build_native()
@@ -101,7 +101,7 @@ class BuildWithNative(build_py):
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for every Python 3 of one platform: the library knows no Python."""
+    """A wheel for every Python 3 of one platform, as the library does not depend on Python."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

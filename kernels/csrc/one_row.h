@@ -1,11 +1,16 @@
 // The row pass, written once for CPUs and GPUs: the mathematics of a logit and the walk over a row.
 //
-// A team walks a row, each of its lanes a tile of neighbouring logits at a time. On a GPU the team
-// is a thread block, a lane is a thread and a tile is one 16-byte load; on a CPU the team is one
-// thread, and its long tiles are what the compiler vectorises.
+// A team walks a row, and each of its lanes takes a tile of neighbouring logits at a time. On a GPU
+// the team is a thread block, a lane is a thread and a tile is one 16-byte load. On a CPU the team
+// is one thread, and the compiler vectorises its long tiles.
 //
-// Sums are fused where multiply_add says so and nowhere else (contraction is off): a token's logit,
-// read alone, must equal the same logit in the walk to the last bit, or a loss could be negative.
+// The first walk finds the highest logit and the sum of exp(z - highest), from which the losses
+// follow. The second walk overwrites the logits with their gradient. That is two reads and one
+// write of the logits, and no memory but the results.
+//
+// Invariant: a token's logit, read by itself, must equal the same logit in the walk to the last
+// bit, or a loss could be negative. So sums are fused where multiply_add says so and nowhere else
+// (contraction is off).
 #pragma once
 
 #include <cfloat>
@@ -30,8 +35,8 @@
 #define DERTA_SUM double
 #endif
 
-// This header is compiled once an instruction set. With external linkage the linker would keep one
-// copy of each function, and a machine without AVX-512 might meet AVX-512 code.
+// This header is compiled once per instruction set. With external linkage the linker would keep one
+// copy of each function, and a machine without AVX-512 might run AVX-512 code.
 namespace {
 
 struct BFloat16 {
@@ -58,7 +63,7 @@ DERTA_INLINE float multiply_add(float a, float b, float c) {
 #if defined(__CUDACC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return fmaf(a, b, c);
 #else
-    return a * b + c;  // fmaf would be a call
+    return a * b + c;  // fmaf would be a function call
 #endif
 }
 
@@ -70,7 +75,7 @@ DERTA_INLINE float widened(Float16 value) {
 #ifdef __CUDACC__
     return __half2float(__ushort_as_half(value.bits));
 #else
-    const uint32_t twice = uint32_t{value.bits} << 17;  // the sign is gone
+    const uint32_t twice = uint32_t{value.bits} << 17;  // shifts the sign out
     const uint32_t sign = (uint32_t{value.bits} & 0x8000) << 16;
     const float normal = float_of((twice >> 4) + (224u << 23)) * 0x1p-112f;
     const float subnormal = float_of((twice >> 17) | (126u << 23)) - 0.5f;
@@ -78,7 +83,7 @@ DERTA_INLINE float widened(Float16 value) {
 #endif
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 DERTA_INLINE void round_to(float value, float &rounded) { rounded = value; }
 
 DERTA_INLINE void round_to(float value, BFloat16 &rounded) {
@@ -95,8 +100,8 @@ DERTA_INLINE void round_to(float value, Float16 &rounded) {
 #ifdef __CUDACC__
     rounded.bits = __half_as_ushort(__float2half_rn(value));
 #else
-    // Adding a power of two that is 2^13 times the value's leaves float16's digits in the sum, the
-    // adder having rounded them; the two factors turn what is beyond float16 into infinity first.
+    // The two factors turn values beyond float16's range into infinity. Adding a power of two that
+    // is 2^13 times the value's then leaves float16's digits in the sum, rounded by the adder.
     const uint32_t twice = bits_of(value) << 1;
     const uint32_t exponent = twice & 0xff000000;
     const uint32_t at_least = exponent < 0x71000000 ? 0x71000000 : exponent;
@@ -108,19 +113,19 @@ DERTA_INLINE void round_to(float value, Float16 &rounded) {
 #endif
 }
 
-// exp(x) for x <= 0, within 1.2 ulps; 0 where only a subnormal number could hold it.
+// Returns exp(x) for x <= 0, within 1.2 ulps, or 0 where the result would be subnormal.
 DERTA_INLINE float exponential(float x) {
 #ifdef __CUDACC__
-    return expf(x);  // built on the hardware's power of two
+    return expf(x);  // uses the hardware's power of two
 #else
-    // x = n log 2 + r. A sum of this size has no bits after the point: its last ones are n + 127,
-    // the exponent of 2^n. The first part of log 2 is so short that its product with n is exact.
+    // x = n log 2 + r. A sum of this size has no fractional bits: its lowest bits are n + 127, the
+    // exponent of 2^n. The first part of log 2 is so short that its product with n is exact.
     constexpr float kExponent = 0x1.8p23f + 127.0f;
     const float exponent = multiply_add(x, 0x1.715476p0f, kExponent);
     const float n = exponent - kExponent;
     float r = multiply_add(n, -0.693359375f, x);
     r = multiply_add(n, 2.12194440e-4f, r);
-    // e^r to 3e-9 of it, by least squares weighted towards the largest error.
+    // e^r within a relative 3e-9, by least squares weighted towards the largest error.
     float p = 1.3814321844e-3f;
     p = multiply_add(p, r, 8.3688511291e-3f);
     p = multiply_add(p, r, 4.1668401063e-2f);
@@ -128,13 +133,13 @@ DERTA_INLINE float exponential(float x) {
     p = multiply_add(p, r, 4.9999993373e-1f);
     p = multiply_add(p, r, 1.0f);
     p = multiply_add(p, r, 1.0f);
-    // A product and not a sum of exponents: NaN must stay one.
+    // A product, not a sum of exponents, so that NaN stays NaN.
     const float power = float_of(bits_of(exponent) << 23);
     return x < -87.0f ? 0.0f : p * power;
 #endif
 }
 
-// Near 0, where 1 - e cancels: the polynomial of Cephes' tanhf.
+// Near 0, where 1 - e cancels, it is the polynomial of Cephes' tanhf.
 DERTA_INLINE float hyperbolic_tangent(float x) {
     const float magnitude = fabsf(x);
     const float e = exponential(-2.0f * magnitude);
@@ -162,19 +167,20 @@ DERTA_INLINE FinalLogit final_logit(float logit, const DertaRows &rows) {
     return {rows.softcap * bounded, rows.logit_scale * multiply_add(-bounded, bounded, 1.0f)};
 }
 
-// The sum of exp(z - highest) over the logits seen so far. Where a row is sure of its token, it is 1
-// and a small rest, which is all that its loss and gradient consist of. Added to 1 it would lose its
-// digits, so terms that are 1 are counted and the rest is summed apart.
+// The sum of exp(z - highest) over the logits seen so far. In a row that is sure of its token, the
+// sum is 1 and a small rest, which is all that loss and gradient consist of. Added to 1 the rest
+// would lose its digits, so terms that are 1 are counted and the rest is summed separately.
 struct Summary {
     float highest;
     DERTA_SUM ones;
     DERTA_SUM rest;
 };
 
-// Finite: rows may hold -inf, and -inf - -inf is no number.
+// The start is finite: rows may hold -inf, and -inf - -inf is NaN.
 constexpr Summary kNothingSeen = {-FLT_MAX, 0, 0};
 
-// The same with a maximum that is at least as high: ones that are none any more join the rest.
+// Rescales to a maximum that is at least as high. If it is higher, the ones shrink too and join the
+// rest.
 DERTA_INLINE Summary rescaled(Summary seen, float highest) {
     const float factor = exponential(seen.highest - highest);
     if (factor == 1.0f) return {highest, seen.ones, seen.rest};
@@ -199,7 +205,7 @@ DERTA_INLINE Summary with_tile(Summary seen, const typename Team::Logit *tile, i
         DERTA_LANES()
         for (int i = 0; i < kTile; ++i) z[i] = i < count ? z[i] : -INFINITY;
     }
-    float highest = seen.highest;  // never NaN: the rest becomes that
+    float highest = seen.highest;  // never NaN: a NaN logit makes the rest NaN instead
     DERTA_LANES(reduction(max : highest))
     for (int i = 0; i < kTile; ++i) highest = z[i] > highest ? z[i] : highest;
     float ones = 0.0f;
@@ -214,8 +220,8 @@ DERTA_INLINE Summary with_tile(Summary seen, const typename Team::Logit *tile, i
     return {highest, seen.ones + ones, seen.rest + rest};
 }
 
-// A token that the row is not to say: its loss is -log(1 - p) and the gradient of its logit weight p;
-// that of any other logit is -weight p times the logit's share in 1 - p.
+// A token that the row is trained not to say. Its loss is -log(1 - p). The gradient of its own
+// logit is weight p; that of any other logit is -weight p times the logit's share in 1 - p.
 struct Unlikely {
     float loss;
     float own;     // the gradient of the token's own logit
@@ -224,7 +230,8 @@ struct Unlikely {
 
 DERTA_INLINE Unlikely unlikely(float term, float rest, float log_sum, float weight) {
     const float p = term / (1.0f + rest);
-    // 1 - p: of a row that is sure of the token, exactly the rest. At 0 the loss stays finite.
+    // others / (1 + rest) is 1 - p. For a row that is sure of the token, others is exactly the
+    // rest. Where it would be 0, the smallest normal float keeps the loss finite.
     float others = term == 1.0f ? rest : (1.0f + rest) - term;
     others = others > FLT_MIN ? others : FLT_MIN;
     const float push = weight * p;
@@ -232,8 +239,9 @@ DERTA_INLINE Unlikely unlikely(float term, float rest, float log_sum, float weig
     return {p < 0.5f ? -log1pf(-p) : log_sum - logf(others), push, each < FLT_MAX ? each : FLT_MAX};
 }
 
-// A team has `Logit`, `kTile`, lane(), lanes(), load() and store() of a tile's first logits,
-// merged() of all lanes' summaries and wait() for all lanes.
+// A team has the type `Logit` and the length `kTile` of a tile. lane() and lanes() number its
+// lanes, load() and store() move the first logits of a tile, merged() merges the summaries of all
+// lanes, and wait() waits for all lanes.
 template <bool kSoftcap, int kColumns, typename Team>
 DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
     using Logit = typename Team::Logit;
@@ -245,13 +253,15 @@ DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
     const int64_t *tokens = rows.tokens + kColumns * i_row;
     const float *weight = rows.token_weight + kColumns * i_row;
     float *nll = rows.nll + kColumns * i_row;
-    // Before merged(), which waits: after it lanes overwrite what others would still read here.
+    // The tokens' logits are read before merged(), which waits for all lanes. After it, lanes
+    // overwrite logits that others would still have to read.
     FinalLogit of_token[kColumns];
     DERTA_UNROLL
     for (int k = 0; k < kColumns; ++k)
         of_token[k] = final_logit<kSoftcap>(widened(row[tokens[k]]), rows);
     alignas(16) Logit tile[kTile];
 
+    // The first walk.
     Summary seen = kNothingSeen;
     for (int64_t start = first; start < vocabulary; start += step) {
         const int count = vocabulary - start < kTile ? int(vocabulary - start) : kTile;
@@ -272,6 +282,7 @@ DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
     }
     if (!rows.form_gradient) return;
 
+    // The second walk, with the gradient that a logit has if it is none of the tokens.
     const float both = weight[0] + weight[1];
     const float share = both / (1.0f + rest) - third.others;
     for (int64_t start = first; start < vocabulary; start += step) {
@@ -284,7 +295,8 @@ DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
         }
         Team::store(row + start, tile, count);
     }
-    // The tokens' own, over what the walk wrote in their places: no other logit pays for a test.
+    // The tokens' gradients replace those that the walk wrote there, so that the walk compares no
+    // logit with the tokens.
     Team::wait();
     if (Team::lane() == 0) {
         DERTA_UNROLL
@@ -292,7 +304,7 @@ DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
             const float own = (tokens[k] == tokens[0] ? weight[0] : 0.0f) +
                               (tokens[k] == tokens[1] ? weight[1] : 0.0f);
             const float term = exponential(of_token[k].z - seen.highest);
-            // Exact where the row is sure: the first difference is 0.
+            // Exact where the row is sure of its token, since the first difference is 0.
             float gradient = ((both * term - own) - own * rest) / (1.0f + rest);
             if constexpr (kColumns == 3)
                 gradient += tokens[k] == tokens[2] ? third.own : -(third.others * term);

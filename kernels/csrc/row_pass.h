@@ -1,7 +1,7 @@
 /* The row pass of the head loss behind a plain C interface: no torch, no C++ in the signatures.
  * The mathematics is in kernels/README.md.
  *
- * Every function that can fail returns NULL, or what is wrong as a string that lives on. */
+ * Every function that can fail returns NULL, or an error message in static memory. */
 #pragma once
 
 #include <stdint.h>
@@ -14,17 +14,17 @@ extern "C" {
 
 enum { DERTA_BFLOAT16 = 0, DERTA_FLOAT16 = 1, DERTA_FLOAT32 = 2 };
 
-/* Rows of logits and what is wanted of them; C rows of V logits. */
+/* C rows of V logits, and what to compute from them. */
 struct DertaRows {
-    void *logits;              /* (C, V) of dtype; form_gradient: overwritten by the gradient */
+    void *logits;              /* (C, V) of dtype; with form_gradient overwritten by the gradient */
     int64_t count;             /* C */
     int64_t vocabulary;        /* V, at least 1 */
-    int64_t columns;           /* K, tokens of a row: 2 to be said, and at 3 one not to be said */
+    int64_t columns;           /* K, tokens of a row: 2 to say and, if 3, one not to say */
     int64_t row_stride;        /* in logits, at least V; rows may start at any logit */
     const int64_t *tokens;     /* (C, K), within [0, V) */
     const float *token_weight; /* (C, K) */
     float *logsumexp;          /* (C,) */
-    float *nll;                /* (C, K): -log p(token), of the third -log(1 - p(token)) */
+    float *nll;                /* (C, K): -log p(token), for the third -log(1 - p(token)) */
     float softcap;             /* 0: none */
     float logit_scale;
     int32_t dtype; /* DERTA_* */
@@ -34,19 +34,19 @@ struct DertaRows {
 /* sizeof(struct DertaRows), by which a caller knows a library that was built from other sources. */
 DERTA_API int64_t derta_row_pass_rows_bytes(void);
 
-/* On the CPU, by at most `threads` threads. `instruction_set`: one of those below; NULL: the best.
- * Results do not depend on the number of threads. */
+/* Runs on the CPU, with at most `threads` threads. `instruction_set` is one of those below, or NULL
+ * for the best. Results do not depend on the number of threads. */
 DERTA_API const char *derta_row_pass(const struct DertaRows *rows, const char *instruction_set,
                                      int threads);
 
-/* The instruction sets that this machine runs, separated by spaces, the best one last. */
+/* Returns the instruction sets that this machine runs, separated by spaces, the best one last. */
 DERTA_API const char *derta_row_pass_instruction_sets(void);
 
-/* On a CUDA device, queued on `stream`: a cudaStream_t of that device. In a library of its own, so
- * that the CPU's needs no CUDA. */
+/* Queues the row pass on `stream`, a cudaStream_t of the CUDA device. It is in a library of its
+ * own, so that the CPU library needs no CUDA. */
 DERTA_API const char *derta_row_pass_cuda(const struct DertaRows *rows, int device, void *stream);
 
-/* Why the above cannot run on a device; NULL: it can. */
+/* Returns why the CUDA row pass cannot run on a device, or NULL if it can. */
 DERTA_API const char *derta_row_pass_cuda_unavailable(int device);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// The CPU library: which instruction set, and which thread takes which row.
+// The CPU library: it chooses the instruction set and hands rows to threads.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -16,12 +16,12 @@ struct InstructionSet {
     void (*one_row)(const DertaRows &rows, int64_t i_row);
 };
 
-// Those that this machine runs, the best one last.
+// The instruction sets that this machine runs, the best one last.
 const std::vector<InstructionSet> &instruction_sets() {
     static const std::vector<InstructionSet> sets = [] {
         std::vector<InstructionSet> found = {{"portable", row_portable}};
 #ifdef DERTA_X86
-        // What CMakeLists.txt compiles each with.
+        // The features that CMakeLists.txt compiles each with.
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
             found.push_back({"avx2", row_avx2});
             if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -34,7 +34,7 @@ const std::vector<InstructionSet> &instruction_sets() {
     return sets;
 }
 
-// A thread takes about as long to start as this many logits take.
+// Starting a thread takes about as long as this many logits.
 constexpr int64_t kLogitsWorthAThread = 1 << 16;
 
 }  // namespace
@@ -53,8 +53,8 @@ const char *derta_row_pass(const DertaRows *rows, const char *instruction_set, i
         if (chosen == sets.end()) return "this machine does not run that instruction set";
     }
 
-    // Rows are handed out one by one: whoever is free takes the next, and one thread takes them all
-    // where no other can be had. A row's result depends on nothing but the row.
+    // Rows are handed out one by one: the next free thread takes the next row, and if no thread can
+    // be started, this one takes them all. A row's result depends on nothing but the row.
     std::atomic<int64_t> next{0};
     const auto work = [&] {
         for (int64_t i_row; (i_row = next.fetch_add(1)) < rows->count;)
@@ -66,7 +66,7 @@ const char *derta_row_pass(const DertaRows *rows, const char *instruction_set, i
     try {
         for (int64_t i = 0; i < helpers; ++i) started.emplace_back(work);
     } catch (const std::system_error &) {
-        // The system gives no more threads: those there are do it all.
+        // The system starts no more threads: those that run take all rows.
     }
     work();
     for (std::thread &thread : started) thread.join();

@@ -1,4 +1,5 @@
-// The CUDA library: one thread block a row.
+// The CUDA library: one thread block per row. A thread's tile is one 16-byte load where the row is
+// aligned. Shuffles merge the summaries within a warp, shared memory those of the warps.
 #include <algorithm>
 
 #include "one_row.h"
@@ -100,7 +101,7 @@ const char *derta_row_pass_cuda(const DertaRows *rows, int device, void *stream)
 
 const char *derta_row_pass_cuda_unavailable(int device) {
     cudaError_t error = cudaSetDevice(device);
-    cudaFuncAttributes attributes;  // to be had only where the kernel can be loaded
+    cudaFuncAttributes attributes;  // available only if the kernel can be loaded
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, row_pass<false, float>);
     return message(error);
 }

@@ -1,12 +1,12 @@
-// Compiled once an instruction set, as DERTA_ROW_PASS. It includes nothing of the C++ library but
-// C's headers, whose functions are never inline; one_row.h says why that matters.
+// Compiled once per instruction set, as DERTA_ROW_PASS. It includes only C headers of the C++
+// library, whose functions are never inline; one_row.h says why that matters.
 #include "rows_cpu.h"
 
 #include "one_row.h"
 
 namespace {
 
-// One thread. A tile of floats and one of logits stay in the first-level cache.
+// A team of one thread. A tile of floats and a tile of logits stay in the first-level cache.
 template <typename T>
 struct Thread {
     using Logit = T;

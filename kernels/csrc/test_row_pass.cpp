@@ -1,8 +1,9 @@
-// The C interface of the CPU library, for the sanitizers: every instruction set and dtype, rows
-// that end and start anywhere, in memory of exactly their size. The same rows are walked by a team
-// of several lanes with short tiles, as a thread block walks them. Values are held to float64 here
-// within wide bounds and within the derived ones by tests/kernels/test_row_pass_native.py, but for
-// what needs every number there is: roundings to float16 and bfloat16, and the exponential.
+// Tests of the CPU library's C interface, to run under sanitizers: every instruction set and dtype,
+// rows that start and end anywhere, in memory of exactly their size. A team of several lanes with
+// short tiles walks the same rows as a thread block would. Values are compared with float64 within
+// wide bounds here, and within derived bounds by tests/kernels/test_row_pass_native.py. Only the
+// tests that go through every number are exact here: roundings to float16 and bfloat16, and the
+// exponential.
 #include <algorithm>
 #include <barrier>
 #include <cstdio>
@@ -43,7 +44,7 @@ bool same_bits(const std::vector<Logit> &a, const std::vector<Logit> &b) {
     return memcmp(a.data(), b.data(), a.size() * sizeof(Logit)) == 0;
 }
 
-// A thread block of row_pass_cuda.cu, its threads those of the CPU.
+// The thread block of row_pass_cuda.cu, with CPU threads as its threads.
 template <typename T>
 struct Block {
     using Logit = T;
@@ -118,7 +119,7 @@ void rows_are_right(const std::string &walker, int64_t count, int64_t vocabulary
                     int columns, float softcap, double band) {
     std::mt19937 random(0);
     std::normal_distribution<float> normal(0.0f, 8.0f);
-    // No more memory than the rows have: the last one ends without its padding.
+    // The memory ends with the last row, without its padding.
     std::vector<Logit> logits(count == 0 ? 0 : (count - 1) * stride + vocabulary);
     for (Logit &logit : logits) logit = rounded<Logit>(normal(random));
     std::vector<int64_t> tokens;
@@ -157,7 +158,7 @@ void rows_are_right(const std::string &walker, int64_t count, int64_t vocabulary
             const float nll = result.nll[columns * i + k];
             check(nll >= 0 && std::abs(nll - (highest - z[t[k]] + std::log(sum))) < 1e-4, "nll");
         }
-        // Of a vocabulary of one token, 1 - p is 0: only finite is asked for.
+        // With a vocabulary of one token, 1 - p is 0, and the loss only has to be finite.
         const double p_third = columns == 3 ? std::exp(z[t[2]] - highest) / sum : 0.0;
         double others = 0;
         for (int64_t j = 0; columns == 3 && j < vocabulary; ++j)
@@ -179,7 +180,7 @@ void rows_are_right(const std::string &walker, int64_t count, int64_t vocabulary
         }
         for (int64_t j = vocabulary; i + 1 < count && j < stride; ++j)
             check(memcmp(&logits[i * stride + j], &before[i * stride + j], sizeof(Logit)) == 0,
-                  "what lies between rows is not touched");
+                  "memory between rows is not touched");
     }
 }
 
@@ -195,8 +196,8 @@ void every_shape_is_right(const std::string &walker, double band) {
     rows_are_right<Logit>(walker, 64, 4096, 4099, 2, 0.0f, band);  // work for several threads
 }
 
-// Rounding to the nearest of the numbers of a 16-bit format, ties to even: tried with each of them,
-// the middle to its neighbour and the floats next to the middle.
+// Rounding to a 16-bit format is to the nearest, ties to even: tested with each number of the
+// format, the middle between it and the next, and the floats beside the middle.
 template <typename Logit>
 void rounding_is_to_nearest_even(uint16_t infinity, const std::string &name) {
     for (uint16_t bits = 0; bits < infinity; ++bits) {

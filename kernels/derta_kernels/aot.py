@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every launch that the Triton kernels make; needs no GPU.
 
-A kernel that spills registers or asks for more shared memory than a chip has is found here, on any
-machine, for every architecture it may run on.
+It finds a kernel that spills registers or takes more shared memory than a chip has, on any machine
+and for every architecture that the kernel may run on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from derta_kernels.launch import SHARED_KIB, Launch
 
 
 class Resources(NamedTuple):
-    """What a compiled launch takes: registers and bytes of local memory a thread, bytes shared."""
+    """Registers and bytes of local memory per thread, and bytes of shared memory, of a launch."""
 
     registers: int
     local_bytes: int
@@ -33,19 +33,19 @@ class Resources(NamedTuple):
 
 
 def launches() -> list[Launch]:
-    """Every launch that a kernel of this package can make."""
+    """Return every launch that a kernel of this package can make."""
     return [*head_loss_launches(), *attention_launches()]
 
 
 def kernel_of(launch: Launch, capability: int) -> Any:
-    """What Triton makes of a launch for a compute capability (90 for 9.0).
+    """Compile a launch for a compute capability (90 for 9.0) and return Triton's result.
 
     Raises:
-        ValueError: Triton's interpreter is on, which leaves nothing to compile.
+        ValueError: Triton's interpreter is on, so there is nothing to compile.
     """
     if triton.knobs.runtime.interpret:
-        raise ValueError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it")
-    # In the order of the arguments: Triton's cache would miss sets, whose order changes.
+        raise ValueError("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
+    # In the order of the arguments: a set's order changes, and Triton's cache would miss.
     divisible = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(launch.signature)
@@ -60,7 +60,7 @@ def kernel_of(launch: Launch, capability: int) -> Any:
 
 
 def compiled(launch: Launch, capability: int) -> Resources:
-    """Compiles a launch to machine code and measures it; see `kernel_of`."""
+    """Compile a launch to machine code and read its resources; see `kernel_of`."""
     kernel = kernel_of(launch, capability)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def compiled(launch: Launch, capability: int) -> Resources:
 
 
 def excess(resources: Resources, capability: int) -> str | None:
-    """What a launch takes too much of on a chip, in a clause; None: it fits."""
+    """Describe the resource that a launch exceeds on a chip, in a clause; None: it fits."""
     if resources.local_bytes:
         return f"{resources.local_bytes} bytes of local memory a thread, 0 allowed"
     limit_kib = SHARED_KIB[capability]
@@ -87,7 +87,10 @@ def excess(resources: Resources, capability: int) -> str | None:
 
 
 def compile_all(capabilities: Sequence[int]) -> Iterator[tuple[Launch, int, Resources]]:
-    """Every launch on those of `capabilities` that it is for, in order; Triton caches it."""
+    """Compile every launch for those of `capabilities` that it is meant for, in order.
+
+    Triton caches the results.
+    """
     every = launches()
     jobs = [
         (index, capability)
@@ -101,6 +104,6 @@ def compile_all(capabilities: Sequence[int]) -> Iterator[tuple[Launch, int, Reso
 
 
 def _job(job: tuple[int, int]) -> Resources:
-    """A kernel cannot travel between processes, its place in the list can."""
+    """Compile the launch of that index: a kernel cannot be pickled, its index can."""
     index, capability = job
     return compiled(launches()[index], capability)

@@ -1,4 +1,4 @@
-"""What ahead-of-time compilation is told of a launch, and what chips have for it."""
+"""Launches as ahead-of-time compilation takes them, and the shared memory of each chip."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Shared memory that a program may have, in KiB, by compute capability (CUDA C++ programming guide,
+# Shared memory that a program may take, in KiB, by compute capability (CUDA C++ programming guide,
 # "Technical specifications per compute capability").
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
@@ -16,14 +16,14 @@ class Launch:
     """One way to launch a kernel.
 
     Attributes:
-        name: of the launch, unique.
+        name: unique name.
         kernel: the `triton.jit` function.
-        signature: type of every argument, in Triton's words ("*bf16", "i32", "constexpr").
+        signature: type of every argument, in Triton's notation ("*bf16", "i32", "constexpr").
         constants: value of every constexpr argument.
-        divisible: the arguments that are multiples of 16, which Triton makes use of.
+        divisible: arguments that are multiples of 16; Triton compiles wider loads for them.
         num_warps: warps of a program.
-        num_stages: loads of a loop under way.
-        capabilities: that it is for.
+        num_stages: iterations of a loop whose loads are in flight.
+        capabilities: compute capabilities that the launch is for (90 for 9.0).
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""What tests and benchmarks of the ops share: inputs with a signal, and what error is allowed.
+"""Inputs and error budgets that tests and benchmarks of the ops share.
 
-Random logits make poor inputs: every target has a probability of about 1/V, its gradient is -1 and
-no cancellation shows. `head_case` makes rows that are as sure of their target as trained ones.
+Random logits make poor inputs: every target has a probability of about 1/V, its gradient is -1, and
+no cancellation shows. `head_case` makes rows that are as sure of their target as trained rows are.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ class HeadCase:
     unlikelihood_weight: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> HeadCase:
-        """The same case with hidden, weight and bias in another dtype."""
+        """Return the case with hidden, weight and bias in another dtype."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return replace(self, hidden=self.hidden.to(dtype), weight=self.weight.to(dtype), bias=bias)
 
     def on(self, device: torch.device) -> HeadCase:
-        """The same case with all its tensors on a device."""
+        """Return the case with all its tensors on a device."""
         moved: dict[str, Any] = {
             n: t.to(device) for n, t in vars(self).items() if isinstance(t, Tensor)
         }
         return replace(self, **moved)
 
     def requiring_gradients(self) -> HeadCase:
-        """The same case on fresh leaves: hidden, weight and bias require a gradient.
+        """Return the case with fresh leaves: hidden, weight and bias require a gradient.
 
-        They share their memory with the case's, as a copy would lose their strides.
+        They share the case's memory, as a copy would lose their strides.
         """
         bias = None if self.bias is None else self.bias.detach().requires_grad_()
         return replace(
@@ -63,7 +63,7 @@ class HeadCase:
         )
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `head_loss`."""
+        """Return the keyword arguments of `head_loss`."""
         return dict(vars(self))
 
 
@@ -80,23 +80,23 @@ def head_case(
     unlikely: bool = False,
     seed: int = 0,
 ) -> HeadCase:
-    """Rows of every kind that are as sure of a target as `probabilities` says.
+    """Make rows of every kind, each as sure of a target as `probabilities` says.
 
     Five kinds take turns: a next token, the refusal token, both, both and the same, none. The
-    probability is that of the next token, or of the refusal token where that is the only target;
-    it is exact in float64 and moves by what rounding the inputs moves it in other dtypes.
+    probability is that of the next token, or of the refusal token where that is the only target.
+    It is exact in float64; in other dtypes it moves as far as rounding the inputs moves it.
 
     Args:
         rows, width, vocabulary: N, d and V; V must be at least 2.
-        dtype: of hidden, weight and bias, which are rounded to it; row weights are float32.
+        dtype: dtype that hidden, weight and bias are rounded to; row weights are float32.
         probabilities: in (0, 1), taken in turn, each for five rows.
         bias, softcap, logit_scale: the head's, see `head_loss`.
-        unlikely: if True, seven rows in turn are to make unlikely: their surest token twice, the
-            refusal token, any token three times, none.
-        seed: everything is drawn from it.
+        unlikely: if True, rows also have a token to make unlikely, seven kinds in turn: the
+            surest token twice, the refusal token, any token three times, none.
+        seed: seed of all random numbers.
 
     Raises:
-        ValueError: the rows are too narrow, or the cap too low, for a probability.
+        ValueError: the rows are too narrow, or the cap too low, to reach a probability.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -148,7 +148,7 @@ def head_case(
         return case
     turn = torch.arange(rows) % 7
     unlikely_target = torch.randint(vocabulary, (rows,), generator=generator)
-    # A row without another target has its surest: of any other, float16 loses the gradient.
+    # A row without another target has its surest token: float16 loses the gradient of any other.
     unlikely_target = unlikely_target.where((turn >= 2) & (kind != 4), sure_of)
     unlikely_target[(turn == 2) & (kind != 4)] = refusal_token_id
     unlikely_target[turn == 6] = -100
@@ -160,11 +160,11 @@ def head_case(
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
-    """Root mean square, over rows, of each row's error relative to the row's own size.
+    """Return the root mean square over rows of each row's error relative to the row's size.
 
-    A row is a vector along the last dimension of a matrix, or one number of anything smaller. Rows
-    are weighed by their own size because a converged row's gradient is a millionth of another's,
-    and would vanish in a norm over all of them. Rows that are zero in the oracle must be zero.
+    A row is a row of a matrix, or one number of anything smaller. Errors are relative to the row
+    because a converged row's gradient is a millionth of another's and would vanish in a norm over
+    all rows. Rows that are zero in the oracle must be zero.
     """
     as_rows = oracle if oracle.dim() == 2 else oracle.reshape(-1, 1)
     error = (actual.to(oracle.dtype).reshape(as_rows.shape) - as_rows).norm(dim=1)
@@ -175,20 +175,20 @@ def relative_error(actual: Tensor, oracle: Tensor) -> float:
 
 
 def error_budget(eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> float:
-    """2 x (eager's error + one rounding band): the `relative_error` an implementation may have.
+    """Return 2 x (eager's error + one rounding band), the `relative_error` that is allowed.
 
     Args:
         eager: the reference implementation's result in `dtype`.
         oracle: the same in float64, on inputs already rounded to `dtype`.
-        dtype: of the inputs; its band is the distance between neighbours, relative to their size.
+        dtype: dtype of the inputs; its band is the relative distance between two neighbours.
     """
     return 2 * (relative_error(eager, oracle) + torch.finfo(dtype).eps)
 
 
 class HostTransfers(TorchFunctionMode):
-    """Counts, while active, the calls that would make a CUDA device and its host wait.
+    """A counter, while active, of calls that make the host wait for a CUDA device.
 
-    They are counted on the CPU too, so a machine without a GPU can hold an op to its promise.
+    Calls on CPU tensors count too, so that a machine without a GPU can check an op's promise.
     """
 
     WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "__bool__", "__int__")
@@ -210,7 +210,7 @@ class HostTransfers(TorchFunctionMode):
 
 
 def equals_snippet(function: Callable[..., Any], heading: str = "Equals, ") -> str:
-    """Return the lines of eager PyTorch under a docstring's line that opens with `heading`."""
+    """Return the eager PyTorch lines under the docstring line that opens with `heading`."""
     _, found, after = (inspect.getdoc(function) or "").partition(f"\n{heading}")
     _, _, block = after.partition(":\n\n")
     if not found or not block.startswith("    "):

@@ -1,6 +1,6 @@
-"""Where hypothesis is not installed, as on a machine lent for its GPU, only its tests are skipped.
+"""A stand-in for hypothesis: if it is not installed, only the tests that use it are skipped.
 
-Without this no module that has one of them could be collected.
+Without the stand-in, no module with such a test could be collected.
 """
 
 from __future__ import annotations

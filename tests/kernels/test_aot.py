@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, **environment: str) -> str:
-    """What Python prints, without the interpreter that these tests run in."""
+    """Run code in Python without Triton's interpreter, and return its output."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -31,7 +31,7 @@ def run(code: str, **environment: str) -> str:
 
 
 def test_the_largest_launches_fit_their_gpus() -> None:
-    """`make aot` compiles every launch for every GPU; this is the sample that `make test` takes."""
+    """`make aot` compiles every launch for every GPU; `make test` takes this sample."""
     code = """
 from derta_kernels import aot
 largest = "bf16, V <= 2147483647, softcap, grad", "backward keys, bf16, D 128, softcap, window"
@@ -47,7 +47,7 @@ print("fit")
     assert run(code) == "fit\n"
 
 
-def test_too_much_local_or_shared_memory_is_told_of_the_chip_that_lacks_it() -> None:
+def test_excess_local_or_shared_memory_is_reported_for_the_chip() -> None:
     fits = aot.Resources(registers=40, local_bytes=0, shared_bytes=100 * 1024)
     assert aot.excess(fits, 90) is None
     assert aot.excess(fits, 89) == "102400 bytes of shared memory, the chip has 99 KiB"
@@ -55,7 +55,7 @@ def test_too_much_local_or_shared_memory_is_told_of_the_chip_that_lacks_it() -> 
     assert aot.excess(spills, 90) == "8 bytes of local memory a thread, 0 allowed"
 
 
-def test_a_launch_that_spills_is_measured_as_one() -> None:
+def test_a_launch_that_spills_is_measured_as_spilling() -> None:
     """8192 logits for 32 threads are 256 each: too many values for 255 registers."""
     code = """
 from dataclasses import replace
@@ -67,8 +67,8 @@ print(aot.compiled(replace(launch, num_warps=1), 90).local_bytes > 0)
     assert run(code) == "True\n"
 
 
-def test_no_logit_is_less_than_itself_by_what_its_rounding_took() -> None:
-    """A product that is fused with what is subtracted from it is not the one that was compared."""
+def test_products_of_logits_are_not_fused_with_later_subtractions() -> None:
+    """A fused product is not rounded, so a logit minus itself would not be 0."""
     code = r"""
 import re
 from derta_kernels import aot
@@ -84,7 +84,7 @@ for launch in aot.launches():
     assert run(code) == "kept apart\n" * 4
 
 
-def test_every_launch_has_a_name_of_its_own_and_a_row_in_the_table() -> None:
+def test_every_launch_has_a_unique_name() -> None:
     launches = aot.launches()
     assert len({launch.name for launch in launches}) == len(launches) >= 36
 
@@ -92,5 +92,5 @@ def test_every_launch_has_a_name_of_its_own_and_a_row_in_the_table() -> None:
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="the interpreter is off on a GPU")
 def test_the_interpreter_leaves_nothing_to_compile() -> None:
     launch = replace(aot.launches()[0], num_warps=4)
-    with pytest.raises(ValueError, match="TRITON_INTERPRET is set, which leaves nothing to comp"):
+    with pytest.raises(ValueError, match="TRITON_INTERPRET is set, so there is nothing to comp"):
         aot.compiled(launch, 90)

@@ -1,4 +1,4 @@
-"""Attention in which every key says how far it is visible."""
+"""Interval attention, in which every key has an end of its visibility."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def results(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
-    """Output and gradients of q, k, v."""
+    """Return output and gradients of q, k, v."""
     output = interval_attention(**arguments, **options)
     return with_gradients(output, [arguments[name] for name in "qkv"])
 
@@ -30,7 +30,7 @@ def results(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
     softcap=st.sampled_from([None, 1.5]),
     scale=st.sampled_from([None, 0.3]),
 )
-def test_sdpa_is_the_definition(row, kv_heads, window, softcap, scale) -> None:
+def test_sdpa_equals_the_definition(row, kv_heads, window, softcap, scale) -> None:
     arguments = tensors(row, kv_heads=kv_heads)
     options = dict(window=window, softcap=softcap, scale=scale)
     expected = results(arguments, impl="reference", **options)
@@ -41,7 +41,9 @@ def test_sdpa_is_the_definition(row, kv_heads, window, softcap, scale) -> None:
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
 @pytest.mark.parametrize("window", [None, 3])
 @given(row=rows())
-def test_a_pack_is_its_sequences_one_by_one(impl: str, window: int | None, row: Packed) -> None:
+def test_a_pack_gives_the_results_of_its_sequences_one_by_one(
+    impl: str, window: int | None, row: Packed
+) -> None:
     arguments = tensors(row, kv_heads=4)
     output = interval_attention(**arguments, window=window, impl=impl)
     for tokens, own in row.sequences:
@@ -76,7 +78,7 @@ def eager_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The documented lines in the inputs' own dtype, the softmax included."""
+    """Run the documented lines in the inputs' own dtype, the softmax included."""
     names = dict(arguments, q=q, k=k, v=v, window=window, softcap=softcap, torch=torch)
     names["scale"] = q.shape[-1] ** -0.5
     exec(equals_snippet(interval_attention), names)
@@ -84,13 +86,13 @@ def eager_attention(
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"softcap": 2.0}], ids=str)
-def test_the_documented_lines_are_what_it_computes(options) -> None:
+def test_it_computes_the_documented_lines(options) -> None:
     arguments = tensors(BRANCHED)
     documented = eager_attention(*(arguments[name] for name in "qkv"), arguments, **options)
     assert distance(interval_attention(**arguments, **options), documented) < 1e-14
 
 
-def test_batch_rows_have_examples_of_their_own() -> None:
+def test_each_batch_row_has_its_own_examples() -> None:
     first, second = tensors(BRANCHED), tensors(packed([(len(BRANCHED.visible_until), [])]))
     both = {name: torch.cat((first[name], second[name])) for name in first}
     bounds = (BRANCHED.bounds, ((0, len(BRANCHED.visible_until)),))
@@ -105,7 +107,7 @@ LONG = packed([(65, [(33, 31), (12, 7)]), (37, [])])
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("row", [BRANCHED, LONG], ids=["short", "long"])
-def test_other_examples_leave_no_trace_of_a_bit(row: Packed, dtype: torch.dtype) -> None:
+def test_other_examples_change_no_bit(row: Packed, dtype: torch.dtype) -> None:
     clean, poisoned = tensors(row, dtype=dtype), tensors(row, dtype=dtype)
     start, end = row.bounds[0]
     with torch.no_grad():
@@ -143,7 +145,7 @@ def test_one_token_attends_to_itself() -> None:
 
 
 def layers(arguments: dict[str, Tensor], count: int = 3, **options: object) -> Tensor:
-    """What several layers do with one batch, each through views of its own."""
+    """Attend as several layers do with one batch, each through its own views."""
     views = dict(
         arguments,
         visible_until=arguments["visible_until"].detach(),
@@ -166,7 +168,7 @@ def test_all_layers_share_one_layout_and_its_masks() -> None:
 
 
 def test_a_device_is_read_once_and_not_at_all_when_bounds_are_given(monkeypatch) -> None:
-    """The meta device has no values: any other transfer is an error."""
+    """The meta device has no values, so any other transfer is an error."""
     on_host = tensors(BRANCHED)
     values = torch.stack((on_host["visible_until"][0], on_host["position_ids"][0])).long()
     transfers = []
@@ -213,8 +215,8 @@ def test_masks_made_while_evaluating_serve_training() -> None:
     assert torch.equal(results(arguments, window=3)[0], evaluated)
 
 
-def test_a_batch_that_is_written_to_unseen_is_read_again() -> None:
-    """Inference tensors do not count what is written to them."""
+def test_uncounted_writes_to_inference_tensors_are_noticed() -> None:
+    """PyTorch does not count writes to inference tensors."""
     with torch.inference_mode():
         arguments = {name: x.clone() for name, x in tensors(packed([(6, [(2, 3)])])).items()}
         interval_attention(**arguments)

@@ -1,4 +1,4 @@
-"""Packs through flash-attn's varlen interface, which a stand-in in plain PyTorch has here."""
+"""Packs through flash-attn's varlen interface, with a stand-in in plain PyTorch for its kernels."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def varlen(
     softcap: float = 0.0,
     **rest: Any,
 ) -> Tensor:
-    """What flash-attn documents: causal and windows are aligned to the bottom right."""
+    """Attend as flash-attn documents it: causal, windows aligned to the bottom right."""
     for edges, longest, x in ((cu_seqlens_q, max_seqlen_q, q), (cu_seqlens_k, max_seqlen_k, k)):
         assert edges.dtype == torch.int32 and edges.dim() == 1 and edges[0] == 0
         assert type(longest) is int and longest == edges.diff().max()
@@ -123,7 +123,7 @@ def assert_is_the_definition(
     window=st.sampled_from([None, 1, 2, 5, 100]),
     softcap=st.sampled_from([None, 1.5]),
 )
-def test_it_is_the_definition(row, batch, kv_heads, window, softcap) -> None:
+def test_it_equals_the_definition(row, batch, kv_heads, window, softcap) -> None:
     one = tensors(row, kv_heads=kv_heads, value_width=6)
     other = {name: 0.7 * x if name in "qkv" else x for name, x in one.items()}
     arguments = {name: torch.cat((one[name], other[name])[:batch]) for name in one}
@@ -132,13 +132,13 @@ def test_it_is_the_definition(row, batch, kv_heads, window, softcap) -> None:
 
 @st.composite
 def intervals(draw: st.DrawFn) -> list[int]:
-    """Any one example that the rule can express, packs or not."""
+    """Draw any example that `visible_until` can express, a pack or not."""
     count = draw(st.integers(1, 9))
     return [count, *(draw(st.integers(token + 1, count)) for token in range(1, count))]
 
 
 @given(until=intervals())
-def test_it_is_the_definition_beyond_packs(until: list[int]) -> None:
+def test_it_equals_the_definition_beyond_packs(until: list[int]) -> None:
     row = Packed(until, list(range(len(until))), ((0, len(until)),), [])
     assert_is_the_definition(tensors(row, value_width=6))
 
@@ -170,12 +170,12 @@ def test_all_layers_share_one_table() -> None:
     assert segments(layout) is segments(layout)
 
 
-def test_many_branches_do_not_round_a_key_s_gradient_away() -> None:
-    """One by one in bfloat16, the sum of 600 halves would stop at 128."""
+def test_gradients_of_many_branches_are_not_rounded_away() -> None:
+    """Added one by one in bfloat16, 600 halves would stop at 128."""
     arguments = tensors(packed([(1, [(1, 1)] * 600)]), value_width=6, dtype=torch.bfloat16)
     arguments["q"] = torch.zeros_like(arguments["q"])
     (d_v,) = torch.autograd.grad(attend(arguments).sum(), arguments["v"])
-    wanted = 2 * (1 + 600 / 2)  # two query heads a key head
+    wanted = 2 * (1 + 600 / 2)  # two query heads per key head
     assert torch.allclose(d_v[0, 0].float(), torch.tensor(wanted), rtol=2**-7, atol=0)
 
 
@@ -195,7 +195,7 @@ def test_values_of_another_width_are_refused() -> None:
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[dict[str, Any]]]]:
-    """Installs versions of flash-attn on a GPU of some capability; returns what they are given."""
+    """Install versions of flash-attn on a GPU of some capability; return the calls they get."""
 
     def install(capability: tuple[int, int], modules: dict[str, str]) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []
@@ -226,7 +226,9 @@ GPU = torch.device("cuda", 0)
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("module", SIGNATURES)
-def test_every_version_is_called_as_it_asks(install, module: str, deterministic: bool) -> None:
+def test_every_version_is_called_by_its_own_signature(
+    install, module: str, deterministic: bool
+) -> None:
     torch.use_deterministic_algorithms(deterministic)
     calls = install((9, 0), {module: SIGNATURES[module]})
     varlen_func = flash_attn._varlen_func(GPU, torch.bfloat16, 128)
@@ -248,7 +250,7 @@ def test_every_version_is_called_as_it_asks(install, module: str, deterministic:
         ((12, 0), [*SIGNATURES], 64, "flash_attn"),
     ],
 )
-def test_the_version_is_one_that_trains_there(
+def test_the_chosen_version_trains_on_the_gpu(
     install, capability, installed, head_dim, taken
 ) -> None:
     install(capability, {name: SIGNATURES[name] for name in installed})
@@ -257,7 +259,7 @@ def test_the_version_is_one_that_trains_there(
     assert varlen_func is sys.modules[taken].flash_attn_varlen_func
 
 
-def test_a_version_that_cannot_be_called_is_passed_over(install) -> None:
+def test_a_version_with_an_unknown_interface_is_skipped(install) -> None:
     install((9, 0), {**SIGNATURES, **OUTDATED})
     varlen_func = flash_attn._varlen_func(GPU, torch.float16, 64)
     assert varlen_func is sys.modules["flash_attn"].flash_attn_varlen_func
@@ -283,7 +285,7 @@ def test_a_version_that_cannot_be_called_is_passed_over(install) -> None:
             "float16",
             64,
             {"flash_attn.cute": OUTDATED["flash_attn.cute"]},
-            "flash-attn 4 has no interface that is known here .*max_seqlen_q.*; flash-attn 2 has",
+            "flash-attn 4 has no known interface .*max_seqlen_q.*; flash-attn 2 has",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The head loss: exact where it must be, silent about nothing, and no larger than it says."""
+"""The head loss is exact, refuses bad arguments, and takes the memory that it documents."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def row_passes(*dtypes: torch.dtype) -> list[Any]:
-    """Every row pass in every dtype, as parameters; those that cannot run here say why."""
+    """Return every row pass in every dtype as parameters; skip those that cannot run here."""
 
     def why_not(impl: str, dtype: torch.dtype) -> str | None:
         if impl == "triton" and dtype == torch.bfloat16 and DEVICE.type == "cpu":
@@ -73,13 +73,13 @@ def row_passes(*dtypes: torch.dtype) -> list[Any]:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven rows a chunk, so that sixty make several, the last ragged; products as on a GPU."""
+    """Set chunks of seven rows, so that sixty rows end in a ragged one, and products of a GPU."""
     monkeypatch.setattr(chunked, "chunk_rows", lambda *_: 7)
     monkeypatch.setattr(chunked, "product_dtype", lambda dtype, _: dtype)
 
 
 def results(case: HeadCase, impl: str, upstream: float = 1.0) -> dict[str, Tensor]:
-    """Everything the op gives: the rows' numbers, the loss and all gradients."""
+    """Return every result of the op: the rows' numbers, the loss and all gradients."""
     case = case.on(DEVICE).requiring_gradients()
     out = head_loss(**case.arguments(), impl=impl)
     leaves = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
@@ -98,12 +98,14 @@ def assert_within_budget(
     actual = results(rounded, impl, upstream)
     for name in oracle:
         budget = error_budget(eager[name], oracle[name], dtype)
-        assert budget < 0.5, f"{name}: eager itself is off by {budget / 2:.2g}, a budget of nothing"
+        assert budget < 0.5, (
+            f"{name}: eager itself is off by {budget / 2:.2g}, too much for a budget"
+        )
         assert relative_error(actual[name], oracle[name]) <= budget, name
 
 
 def assert_close_as_a_whole(case: HeadCase, impl: str) -> None:
-    """In the norm of each result: random weights may cancel in a single row."""
+    """Compare in the norm of each result, as random weights may cancel in a single row."""
     expected, actual = results(case.to(torch.float64), "reference"), results(case, impl)
     eager = results(case, "reference")
     for name in expected:
@@ -122,7 +124,7 @@ def assert_close_as_a_whole(case: HeadCase, impl: str) -> None:
 def test_it_equals_its_documented_equation(head: str, impl: str) -> None:
     case = head_case(probabilities=(0.5,), **HEADS[head]).requiring_gradients()
     names = case.arguments() | dict(torch=torch, F=F, ignore_index=-100)
-    # The snippet computes in float32, which in float64 means: not rounding at all.
+    # The snippet computes in float32, which for float64 inputs means without rounding.
     exec(equals_snippet(head_loss).replace(".float()", ""), names)
     if case.unlikely_target is not None:
         exec(equals_snippet(head_loss, "and with unlikely_target"), names)
@@ -158,7 +160,7 @@ def test_converged_rows_keep_their_loss_and_gradient(
 @pytest.mark.parametrize(
     ("impl", "dtype"), [p for p in row_passes(*LOW_PRECISION[1:]) if p.values[0] != "triton"]
 )
-def test_products_in_float32_leave_no_error_but_that_of_the_results(
+def test_float32_products_leave_only_the_rounding_of_the_results(
     impl: str, dtype: torch.dtype, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunked, "product_dtype", lambda *_: torch.float32)
@@ -172,7 +174,7 @@ def test_products_in_float32_leave_no_error_but_that_of_the_results(
         assert relative_error(actual[name], expected) <= budget, name
 
 
-def test_a_cpu_multiplies_narrow_types_where_it_has_a_matrix_unit(
+def test_a_cpu_multiplies_narrow_types_only_with_a_matrix_unit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()  # the real choice
@@ -199,7 +201,7 @@ def test_a_cpu_multiplies_narrow_types_where_it_has_a_matrix_unit(
 @pytest.mark.parametrize("lead", [8.0, 37.0, 77.0])
 @pytest.mark.parametrize("vocabulary", [2, 97, 4099])
 @pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float32))
-def test_rows_surer_than_any_float_can_say_keep_their_loss_and_gradient(
+def test_rows_with_p_closer_to_1_than_any_float_keep_their_loss_and_gradient(
     impl: str, dtype: torch.dtype, vocabulary: int, lead: float
 ) -> None:
     """Eager loses them: 1 + 1e-8 is 1 in float32, and 1 + 1e-17 in float64."""
@@ -218,7 +220,7 @@ def test_rows_surer_than_any_float_can_say_keep_their_loss_and_gradient(
 
 @pytest.mark.parametrize("vocabulary", [2, 1024, 1025, 4097, 20001])
 @pytest.mark.parametrize(("impl", "dtype"), row_passes(*LOW_PRECISION))
-def test_vocabularies_need_not_be_multiples_of_anything(
+def test_vocabularies_of_any_size_are_as_exact_as_eager(
     impl: str, dtype: torch.dtype, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As many rows as eager's: the order in which a library sums over V depends on them.
@@ -232,12 +234,12 @@ def test_vocabularies_need_not_be_multiples_of_anything(
     [(1, 17), (7, 34), (400, 17), (32001, 34), (50257, 17), (128257, 34)],
 )
 @pytest.mark.parametrize(("impl", "dtype"), row_passes(*DTYPES))
-def test_vocabularies_and_widths_of_any_size_multiply_nothing_that_nobody_wrote(
+def test_products_of_any_size_read_no_unwritten_memory(
     impl: str, dtype: torch.dtype, vocabulary: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Matrix units take rows of 32, more than a ragged one has: NaN times 0 is NaN.
+    """Matrix units take blocks of 32, more than a ragged row has, and NaN times 0 is NaN.
 
-    They are used for more rows than a few. What lies between the rows of a view is NaN as well.
+    They are used only for many rows. The memory between the rows of a view is NaN as well.
     """
     monkeypatch.setattr(chunked, "chunk_rows", lambda count, *_: count)
     rows = 4 if impl == "triton" and DEVICE.type == "cpu" else 40
@@ -316,7 +318,7 @@ def test_logits_of_ten_thousand_neither_overflow_nor_lose_a_row(
 
 
 @pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float32))
-def test_tokens_that_a_bias_forbids_are_no_concern_of_rows_that_do_not_want_them(
+def test_tokens_forbidden_by_a_bias_leave_rows_with_other_targets_finite(
     impl: str, dtype: torch.dtype
 ) -> None:
     case = head_case(bias=True, dtype=dtype).on(DEVICE)
@@ -356,7 +358,7 @@ def test_each_row_reports_its_logsumexp_and_both_losses(impl: str) -> None:
 def test_unlikelihood_is_exact_where_the_row_is_sure_of_the_unlikely_token(
     impl: str, dtype: torch.dtype, vocabulary: int, lead: float
 ) -> None:
-    """1 - p is 3e-4 to 1e-33; rows that give the token next to nothing keep a loss of p."""
+    """1 - p is 3e-4 to 1e-33. Rows with p near 0 have a loss of about p."""
     for leader in (0, vocabulary - 1):
         hidden = torch.tensor([[1.0], [-0.5]], dtype=dtype, device=DEVICE, requires_grad=True)
         weight = torch.full((vocabulary, 1), -lead, dtype=dtype, device=DEVICE)
@@ -401,7 +403,7 @@ def test_a_row_that_is_certain_of_its_unlikely_token_stays_finite(
 
 
 @pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float32, torch.bfloat16))
-def test_unlikely_targets_of_no_row_change_no_bit(impl: str, dtype: torch.dtype) -> None:
+def test_unlikely_targets_that_are_all_ignored_change_no_bit(impl: str, dtype: torch.dtype) -> None:
     case = head_case(dtype=dtype, bias=True)
     none = replace(case, unlikely_target=torch.full_like(case.target, -100))
     expected, actual = results(case, impl), results(none, impl)
@@ -409,7 +411,7 @@ def test_unlikely_targets_of_no_row_change_no_bit(impl: str, dtype: torch.dtype)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_without_a_refusal_token_it_is_the_next_token_loss_alone() -> None:
+def test_without_a_refusal_token_it_is_only_the_next_token_loss() -> None:
     case = head_case()
     out = head_loss(case.hidden, case.weight, case.target)
     expected = F.cross_entropy(case.hidden @ case.weight.T, case.target, reduction="sum")
@@ -443,7 +445,7 @@ def test_dead_rows_are_never_read(impl: str) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_live_row_is_a_finite_zero_with_a_gradient(
+def test_without_live_rows_loss_and_gradients_are_zero(
     dtype: torch.dtype, impl: str, rows: int
 ) -> None:
     case = head_case(rows, bias=True, dtype=dtype).requiring_gradients()
@@ -492,7 +494,7 @@ def test_strides_do_not_matter(impl: str) -> None:
 )
 @given(data=st.data())
 @pytest.mark.parametrize("impl", ROW_PASSES)
-def test_shapes_masks_strides_and_dtypes_of_any_kind_agree_with_the_reference(
+def test_any_shapes_masks_strides_and_dtypes_agree_with_the_reference(
     impl: str, data: st.DataObject
 ) -> None:
     usable = [dtype for dtype in DTYPES if unavailable(impl, DEVICE, dtype) is None]
@@ -505,7 +507,7 @@ def test_shapes_masks_strides_and_dtypes_of_any_kind_agree_with_the_reference(
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
 
     def drawn(*shape: int) -> Tensor:
-        """A slice of something larger, or laid out column by column."""
+        """Draw a slice of a larger tensor, or a tensor laid out column by column."""
         wide = torch.randn(*(2 * size for size in shape), generator=generator).to(dtype)
         step = data.draw(st.sampled_from((1, 2)), label="stride")
         part = wide[tuple(slice(0, size * step, step) for size in shape)]
@@ -575,7 +577,7 @@ def test_a_row_pass_without_gradient_reports_the_same_rows(impl: str, dtype: tor
 
 
 @pytest.mark.parametrize("grad_mode", [False, True])
-def test_a_gradient_is_formed_in_grad_mode_alone(grad_mode: bool) -> None:
+def test_a_gradient_is_formed_only_in_grad_mode(grad_mode: bool) -> None:
     case = head_case(20, 512, 997, dtype=torch.float32).requiring_gradients()
 
     def forward() -> None:
@@ -634,7 +636,7 @@ def test_repeated_calls_agree_in_every_bit() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("required", list(itertools.product([False, True], repeat=2)))
-def test_the_operators_keep_every_promise_that_torch_library_checks(
+def test_the_operators_pass_the_checks_of_torch_library(
     bias: bool, required: tuple[bool, bool]
 ) -> None:
     case = head_case(bias=bias, dtype=torch.float32)
@@ -660,7 +662,7 @@ def test_the_operators_keep_every_promise_that_torch_library_checks(
 
 
 class TiedModel(nn.Module):
-    """An embedding that is its own head, with the loss inside, as a language model has them."""
+    """A model whose embedding is also its head, with the loss inside, like a language model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -673,8 +675,8 @@ class TiedModel(nn.Module):
         return head_loss(hidden, target=target, rto_mask=rto_mask, **head).loss / len(ids)
 
 
-def test_no_cuda_graph_captures_what_the_host_decides() -> None:
-    """Rows are counted anew for every batch; scaling what is stored may be captured."""
+def test_cuda_graphs_do_not_capture_decisions_of_the_host() -> None:
+    """Rows are counted anew for every batch; scaling the stored gradients may be captured."""
     unsafe = torch.Tag.cudagraph_unsafe
     assert unsafe in torch.ops.derta.head_loss.default.tags
     assert unsafe not in torch.ops.derta.scale_gradients.default.tags
@@ -682,7 +684,7 @@ def test_no_cuda_graph_captures_what_the_host_decides() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_model_holds_it_whole(dynamic: bool, autocast: bool) -> None:
+def test_a_compiled_model_contains_it_without_a_graph_break(dynamic: bool, autocast: bool) -> None:
     torch.manual_seed(0)
     model = TiedModel()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -714,7 +716,7 @@ def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters_own(
+def test_autocast_computes_in_its_dtype_and_gradients_keep_that_of_the_parameters(
     impl: str, hidden_dtype: torch.dtype
 ) -> None:
     case = head_case(bias=True, dtype=torch.float32)
@@ -731,7 +733,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters_
 # float16
 
 
-def test_float16_sums_beyond_its_range_come_back_into_it_with_the_mean() -> None:
+def test_float16_means_are_finite_where_sums_exceed_its_range() -> None:
     rows = 6000
     hidden = torch.full((rows, 4), 50.0, dtype=torch.float16)
     weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
@@ -752,7 +754,7 @@ def test_float16_gradients_do_not_depend_on_where_a_factor_enters() -> None:
 
 
 def test_float16_converged_rows_are_as_exact_as_eagers_under_a_loss_scale() -> None:
-    """Eager gains from it: its gradients of 1e-5 are scaled before they are rounded."""
+    """A loss scale helps eager: its gradients of 1e-5 are scaled before they are rounded."""
     assert_within_budget(head_case(probabilities=(0.99999,)), "torch", torch.float16, upstream=64.0)
 
 
@@ -768,13 +770,13 @@ def test_a_frozen_head_never_allocates_its_gradient(dtype: torch.dtype) -> None:
     def step(case: HeadCase) -> int:
         return peak_bytes(lambda: head_loss(**case.arguments()).loss.backward())
 
-    # The products' own scratch differs between machines, and is the same for both.
+    # The workspace of the products differs between machines, and is the same for both heads.
     assert step(case) - step(frozen) >= weight_gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_memory_is_what_the_formula_says(
+def test_memory_follows_the_formula(
     trainable: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # chunks of their real size
@@ -809,7 +811,7 @@ def test_the_scratch_keeps_to_its_budget_and_a_chunk_to_whole_tiles(
     assert rows(256, count=77) == 77
 
 
-def test_every_row_of_the_scratch_starts_where_wide_loads_can() -> None:
+def test_every_row_of_the_scratch_is_aligned_for_wide_loads() -> None:
     for vocabulary in (1, 97, 128256, 128257):
         for dtype in DTYPES:
             scratch = chunked._scratch(2, vocabulary, dtype, torch.device("cpu"))
@@ -832,7 +834,7 @@ def test_live_count_and_range_check_share_the_one_host_transfer(
     impl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = head_case(bias=True, softcap=50.0).requiring_gradients()
-    # Calls within an operator are hidden from the mode: it sees the operators' own functions here.
+    # The mode does not see calls within an operator, so the operator's function is called directly.
     monkeypatch.setattr(op, "head_loss_op", torch.no_grad()(custom_op.loss_and_gradients))
     gradients = [torch.ones(3, 4) for _ in range(3)]
     with HostTransfers() as transfers:
@@ -928,7 +930,7 @@ def test_a_wrong_argument_is_named_with_what_was_expected(
         head_loss(**arguments | change)
 
 
-def test_a_choice_says_why() -> None:
+def test_a_choice_gives_its_reason() -> None:
     device = torch.device("cpu")
     assert choose("torch", device) == ("torch", "asked for by name")
     assert choose("reference", device) == ("reference", "asked for by name")
@@ -955,7 +957,7 @@ def test_head_case_is_as_sure_of_its_targets_as_it_says() -> None:
         head_case(softcap=1.0)
 
 
-def test_relative_error_sees_small_rows_and_zeros_that_are_none() -> None:
+def test_relative_error_sees_small_rows_and_rows_that_should_be_zero() -> None:
     oracle = torch.tensor([[1.0, 1.0], [1e-6, 0.0], [0.0, 0.0]])
     assert relative_error(oracle, oracle) == 0
     off = oracle.clone()

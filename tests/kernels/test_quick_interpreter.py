@@ -1,4 +1,4 @@
-"""The interpreter that tests run kernels in computes what Triton's own does."""
+"""The interpreter that tests run kernels in computes the same as Triton's own."""
 
 from __future__ import annotations
 

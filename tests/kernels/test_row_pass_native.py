@@ -1,4 +1,4 @@
-"""The native row pass: as exact as eager on every instruction set, and it touches nothing else."""
+"""The native row pass is as exact as eager on every instruction set and writes only its rows."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def sure_logits(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits that are as sure of a token as `probabilities` say, tokens and weights.
 
-    Rows have both kinds of target, one of them, or the same twice. With `columns` 3 they have an
-    unlikely token as well: the sure one, the refusal token, or another, some of weight 0.
+    Rows have both kinds of target, one of them, or the same token twice. With `columns` 3 they also
+    have an unlikely token: the sure one, the refusal token or another, in some rows with weight 0.
     `padding` is the number of logits between rows, all NaN.
     """
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def eager(
     logit_scale: float,
     wide: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logsumexp, nll and, by autograd, the gradient in the logits' dtype; computed in `wide`."""
+    """Compute logsumexp, nll and, by autograd, the gradient in the logits' dtype, all in `wide`."""
     leaf = logits.detach().to(torch.float64 if wide == torch.float64 else logits.dtype)
     leaf.requires_grad_()
     z = logit_scale * leaf.to(wide)
@@ -152,7 +152,9 @@ def test_an_instruction_set_that_the_machine_lacks_is_refused(
         row_pass_native(logits, tokens, weight, None, 1.0, True)
 
 
-def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unsupported_inputs_and_missing_libraries_are_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cuda = torch.device("cuda", 0)
     assert unavailable(CPU, torch.float64) == (
         "it takes bfloat16, float16 and float32, not float64"
@@ -245,7 +247,7 @@ def test_libraries_are_built_again_only_for_new_sources_or_tools(
 
     assert builds("old", nvcc=False) and not builds("old", nvcc=False)
     assert builds("old", nvcc=True) and not builds("old", nvcc=True)
-    assert not builds("old", nvcc=False)  # what nvcc made is kept
+    assert not builds("old", nvcc=False)  # the CUDA library is kept
     assert builds("new", nvcc=False)
 
 
@@ -271,7 +273,7 @@ def test_rows_and_gradients_are_as_exact_as_eager(
 @heads
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padding", [1, 3, 64])
-def test_rows_start_anywhere_and_nothing_between_them_is_touched(
+def test_rows_may_start_anywhere_and_memory_between_them_is_not_touched(
     instruction_set: str,
     dtype: torch.dtype,
     padding: int,
@@ -290,7 +292,7 @@ def test_rows_start_anywhere_and_nothing_between_them_is_touched(
 @needs_library
 @pytest.mark.parametrize("lead", [8.0, 37.0, 77.0])
 @pytest.mark.parametrize("vocabulary", [2, 97, 4097])
-def test_rows_surer_than_any_float_can_say_keep_their_loss_and_gradient(
+def test_rows_with_p_closer_to_1_than_any_float_keep_their_loss_and_gradient(
     instruction_set: str, vocabulary: int, lead: float
 ) -> None:
     """Eager loses them: 1 + 1e-8 is 1 in float32, and 1 + 1e-17 in float64."""
@@ -335,7 +337,9 @@ def test_equal_logits_of_any_level_give_log_v(
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_far_logits_are_certain_and_not_infinite(instruction_set: str, dtype: torch.dtype) -> None:
+def test_logits_far_apart_give_certain_rows_and_finite_losses(
+    instruction_set: str, dtype: torch.dtype
+) -> None:
     logits = torch.full((1, 1000), -1e4, dtype=dtype)
     logits[0, 7] = 1e4
     _, nll = row_pass_native(
@@ -347,11 +351,11 @@ def test_far_logits_are_certain_and_not_infinite(instruction_set: str, dtype: to
 @needs_library
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forbidden_tokens_are_no_concern_of_rows_that_do_not_want_them(
+def test_forbidden_tokens_leave_rows_with_other_targets_finite(
     instruction_set: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
     logits = torch.zeros(2, 700, dtype=dtype)
-    logits[:, ::2] = -torch.inf  # the row's first, and all of what some lanes see
+    logits[:, ::2] = -torch.inf  # the row's first logit, and all logits of some lanes
     tokens = torch.tensor([[1, 0], [3, 2]])
     _, nll = row_pass_native(logits, tokens, torch.tensor([[1.0, 0.0]] * 2), softcap, 1.0, True)
     assert logits.isfinite().all() and (logits[:, ::2] == 0).all()
@@ -390,7 +394,7 @@ def test_weights_may_be_negative_or_huge(instruction_set: str, dtype: torch.dtyp
 
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logits_are_left_alone_when_no_gradient_is_formed(
+def test_logits_are_unchanged_when_no_gradient_is_formed(
     instruction_set: str, dtype: torch.dtype
 ) -> None:
     logits, tokens, weight = sure_logits(40, 1000, dtype, None, 1.0)
@@ -407,7 +411,7 @@ def test_logits_are_left_alone_when_no_gradient_is_formed(
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form_gradient", [False, True])
-def test_no_rows_have_no_results(
+def test_zero_rows_give_empty_results(
     instruction_set: str, dtype: torch.dtype, form_gradient: bool
 ) -> None:
     logsumexp, nll = row_pass_native(
@@ -463,7 +467,7 @@ def test_instruction_sets_agree_to_a_rounding(
 
 
 @pytest.mark.slow
-def test_the_library_stands_its_own_test_under_sanitizers() -> None:
+def test_the_library_passes_its_own_test_under_sanitizers() -> None:
     if SETUP["missing_tool"]("cpu") is not None:
         pytest.skip(SETUP["missing_tool"]("cpu"))
     done = subprocess.run(["make", "native-test"], capture_output=True, text=True, cwd=ROOT)
@@ -492,7 +496,7 @@ def test_a_gpu_is_as_exact_as_eager(
 
 
 def cuobjdump() -> Path | None:
-    """The one on the path, or that of Triton's wheel."""
+    """Find cuobjdump on the path or in Triton's wheel."""
     found = shutil.which("cuobjdump")
     triton = find_spec("triton")
     if found is None and triton is not None and triton.origin is not None:
@@ -512,10 +516,10 @@ def test_no_kernel_spills_or_takes_local_memory_on_any_gpu() -> None:
         [tool, "-res-usage", library], capture_output=True, text=True, check=True
     ).stdout
     architectures = set(re.findall(r"arch = sm_(\d+)", report))
-    # One alone, where it was built for the GPU that is there.
+    # Only one architecture if it was built for the GPU of this machine.
     assert architectures and architectures <= {"75", "80", "86", "89", "90", "100", "120"}
     usage = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", report)
     assert len(usage) == 6 * len(architectures)  # three dtypes, with and without a cap
     for registers, stack, local in usage:
         assert (stack, local) == ("0", "0")
-        assert int(registers) <= 64  # two blocks of 512 threads on every multiprocessor
+        assert int(registers) <= 64  # so that a multiprocessor holds two blocks of 512 threads

@@ -1,4 +1,4 @@
-"""Long examples through torch's kernels: by chunks of queries, memory linear in their tokens."""
+"""Long examples through torch's kernels: in chunks of queries, with linear memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     window=st.sampled_from([None, 1, 2, 5, 100]),
     softcap=st.sampled_from([None, 1.5]),
 )
-def test_chunks_are_the_definition(row, kv_heads, value_width, window, softcap) -> None:
+def test_chunks_equal_the_definition(row, kv_heads, value_width, window, softcap) -> None:
     arguments = tensors(row, kv_heads=kv_heads, value_width=value_width)
     inputs = [arguments[name] for name in "qkv"]
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +43,7 @@ def test_chunks_are_the_definition(row, kv_heads, value_width, window, softcap) 
 
 
 class PeakMemory(TorchDispatchMode):
-    """The most bytes that tensors made in it have held at a time."""
+    """A mode that records the peak bytes of the tensors made in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,14 +96,14 @@ def test_memory_is_linear_in_a_long_example(case) -> None:
     assert peak_bytes(1200, **case) < 2.1 * peak_bytes(600, **case)
 
 
-def test_eight_thousand_tokens_are_the_most_that_get_a_mask_of_their_own() -> None:
+def test_examples_of_more_than_8192_tokens_get_no_whole_mask() -> None:
     length = 8193
     assert peak_bytes(length) < length**2
 
 
 @pytest.mark.usefixtures("short_chunks")
 def test_gradients_are_summed_over_chunks_in_float32() -> None:
-    """In bfloat16, what late chunks add to the first value's gradient would be rounded away."""
+    """In bfloat16, the late chunks' part of the first value's gradient would be rounded away."""
     length = 3000
     arguments = tensors(packed([(length, [])]), kv_heads=4, dtype=torch.bfloat16)
     arguments["q"] = torch.zeros_like(arguments["q"])

@@ -1,4 +1,4 @@
-"""The Triton kernels of interval attention, in the interpreter where there is no GPU."""
+"""The Triton kernels of interval attention, in Triton's interpreter if there is no GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NARROW = [torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 
 
 def tiles_of(block_q: int, block_k: int) -> dict[launch_configs.Target, AttentionLaunch]:
-    """A table of tiles so small that a test has many of them."""
+    """Return a table of tiles so small that a test has many of them."""
     config = AttentionLaunch(block_q, block_k, num_warps=4, num_stages=2)
     return dict.fromkeys(launch_configs.LAUNCH_CONFIGS, config)
 
@@ -50,7 +50,7 @@ def triton_inputs(row: Packed, dtype: torch.dtype = torch.float32, **options) ->
 
 
 def results(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
-    """Output and gradients of q, k, v."""
+    """Return output and gradients of q, k, v."""
     output = interval_attention(**arguments, **options)
     return with_gradients(output, [arguments[name] for name in "qkv"])
 
@@ -60,7 +60,7 @@ def oracle(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
     return results(exact, impl="reference", **options)
 
 
-# Tiles of one example that are whole, masked and not seen, one after another in several runs.
+# Whole, masked and unseen tiles of one example, one after another in several runs.
 SHORT = packed([(40, [(20, 17), (40, 1)]), (1, []), (20, [(20, 15)])])
 
 
@@ -77,19 +77,19 @@ SHORT = packed([(40, [(20, 17), (40, 1)]), (1, []), (20, [(20, 15)])])
     softcap=st.sampled_from([None, 1.5]),
     scale=st.sampled_from([None, 0.3, -0.3, 0.0]),
 )
-def test_triton_is_the_definition(row, blocks, heads, window, softcap, scale) -> None:
+def test_triton_equals_the_definition(row, blocks, heads, window, softcap, scale) -> None:
     arguments = triton_inputs(row, heads=heads[0], kv_heads=heads[1])
     options = dict(window=window, softcap=softcap, scale=scale)
     with mock.patch.object(launch_configs, "LAUNCH_CONFIGS", tiles_of(*blocks)):
         triton = results(arguments, impl="triton", **options)
     for actual, wanted in zip(triton, oracle(arguments, **options), strict=True):
-        # Gradients that are 0 in exact numbers, those of one key alone, are what rounding leaves.
+        # Gradients of a single key are 0 in exact arithmetic and rounding errors here.
         assert (actual - wanted).norm() <= 3e-6 * (wanted.norm() + math.sqrt(wanted.numel()))
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("window", [15, 31, 47, 34])  # the last sees one key of the tile before
-def test_a_window_that_ends_with_a_tile_and_groups_of_several_key_heads(window: int) -> None:
+def test_windows_may_end_with_a_tile_and_several_key_heads_may_have_groups(window: int) -> None:
     arguments = triton_inputs(packed([(64, [(48, 24)])]), heads=4, kv_heads=2)
     triton = results(arguments, window=window, impl="triton")
     for actual, wanted in zip(triton, oracle(arguments, window=window), strict=True):
@@ -98,8 +98,8 @@ def test_a_window_that_ends_with_a_tile_and_groups_of_several_key_heads(window: 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("length", [15, 16, 17])
-def test_a_branch_that_ends_beside_the_end_of_a_tile(length: int) -> None:
-    """The next branch sees little of what that one sees, from its own first token on."""
+def test_branches_may_end_beside_the_end_of_a_tile(length: int) -> None:
+    """The next branch sees little of what this branch sees, from its first token on."""
     arguments = triton_inputs(packed([(48, [(40, length), (10, 20)])]))
     for actual, wanted in zip(results(arguments, impl="triton"), oracle(arguments), strict=True):
         assert distance(actual.double(), wanted) < 3e-6
@@ -118,7 +118,7 @@ def test_rounding_stays_within_twice_that_of_eager(dtype, options) -> None:
     for ours, theirs, exact in zip(
         results(arguments, impl="triton", **options), eager, wanted, strict=True
     ):
-        # Not by rows, as an example's first query has no gradient in exact numbers.
+        # Not by rows, as an example's first query has no gradient in exact arithmetic.
         budget = 2 * (distance(theirs.double(), exact) + torch.finfo(dtype).eps)
         assert distance(ours.double(), exact) <= budget
 
@@ -126,7 +126,7 @@ def test_rounding_stays_within_twice_that_of_eager(dtype, options) -> None:
 def eager_results(
     arguments: dict[str, Tensor], window: int | None = None, softcap: float | None = None
 ) -> list[Tensor]:
-    """All scores and an explicit softmax, in the inputs' own dtype."""
+    """Attend with all scores and an explicit softmax, in the inputs' own dtype."""
     q, k, v = (arguments[name] for name in "qkv")
     index = torch.arange(q.shape[1], device=q.device)
     seen = (index <= index[:, None]) & (index[:, None] < arguments["visible_until"][0])
@@ -142,7 +142,7 @@ def eager_results(
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
-def test_every_head_dimension_in_the_tiles_it_is_launched_with(head_dim, dtype) -> None:
+def test_every_head_dimension_equals_the_definition_in_its_own_tiles(head_dim, dtype) -> None:
     if head_dim > launch_configs.MAX_HEAD_DIM[dtype]:
         with pytest.raises(ValueError, match="float32 head dimensions up to 128, not 256"):
             choose("triton", DEVICE, dtype, head_dim)
@@ -157,7 +157,7 @@ def test_every_head_dimension_in_the_tiles_it_is_launched_with(head_dim, dtype) 
 
 @pytest.fixture
 def scan(monkeypatch: pytest.MonkeyPatch) -> int:
-    """How many tiles are looked at together; a kernel that is compiled keeps its number."""
+    """Return the number of tiles in a scan; a compiled kernel keeps its own."""
     if DEVICE.type == "cuda":
         return triton_forward.SCAN.value
     for module in (triton_forward, triton_backward):
@@ -166,8 +166,8 @@ def scan(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_an_example_of_more_tiles_than_are_looked_at_together(scan: int) -> None:
-    """One trunk and so many branches that each leaves most of the tiles before it alone."""
+def test_an_example_may_have_more_tiles_than_one_scan(scan: int) -> None:
+    """The row is one trunk and many branches, each of which sees few of the tiles before it."""
     row = packed([(20, []), (40, [(20, 50)] * (2 * scan // 3 + 2))])
     arguments = triton_inputs(row, heads=1)
     assert len(row.visible_until) > 32 * scan
@@ -176,7 +176,7 @@ def test_an_example_of_more_tiles_than_are_looked_at_together(scan: int) -> None
         assert distance(actual.double(), wanted) < 3e-6
 
 
-def test_scores_as_low_as_float32_goes_are_scores() -> None:
+def test_scores_near_the_lowest_float32_are_not_mistaken_for_masked_ones() -> None:
     arguments = triton_inputs(packed([(3, [])]), heads=1, kv_heads=1)
     lowest = torch.finfo(torch.float32).min * math.log(2)  # the kernels' scores are in base 2
     q, k = torch.zeros_like(arguments["q"]), torch.zeros_like(arguments["k"])
@@ -188,10 +188,10 @@ def test_scores_as_low_as_float32_goes_are_scores() -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}], ids=str)
-def test_what_nobody_sees_is_never_loaded(options) -> None:
-    """NaN times 0 is NaN: whatever is read, even to be masked, shows.
+def test_unseen_tiles_are_never_loaded(options) -> None:
+    """NaN times 0 is NaN, so any load shows, even one that is masked afterwards.
 
-    Both branches begin a tile of their own, and NaN is in the first and in another example.
+    Each branch begins a new tile. NaN is in the first branch and in another example.
     """
     row = packed([(32, [(32, 32), (16, 16)]), (20, [])])
     trunk, first, second, other = slice(32), slice(32, 64), slice(64, 80), slice(80, 100)
@@ -216,7 +216,7 @@ def test_what_nobody_sees_is_never_loaded(options) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 def test_nothing_around_the_inputs_is_read() -> None:
-    """Views into storage that is full of NaN, as projections of q, k and v in one product are."""
+    """The inputs are views into storage full of NaN, like q, k and v of one joint projection."""
     arguments = triton_inputs(packed([(24, [(20, 12)]), (1, []), (9, [])]))
     views = dict(arguments)
     for name in "qkv":
@@ -239,7 +239,7 @@ def test_nothing_around_the_inputs_is_read() -> None:
 
 
 def stored_by(x: Tensor, first: int, second: int) -> Tensor:
-    """The same tensor, with two of its dimensions in the other order in memory."""
+    """Return the same tensor with two of its dimensions swapped in memory."""
     return x.transpose(first, second).contiguous().transpose(first, second)
 
 
@@ -257,7 +257,7 @@ def test_an_upstream_gradient_may_have_any_strides(swapped) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_batch_rows_have_examples_of_their_own_and_every_run_is_the_same() -> None:
+def test_each_batch_row_has_its_own_examples_and_every_run_gives_the_same_bits() -> None:
     first = triton_inputs(packed([(40, [])]))
     second = triton_inputs(packed([(5, []), (20, [(3, 15)])]))
     both = {name: torch.cat((first[name], second[name])) for name in first}
@@ -271,7 +271,7 @@ def test_batch_rows_have_examples_of_their_own_and_every_run_is_the_same() -> No
 
 
 def test_tables_are_linear_in_tokens() -> None:
-    """64k tokens of one example with branches of 1000: no table has rows for pairs of tiles."""
+    """One example has 64k tokens, and no table has rows for pairs of tiles."""
     row = packed([(8000, [(4000, 1000)] * 56)])
     visible_until = torch.tensor([row.visible_until], dtype=torch.int32)
     layout = layout_of(visible_until, torch.tensor([row.position_ids]), None)
@@ -280,13 +280,13 @@ def test_tables_are_linear_in_tokens() -> None:
         assert extremes.shape == (1000, 2)
 
 
-# --- an operator of PyTorch ----------------------------------------------------------------------
+# The PyTorch operator
 
 
 TINY = packed([(9, [(3, 4)])])
 
 
-def test_the_operator_keeps_pytorchs_rules() -> None:
+def test_the_operator_passes_pytorchs_checks() -> None:
     arguments = triton_inputs(TINY)
     layout_of(arguments["visible_until"], arguments["position_ids"], None)
     operands = tuple(arguments.values())
@@ -303,7 +303,7 @@ def test_it_cannot_be_differentiated_twice() -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_function_holds_it_whole(backend: str) -> None:
+def test_a_compiled_function_contains_it_without_a_graph_break(backend: str) -> None:
     def attend(arguments: dict[str, Tensor]) -> Tensor:
         return interval_attention(**arguments, window=4, softcap=2.0, impl="triton")
 
@@ -315,10 +315,10 @@ def test_a_compiled_function_holds_it_whole(backend: str) -> None:
         assert torch.equal(actual, wanted)
 
 
-# --- the choice ----------------------------------------------------------------------------------
+# The choice
 
 
-def test_a_gpu_takes_it_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_triton_on_gpus_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability[0])
     assert choose("auto", torch.device("cuda:8")) == (
@@ -341,7 +341,7 @@ def test_a_gpu_takes_it_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     capability[0] = (9, 0)
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(ValueError, match="cannot be used: Triton builds .* a C compiler, and fo"):
+    with pytest.raises(ValueError, match="cannot be used: Triton needs a C compiler .*, and fo"):
         choose("triton", torch.device("cuda:10"))
 
 

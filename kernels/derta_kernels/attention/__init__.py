@@ -1,4 +1,4 @@
-"""Attention of packed batches: one integer a token says who sees it."""
+"""Attention of packed batches, in which one integer per token says which queries see it."""
 
 from derta_kernels.attention.choice import choose
 from derta_kernels.attention.layout import Bounds, layout_of

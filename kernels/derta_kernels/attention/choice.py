@@ -20,10 +20,10 @@ def choose(
     head_dim: int = 128,
     value_dim: int | None = None,
 ) -> Choice:
-    """The implementation that `interval_attention` takes for tensors of `dtype` on `device`.
+    """Choose the implementation that `interval_attention` takes for `dtype` on `device`.
 
     Args:
-        impl: "auto", or a name that is never replaced by another.
+        impl: "auto", or the name of an implementation, which is never replaced by another.
         head_dim: D.
         value_dim: Dv; None: D.
 
@@ -48,7 +48,7 @@ def choose(
 def unavailable(
     impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int | None
 ) -> str | None:
-    """Why an implementation cannot run there, in a clause; None: it can."""
+    """Say why an implementation cannot run there, in a clause; None: it can."""
     if impl in ("reference", "sdpa"):
         return None
     if value_dim not in (None, head_dim):

@@ -1,6 +1,6 @@
-"""The Triton attention as an operator of PyTorch: what autograd and `torch.compile` see of it.
+"""The Triton attention as PyTorch operators, for autograd and `torch.compile`.
 
-Two operators: `derta::interval_attention` and, as its backward pass,
+There are two: `derta::interval_attention` and its backward pass,
 `derta::interval_attention_backward`, whose own derivative raises.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from derta_kernels.attention.layout import layout_of
 
 _OPTIONS = "Tensor? position_ids, float scale, float? softcap, int? window"
-# What a batch needs is worked out on the host, which a captured graph would not do again.
+# The host works out the layout of each batch; a captured graph would not do it again.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -28,7 +28,10 @@ def attention_forward(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, N, Hq, D) and logsumexp (Hq, B N) float32; see `interval_attention`, scale > 0."""
+    """Return output (B, N, Hq, D) and logsumexp (Hq, B N) float32.
+
+    See `interval_attention`; scale must be > 0.
+    """
     from derta_kernels.attention.triton_forward import forward_triton
 
     shape = q.shape
@@ -66,7 +69,7 @@ def attention_backward(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     from derta_kernels.attention.triton_backward import backward_triton
 
     d_out, out = (x.contiguous().flatten(0, 1) for x in (d_out, out))
@@ -98,7 +101,7 @@ def _(_d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor,
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """(B N, H, D) with the last dimension contiguous: a view where there is one."""
+    """Return (B N, H, D) with the last dimension contiguous, as a view where possible."""
     x = x.flatten(0, 1)
     return x if x.stride(-1) == 1 else x.contiguous()
 

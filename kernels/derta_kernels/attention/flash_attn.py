@@ -1,9 +1,9 @@
-"""Interval attention through flash-attn: every segment is a causal sequence of its varlen kernels.
+"""Interval attention through flash-attn, with every segment a causal sequence of varlen kernels.
 
-Kernels run twice. First over all tokens where they lie, each segment seeing itself alone: trunks
-and dialogues are done. Then over the segments that have a prefix, branches, with gathered copies of
-their queries and of all keys they see; their rows replace those of the first run, which has wasted
-on them what they see of themselves, little beside what it saves.
+The kernels run twice. The first run covers all tokens in place, and each segment sees only itself,
+which completes trunks and dialogues. The second run covers the segments with a prefix, the
+branches, on gathered copies of their queries and of all keys that they see. Its rows replace those
+of the first run, whose work on branches is wasted. That work is small: a branch over itself.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class _Version(NamedTuple):
 
     Attributes:
         number: its major version.
-        module: that has `flash_attn_varlen_func`.
-        head_dims: the largest head dimension that forward and backward take, soft-cap and window
-            included, by the major compute capability that they run on.
+        module: name of the module with `flash_attn_varlen_func`.
+        head_dims: the largest head dimension of forward and backward, with soft-cap and window, by
+            major compute capability.
     """
 
     number: int
@@ -66,18 +66,18 @@ def interval_attention_flash_attn(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """`interval_attention` by segment (`segments`).
+    """Compute `interval_attention` segment by segment (`segments`).
 
-    Memory: linear in tokens. Where there are segments with a prefix, copies of their queries and
-        of all keys and values they see, twice as much in float32 for a moment of the backward
-        pass, and a second output.
-    Numerics: those of flash-attn; what the segments with a prefix add to a key's gradient is summed
+    Memory: linear in tokens. Segments with a prefix take copies of their queries and of all keys
+        and values that they see, twice as much in float32 for a moment of the backward pass, and a
+        second output.
+    Numerics: those of flash-attn. The gradients that segments with a prefix add to a key are summed
         in float32 and rounded once. Deterministic under torch.use_deterministic_algorithms, with
-        which some of its kernels refuse to run.
+        which some of flash-attn's kernels refuse to run.
     Synchronisation: that of `segments`.
 
-    Args and returns: those of `interval_attention`, scale given; where `unavailable` is None, with
-        Dv equal to D.
+    Args and returns: those of `interval_attention`, with a scale, with Dv equal to D, and where
+        `unavailable` returns None.
 
     Raises:
         ValueError: Dv is not D, or a window would cut a sequence whose positions are not
@@ -116,7 +116,7 @@ def interval_attention_flash_attn(
             max_seqlen_k=sequences.most_keys,
             **options,
         )
-        return result[0] if isinstance(result, tuple) else result  # 4: and the logsumexp
+        return result[0] if isinstance(result, tuple) else result  # version 4 adds the logsumexp
 
     shape = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -129,7 +129,7 @@ def interval_attention_flash_attn(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why flash-attn cannot run there, forward and backward, in a clause; None: it can."""
+    """Say why flash-attn cannot run there, forward and backward, in a clause; None: it can."""
     varlen = _varlen_func(device, dtype, head_dim)
     return varlen if isinstance(varlen, str) else None
 
@@ -138,7 +138,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 def _varlen_func(
     device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Callable[..., Any] | str:
-    """The `flash_attn_varlen_func` of the version to take, or why there is none, in a clause."""
+    """Return the `flash_attn_varlen_func` of the version to take, or a clause why there is none."""
     if device.type != "cuda":
         return f"flash-attn runs on CUDA devices, not on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -154,8 +154,8 @@ def _varlen_func(
             varlen = import_module(module).flash_attn_varlen_func
             inspect.signature(varlen).bind("q", "k", "v", **dict.fromkeys(_ARGUMENTS))
         except (ImportError, AttributeError, TypeError) as error:
-            # Version 2 brings an old copy of 4 along, 4 alone has nothing of 2.
-            reasons.append(f"flash-attn {number} has no interface that is known here ({error})")
+            # Version 2 comes with an old copy of 4; 4 installed by itself has no module of 2.
+            reasons.append(f"flash-attn {number} has no known interface ({error})")
             continue
         if major not in head_dims:
             reasons.append(f"flash-attn {number} does not train on capability {major}.{minor}")
@@ -167,7 +167,7 @@ def _varlen_func(
 
 
 class _Rows(torch.autograd.Function):
-    """x[rows], whose gradient sums what a row was taken for several times in float32."""
+    """Row selection x[rows], whose gradient sums repeated rows in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""How the Triton kernels of interval attention are launched: tiles, warps and stages.
+"""Launch configurations of the Triton kernels of interval attention: tiles, warps and stages.
 
-Chosen so that nothing spills on any chip, see `derta bench resources`; not tuned on a GPU yet.
+They are chosen so that nothing spills on any chip (`derta bench resources` prints the resources),
+and are not tuned on a GPU yet.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
 class AttentionLaunch(NamedTuple):
-    """Tiles of `block_q` queries and `block_k` keys, and what Triton is to make of them."""
+    """Tiles of `block_q` queries and `block_k` keys, and Triton's options for them."""
 
     block_q: int
     block_k: int
@@ -24,14 +25,14 @@ class AttentionLaunch(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a configuration depends on.
+    """The conditions that a configuration depends on.
 
     Attributes:
         kernel: "forward", "backward_queries" or "backward_keys".
         itemsize: bytes of an element, 2 or 4.
         block_d: head dimension, rounded up to a power of two.
-        chip: 80, 90, 100, or 86 for all those that give a program 99 KiB of shared memory.
-        has_softcap: where the soft-cap's temporaries need a row of their own.
+        chip: 80, 90, 100, or 86 for all chips that give a program 99 KiB of shared memory.
+        has_softcap: if True, a row of its own for a kernel with a soft-cap's temporaries.
     """
 
     kernel: str
@@ -45,7 +46,7 @@ CHIPS = (80, 86, 90, 100)
 
 
 # (itemsize, block_d): (block_q, block_k, num_warps, num_stages) for each of `CHIPS`. float32 runs
-# without tensor cores, which would round its products.
+# without tensor cores, which would round its inputs.
 _TABLE = {
     "forward": {
         (2, 32): [(128, 64, 8, 3)] * 4,
@@ -84,12 +85,12 @@ LAUNCH_CONFIGS = {
 
 
 def block_d(head_dim: int) -> int:
-    """How wide the tiles of a head dimension are."""
+    """Return the width of the tiles of a head dimension."""
     return max(MIN_BLOCK_D, 1 << (head_dim - 1).bit_length())
 
 
 def chip(capability: int, shared_bytes: int) -> int:
-    """The one of `CHIPS` that stands for a compute capability (90 for 9.0)."""
+    """Return the one of `CHIPS` that stands for a compute capability (90 for 9.0)."""
     if shared_bytes < 160 * 1024:
         return 86
     return max(one for one in (80, 90, 100) if one <= capability)
@@ -98,7 +99,7 @@ def chip(capability: int, shared_bytes: int) -> int:
 def launch_config(
     kernel: str, dtype: torch.dtype, head_dim: int, has_softcap: bool, device: torch.device
 ) -> AttentionLaunch:
-    """The row of `LAUNCH_CONFIGS` for a kernel on a device; Triton's interpreter is an 80."""
+    """Return the row of `LAUNCH_CONFIGS` for a kernel; Triton's interpreter counts as an 80."""
     target = Target(kernel, dtype.itemsize, block_d(head_dim), _chip_of(device), has_softcap)
     return LAUNCH_CONFIGS.get(target) or LAUNCH_CONFIGS[target._replace(has_softcap=False)]
 

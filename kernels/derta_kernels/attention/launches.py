@@ -21,9 +21,9 @@ NUMBERS = {"logsumexp": "*fp32", "delta": "*fp32", "scale": "fp32", "softcap": "
 
 
 def attention_launches() -> Iterator[Launch]:
-    """Every row of the table with all that a call may ask for, and with none of it.
+    """Yield every row of the table with all options of a call, and with none.
 
-    float16 takes what bfloat16 takes. Of the head dimensions that share a row, 96 stands for those
+    bfloat16 stands for float16, which takes the same resources. Head dimension 96 stands for those
     that do not fill their tiles.
     """
     for target, config in LAUNCH_CONFIGS.items():

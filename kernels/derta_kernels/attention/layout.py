@@ -1,8 +1,7 @@
-"""What all layers need to know about a batch, worked out once and kept as long as the batch lives.
+"""The layout of a batch, which all layers share: worked out once, kept as long as the batch lives.
 
-A layout is found again by the memory that `visible_until` lies in, not by the tensor object: each
-layer may look at it through a view of its own, and reentrant checkpointing recomputes from a
-detached alias.
+The memory of `visible_until` identifies a layout, not the tensor object: each layer may hold its
+own view, and reentrant checkpointing recomputes from a detached alias.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class Example(NamedTuple):
 
     Attributes:
         start, end: indices into the B N tokens of the batch.
-        causal_end: queries before it see all tokens of the example before them; `start` where the
-            host does not know.
+        causal_end: end of the queries that see all earlier tokens of the example; `start` where
+            the host does not know.
         span: the largest difference of two positions; None where the host does not know.
     """
 
@@ -35,10 +34,10 @@ class Example(NamedTuple):
 
 
 class Layout:
-    """The examples of one batch, and what implementations work out from them once (`kept`).
+    """The examples of one batch, and the values that implementations derive from them (`kept`).
 
-    Memory: one byte for each pair of a query and a key of the same example, for queries that a mask
-        is asked for and each distinct window.
+    Memory: one byte for each pair of a query and a key of the same example, for queries with a mask
+        and for each distinct window.
 
     Args: those of `layout_of`.
 
@@ -53,7 +52,7 @@ class Layout:
     ) -> None:
         rows, count = visible_until.shape
         first = torch.arange(rows, device=visible_until.device)[:, None] * count
-        # Copies: an alias would keep alive the memory that this layout is to be forgotten with.
+        # Copies: an alias would keep alive the memory whose release ends this layout.
         self.visible_until = (visible_until + first).to(torch.int32).flatten()
         self.position_ids = None if position_ids is None else position_ids.flatten().clone()
         self._sources = (_source(visible_until), _source(position_ids))
@@ -66,24 +65,27 @@ class Layout:
             self.examples = self._read_examples(bounds)
 
     def is_of(self, visible_until: Tensor, position_ids: Tensor | None) -> bool:
-        """Whether these are the tensors it was made from, not written to since."""
+        """Tell whether the layout was made from these tensors, unchanged since."""
         return self._sources == (_source(visible_until), _source(position_ids))
 
     def causal_queries(self, example: Example, window: int | None) -> int:
-        """How many of the example's first queries need nothing but plain causal attention."""
+        """Count the example's first queries that need nothing but plain causal attention."""
         return 0 if self._cuts(window, example) else example.causal_end - example.start
 
     def mask(self, example: Example, window: int | None, first: int) -> Tensor:
-        """(L - first, L) bool: does the query (row, from `first` on) see the key (column)?"""
+        """Return (L - first, L) bool, True where the query of the row sees the key of the column.
+
+        Rows are the queries from `first` on.
+        """
         effective = window if self._cuts(window, example) else None
         key = ("mask", example.start, effective, first)
         length = example.end - example.start
         return self.kept(key, lambda: self.mask_rows(example, effective, first, length))
 
     def mask_rows(self, example: Example, window: int | None, first: int, end: int) -> Tensor:
-        """(end - first, end) bool: rows `first` to `end` of `mask`, all of what they see.
+        """Return rows `first` to `end` of `mask` with all keys they see, (end - first, end) bool.
 
-        Made anew by every call and not kept.
+        Every call makes it anew; it is not kept.
         """
         tokens = slice(example.start, example.start + end)
         key = torch.arange(tokens.start, tokens.stop, device=self.visible_until.device)
@@ -96,7 +98,7 @@ class Layout:
         return seen
 
     def kept(self, key: Hashable, build: Callable[[], T]) -> T:
-        """What `build` returns, built when a layer first asks for `key` and kept for the others."""
+        """Return the result of `build`, called once for each `key` and kept for later calls."""
         if key not in self._kept:
             # Evaluation under inference_mode must not leave tensors that training cannot save.
             with torch.inference_mode(False):
@@ -108,7 +110,10 @@ class Layout:
         return window is not None and (example.span is None or example.span >= window)
 
     def _read_examples(self, bounds: list[tuple[int, int]] | None) -> tuple[Example, ...]:
-        """Examples from the values of `visible_until`: from a device, the batch's one transfer."""
+        """Read the examples from the values of `visible_until`.
+
+        On a device this is the batch's only transfer to the host.
+        """
         positions = self.visible_until if self.position_ids is None else self.position_ids
         until, positions = torch.stack((self.visible_until, positions.to(torch.int32))).cpu()
         if bounds is None:
@@ -143,11 +148,12 @@ _LAYOUTS: weakref.WeakKeyDictionary[UntypedStorage, Layout] = weakref.WeakKeyDic
 def layout_of(
     visible_until: Tensor, position_ids: Tensor | None, example_bounds: Bounds | None
 ) -> Layout:
-    """The layout of a batch: made on the first call, found again by every later one.
+    """Return the layout of a batch, made on the first call and found again by every later call.
 
-    Writing to a tensor in place makes a new layout; freeing `visible_until` frees it. What PyTorch
-    does not count is not seen: writes through NumPy, or to the input of a compiled graph between
-    its calls. Inference tensors count none, so that their layouts are made anew every time.
+    Writing to a tensor in place makes a new layout; freeing `visible_until` frees it. Writes that
+    PyTorch does not count go unnoticed: those through NumPy, and those to the input of a compiled
+    graph between its calls. PyTorch counts no writes to inference tensors, so their layouts are
+    made anew every time.
 
     Args:
         visible_until: (B, N) int32, see `interval_attention`.
@@ -155,8 +161,8 @@ def layout_of(
         example_bounds: see `interval_attention`; used when the layout is made.
 
     Raises:
-        ValueError: example_bounds do not tile the tokens, or visible_until reaches out of its
-            example (checked where its values are on the host).
+        ValueError: example_bounds do not tile the tokens, or a value of visible_until lies outside
+            its example (checked where the values are on the host).
     """
     if visible_until.is_inference():
         with torch.inference_mode(False):
@@ -170,7 +176,7 @@ def layout_of(
 
 
 def _source(tensor: Tensor | None) -> tuple[object, ...] | None:
-    """Where a tensor lies and how often it was written to: equal for aliases of one value."""
+    """Return a tensor's place in memory and its version, equal for aliases of one value."""
     if tensor is None:
         return None
     version = None if tensor.is_inference() else tensor._version
@@ -179,7 +185,7 @@ def _source(tensor: Tensor | None) -> tuple[object, ...] | None:
 
 
 def _flat_bounds(example_bounds: Bounds, rows: int, count: int) -> list[tuple[int, int]]:
-    """Bounds per batch row as indices into the flattened batch."""
+    """Convert bounds of each batch row to indices into the flattened batch."""
     if len(example_bounds) != rows:
         raise ValueError(
             f"example_bounds must hold one sequence of (start, end) for each of the {rows} batch "
@@ -201,7 +207,7 @@ def _flat_bounds(example_bounds: Bounds, rows: int, count: int) -> list[tuple[in
 
 
 def _bounds(until: list[int]) -> list[tuple[int, int]]:
-    """Examples as visible_until gives them: one that starts at s ends at visible_until[s]."""
+    """Read bounds from visible_until: an example that starts at s ends at visible_until[s]."""
     bounds = []
     start = 0
     while start < len(until):

@@ -1,4 +1,4 @@
-"""The public interval attention: checks its arguments and chooses the implementation."""
+"""The public interval attention: check the arguments and choose the implementation."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def interval_attention(
     example_bounds: Bounds | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Causal attention in which every key says how far it is visible.
+    """Compute causal attention in which every key has an end of its visibility.
 
     Query i sees key j iff j <= i < visible_until[j], which expresses packed examples and branches
-    that continue a shared prefix. With a window it must also be less than `window` positions away:
-    positions, not indices, so that a branch sees what it would have seen alone.
+    that continue a shared prefix. With a window, the key must also be less than `window` positions
+    before the query: positions, not indices, so that a branch sees what it would see by itself.
 
     Equals, up to rounding:
 
@@ -51,7 +51,7 @@ def interval_attention(
         rounds shares and gradients of scores to q's dtype for their products, is deterministic and
         holds nothing larger than its results.
     Synchronisation: on a device one transfer to the host per batch, none if example_bounds are
-        given; all later calls on the same visible_until share what was worked out (`layout_of`).
+        given; all later calls on the same visible_until share the batch's layout (`layout_of`).
 
     Args:
         q: (B, N, Hq, D) floating point, N at least 1, any strides.
@@ -61,8 +61,8 @@ def interval_attention(
             token sees nothing before its example, which starts at s and ends at visible_until[s].
         scale: factor of the scores; None: D ** -0.5.
         softcap: > 0, scores become softcap * tanh(scores / softcap) (Gemma 2); None: no cap.
-        window: >= 1, number of positions a query sees, its own included; None: all.
-        position_ids: (B, N) integer, place of each token in its own sequence; required with
+        window: >= 1, number of positions that a query sees, its own included; None: all.
+        position_ids: (B, N) integer, position of each token in its sequence; required with
             window.
         example_bounds: (start, end) of the examples of each batch row, on the host, tiling
             [0, N); on a device they are trusted. None: read from visible_until.
@@ -103,7 +103,7 @@ def interval_attention(
 def _check_tensors(
     q: Tensor, k: Tensor, v: Tensor, visible_until: Tensor, position_ids: Tensor | None
 ) -> None:
-    """Types, shapes, dtypes and devices; no host transfer."""
+    """Check types, shapes, dtypes and devices; no host transfer."""
     tensors = dict(q=q, k=k, v=v, visible_until=visible_until)
     if position_ids is not None:
         tensors["position_ids"] = position_ids
@@ -148,7 +148,7 @@ def _check_tensors(
 
 
 def _check_numbers(scale: float | None, softcap: float | None, window: int | None) -> None:
-    """Types and ranges of the arguments that are not tensors."""
+    """Check types and ranges of the arguments that are not tensors."""
     for name, number, kinds in (
         ("scale", scale, (int, float, type(None))),
         ("softcap", softcap, (int, float, type(None))),

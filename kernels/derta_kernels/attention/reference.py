@@ -17,11 +17,12 @@ def interval_attention_reference(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """What every other implementation must equal up to rounding: the oracle in float64.
+    """Compute `interval_attention` from all scores, as the oracle of every other implementation.
 
     Memory: about five copies of the (B, Hq, N, N) scores, in float32 (float64 for float64 inputs).
 
-    Args and returns: those of `interval_attention`, scale given, position_ids given with window.
+    Args and returns: those of `interval_attention`, with a scale, and with position_ids if there is
+        a window.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[2] // k.shape[2]

@@ -1,10 +1,10 @@
 """Interval attention through torch's own kernels, one packed example at a time.
 
-A mask over the whole pack would cost more than one pass saves: work and memory grow with the
-square of what is masked, so every example gets its own, for its branches alone: a plain sequence,
-and the trunk before the branches, are plain causal attention. In a long example even that is too
-much: its queries go by chunks, which are computed again in the backward pass, and no chunk leaves
-behind a mask or scores.
+A mask over the whole pack would cost more than one pass saves, since work and memory grow with the
+square of the masked length. So every example has its own mask, and only for its branches: a plain
+sequence, and the trunk before the branches, are plain causal attention. In a long example even that
+mask is too large. Its queries are computed in chunks, and again in the backward pass, so that no
+chunk keeps a mask or scores.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend
 
 from derta_kernels.attention.layout import Example, Layout
 
-# The most tokens of an example that is computed whole, and of a chunk of a longer one's queries. A
-# chunk of an example of 64k tokens has as many scores as the longest one computed whole.
+# The most tokens of an example that is computed whole, and of a chunk of queries of a longer one.
+# A chunk of a 64k-token example has as many scores as the longest example computed whole.
 LONGEST_WHOLE = 8192
 QUERY_CHUNK = 1024
 
@@ -36,19 +36,19 @@ def interval_attention_sdpa(
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """`interval_attention` by example.
+    """Compute `interval_attention` example by example.
 
     Memory: for examples of up to 8192 tokens the masks of `Layout`; with a softcap also four copies
-        of one example's scores, (Hq, L, L) in float32 (float64 for float64 inputs), and one of them
-        kept for the backward pass for each example. Linear in longer ones: a (1024, L) mask at a
-        time and its copy in q's dtype, key and value gradients in float32, and with a softcap or
-        where torch has no fused kernel a few copies of (Hq, 1024, L) scores. None of it for a plain
+        of one example's scores, (Hq, L, L) in float32 (float64 for float64 inputs), of which each
+        example keeps one for the backward pass. For longer examples linear: one (1024, L) mask at a
+        time and its copy in q's dtype, key and value gradients in float32, and, with a softcap or
+        where torch has no fused kernel, a few copies of (Hq, 1024, L) scores. Nothing for a plain
         sequence that torch's fused kernel takes.
     Numerics: those of torch's kernel; with a softcap, scores are rounded to q's dtype before the
         cap and all else is float32 (float64 for float64 inputs). Gradients of a long example's keys
         and values are summed over chunks in float32. Deterministic on a CPU.
 
-    Args and returns: those of `interval_attention`, scale given.
+    Args and returns: those of `interval_attention`, with a scale.
     """
     lengths = [example.end - example.start for example in layout.examples]
     by_example = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True)
@@ -75,7 +75,7 @@ def interval_attention_sdpa(
 
 
 def _forms_all_scores(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch has no fused kernel for plain causal attention of these."""
+    """Tell whether torch lacks a fused kernel for plain causal attention of these tensors."""
     enable_gqa = q.shape[1] != k.shape[1]
     backend = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=enable_gqa)
     return backend == SDPBackend.MATH.value
@@ -88,11 +88,14 @@ _ChunkAttention = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 def _chunk_attention(
     layout: Layout, example: Example, scale: float, softcap: float | None, window: int | None
 ) -> _ChunkAttention:
-    """Takes (1, H, C, D) queries and the (1, Hkv, end, D) keys and values up to their last one."""
+    """Return the attention of a chunk of an example's queries.
+
+    It takes (1, H, C, D) queries and the (1, Hkv, end, D) keys and values up to the last of them.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, start: int, end: int) -> Tensor:
         mask = layout.mask_rows(example, window, start, end)
-        # The backward pass is outside of an autocast that the forward pass is in.
+        # The backward pass runs outside the autocast of the forward pass.
         with torch.autocast(q.device.type, enabled=False):
             return _masked(q, k, v, mask, scale, softcap)
 
@@ -100,7 +103,7 @@ def _chunk_attention(
 
 
 class _ByChunks(torch.autograd.Function):
-    """Attention of (1, H, L, D) inputs by chunks of queries, over the keys up to their last one."""
+    """Attention of (1, H, L, D) inputs in chunks of queries, each over the keys up to its end."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, attend: _ChunkAttention) -> Tensor:
@@ -134,7 +137,7 @@ class _ByChunks(torch.autograd.Function):
 
 
 def _chunks(q: Tensor) -> list[tuple[int, int]]:
-    """Start and end of each chunk of the queries (1, H, L, D)."""
+    """Return start and end of each chunk of the queries (1, H, L, D)."""
     length = q.shape[2]
     return [(start, min(start + QUERY_CHUNK, length)) for start in range(0, length, QUERY_CHUNK)]
 
@@ -142,15 +145,15 @@ def _chunks(q: Tensor) -> list[tuple[int, int]]:
 def _masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """(1, H, Lq, D) queries over (1, Hkv, Lk, D) keys and values, mask (Lq, Lk)."""
+    """Attend with (1, H, Lq, D) queries to (1, Hkv, Lk, D) keys and values, mask (Lq, Lk)."""
     if softcap is None:
         return _fused(q, k, v, mask, scale)
     return _softcapped(q, k, v, mask, scale, softcap)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """torch's kernel, plain causal where there is no mask."""
-    if mask is not None and q.is_cuda:  # where no fused kernel takes both a mask and groups
+    """Call torch's kernel, plain causal if there is no mask."""
+    if mask is not None and q.is_cuda:  # no fused kernel takes both a mask and groups there
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
@@ -167,7 +170,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 def _softcapped(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float
 ) -> Tensor:
-    """Explicit scores and softmax, as torch's kernels have no soft-cap."""
+    """Compute scores and softmax explicitly, as torch's kernels have no soft-cap."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     grouped = q.reshape(1, k.shape[1], -1, q.shape[-1])  # (1, Hkv, Hq / Hkv * Lq, D)
     scores = (grouped @ k.transpose(2, 3)).to(dtype) * scale

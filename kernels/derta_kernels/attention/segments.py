@@ -1,9 +1,9 @@
-"""Packs as causal sequences, for kernels that know nothing else.
+"""Packs as causal sequences, for kernels that support nothing else.
 
-The values of `visible_until` cut each example into segments. No key's visibility ends inside one,
-so all queries of a segment see the same earlier keys, its prefix, and of its own keys those up to
-themselves: causal attention over the prefix followed by the segment. A trunk or a dialogue has no
-prefix and is a sequence where it lies; a branch's prefix has to be gathered.
+The values of `visible_until` cut each example into segments. No key's visibility ends inside a
+segment, so all its queries see the same earlier keys (its prefix) and the segment's own keys up to
+themselves. That is causal attention over the prefix followed by the segment. A trunk or a dialogue
+has no prefix and is a sequence in place; a branch's prefix has to be gathered.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Sequences(NamedTuple):
     """Sequences laid end to end, as varlen kernels take them.
 
     Attributes:
-        query_edges, key_edges: (sequences + 1,) int32, where each begins among the queries and
-            among the keys, and where the last one ends.
-        most_queries, most_keys: of one sequence.
+        query_edges, key_edges: (sequences + 1,) int32, the start of each sequence among the queries
+            and among the keys, and the end of the last one.
+        most_queries, most_keys: the largest number of queries and of keys of a sequence.
     """
 
     query_edges: Tensor
@@ -37,7 +37,7 @@ class Gathered(NamedTuple):
     Attributes:
         queries: (nq,) int64, the tokens of these segments.
         keys: (nk,) int64, each segment's prefix and then its tokens.
-        sequences: of `queries` and `keys`.
+        sequences: the sequences that `queries` and `keys` form.
     """
 
     queries: Tensor
@@ -49,10 +49,11 @@ class Segments(NamedTuple):
     """A batch cut into segments.
 
     Attributes:
-        alone: all of them where they lie, without their prefixes.
-        gathered: those that have a prefix, None if none has.
-        least_window: the least window that indices measure as positions do: one that cuts no
-            sequence whose positions are not consecutive. 0 where all are, or are not known.
+        alone: all segments in place, without their prefixes.
+        gathered: the segments with a prefix; None: there are none.
+        least_window: the least window that means the same in indices as in positions, as it cuts
+            no sequence whose positions are not consecutive; 0 if all positions are consecutive, or
+            there are none.
     """
 
     alone: Sequences
@@ -61,7 +62,7 @@ class Segments(NamedTuple):
 
 
 def segments(layout: Layout) -> Segments:
-    """The segments of a batch, on the layout's device.
+    """Return the segments of a batch, on the layout's device.
 
     Synchronisation: values are read from a device once a batch.
     Memory: 8 bytes for each token of a segment that has a prefix, and for each key it sees.
@@ -102,7 +103,7 @@ def _build(layout: Layout) -> Segments:
 
 
 def _sequences(queries: list[Tensor], keys: list[Tensor], device: torch.device) -> Sequences:
-    """What is left to say of queries and keys that are laid end to end."""
+    """Describe the sequences that these queries and keys, laid end to end, form."""
     query_lengths, key_lengths = ([len(tokens) for tokens in x] for x in (queries, keys))
     query_edges, key_edges = (
         torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
@@ -112,7 +113,7 @@ def _sequences(queries: list[Tensor], keys: list[Tensor], device: torch.device) 
 
 
 def _least_window(position_ids: Tensor, sequences: list[Tensor]) -> int:
-    """See `Segments`; linear in the tokens of the sequences."""
+    """Return `Segments.least_window`, in time linear in the tokens of the sequences."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     number = torch.arange(len(sequences)).repeat_interleave(lengths)
     positions = position_ids[torch.cat(sequences)]

@@ -1,8 +1,8 @@
-"""Tiles of tokens within one example each: what the Triton kernels walk in place of a mask.
+"""Tables of tiles of tokens, which the Triton kernels walk in place of a mask.
 
 Tiles start with their example, as those of flash attention start with their sequence, so that no
-tile has tokens of two examples. Everything here is linear in the tokens of a batch and made once.
-Tiles are numbered in the order of the batch.
+tile has tokens of two examples. Tiles are numbered in the order of the batch. Every table is linear
+in the tokens of a batch and made once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from derta_kernels.attention.layout import Layout
 
 
 def query_tiles(layout: Layout, block: int, key_block: int) -> Tensor:
-    """Tiles of `block` queries, those with the most keys before them first.
+    """Return the tiles of `block` queries, those with the most keys before them first.
 
     Returns:
         (tiles, 4) int32 on the layout's device: first token of the tile, first token and end of
@@ -29,7 +29,10 @@ def query_tiles(layout: Layout, block: int, key_block: int) -> Tensor:
 
 
 def key_tiles(layout: Layout, block: int, query_block: int) -> Tensor:
-    """Tiles of `block` keys, those with the most queries after them first; as `query_tiles`."""
+    """Return the tiles of `block` keys, those with the most queries after them first.
+
+    The columns are those of `query_tiles`, the last one counted in tiles of `query_block` queries.
+    """
 
     def build() -> Tensor:
         table = _tiles(layout, block, query_block)
@@ -39,28 +42,28 @@ def key_tiles(layout: Layout, block: int, query_block: int) -> Tensor:
 
 
 def visible_until_extremes(layout: Layout, block: int) -> Tensor:
-    """Smallest and largest `visible_until` of every tile of `block` tokens, (tiles, 2) int32."""
+    """Return smallest and largest `visible_until` of each tile of `block`, (tiles, 2) int32."""
     return layout.kept(
         ("visible_until extremes", block), lambda: _extremes(layout, layout.visible_until, block)
     )
 
 
 def position_extremes(layout: Layout, block: int) -> Tensor:
-    """Smallest and largest position of every tile of `block` tokens, (tiles, 2) int32."""
+    """Return smallest and largest position of each tile of `block`, (tiles, 2) int32."""
     return layout.kept(
         ("position extremes", block), lambda: _extremes(layout, positions(layout), block)
     )
 
 
 def positions(layout: Layout) -> Tensor:
-    """(B N,) int32, the `position_ids` of a layout that has them."""
+    """Return the `position_ids` of a layout that has them, (B N,) int32."""
     position_ids = layout.position_ids
     assert position_ids is not None
     return layout.kept("int32 positions", lambda: position_ids.to(torch.int32))
 
 
 def _tiles(layout: Layout, block: int, other_block: int) -> Tensor:
-    """(tiles, 4) int64 on the host, in the order of the batch; the columns of `query_tiles`."""
+    """Return the table of `query_tiles` in the batch's order, (tiles, 4) int64 on the host."""
     start, end = torch.tensor([(example.start, example.end) for example in layout.examples]).T
     count = _ceil_div(end - start, block)
     other_count = _ceil_div(end - start, other_block)
@@ -79,7 +82,7 @@ def _first(count: Tensor) -> Tensor:
 
 
 def _by_work(table: Tensor, work: Tensor, layout: Layout) -> Tensor:
-    """The most work first, so that no multiprocessor begins it when the others are done."""
+    """Sort by descending work, so that no multiprocessor starts the largest tile last."""
     table = table[work.argsort(descending=True, stable=True)].to(torch.int32)
     return table.to(layout.visible_until.device, non_blocking=True)
 

@@ -6,7 +6,25 @@ With s the scores before the softmax, p the shares and g the upstream gradient o
     dq_i = scale sum_j ds_ij k_j          dk_j = scale sum_i ds_ij q_i
                                           dv_j = sum_i p_ij g_i
 
-A soft-cap multiplies ds_ij by 1 - (s_ij / softcap)^2. Shares are recomputed from the logsumexp.
+A soft-cap multiplies ds_ij by 1 - (s_ij / softcap)^2. Shares are recomputed from the logsumexp,
+p_ij = exp(s_ij - logsumexp_i), so that none are kept from the forward pass.
+
+`backward_queries` walks the keys that a tile of queries sees, as the forward pass does, and sums
+dq. `backward_keys` walks the queries that see a tile of keys, for each query head that shares the
+key head, and sums dk and dv. Each gradient has one program that sums it, in a fixed order: there
+are no atomics, and every run gives the same bits.
+
+Work: 6 D and 8 D operations for each loaded pair of a query and a key, since both kernels recompute
+s_ij and g_i . v_j. A single kernel would take 10 D and add to dq or dk from many programs.
+Memory: the gradients and 4 bytes of delta for each query and head.
+
+Invariants:
+    - `backward_queries` is launched first, on the same stream: it writes the delta that
+      `backward_keys` reads.
+    - Rows of q and of g past an example's end are loaded as 0. Their shares are not 0, but all that
+      these shares are multiplied by is.
+    - The scores must be those of the forward pass, or shares would not sum to 1: both passes
+      multiply in the inputs' dtype, accumulate in float32 and share `pre_softmax`.
 """
 
 from __future__ import annotations
@@ -46,7 +64,7 @@ def backward_triton(
     softcap: float | None,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in their dtype, contiguous; deterministic.
+    """Compute the gradients of q, k and v in their dtype, contiguous; deterministic.
 
     Args: those of `forward_triton`, what it returned, and
         d_out: (T, Hq, D) in q's dtype, contiguous.
@@ -106,46 +124,46 @@ def backward_triton(
 
 @triton.jit(do_not_specialize=("tokens", "window"))
 def backward_queries(
-    q,
-    k,
-    v,
-    out,
-    d_out,
-    logsumexp,
-    delta,
-    d_q,
-    tiles,
-    until,
-    until_extremes,
-    positions,
-    position_extremes,
-    tokens,
-    heads,
-    q_stride,
+    q,  # (T, Hq, D), tokens q_stride and heads q_head_stride apart
+    k,  # (T, Hkv, D), tokens k_stride and heads k_head_stride apart
+    v,  # (T, Hkv, D), tokens v_stride and heads v_head_stride apart
+    out,  # (T, Hq, D) in q's dtype, contiguous
+    d_out,  # (T, Hq, D) in q's dtype, contiguous
+    logsumexp,  # (Hq, T) float32, natural logarithm
+    delta,  # (Hq, T) float32, out
+    d_q,  # (T, Hq, D) in q's dtype, contiguous, out
+    tiles,  # (query tiles, 4) int32: start, example's start and end, its first key tile
+    until,  # (T,) int32, visible_until as an index into the T tokens
+    until_extremes,  # (key tiles, 2) int32, smallest and largest visible_until
+    positions,  # (T,) int32, not read without HAS_WINDOW
+    position_extremes,  # (key tiles, 2) int32, not read without HAS_WINDOW
+    tokens,  # T
+    heads,  # Hq
+    q_stride,  # strides are in elements
     q_head_stride,
     k_stride,
     k_head_stride,
     v_stride,
     v_head_stride,
-    scale,
-    softcap,
-    window,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    scale,  # > 0
+    softcap,  # > 0, or 0 without HAS_SOFTCAP
+    window,  # >= 1, or 0 without HAS_WINDOW
+    GROUP: tl.constexpr,  # Hq / Hkv
+    HEAD_DIM: tl.constexpr,  # D
+    BLOCK_D: tl.constexpr,  # D rounded up to a power of two, at least 32
+    BLOCK_Q: tl.constexpr,  # queries of a tile
+    BLOCK_K: tl.constexpr,  # keys of a tile
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """One tile of queries of one head: its d_q, and delta (heads, tokens) for `backward_keys`."""
+    """Compute d_q and delta of one tile of queries of one head."""
     p_tile = tiles + 4 * (tl.program_id(0) // heads)
     start = tl.load(p_tile)
     example_start = tl.load(p_tile + 1)
     example_end = tl.load(p_tile + 2)
     first_tile = tl.load(p_tile + 3)
     end = tl.minimum(start + BLOCK_Q, example_end)
-    head = (tl.program_id(0) % heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)  # its product with a stride may pass 2^31
     stride = heads * HEAD_DIM
     k += head // GROUP * k_head_stride
     v += head // GROUP * v_head_stride
@@ -155,9 +173,11 @@ def backward_queries(
     b_q = load_rows(q + head * q_head_stride, start, q_stride, m_query, HEAD_DIM, BLOCK_D, True)
     b_out = load_rows(out + head * HEAD_DIM, start, stride, m_query, HEAD_DIM, BLOCK_D, True)
     b_d_out = load_rows(d_out + head * HEAD_DIM, start, stride, m_query, HEAD_DIM, BLOCK_D, True)
+    # delta_i = g_i . o_i, for this kernel and for the keys' kernel after it.
     b_delta = tl.sum(b_out.to(tl.float32) * b_d_out.to(tl.float32), 1)
     tl.store(delta + head * tokens + o_query, b_delta, mask=m_query)
     b_logsumexp = tl.load(logsumexp + head * tokens + o_query, mask=m_query, other=0.0) * LOG2_E
+    # Without a window positions are not read, and what stands for them here is not used.
     b_position = o_query
     lowest_position = start
     highest_position = start
@@ -166,6 +186,7 @@ def backward_queries(
         lowest_position = tl.min(tl.where(m_query, b_position, 2147483647), 0)
         highest_position = tl.max(b_position, 0)
 
+    # The walk of the forward kernel: tiles of keys seen whole, then those seen in part.
     b_d_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(2):
         for base in range(0, tl.cdiv(end - example_start, BLOCK_K), SCAN):
@@ -193,6 +214,7 @@ def backward_queries(
                     m_key = o_key < end
                     b_k = load_rows(k, key_start, k_stride, m_key, HEAD_DIM, BLOCK_D, MASKED == 1)
                     b_v = load_rows(v, key_start, v_stride, m_key, HEAD_DIM, BLOCK_D, MASKED == 1)
+                    # ds, (BLOCK_Q, BLOCK_K): the share times the cap's slope times g . v - delta.
                     b_product = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
                     b_z, factor = pre_softmax(b_product, scale, softcap, HAS_SOFTCAP)
                     b_d_z = tl.exp2(b_z * factor - b_logsumexp[:, None])
@@ -211,43 +233,44 @@ def backward_queries(
                         b_d_z = tl.where(b_seen, b_d_z, 0.0)
                     b_d_q = tl.dot(b_d_z.to(b_k.dtype), b_k, b_d_q, input_precision="ieee")
                 run_start, run_end = next_run(b_wanted, o_tile, run_end, base + SCAN)
+    # ds is the gradient of the scaled score: the scale is left for the sum.
     store_rows(d_q + head * HEAD_DIM, start, stride, b_d_q * scale, m_query, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=("tokens", "window"))
 def backward_keys(
-    q,
-    k,
-    v,
-    d_out,
-    logsumexp,
-    delta,
-    d_k,
-    d_v,
-    tiles,
-    until,
-    positions,
-    position_extremes,
-    tokens,
-    kv_heads,
-    q_stride,
+    q,  # (T, Hq, D), tokens q_stride and heads q_head_stride apart
+    k,  # (T, Hkv, D), tokens k_stride and heads k_head_stride apart
+    v,  # (T, Hkv, D), tokens v_stride and heads v_head_stride apart
+    d_out,  # (T, Hq, D) in q's dtype, contiguous
+    logsumexp,  # (Hq, T) float32, natural logarithm
+    delta,  # (Hq, T) float32, as backward_queries left it
+    d_k,  # (T, Hkv, D) in k's dtype, contiguous, out
+    d_v,  # (T, Hkv, D) in v's dtype, contiguous, out
+    tiles,  # (key tiles, 4) int32: start, example's start and end, its first query tile
+    until,  # (T,) int32, visible_until as an index into the T tokens
+    positions,  # (T,) int32, not read without HAS_WINDOW
+    position_extremes,  # (query tiles, 2) int32, not read without HAS_WINDOW
+    tokens,  # T
+    kv_heads,  # Hkv
+    q_stride,  # strides are in elements
     q_head_stride,
     k_stride,
     k_head_stride,
     v_stride,
     v_head_stride,
-    scale,
-    softcap,
-    window,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    scale,  # > 0
+    softcap,  # > 0, or 0 without HAS_SOFTCAP
+    window,  # >= 1, or 0 without HAS_WINDOW
+    GROUP: tl.constexpr,  # Hq / Hkv
+    HEAD_DIM: tl.constexpr,  # D
+    BLOCK_D: tl.constexpr,  # D rounded up to a power of two, at least 32
+    BLOCK_Q: tl.constexpr,  # queries of a tile
+    BLOCK_K: tl.constexpr,  # keys of a tile
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """One tile of keys of one key head: its d_k and d_v, summed over the group of query heads."""
+    """Compute d_k and d_v of one tile of keys of one key head, over its group of query heads."""
     p_tile = tiles + 4 * (tl.program_id(0) // kv_heads)
     start = tl.load(p_tile)
     example_start = tl.load(p_tile + 1)
@@ -255,6 +278,7 @@ def backward_keys(
     first_tile = tl.load(p_tile + 3)
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
 
+    # The keys and their extremes stay for the whole program; queries are loaded tile by tile.
     o_key = start + tl.arange(0, BLOCK_K)
     m_key = o_key < example_end
     b_k = load_rows(k + kv_head * k_head_stride, start, k_stride, m_key, HEAD_DIM, BLOCK_D, True)
@@ -273,6 +297,7 @@ def backward_keys(
     b_d_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_d_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     d_stride = kv_heads * GROUP * HEAD_DIM
+    # The query heads of the group one after the other, into the same sums.
     for i_group in range(GROUP):
         head = kv_head * GROUP + i_group
         p_q = q + head * q_head_stride
@@ -280,11 +305,15 @@ def backward_keys(
         p_logsumexp = logsumexp + head * tokens
         p_delta = delta + head * tokens
         for MASKED in tl.static_range(2):
+            # Queries before the tile's first key see none of it, nor do those from the largest
+            # `visible_until` on.
             first = (start - example_start) // BLOCK_Q
             last = tl.cdiv(highest_until - example_start, BLOCK_Q)
             for base in range(first, last, SCAN):
                 o_tile = base + tl.arange(0, SCAN)
                 o_start = example_start + o_tile * BLOCK_Q
+                # Seen whole: the first query is at or after the last key, the last one before any
+                # key's visibility ends.
                 b_whole = o_start + 1 >= start + BLOCK_K
                 b_whole &= tl.minimum(o_start + BLOCK_Q, example_end) <= lowest_until
                 b_wanted = o_tile < last
@@ -310,6 +339,7 @@ def backward_keys(
                         )
                         b_logsumexp = tl.load(p_logsumexp + o_query, mask=m_query, other=0.0)
                         b_delta = tl.load(p_delta + o_query, mask=m_query, other=0.0)
+                        # Shares, (BLOCK_K, BLOCK_Q): keys are the rows here.
                         b_product = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
                         b_z, factor = pre_softmax(b_product, scale, softcap, HAS_SOFTCAP)
                         b_share = tl.exp2(b_z * factor - (b_logsumexp * LOG2_E)[None, :])
@@ -323,6 +353,7 @@ def backward_keys(
                                 )
                                 b_seen &= b_query_position[None, :] - b_position[:, None] < window
                             b_share = tl.where(b_seen, b_share, 0.0)
+                        # dv takes the shares as they are, dk takes ds.
                         b_d_z = b_share
                         if HAS_SOFTCAP:
                             b_d_z *= 1 - b_z * b_z

@@ -15,7 +15,7 @@ PREFERRED = {"cpu": ("native",), "cuda": ("triton", "native")}
 
 
 def choose(impl: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Choice:
-    """The implementation that `head_loss` takes for hidden states of `dtype` on `device`.
+    """Choose the implementation that `head_loss` takes for hidden states of `dtype` on `device`.
 
     Raises:
         ValueError: there is no implementation of that name, or it cannot run there.
@@ -41,7 +41,7 @@ def choose(impl: str, device: torch.device, dtype: torch.dtype = torch.bfloat16)
 
 
 def unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a row pass cannot run there, in a clause; None: it can."""
+    """Say why a row pass cannot run there, in a clause; None: it can."""
     if impl == "native":
         return row_pass_native.unavailable(device, dtype)
     if impl == "triton":
@@ -52,7 +52,7 @@ def unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 def row_pass(impl: str) -> RowPass:
-    """The row pass of that name, which `choose` has found to be available."""
+    """Return the row pass of a name that `choose` has found to be available."""
     if impl == "native":
         return row_pass_native.row_pass_native
     if impl == "triton":

@@ -1,8 +1,10 @@
-"""The head loss in chunks of live rows, gradients formed in the forward pass.
+"""The head loss in chunks of live rows, with gradients formed in the forward pass.
 
-product -> row pass, in place -> products: what a chunk does. The row pass is an argument, so every
-implementation but the reference is this file and one of the `row_pass_*`. The mathematics is in
-kernels/README.md.
+A chunk takes three steps: a product writes its logits into a scratch buffer, the row pass replaces
+them by their gradient, and products take the gradients of hidden and weight from there. So n x V
+logits never exist at once, and nothing is recomputed in the backward pass. The row pass is an
+argument: every implementation but the reference is this file and one of the `row_pass_*`. The
+mathematics and the costs are in kernels/README.md.
 """
 
 from __future__ import annotations
@@ -20,21 +22,21 @@ RowPass = Callable[
 
 MIB = 2**20
 SCRATCH_MB = {"cpu": 96, "cuda": 256}
-# A chunk reads all of weight twice and all of its gradient once: from this many rows on, both hide
-# under the products.
+# A chunk reads weight twice and updates its gradient once. From this many rows on, the time of both
+# is hidden by that of the products.
 WIDE_CHUNK_ROWS = 1024
 ROW_MULTIPLE = 128
-# cuBLAS takes its fast kernels only where rows start on 16 bytes; 128 keeps them on cache lines.
+# cuBLAS uses its fast kernels only if rows start on 16 bytes; 128 starts them on cache lines.
 ROW_ALIGNMENT_BYTES = 128
-# Compute capability from which on torch multiplies bfloat16 into a float32 sum.
+# The first compute capability on which torch multiplies bfloat16 into a float32 sum.
 WIDE_PRODUCTS_SINCE = (8, 0)
 SLICE_ELEMENTS = 2**21
 
 
 class Gradients(NamedTuple):
-    """What the forward pass stores: the gradients for an upstream gradient of 1, divided by `unit`.
+    """Gradients that the forward pass stores, for an upstream gradient of 1, divided by `unit`.
 
-    Those that are not required are empty.
+    Gradients that are not required are empty.
 
     Attributes:
         hidden: (N, d) in hidden's dtype; 0 on dead rows.
@@ -62,29 +64,29 @@ def head_loss_chunked(
     scratch_mb: float | None,
     forms: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Logsumexp, nll and gradients of the live rows, never holding n x V logits.
+    """Compute logsumexp, nll and gradients of the live rows without holding n x V logits.
 
     Memory, in bytes, with b = bytes of hidden's dtype, p = bytes of `product_dtype`,
     C = `chunk_rows` and w = 4, or 8 for float64:
-        C V p          scratch, rows padded to 128 bytes, and what the row pass takes
-        2^21 w         a slice of weight, where it is widened, or of its gradient, where the
-                       product is narrower than the sum
-        N d b          gradient of hidden, if required; 3 C d p more
-        w V (d + 1)    gradients of weight and bias, only for those that are required
+        C V p          scratch, rows padded to 128 bytes, and the memory of the row pass
+        2^21 w         a slice of weight, if it is widened, or of its gradient, if the product
+                       is narrower than the sum
+        N d b          gradient of hidden, if required, and 3 C d p more
+        w V (d + 1)    gradients of weight and bias, each only if required
 
     Numerics: logits and their gradient are rounded to `product_dtype` once each. The gradients of
         weight and bias are summed over chunks in float32 (float64 for float64 inputs), in order:
-        deterministic. On a CPU with a matrix unit, and on a GPU before compute capability 8.0, a
-        bfloat16 chunk's product is rounded first, as no product there gives a wider result.
+        deterministic. On a CPU with a matrix unit, and on a GPU below compute capability 8.0, the
+        product of a bfloat16 chunk is rounded first, as no product there gives a wider result.
 
     Args:
         hidden, weight, bias, softcap, logit_scale: see `head_loss`.
         tokens: (n, K) int64, the tokens of each live row, within [0, V), see `row_pass_torch`.
         token_weight: (n, K) in the dtype to compute in, the weight of each of them.
-        rows: (n,) int64, the live rows of hidden; None: all are.
+        rows: (n,) int64, the live rows of hidden; None: all rows.
         row_pass: one of the `row_pass_*`.
         scratch_mb: MiB of the scratch; None: see `chunk_rows`.
-        forms: whether to form the gradients of hidden, weight and bias.
+        forms: for each of hidden, weight and bias, if True, its gradient is formed.
 
     Returns:
         logsumexp (n,) and nll (n, K) in token_weight's dtype, and the gradients.
@@ -135,11 +137,11 @@ def head_loss_chunked(
 def working_bytes(
     count: int, vocabulary: int, width: int, dtype: torch.dtype, device_type: str, free: int
 ) -> int:
-    """Bytes held while `count` live rows are worked on, beyond inputs and results; for planning.
+    """Estimate the peak bytes for `count` live rows, beyond inputs and results.
 
     Args:
-        dtype: of hidden.
-        free: bytes that the device has left, see `default_scratch`.
+        dtype: dtype of hidden.
+        free: free bytes of the device, see `default_scratch`.
     """
     size = product_dtype(dtype, device_type).itemsize
     rows = _rows_within(default_scratch(device_type, vocabulary * size, free), vocabulary * size)
@@ -147,7 +149,7 @@ def working_bytes(
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """What chunks are multiplied in: hidden's dtype, or float32 where that is the faster one.
+    """Return the dtype that chunks are multiplied in: hidden's, or float32 where that is faster.
 
     A CPU without a matrix unit multiplies float32 at least as fast as the narrow types, which torch
     widens or emulates there. Logits are then not rounded at all, and take twice the scratch.
@@ -159,7 +161,7 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def _multiplies_in_a_matrix_unit() -> bool:
-    """Tell whether torch's products use one: the CPU has it, and oneDNN may use it."""
+    """Tell whether torch's products use a matrix unit: the CPU has one, and oneDNN may use it."""
     names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # the second is oneDNN's former name
     limit = next((os.environ[name] for name in names if os.environ.get(name)), "DEFAULT").upper()
     return torch.cpu._is_amx_tile_supported() and (limit == "DEFAULT" or "AMX" in limit)
@@ -172,9 +174,9 @@ def chunk_rows(
     device: torch.device,
     scratch_mb: float | None,
 ) -> int:
-    """Rows of a chunk: what `scratch_mb` holds, in multiples of 128, and at most `count`.
+    """Return the rows of a chunk: the multiple of 128 that `scratch_mb` holds, at most `count`.
 
-    Its default is that of `default_scratch`. At least 128 rows, whatever the budget.
+    The budget is never below 128 rows; `default_scratch` gives its default.
     """
     row_bytes = vocabulary * dtype.itemsize
     if scratch_mb is not None:
@@ -190,10 +192,10 @@ def _rows_within(budget: int, row_bytes: int) -> int:
 
 
 def default_scratch(device_type: str, row_bytes: int, free: int) -> int:
-    """Bytes of the scratch, on a device with `free` bytes left.
+    """Return the bytes of the scratch on a device with `free` bytes left.
 
-    96 MiB on a CPU; 256 MiB on a device, or 1024 rows where those are more and leave three quarters
-    of the free memory.
+    It takes 96 MiB on a CPU. On a GPU it takes 256 MiB or 1024 rows, the larger of the two, but no
+    more than a quarter of the free memory.
     """
     if device_type != "cuda":
         return SCRATCH_MB["cpu"] * MIB
@@ -201,16 +203,16 @@ def default_scratch(device_type: str, row_bytes: int, free: int) -> int:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """What an allocation may still take: the device's free memory and the allocator's own."""
+    """Return the bytes left for allocations: the device's free memory and the allocator's own."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, V) uninitialised, each row starting on `ROW_ALIGNMENT_BYTES` and padded with zeros.
+    """Return (rows, V) uninitialised, rows starting on `ROW_ALIGNMENT_BYTES`, padded with zeros.
 
-    A CPU's matrix unit takes bfloat16 by rows of 32. Of a row that ends within them oneDNN reads
-    what lies beyond and multiplies it by zero, which leaves NaN where it finds NaN.
+    A CPU's matrix unit takes bfloat16 in blocks of 32. Where a row ends within a block, oneDNN
+    reads past its end and multiplies by zero, and NaN times zero is NaN.
     """
     multiple = ROW_ALIGNMENT_BYTES // dtype.itemsize
     padded = -(-vocabulary // multiple) * multiple
@@ -220,16 +222,16 @@ def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.devic
 
 
 def _weight_slice(weight: Tensor, dtype: torch.dtype) -> int:
-    """Rows of weight to multiply at a time: all, or as few as a widened copy may have."""
+    """Return the rows of weight to multiply at a time: all, or those of one widened slice."""
     return len(weight) if weight.dtype == dtype else max(1, SLICE_ELEMENTS // weight.shape[1])
 
 
 def _put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """logits (C, V) = h (C, d) @ weight (V, d)^T + bias (V,), in the dtype of h and logits."""
+    """Set logits (C, V) = h (C, d) @ weight (V, d)^T + bias (V,), in the dtype of h and logits."""
     step = _weight_slice(weight, h.dtype)
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
-        # No name for the widened slice: it would outlive its product, and two would exist.
+        # The widened slice has no name, or it would outlive its product and two would exist.
         if bias is None:
             torch.mm(h, weight[part].to(h.dtype).T, out=logits[:, part])
         else:
@@ -237,7 +239,7 @@ def _put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
-    """(C, d) gradient (C, V) @ weight (V, d), in gradient's dtype."""
+    """Return gradient (C, V) @ weight (V, d), (C, d) in gradient's dtype."""
     step = _weight_slice(weight, gradient.dtype)
     product = gradient[:, :step] @ weight[:step].to(gradient.dtype)
     for start in range(step, len(weight), step):
@@ -247,7 +249,7 @@ def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
-    """total (V, d) += gradient (C, V)^T @ h (C, d), the sum in total's dtype."""
+    """Add gradient (C, V)^T @ h (C, d) to total (V, d), the sum in total's dtype."""
     if total.dtype == h.dtype:
         total.addmm_(gradient.T, h)
         return
@@ -261,11 +263,11 @@ def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
 
 
 def _unit(token_weight: Tensor, logit_scale: float, dtype: torch.dtype) -> Tensor:
-    """() what gradients are stored in units of: it puts float16's well inside 6e-8 to 65504.
+    """Return the unit () of stored gradients, which keeps them inside float16's 6e-8 to 65504.
 
-    A row's gradient sums to at most twice its weight in absolute value. At 1024 times the heaviest
-    row, one of p = 0.99999 still has a full significand, and the product with a head whose weights
-    are below 32 does not overflow.
+    The absolute values of a row's gradient sum to at most twice its weight. At 1024 times the
+    heaviest row, a row with p = 0.99999 still has a full significand, and the product with a head
+    whose weights are below 32 does not overflow.
     """
     if dtype != torch.float16 or len(token_weight) == 0:
         return token_weight.new_ones(())

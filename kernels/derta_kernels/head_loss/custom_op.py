@@ -1,9 +1,9 @@
-"""The head loss as an operator of PyTorch: what autograd, `torch.compile` and export see of it.
+"""The head loss as PyTorch operators, for autograd, `torch.compile` and export.
 
-Two operators. `derta::head_loss` forms loss and gradients together, and `derta::scale_gradients`
-is its backward pass. The stored gradients are outputs of the first, so that they have a history:
-without one, a gradient penalty through them would silently have no gradient; with it, the second
-operator is differentiated, which raises.
+There are two. `derta::head_loss` forms loss and gradients together, and `derta::scale_gradients` is
+its backward pass. The stored gradients are outputs of the first, so that they have a history.
+Without one, a gradient penalty through them would silently have no gradient. With it, autograd
+differentiates the second operator, which raises.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def loss_and_gradients(
 ) -> tuple[Tensor, ...]:
     """Return loss (), logsumexp (N,), nll (N, K) and `chunked.Gradients` of all rows, dead ones 0.
 
-    Takes the arguments of `head_loss` as columns: K tokens a row (`live_rows.COLUMNS`), flags of
+    The targets of `head_loss` come as columns: K tokens of each row (`live_rows.COLUMNS`), flags of
     those that are targets, and their weights, 0 without a target.
     """
     rows = live_rows(tokens, has_target, len(weight))
     live_weight = gathered(token_weight, rows)
-    # The wrapper has cast as autocast would; products in float32 are to stay so.
+    # The wrapper has already cast as autocast would; float32 products must stay float32.
     with torch.autocast(hidden.device.type, enabled=False):
         logsumexp, nll, gradients = head_loss_chunked(
             hidden,
@@ -105,14 +105,14 @@ def _(
 def scale_gradients(
     factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """The stored gradients times `factor` () in its dtype, rounded once to `dtype`."""
+    """Multiply the stored gradients by `factor` () in its dtype and round once to `dtype`."""
     return tuple(_scaled(gradient, factor, dtype) for gradient in (hidden, weight, bias))
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In slices: on a CPU, torch holds what it multiplies in factor's dtype before it rounds."""
+    """Scale in slices, as torch on a CPU holds the product in factor's dtype before it rounds."""
     scaled = torch.empty_like(gradient, dtype=dtype)
-    one_factor = factor.reshape(1)  # of one dimension, or bfloat16 gradients would round it first
+    one_factor = factor.reshape(1)  # a factor () would first be rounded to the gradient's dtype
     step = max(1, SLICE_ELEMENTS // max(1, gradient[:1].numel()))
     for source, destination in zip(gradient.split(step), scaled.split(step), strict=True):
         torch.mul(source, one_factor, out=destination)
@@ -138,14 +138,14 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     loss, logsumexp, nll, *gradients = output
     ctx.mark_non_differentiable(logsumexp, nll)
-    ctx.set_materialize_grads(False)  # or a second float32 V x d would be made, of zeros
+    ctx.set_materialize_grads(False)  # or autograd would make V x d float32 zeros
     ctx.save_for_backward(*gradients)
     ctx.dtype = inputs[0].dtype
     ctx.forms = inputs[-3:]
 
 
 def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if d_loss is None:  # autograd's word for zero
+    if d_loss is None:  # autograd's value for zero
         return (None,) * 13
     hidden, weight, bias, unit = ctx.saved_tensors
     scaled = scale_gradients_op(d_loss * unit, hidden, weight, bias, ctx.dtype)

@@ -1,12 +1,12 @@
-"""Live rows, those with a target: dead rows never meet the vocabulary."""
+"""Live rows, those with a target. Dead rows are dropped before the first product."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Columns of a row's tokens and weights, by the argument of `head_loss` that they come from. The
-# third is there only if that argument was given.
+# The argument of `head_loss` that each column of a row's tokens and weights comes from. The third
+# column exists only if that argument was given.
 COLUMNS = ("target", "refusal_token_id", "unlikely_target")
 
 
@@ -18,8 +18,8 @@ def live_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | N
     Synchronisation: one transfer to the host, of the live count and the count of bad tokens.
 
     Args:
-        tokens: (N, K) int64, a row's tokens, in the order of `COLUMNS`.
-        has_target: (N, K) bool, those that are targets.
+        tokens: (N, K) int64, the tokens of each row, in the order of `COLUMNS`.
+        has_target: (N, K) bool, flags of the tokens that are targets.
         vocabulary: V.
 
     Raises:

@@ -27,13 +27,13 @@ _LAYOUT: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
 
 
 class HeadLoss(NamedTuple):
-    """Result of `head_loss` over N rows; float32, or float64 for float64 inputs.
+    """The result of `head_loss` over N rows; float32, or float64 for float64 inputs.
 
     Attributes:
         loss: (), nats, the weighted sum over all targets; differentiable.
         logsumexp: (N,), log of the sum of exp(logits); detached; 0 on dead rows.
         next_nll: (N,), nats, -log p(target); detached; 0 where the row has no next token.
-        refusal_nll: (N,), nats, -log p(refusal token) of every live row, whether RTO or not;
+        refusal_nll: (N,), nats, -log p(refusal token) of every live row, in rto_mask or not;
             detached; 0 on dead rows, and everywhere if no refusal token was given.
         unlikelihood: (N,), nats, -log(1 - p(unlikely target)); detached; 0 where the row has none.
     """
@@ -65,10 +65,9 @@ def head_loss(
 ) -> HeadLoss:
     """Compute the sum of the weighted losses of a vocabulary projection, without its logits.
 
-    Row i is trained to say target[i], unless that is `ignore_index`, the refusal token where
-    rto_mask[i], and not to say unlikely_target[i], unless that is `ignore_index`. A row without a
-    target is dead: it is not read, and its gradient is zero. (A weight of 0 does not make a row
-    dead.)
+    Row i is trained to say target[i], to say the refusal token if rto_mask[i], and not to say
+    unlikely_target[i]; `ignore_index` means no target. A row without any target is dead: it is not
+    read, and its gradient is zero. (A weight of 0 does not make a row dead.)
 
     Equals, up to rounding:
 
@@ -108,7 +107,7 @@ def head_loss(
             at once, plain autograd, differentiable twice); in chunks of rows, gradients formed in
             the forward pass, with a row pass in "torch" (everywhere), "native" (C++ and CUDA, where
             it was built) or "triton" (CUDA from 8.0 on, and CPU tensors in Triton's interpreter).
-            `choose` tells what "auto" takes.
+            `choose` says which one "auto" takes.
         scratch_mb: MiB that a chunk of logits may take; None: see `chunked.chunk_rows`.
 
     Returns:
@@ -151,7 +150,7 @@ def head_loss(
     ]
     if unlikely_target is not None:
         is_unlikely = unlikely_target != ignore_index
-        # Without a token of its own a row has one that it has anyway.
+        # A row without an unlikely target takes the refusal token instead, with weight 0.
         unlikely = unlikely_target.where(is_unlikely, refusals)
         columns.append((unlikely, is_unlikely, unlikelihood_weight))
     tokens = torch.stack([tokens for tokens, _, _ in columns], 1)

@@ -16,10 +16,10 @@ def head_loss_reference(
     softcap: float | None,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, logsumexp and nll of rows that all have a target.
+    """Compute loss, logsumexp and nll of rows that all have a target.
 
-    What every other implementation must equal up to rounding: the oracle in float64, "eager" in any
-    other dtype.
+    Every other implementation must equal this one up to rounding. It is the oracle in float64 and
+    "eager" in any other dtype.
 
     Memory: three float32 copies of the n x V logits, four with a softcap.
 
@@ -29,7 +29,7 @@ def head_loss_reference(
         bias: (V,) in hidden's dtype, or None.
         tokens: (n, K) int64, the tokens of each row, within [0, V), see `row_pass_torch`.
         token_weight: (n, K) in the dtype to compute in, the weight of each of them; a token of
-            weight 0 is no target, its nll reported but kept out of the loss.
+            weight 0 is no target: its nll is returned but kept out of the loss.
         softcap: bound of the logits, > 0, or None.
         logit_scale: factor of the logits.
 
@@ -46,6 +46,7 @@ def head_loss_reference(
     log_sum = terms.sum(1, keepdim=True).log()
     nll = (highest - z.gather(1, tokens)) + log_sum
     if tokens.shape[1] == 3:
+        # -log1p(-p) below p = 0.5, else by the sum of the other terms, as 1 - p loses its digits.
         unlikely = tokens[:, 2:]
         p = (-nll[:, 2:]).exp()
         others = terms.scatter(1, unlikely, 0.0).sum(1, keepdim=True)

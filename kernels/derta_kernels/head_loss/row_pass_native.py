@@ -1,7 +1,8 @@
 """The row pass of the head loss in C++ and CUDA: one source for both, behind a plain C interface.
 
-setup.py builds the libraries from kernels/csrc into `_native`, next to this file, and leaves a
-report of what it could not build there.
+setup.py builds the libraries from kernels/csrc into `_native`, next to this file. It also leaves a
+report there of the libraries that it could not build, with the reasons. This module only fills in
+the C structure and calls the library; csrc/one_row.h has the row pass itself.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ def row_pass_native(
     logit_scale: float,
     form_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`row_pass_torch`, for float16, bfloat16 and float32 logits and float32 weights.
+    """Do what `row_pass_torch` does for float16, bfloat16 and float32 logits, in float32.
 
-    Logits are left as they are without `form_gradient`. On a CPU it takes `torch.get_num_threads()`
-    threads, and the best instruction set that this machine runs, or the one of `instruction_sets`
-    that the environment variable DERTA_INSTRUCTION_SET names.
+    Without `form_gradient`, logits are left as they are. On a CPU the row pass takes
+    `torch.get_num_threads()` threads and the best instruction set that the machine runs. The
+    environment variable DERTA_INSTRUCTION_SET selects another of `instruction_sets`.
 
-    Memory: that of its results. Deterministic: one thread, or one thread block, a row.
+    Memory: only the results. Deterministic: one thread, or one thread block, computes a row.
 
     Raises:
-        ValueError: DERTA_INSTRUCTION_SET names none that this machine runs.
+        ValueError: DERTA_INSTRUCTION_SET names no instruction set that the machine runs.
         RuntimeError: CUDA refused the launch.
     """
     assert logits.stride(1) == 1 and token_weight.dtype == torch.float32
@@ -94,7 +95,7 @@ def row_pass_native(
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the row pass cannot run there, in a clause; None: it can."""
+    """Say why the row pass cannot run there, in a clause; None: it can."""
     if dtype not in DTYPES:
         return f"it takes bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
     if device.type not in ("cpu", "cuda"):
@@ -108,21 +109,21 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the native library is older than its sources: run `pip install -e .` there"
     if device.type == "cpu":
         return None
-    with torch.cuda.device(device):  # the library sets the device, this sets it back
+    with torch.cuda.device(device):  # the library sets the device, this restores it
         error = _library("cuda").derta_row_pass_cuda_unavailable(torch.cuda.current_device())
     return None if error is None else error.decode()
 
 
 def instruction_sets() -> list[str]:
-    """Those of this CPU that the library has code for, the best one last."""
+    """Return the instruction sets that both this CPU and the library have, the best one last."""
     return _library("cpu").derta_row_pass_instruction_sets().decode().split()
 
 
 def _forced_instruction_set() -> bytes | None:
-    """The one that DERTA_INSTRUCTION_SET names; None: the best there is.
+    """Return the instruction set that DERTA_INSTRUCTION_SET names; None: the best one.
 
     Raises:
-        ValueError: this machine does not run it.
+        ValueError: this machine does not run that instruction set.
     """
     name = os.environ.get("DERTA_INSTRUCTION_SET")
     if name is None:
@@ -136,7 +137,7 @@ def _forced_instruction_set() -> bytes | None:
 
 
 def _not_built(kind: str) -> str | None:
-    """Why there is no library for "cpu" or "cuda", in a clause; None: there is one."""
+    """Say why there is no library for "cpu" or "cuda", in a clause; None: there is one."""
     if _path(kind).exists():
         return None
     report = FOLDER / "report.json"

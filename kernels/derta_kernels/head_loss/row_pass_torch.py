@@ -1,4 +1,16 @@
-"""The row pass of the head loss in plain PyTorch: for every device and dtype, several passes."""
+"""The row pass of the head loss in plain PyTorch, for every device and dtype.
+
+A row pass turns a chunk's logits into the loss of each row's tokens and, in place, into the
+gradient. This one is a sequence of PyTorch calls. It passes about a dozen times over the logits,
+widened slice by slice, where the fused ones read them twice and write them once. It runs
+everywhere, float64 included, and is the one to read first: `row_pass_triton` and csrc/one_row.h
+compute the same numbers.
+
+Invariant: in a row that is sure of its token, the sum of exp(z - highest) is 1 and a small rest,
+and the rest is all that loss and gradient consist of. So the rest is summed by itself, the tokens'
+logits come from the same widened z as the sum, and differences are taken between numbers that are
+still exact. Otherwise a float32 row with 1 - p below 6e-8 would have no loss and no gradient.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +30,14 @@ def row_pass_torch(
 ) -> tuple[Tensor, Tensor]:
     """Return logsumexp and nll of rows of logits, and overwrite the logits by their gradient.
 
-    A row has K tokens. The first two are to be said, and their nll is -log p(token). The third, if
-    K is 3, is not to be said: its nll is -log(1 - p(token)), finite for p = 1.
+    A row has K tokens. The first two are trained to be said: their nll is -log p(token). The third,
+    if K is 3, is trained not to be said: its nll is -log(1 - p(token)), finite for p = 1.
 
     Memory: 2^22 logits (or one row, if that is more) widened to token_weight's dtype, and as many
-        again with a softcap; nothing without one where logits have that dtype.
+        again with a softcap. If the logits have that dtype and there is no softcap, none.
 
     Args:
-        logits: (C, V) floating point, as the product left them; any row stride. On return the
+        logits: (C, V) floating point, as the product left them, any row stride. On return the
             gradient of sum(token_weight * nll), or undefined without `form_gradient`.
         tokens: (C, K) int64, within [0, V); K is 2 or 3.
         token_weight: (C, K) in the dtype to compute in; 0: no target, whatever its nll.
@@ -67,8 +79,8 @@ def _in_place(
         if form_gradient:
             slope = z.square().neg_().add_(1)
         z.mul_(softcap)
-    # Where a row is sure of its token, the sum is 1 and a small rest: the rest is all that its loss
-    # and gradient consist of, and added to 1 it would lose the digits that 1 has.
+    # The highest term is 1 by construction: set it to 0 and sum the rest, which would lose its
+    # digits if it were added to 1.
     highest, place = z.max(1, keepdim=True)
     token_logits = z.gather(1, tokens)
     z.sub_(highest).exp_().scatter_(1, place, 0.0)
@@ -77,7 +89,7 @@ def _in_place(
     nll = (highest - token_logits) + log_total
     terms = (token_logits - highest).exp()  # (C, K)
     if tokens.shape[1] == 3:
-        # 1 - p is the others' share: of a row that is sure of the token, exactly the rest.
+        # others / (1 + rest) is 1 - p. For a row that is sure of the token, others is the rest.
         unlikely = terms[:, 2:]
         p = unlikely / (1 + rest)
         others = torch.where(unlikely == 1, rest, (1 + rest) - unlikely)
@@ -85,6 +97,8 @@ def _in_place(
         nll[:, 2:] = torch.where(p < 0.5, -torch.log1p(-p), log_total - others.log())
 
     if form_gradient:
+        # Every logit's gradient is factor * exp(z - highest), but for the tokens' own: those are
+        # computed by themselves, where their first difference is exact, and put in their places.
         share = token_weight[:, :2].sum(1, keepdim=True)
         factor = share / (1 + rest)
         same = tokens[:, :, None] == tokens[:, None, :2]

@@ -1,4 +1,22 @@
-"""The row pass of the head loss as one Triton kernel: two reads and one write of the logits."""
+"""The row pass of the head loss as one Triton kernel: two reads and one write of the logits.
+
+One program walks one row twice. The first walk finds the highest logit and the sum of
+exp(z - highest), from which the losses of the row's tokens follow. The second walk, which is left
+out without FORM_GRADIENT, reads the logits again and writes their gradient in their place. It has
+to read them again: no gradient is known before the whole row is summed, and a row of 128k bfloat16
+logits takes 256 KiB, more than the shared memory of a multiprocessor.
+
+Memory: logsumexp and nll. There are no atomics, so every run gives the same bits.
+
+Invariants:
+    - The first walk, the tokens' own loads and the second walk must see the same z to the last bit,
+      or a loss could be negative. All three go through `_final_logit`, whose products the compiler
+      may not fuse with the subtraction that follows.
+    - Ones and the rest are kept apart until `_log1p`, since a row that is sure of its token has all
+      its loss and gradient in the rest.
+    - The tokens' logits are read before any thread writes a gradient: hence the barrier.
+    - Rows are addressed in int64, since C x row_stride may pass 2^31; within a row int32 is enough.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +27,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A running maximum starts from it: no finite number lies below, and -inf - -inf is no number.
+# A running maximum starts from the lowest finite number, since -inf - -inf is NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 class RowLaunch(NamedTuple):
-    """How a row is walked: `block` logits at a time by `num_warps` warps."""
+    """A walk over a row, `block` logits at a time by `num_warps` warps."""
 
     block: int
     num_warps: int
 
 
-# By the largest vocabulary that each is for. Eight logits a thread are one 16-byte load of bfloat16
-# and under 64 registers, so that three programs of 16 warps share a multiprocessor.
+# By the largest vocabulary of each. Eight logits per thread are one 16-byte load of bfloat16 and
+# take under 64 registers, so that three programs of 16 warps share a multiprocessor.
 LAUNCH_CONFIGS = {
     1024: RowLaunch(1024, 4),
     16384: RowLaunch(2048, 8),
@@ -31,7 +49,7 @@ LAUNCH_CONFIGS = {
 
 
 def launch_config(vocabulary: int) -> RowLaunch:
-    """The row of `LAUNCH_CONFIGS` for rows of `vocabulary` logits, on every architecture."""
+    """Return the row of `LAUNCH_CONFIGS` for `vocabulary` logits, on every architecture."""
     return next(config for most, config in LAUNCH_CONFIGS.items() if vocabulary <= most)
 
 
@@ -43,9 +61,9 @@ def row_pass_triton(
     logit_scale: float,
     form_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`row_pass_torch`, for float16, bfloat16 and float32 logits and float32 weights.
+    """Do what `row_pass_torch` does for float16, bfloat16 and float32 logits, in float32.
 
-    Memory: that of its results. Deterministic: one program a row, no atomics.
+    Memory: only the results. Deterministic: one program per row, no atomics.
     """
     rows, vocabulary = logits.shape
     logsumexp = token_weight.new_empty(rows)
@@ -92,16 +110,16 @@ def row_pass(
     COLUMNS: tl.constexpr = 3 if HAS_UNLIKELY else 2
     i_row = tl.program_id(0).to(tl.int64)
     p_row = logits + i_row * row_stride
-    # Each thread owns runs of eight neighbours: their maximum needs no other thread, and the
-    # running sum is rescaled once in eight logits instead of once in one.
+    # Each thread owns runs of eight neighbours. Their maximum needs no other thread, and the sum is
+    # rescaled once per eight logits instead of once per logit.
     LANES: tl.constexpr = BLOCK // 8
     o_block = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    # Whole blocks first, without a mask: a mask that may end anywhere forbids 16-byte loads.
+    # Whole blocks come first, without a mask: a mask that may end anywhere forbids 16-byte loads.
     whole = vocabulary - vocabulary % BLOCK
 
-    # Where a row is sure of its token, the sum of exp(z - highest) is 1 and a small rest: the rest
-    # is all that its loss and gradient consist of, and added to 1 it would lose its digits. So ones
-    # are counted and the rest is summed.
+    # The first walk: the highest logit, and the sum of exp(z - highest) as a count of ones and the
+    # rest. In a row that is sure of its token the sum is 1 and a small rest, which is all that loss
+    # and gradient consist of; added to 1 the rest would lose its digits.
     b_highest = tl.full([LANES], LOWEST, tl.float32)
     b_ones = tl.zeros([LANES], tl.float32)
     b_rest = tl.zeros([LANES], tl.float32)
@@ -120,6 +138,7 @@ def row_pass(
     rest = (tl.sum(b_ones, 0) - 1) + tl.sum(b_rest, 0)
     log_total = _log1p(rest)
 
+    # The losses of the row's tokens. Both terms of a loss are at least 0 as computed.
     p_tokens = tokens + COLUMNS * i_row
     p_weight = token_weight + COLUMNS * i_row
     p_nll = nll + COLUMNS * i_row
@@ -143,10 +162,10 @@ def row_pass(
         )
         term = tl.exp(unlikely_z - highest)
         p = term / (1 + rest)
-        # 1 - p is the others' share: of a row that is sure of the token, exactly the rest.
+        # others / (1 + rest) is 1 - p. For a row that is sure of the token, others is the rest.
         others = tl.where(term == 1, rest, (1 + rest) - term)
         others = tl.maximum(others, SMALLEST)
-        # Near p = 1, where 1 - p has lost its digits, the loss is the others' share by its log.
+        # Near p = 1, where 1 - p has lost its digits, take the logarithms of both parts.
         unlikelihood = tl.where(p < 0.5, _log1p(-p), tl.log(others) - log_total)
         tl.store(p_nll + 2, -unlikelihood)
         unlikely_own = tl.load(p_weight + 2) * p
@@ -154,6 +173,7 @@ def row_pass(
 
     if FORM_GRADIENT:
         tl.debug_barrier()  # no thread writes a token's logit before all have read it
+        # The second walk: every logit's gradient, in its place.
         next_weight = tl.load(p_weight)
         refusal_weight = tl.load(p_weight + 1)
         share = next_weight + refusal_weight
@@ -172,8 +192,8 @@ def row_pass(
                 b_gradient += tl.where(o_logit == unlikely_token, unlikely_own, b_unlikely)
             b_gradient = (b_gradient * b_slope).to(logits.dtype.element_ty)
             tl.store(p_row + o_logit, b_gradient)
-        # One round at most. An `if` would keep its places from the first walk's on; ptxas 12.9, of
-        # Triton 3.6, spills them.
+        # One round at most. With an `if`, offsets from the first walk would stay live until here,
+        # and ptxas 12.9, of Triton 3.6, spills them.
         for start in range(whole, vocabulary, BLOCK):
             o_logit = start + o_block
             m_tail = o_logit < vocabulary
@@ -193,7 +213,7 @@ def row_pass(
 
 @triton.jit
 def _with_block(b_highest, b_ones, b_rest, b_z):
-    """Every lane's running maximum, count of ones and sum of the rest, with eight more logits."""
+    """Add eight logits to each lane's running maximum, count of ones and sum of the rest."""
     b_new = tl.maximum(b_highest, tl.max(b_z, 1))
     b_ones, b_rest = _rescaled(b_ones, b_rest, tl.exp(b_highest - b_new))
     b_term = tl.exp(b_z - b_new[:, None])
@@ -204,7 +224,7 @@ def _with_block(b_highest, b_ones, b_rest, b_z):
 
 @triton.jit
 def _rescaled(b_ones, b_rest, b_factor):
-    """Ones that are none any more join the rest."""
+    """Rescale to a new maximum; if it is higher, the ones shrink too and join the rest."""
     return (
         tl.where(b_factor == 1, b_ones, 0.0),
         tl.where(b_factor == 1, b_rest, (b_ones + b_rest) * b_factor),
@@ -213,7 +233,7 @@ def _rescaled(b_ones, b_rest, b_factor):
 
 @triton.jit
 def _gradient(term, rest, share, own):
-    """share * p - own, for p = term / (1 + rest): exact where p is nearly 1 and share is own."""
+    """Return share * p - own for p = term / (1 + rest), exact for p near 1 and share = own."""
     return ((share * term - own) - own * rest) / (1 + rest)
 
 
@@ -229,10 +249,10 @@ def _log1p(x):
 
 @triton.jit
 def _final_logit(logit, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
-    """The scaled and capped logit, and its derivative by the one that the product gave.
+    """Return the scaled and capped logit, and its derivative by the logit of the product.
 
-    Products are sums with 0, to be rounded here: fused with what is subtracted from them, the
-    highest logit less itself, which must be 0, would be what its rounding took.
+    Products are written as sums with 0, so that they are rounded here. If the compiler fused one
+    with a later subtraction, the highest logit minus itself would be a rounding error and not 0.
     """
     z = tl.fma(logit.to(tl.float32), logit_scale, 0.0)
     slope = logit_scale
@@ -245,9 +265,10 @@ def _final_logit(logit, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """tanh without libdevice, which Triton's interpreter lacks; exact near 0, where 1 - e is not.
+    """Return tanh(x) without libdevice, which Triton's interpreter lacks.
 
-    The polynomial is the Taylor series to x^13: below 0.4 its error is under 2e-8 of the result.
+    Near 0, where 1 - e cancels, it is the Taylor series to x^13: below 0.4 the error is under 2e-8
+    of the result.
     """
     magnitude = tl.abs(x)
     e = tl.exp(-2 * magnitude)
