@@ -79,7 +79,7 @@ def compiled(launch: Launch, capability: int) -> Resources:
 def excess(resources: Resources, capability: int) -> str | None:
     """Describe the resource that a launch exceeds on a chip, in a clause; None: it fits."""
     if resources.local_bytes:
-        return f"{resources.local_bytes} bytes of local memory a thread, 0 allowed"
+        return f"{resources.local_bytes} bytes of local memory per thread, 0 allowed"
     limit_kib = SHARED_KIB[capability]
     if resources.shared_bytes > limit_kib * 1024:
         return f"{resources.shared_bytes} bytes of shared memory, the chip has {limit_kib} KiB"

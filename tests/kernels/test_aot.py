@@ -52,7 +52,7 @@ def test_excess_local_or_shared_memory_is_reported_for_the_chip() -> None:
     assert aot.excess(fits, 90) is None
     assert aot.excess(fits, 89) == "102400 bytes of shared memory, the chip has 99 KiB"
     spills = fits._replace(local_bytes=8)
-    assert aot.excess(spills, 90) == "8 bytes of local memory a thread, 0 allowed"
+    assert aot.excess(spills, 90) == "8 bytes of local memory per thread, 0 allowed"
 
 
 def test_a_launch_that_spills_is_measured_as_spilling() -> None:

@@ -32,7 +32,7 @@ class Target(NamedTuple):
         itemsize: bytes of an element, 2 or 4.
         block_d: head dimension, rounded up to a power of two.
         chip: 80, 90, 100, or 86 for all chips that give a program 99 KiB of shared memory.
-        has_softcap: if True, a row of its own for a kernel with a soft-cap's temporaries.
+        has_softcap: if True, the row is for a soft-cap, whose temporaries need smaller tiles.
     """
 
     kernel: str

@@ -55,7 +55,7 @@ def interval_attention(
 
     Args:
         q: (B, N, Hq, D) floating point, N at least 1, any strides.
-        k: (B, N, Hkv, D) in q's dtype; Hkv divides Hq, each key head serving Hq / Hkv in a row.
+        k: (B, N, Hkv, D) in q's dtype; Hkv divides Hq, each for Hq / Hkv consecutive heads.
         v: (B, N, Hkv, Dv) in q's dtype.
         visible_until: (B, N) int32, in (j, N]: the first token that no longer sees token j. A
             token sees nothing before its example, which starts at s and ends at visible_until[s].

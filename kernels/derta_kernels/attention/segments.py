@@ -64,7 +64,7 @@ class Segments(NamedTuple):
 def segments(layout: Layout) -> Segments:
     """Return the segments of a batch, on the layout's device.
 
-    Synchronisation: values are read from a device once a batch.
+    Synchronisation: values are read from a device once per batch.
     Memory: 8 bytes for each token of a segment that has a prefix, and for each key it sees.
     """
     return layout.kept("segments", lambda: _build(layout))

@@ -66,7 +66,7 @@ def backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v in their dtype, contiguous; deterministic.
 
-    Args: those of `forward_triton`, what it returned, and
+    Args: those of `forward_triton`, its two results, and
         d_out: (T, Hq, D) in q's dtype, contiguous.
     """
     tokens, heads, head_dim = q.shape
