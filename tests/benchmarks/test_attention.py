@@ -251,7 +251,7 @@ def test_the_kernels_tests_need_only_torch_and_pytest(
         "import sys\nfor name in ('hypothesis', 'transformers', 'datasets', 'accelerate'):\n"
         "    sys.modules[name] = None\n"
     )
-    few = "chunks_are_the_definition or triton_is_the_definition or linear_in_tokens"
+    few = "chunks_equal_the_definition or triton_equals_the_definition or linear_in_tokens"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "tests/kernels", "-k", few],
         cwd=ROOT,
