@@ -23,9 +23,12 @@ HERE = Path(__file__).parent
 TESTS = (
     "kernels/test_head_loss.py",
     "kernels/test_attention.py",
-    "derta/test_one_pass.py",
-    "derta/test_trainer.py",
-    "test_readme.py",
+    "derta/modeling/test_one_pass.py",
+    "derta/modeling/test_quantization.py",
+    "derta/objectives/test_objectives.py",
+    "derta/training/test_finite_watch.py",
+    "derta/training/test_trainer.py",
+    "test_pages.py::test_commands_run[README.md]",
 )
 IS_POISONED = "import torch; raise SystemExit(not torch.empty(4096).isnan().all())"
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import instruction_sets
 from derta.cli import module_of
 from derta.cli.commands import COMMANDS
 
@@ -197,13 +198,19 @@ def test_public_names_resolve_and_shadow_no_module(module: str) -> None:
 
 
 def test_paths_named_in_documents_exist() -> None:
-    documents = [ROOT / "README.md", ROOT / "kernels" / "README.md", *ROOT.glob("examples/*.yaml")]
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")]
+    documents += [*ROOT.glob("examples/*.yaml"), ROOT / "benchmarks" / "gpu.sh"]
     for document in documents:
         for path in re.findall(
             r"(?<![\w/.])((?:kernels|derta|benchmarks|tests|examples|docs)/[\w/.-]+\.\w+)",
             document.read_text(encoding="utf-8"),
         ):
             assert (ROOT / path).exists(), f"{document.name} names {path}"
+
+
+def test_the_tests_of_each_instruction_set_exist() -> None:
+    for path in instruction_sets.TESTS:
+        assert (ROOT / "tests" / path.partition("::")[0]).exists(), path
 
 
 def test_versions_agree() -> None:
