@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from derta_kernels.head_loss.row_pass_triton import LAUNCH_CONFIGS, row_pass
+from derta_kernels.head_loss.row_pass_triton import LAUNCH_CONFIGS, launch_config, row_pass
 from derta_kernels.launch import Launch
 
 
@@ -17,7 +17,7 @@ def head_loss_launches() -> Iterator[Launch]:
         LAUNCH_CONFIGS, ("bf16", "fp16", "fp32"), (False, True), (False, True), (False, True)
     )
     for most, dtype, has_softcap, has_unlikely, form_gradient in cases:
-        config = LAUNCH_CONFIGS[most]
+        config = launch_config(most, has_unlikely)
         constants = {
             "HAS_SOFTCAP": has_softcap,
             "HAS_UNLIKELY": has_unlikely,

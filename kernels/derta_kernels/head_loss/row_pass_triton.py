@@ -48,9 +48,18 @@ LAUNCH_CONFIGS = {
 }
 
 
-def launch_config(vocabulary: int) -> RowLaunch:
+# With an unlikely token, 16 warps have too few registers and spill; 8 have enough.
+MOST_WARPS_UNLIKELY = 8
+
+
+def launch_config(vocabulary: int, has_unlikely: bool) -> RowLaunch:
     """Return the row of `LAUNCH_CONFIGS` for `vocabulary` logits, on every architecture."""
-    return next(config for most, config in LAUNCH_CONFIGS.items() if vocabulary <= most)
+    fitting = [
+        (most, config)
+        for most, config in LAUNCH_CONFIGS.items()
+        if not has_unlikely or config.num_warps <= MOST_WARPS_UNLIKELY
+    ]
+    return next((config for most, config in fitting if vocabulary <= most), fitting[-1][1])
 
 
 def row_pass_triton(
@@ -70,7 +79,7 @@ def row_pass_triton(
     nll = torch.empty_like(token_weight)
     if rows == 0:
         return logsumexp, nll
-    config = launch_config(vocabulary)
+    config = launch_config(vocabulary, tokens.shape[1] == 3)
     with torch.cuda.device_of(logits):
         row_pass[(rows,)](
             logits,
