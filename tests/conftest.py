@@ -28,6 +28,13 @@ if not torch.cuda.is_available():
         quick_interpreter.install()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Carry promises into the records of a run. A test of many cases records their number too."""
+    for item in items:
+        if promise := item.get_closest_marker("promise"):
+            item.user_properties.append(("promise", promise.args[0]))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_allocations() -> Iterator[None]:
     """Fill what `torch.empty` and its kind hand out, within torch too: NaN, or the largest integer.
