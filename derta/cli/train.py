@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +10,6 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from derta.cli.settings.training import TrainSettings
@@ -24,8 +21,10 @@ from derta.modeling import loading
 from derta.modeling.adapters import adapt, quantization
 from derta.modeling.offloading import ran_out_of_memory
 from derta.objectives.base import Term
+from derta.training.checkpoints import left_by_another, occupied
 from derta.training.config import DertaConfig
 from derta.training.progress import Progress
+from derta.training.resumable import RunFinished
 from derta.training.trainer import DertaTrainer
 
 
@@ -34,8 +33,8 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
     """A training run: our settings and transformers'.
 
     Raises:
-        ValueError: as `DertaConfig`, eval_sources and eval_strategy do not go together, or adapters
-            would replace their base model.
+        ValueError: as `DertaConfig`, eval_sources and eval_strategy do not go together, adapters
+            would replace their base model, or the folder holds another run.
     """
 
     disable_tqdm: bool | None = True
@@ -56,6 +55,10 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
                 f"output_dir: {self.output_dir} holds the model that the adapters are for, choose "
                 "another folder"
             )
+        continues = self.resume or self.resume_from_checkpoint or self.overwrite
+        left = left_by_another(Path(self.output_dir))
+        if left and not (continues or self.dry_run):
+            raise ValueError(occupied(Path(self.output_dir), left))
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
@@ -101,16 +104,6 @@ def describe_shares(shares: LossShares, terms: Sequence[Term], rows: int = 10) -
     )
 
 
-# Names under which `save_pretrained` writes weights, and the files that lead loaders to them.
-MODEL_FILES = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)
-
-
 def outcome(trainer: DertaTrainer) -> str:
     """Return the step where a run stopped early and that of the best model, empty without."""
     state, args = trainer.state, trainer.args
@@ -123,31 +116,6 @@ def outcome(trainer: DertaTrainer) -> str:
             f"{state.best_metric:.4f}"
         )
     return "".join(parts)
-
-
-def save(trainer: DertaTrainer, directory: Path) -> None:
-    """Replace a former model by the tuned model and the record of its training.
-
-    The tuned model is first written to a folder of its own, so that an interrupted save costs no
-    model. All files of the former one are then removed: a loader would read those that the new one
-    lacks.
-    """
-    unfinished = directory / "unfinished"
-    writes = trainer.args.should_save
-    if writes and unfinished.exists():
-        shutil.rmtree(unfinished)
-    trainer.save_model(str(unfinished))
-    if writes:
-        trainer.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
-        for former in itertools.chain.from_iterable(map(directory.glob, MODEL_FILES)):
-            former.unlink()
-        for path in sorted(unfinished.rglob("*")):
-            if path.is_file():
-                target = directory / path.relative_to(unfinished)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(target)
-        shutil.rmtree(unfinished)
-        print(f"tuned model: {directory}{outcome(trainer)}")
 
 
 def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
@@ -197,7 +165,12 @@ def run(config: TrainConfig) -> None:
         if not ran_out_of_memory(error):
             raise
         raise MemoryError(advice(trainer, config)) from error
+    except RunFinished as finished:
+        print(finished)
+        return
     finally:
         if progress.bar is not None:  # an error message starts on a line of its own
             progress.bar.close()
-    save(trainer, Path(config.output_dir))
+    trainer.save_model()
+    if trainer.args.should_save:
+        print(f"tuned model: {config.output_dir}{outcome(trainer)}")

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy
 
 from derta.modeling.liger import LIGER_LOSSES_OFF
 from derta.objectives.choice import objective_of
 from derta.objectives.derta import DertaObjective
 from derta.outputs import check_folder
 from derta.settings import check_ranges
+from derta.training.checkpoints import newest
 from derta.training.settings import RECIPES as RECIPES, DertaSettings
 
 # Figures that `RefusalWatch` reads from refusal curves; lower is better.
@@ -90,7 +91,11 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
                         "reports to"
                     )
         if self.resume_from_checkpoint is True:
-            self.resume_from_checkpoint = self._latest_checkpoint()
+            self.resume_from_checkpoint = str(newest(Path(str(self.output_dir))))
+        if self.resume and self.resume_from_checkpoint:
+            raise ValueError(
+                "resume and resume_from_checkpoint name two places to continue from: leave one out"
+            )
         check_ranges(self)
         self.follow_recipe()
         self.check_memory()
@@ -107,10 +112,3 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         """The one of `WATCHED` that decides which checkpoint is the best, if one does."""
         name = (self.metric_for_best_model or "").removeprefix("eval_")
         return name if name in WATCHED else None
-
-    def _latest_checkpoint(self) -> str:
-        folder = Path(str(self.output_dir))
-        latest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if latest is None:
-            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {folder} yet")
-        return latest

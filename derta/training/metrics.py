@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -69,6 +69,31 @@ class StepMetrics:
                 mean = Mean(*(old + new for old, new in zip(self._means[name], mean, strict=True)))
             self._means[name] = mean
         self._tokens += batch.input_ids.shape[1]
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return what was added since the last read, for `set_sums` of a later process."""
+        seconds = time.perf_counter() - self._since
+        host = {"tokens": self._tokens, "seconds": seconds}
+        host |= {f"total.{name}": total for name, total in self._totals.items()}
+        sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in host.items()}
+        sums |= {f"loss.{name}": loss for name, loss in self._losses.items()}
+        sums["live_rows"] = self._live_rows
+        for name, mean in self._means.items():
+            sums |= {f"mean.{name}": mean.total, f"divisor.{name}": mean.divisor}
+        return sums
+
+    def set_sums(self, sums: Mapping[str, Tensor]) -> None:
+        """Continue with the result of `sums`, on any device."""
+        self._tokens = int(sums["tokens"])
+        self._since = time.perf_counter() - float(sums["seconds"])
+        self._totals = {name: float(sums[f"total.{name}"]) for name in self._totals}
+        self._losses = {name: sums[f"loss.{name}"].to(self.device) for name in self._losses}
+        self._live_rows = sums["live_rows"].to(self.device)
+        self._means = {
+            name: Mean(total.to(self.device), sums[f"divisor.{name}"].to(self.device))
+            for key, total in sums.items()
+            if (name := key.removeprefix("mean.")) != key
+        }
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> StepFigures:
         """Return the means since the last read, over all ranks, and start anew.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Literal
 
 from derta.objectives.defaults import (
     DERTA,
@@ -180,10 +181,28 @@ class SelectionSettings:
         "null: never. Needs load_best_model_at_end.",
         ge=1,
     )
-    resume_from_checkpoint: bool | str | None = setting(
-        None,
-        "Folder of a checkpoint to resume from. true: the latest one in output_dir.",
+
+
+@dataclass(kw_only=True)
+class ResumeSettings:
+    """The continuation of a run."""
+
+    resume: Literal["auto"] | bool = setting(
+        False,
+        "auto or true: continue the run of output_dir from its newest whole checkpoint, or begin "
+        "it if there is none. The line for a scheduler that starts a killed run again.",
         heading="checkpoints",
+    )
+    resume_from_checkpoint: bool | str | None = setting(
+        None, "Folder of a checkpoint to resume from. true: the latest one in output_dir."
+    )
+    resume_changed: bool = setting(
+        False, "If true, a run may be continued with other settings than it began with."
+    )
+    overwrite: bool = setting(
+        False,
+        "If true, a run begins in a folder that holds another one: its checkpoints are removed "
+        "first, its model when the new one is saved.",
     )
 
 
@@ -273,6 +292,7 @@ class DertaSettings(
     ScheduleSettings,
     SeedSettings,
     SelectionSettings,
+    ResumeSettings,
     MemorySettings,
     RuntimeSettings,
 ):

@@ -23,7 +23,6 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -47,9 +46,11 @@ from derta.modeling.mlp_tiling import tile_mlp
 from derta.modeling.patch import apply_derta
 from derta.objectives.base import Objective
 from derta.training.config import DertaConfig
+from derta.training.fingerprint import fingerprint
 from derta.training.finite_watch import FiniteWatch
 from derta.training.metrics import StepMetrics
 from derta.training.refusal_watch import RefusalWatch, check_watched, trunk_steps
+from derta.training.resumable import ResumableTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +107,7 @@ def _only(items: list[list[PackedBatch]]) -> list[PackedBatch]:
     return item
 
 
-class DertaTrainer(Trainer):
+class DertaTrainer(ResumableTrainer):
     """Trains a causal language model on triples and dialogues, all terms in one forward pass.
 
     Encodes the records, finds the refusal token, plans the packs of all epochs and patches the
@@ -196,6 +197,9 @@ class DertaTrainer(Trainer):
             impl=args.head_impl,
             attention=args.attention_impl,
             offload=args.offload_checkpoints,
+        )
+        self._fingerprint = fingerprint(
+            args, model, examples.examples.digest, self.refusal_token.id
         )
         if _loses_updates(model, args):
             logger.warning(
@@ -294,6 +298,15 @@ class DertaTrainer(Trainer):
         if self.is_world_process_zero():
             logger.info("%s", self.train_dataset.tokens)
         return super().train(*args, **kwargs)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._fingerprint
+
+    def running(self) -> dict[str, Tensor]:
+        return self.metrics.sums()
+
+    def set_running(self, sums: dict[str, Tensor]) -> None:
+        self.metrics.set_sums(sums)
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -475,6 +488,7 @@ class DertaTrainer(Trainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as `ResumableTrainer.save_model`, once all of it is known to be finite."""
         self._check_finite()
         super().save_model(output_dir, _internal_call)
 

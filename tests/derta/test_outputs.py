@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, strategies as st
+from safetensors import SafetensorError
 
-from derta.outputs import check_folder, compact_json, write_whole
+from derta.outputs import (
+    check_folder,
+    compact_json,
+    in_bytes,
+    remove_abandoned,
+    remove_folder,
+    whole_folder,
+    write_whole,
+)
+
+DISK = "A full disk costs no checkpoint and leaves nothing half-written."
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
@@ -37,15 +54,111 @@ def test_compact_json_has_a_line_for_each_record() -> None:
         compact_json({"a": [float("nan")]})
 
 
+def failing(number: int, error: BaseException | None = None) -> Callable[..., Any]:
+    """A function that fails as the system does it."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error or OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.promise(DISK)
 def test_a_file_that_cannot_be_written_leaves_the_former_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "result.json"
     write_whole(path, b"former")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", failing(errno.ENOSPC))
+    with pytest.raises(OSError, match=r"json: cannot be written, no space left on device: needs"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"former" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.promise(DISK)
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk quota exceeded"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only file system"),
+        (SafetensorError("Error: Io(No space (os error 28))"), "no space left on device"),
+        (RuntimeError("PytorchStreamWriter failed writing file data.pkl"), "the write broke off"),
+    ],
+)
+def test_a_failed_write_is_one_sentence_with_the_bytes_needed(
+    tmp_path: Path, error: Exception, reason: str
+) -> None:
+    message = rf"/out: cannot be written, {reason}: needs 1.5 KiB, [\d,.]+ \w+ free$"
+    with pytest.raises(OSError, match=message), whole_folder(tmp_path / "out", needed=1536) as new:
+        (new / "half").write_text("half")
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_other_files_keep_their_words(tmp_path: Path) -> None:
+    for error in (
+        PermissionError(errno.EACCES, "Permission denied", "/elsewhere/rows.jsonl"),
+        RuntimeError("of the model"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    ):
+        with pytest.raises(type(error)) as caught, whole_folder(tmp_path / "out"):
+            raise error
+        assert caught.value is error
+
+
+def fill(target: Path, started: Any) -> None:
+    with whole_folder(target) as folder:
+        (folder / "half").write_text("half")
+        started.send(folder)
+        time.sleep(60)
+
+
+@pytest.mark.promise("What a kill leaves unfinished is removed by the next start.")
+def test_a_killed_process_leaves_no_folder_and_the_next_removes_its_rest(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("forkserver").Process(target=fill, args=(target, theirs))
+    process.start()
+    rest = ours.recv()
+    with pytest.raises(OSError, match=r"out: another process is writing it"), whole_folder(target):
+        pass
+    remove_abandoned([rest])
+    assert (rest / "half").exists() and not target.exists()
+    process.kill()
+    process.join()
+    assert (rest / "half").exists() and not target.exists()
+    with whole_folder(target, private=True) as folder:
+        (folder / "whole").write_text("whole")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
+    assert target.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_is_removed_under_another_name(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    remove_folder(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_have_the_unit_that_suits_them() -> None:
+    sizes = (0, 1023, 1536, 5 * 2**20, 80 * 2**30, 5000 * 2**30)
+    assert [in_bytes(size) for size in sizes] == [
+        "0 bytes",
+        "1023 bytes",
+        "1.5 KiB",
+        "5 MiB",
+        "80.0 GiB",
+        "5,000.0 GiB",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system says it of a read-only disk: the owner of this process may be root."""
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    with pytest.raises(OSError, match=r"^output_dir: .*out: .* cannot be written to$"):
+        check_folder("output_dir", str(tmp_path / "out"))
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

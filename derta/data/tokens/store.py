@@ -6,8 +6,11 @@ Memory holds one batch of examples while they are written, and afterwards the pa
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, overload
@@ -16,6 +19,7 @@ import numpy as np
 
 from derta.data.tokens.chat import batched
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
+from derta.outputs import claimed, remove_abandoned, told
 
 # Large enough to split millions of rows into a few thousand parts, small enough for memory.
 ROWS_AT_ONCE = 1024
@@ -41,14 +45,19 @@ _COLUMNS = {
 class ExampleStore(Sequence[Encoded]):
     """Encoded examples in a file that lasts as long as this object.
 
-    Spawned worker processes open the file by its name. Only a killed run leaves it behind.
+    Spawned worker processes open the file by its name. Only a killed run leaves it behind; the next
+    one removes it.
 
     Args:
         examples: (place, example) pairs; errors name the place, the number of the example's record.
         folder: folder of the file; None: the folder of temporary files (TMPDIR).
 
+    Attributes:
+        digest: a hash of all that a training step reads of the examples, in hexadecimal.
+
     Raises:
         ValueError: two examples share an id and would be cut at the same places; names both.
+        OSError: the file cannot be written.
     """
 
     def __init__(
@@ -65,16 +74,23 @@ class ExampleStore(Sequence[Encoded]):
                 for name, kind in _COLUMNS.items()
             }
         )
-        self._folder = tempfile.TemporaryDirectory(prefix="derta-", dir=folder)
-        path = str(Path(self._folder.name, "examples.arrow"))
-        digests = bytearray()
-        with ArrowWriter(features=features, path=path) as writer:
+        within = Path(folder or tempfile.gettempdir())
+        remove_abandoned(within.glob("derta-*"))
+        with ExitStack() as stack:
+            own = stack.enter_context(claimed(within / f"derta-{secrets.token_hex(4)}"))
+            # The folder goes with this object, at the latest when Python ends.
+            self.remove = weakref.finalize(self, stack.pop_all().close)
+        path = str(own / "examples.arrow")
+        digests, content = bytearray(), blake2b(digest_size=16)
+        with told(own), ArrowWriter(features=features, path=path) as writer:
             for batch in batched(examples, ROWS_AT_ONCE):
                 rows = [{"place": place, **_row(example)} for place, example in batch]
                 writer.write_table(pyarrow.Table.from_pylist(rows, features.arrow_schema))
                 for _, example in batch:
                     digests += blake2b(example.id.encode(), digest_size=16).digest()
+                    _add(content, example)
             writer.finalize()
+        self.digest = content.hexdigest()
         self._size = len(digests) // 16
         if not self._size:
             return
@@ -114,6 +130,14 @@ class ExampleStore(Sequence[Encoded]):
 
 def _row(example: Encoded) -> dict[str, Any]:
     return {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
+
+
+def _add(content: Any, example: Encoded) -> None:
+    """Add an example to a hash, its source aside."""
+    for name, value in _row(example).items():
+        if name != "source":
+            data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+            content.update(f"{name} {len(data)} ".encode() + data)
 
 
 def _read(value: Any) -> Any:

@@ -122,17 +122,19 @@ def test_a_new_model_replaces_the_former_one_and_no_other_file() -> None:
         Path(path).write_text("mine")
     assert train(*LORA) == 0
     assert weights("out") >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert train() == 1
+    assert weights("out") >= {"adapter_config.json", "adapter_model.safetensors"}
     shards = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     for name in shards:
         Path("out", name).write_text("of a larger model")
-    assert train() == 0
+    assert train("--overwrite") == 0
     mine = {Path(path).name for path in keep}
     assert weights("out") - mine == {"model.safetensors"}
     AutoModelForCausalLM.from_pretrained("out", use_safetensors=True)
-    assert train(*LORA) == 0
+    assert train(*LORA, "--overwrite") == 0
     assert weights("out") - mine == {"adapter_config.json", "adapter_model.safetensors"}
     assert all(Path(path).read_text() == "mine" for path in keep)
-    assert not Path("out/unfinished").exists()
+    assert not list(Path("out").glob(".*"))
 
 
 def test_an_interrupted_save_neither_removes_nor_mixes_models(
@@ -149,11 +151,11 @@ def test_an_interrupted_save_neither_removes_nor_mixes_models(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save", breaks_off)
-        assert train() == 130
+        assert train("--overwrite") == 130
     assert {name: Path("out", name).read_bytes() for name in weights("out")} == former
-    assert train() == 0
+    assert train("--overwrite") == 0
     assert weights("out") == {"model.safetensors"}
-    assert not Path("out/unfinished").exists()
+    assert not list(Path("out").glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -268,10 +270,10 @@ def test_the_checkpoint_with_the_best_trade_off_is_kept(
 
 def test_the_training_log_is_written_beside_the_model() -> None:
     assert train("--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1") == 0
-    assert train("--max_steps", "1") == 0
+    assert train("--max_steps", "1", "--overwrite") == 0
     history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1]
-    assert Path("out/checkpoint-2").is_dir()
+    assert not list(Path("out").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""The manifest of a checkpoint or model: its files with sizes and SHA-256, and its run.
+
+It is written last. A folder without one is not known to be whole; one whose files differ from it is
+damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from derta._version import __version__
+from derta.outputs import in_bytes, sync, write_whole
+
+MANIFEST = "manifest.json"
+# Names of files that loaders read where they find them, whether or not they belong there.
+LOADED = ("*model*.safetensors", "*model*.bin", "*model*.index.json", "optimizer*", "rng_state*")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "bitsandbytes", "torchao")
+
+
+class DamagedError(ValueError):
+    """A folder is not what its manifest says, or has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of a whole folder.
+
+    Attributes:
+        kind: "checkpoint" (a run can resume from it), "model" (all weights) or "adapters".
+        files: size in bytes and SHA-256 in hexadecimal of every file, by path in the folder.
+        step: optimizer steps done; None: not the result of a run.
+        finished: True if the run ended with it.
+        world_size: number of processes of the run.
+        run: the fingerprint of the run, see `derta.training.fingerprint`.
+        versions: versions of derta and the packages that wrote it.
+    """
+
+    kind: str
+    files: dict[str, tuple[int, str]]
+    step: int | None = None
+    finished: bool = False
+    world_size: int = 1
+    run: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(size for size, _ in self.files.values())
+
+
+def write_manifest(
+    folder: Path, kind: str, names: Iterable[str] | None = None, **about: Any
+) -> Manifest:
+    """Describe the files of a folder in its manifest, after they are on the disk.
+
+    Args:
+        folder: the folder.
+        kind: see `Manifest`.
+        names: paths of the files in it; None: all.
+        about: the other attributes of `Manifest`, but for versions.
+
+    Returns:
+        the manifest.
+    """
+    if names is None:
+        paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+        names = (path.relative_to(folder).as_posix() for path in paths)
+    names = sorted(names)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(sync, (folder / name for name in names)))
+        described = list(pool.map(_described, (folder / name for name in names)))
+    manifest = Manifest(
+        kind=kind, files=dict(zip(names, described, strict=True)), versions=_versions(), **about
+    )
+    values = dataclasses.asdict(manifest)
+    text = json.dumps({**values, "sha256": _sealed(values)}, indent=1)
+    write_whole(folder / MANIFEST, f"{text}\n".encode())
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of a folder, without a look at its files.
+
+    Raises:
+        DamagedError: there is none, or it cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+        if values.pop("sha256") != _sealed(values):
+            raise ValueError("sha256")
+        files = {str(name): (int(size), str(sha)) for name, (size, sha) in values["files"].items()}
+        return Manifest(**{**values, "files": files})
+    except FileNotFoundError:
+        raise DamagedError(
+            f"{folder}: it has no {MANIFEST}, which is written last: it was not saved to its end, "
+            "or not by derta"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{path}: damaged, it is not the manifest that was written") from error
+
+
+def verify(folder: Path) -> Manifest:
+    """Compare the files of a folder with its manifest, byte for byte.
+
+    Files that the manifest does not name are not looked at, unless a loader would read them.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        DamagedError: there is no manifest, a file is missing or differs from it, or one is there
+            that does not belong to the others; names the file.
+    """
+    manifest = read_manifest(folder)
+    for name, (size, _) in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{path}: missing, {MANIFEST} names it")
+        found = path.stat().st_size
+        if found != size:
+            raise DamagedError(f"{path}: damaged, it has {found:,} bytes, expected {size:,}")
+    for path in itertools.chain.from_iterable(map(folder.glob, LOADED)):
+        within = path.rglob("*") if path.is_dir() else [path]
+        for one in within:
+            if one.is_file() and one.relative_to(folder).as_posix() not in manifest.files:
+                raise DamagedError(f"{one}: unexpected, {MANIFEST} does not name it")
+    paths = [folder / name for name in manifest.files]
+    with ThreadPoolExecutor(8) as pool:
+        described = pool.map(_described, paths)
+        for path, expected, same in zip(paths, manifest.files.values(), described, strict=True):
+            if same != expected:
+                raise DamagedError(
+                    f"{path}: damaged, its SHA-256 is not the one in {folder / MANIFEST}"
+                )
+    return manifest
+
+
+def describe(manifest: Manifest) -> str:
+    """Return one line: the kind, the step and the size."""
+    step = "" if manifest.step is None else f" of step {manifest.step:,}"
+    ended = ", the end of its run" if manifest.finished else ""
+    return f"{manifest.kind}{step}{ended}, {len(manifest.files)} files, {in_bytes(manifest.size)}"
+
+
+def _sealed(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's own values, whatever their layout in the file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _described(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return path.stat().st_size, digest
+
+
+def _versions() -> dict[str, str]:
+    found = {"derta": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
