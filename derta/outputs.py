@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -202,7 +203,7 @@ def told(target: Path, needed: int = 0) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, sqlite3.Error) as error:
         reason = _refusal(error, target.parent)
         if reason is None:
             raise
@@ -226,8 +227,9 @@ def _refusal(error: Exception, folder: Path) -> str | None:
     for number in REFUSALS:  # Rust's way
         if f"(os error {number})" in said:
             return os.strerror(number).lower()
-    # torch's way, which names no reason
-    return "the write broke off" if "PytorchStreamWriter" in said or "inline_co" in said else None
+    # Those of torch and SQLite, which name no reason or no number.
+    ways = ("PytorchStreamWriter", "inline_container", "iostream error", "disk is full", "disk I/O")
+    return "the write broke off" if any(way in said for way in ways) else None
 
 
 def in_bytes(count: float) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from derta.cli.settings.tools import MergeConfig
+from derta.manifest import write_manifest
 from derta.modeling.loading import load_tuned, weights_dtype
+from derta.outputs import whole_folder
 
 
 def run(config: MergeConfig) -> None:
@@ -17,6 +20,7 @@ def run(config: MergeConfig) -> None:
     Raises:
         FileNotFoundError: the adapters or their base model do not exist.
         ValueError: they cannot be merged.
+        OSError: the merged model cannot be written.
     """
     folder = Path(config.model)
     if not (folder / "adapter_config.json").is_file():
@@ -24,7 +28,10 @@ def run(config: MergeConfig) -> None:
     dtype = weights_dtype(config.dtype, torch.device("cpu"))
     model, tokenizer = load_tuned(folder, dtype, None)
     assert isinstance(model, PeftModel)
-    merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(config.output_dir)
-    tokenizer.save_pretrained(config.output_dir)
+    merged: Any = model.merge_and_unload(safe_merge=True)
+    needed = sum(one.numel() * one.element_size() for one in merged.state_dict().values())
+    with whole_folder(Path(config.output_dir), needed=needed) as target:
+        merged.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        write_manifest(target, "model")
     print(f"merged model: {config.output_dir}")

@@ -11,10 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
-import shutil
 import sqlite3
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -37,6 +34,7 @@ from derta.data.records.reading import Reading
 from derta.data.records.refusal_keywords import opens_with_refusal, refuses
 from derta.data.records.sources import Source, source_records
 from derta.data.records.types import Dialogue, Record, Rendered, Triple, check_text
+from derta.outputs import whole_folder
 
 SUMMARY_FILE = "build.json"
 
@@ -98,6 +96,7 @@ def build(
     Raises:
         ValueError: an argument is out of its range, output_dir is not empty, or no example is left
             to train on.
+        OSError: the data set cannot be written.
     """
     check_new(output_dir)
     check_near(near)
@@ -105,9 +104,7 @@ def build(
         raise ValueError(f"eval_share must lie in [0, 1), got {eval_share}")
     if refusal_text is not None:
         check_text("refusal_text", refusal_text)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}.", dir=output_dir.parent))
-    try:
+    with whole_folder(output_dir, private=True) as beside:
         with closing(_Ledger(beside / "ledger.sqlite")) as ledger:
             with closing(_Files(beside)) as files:
                 for role, record in ledger.examples(records, refusal_text):
@@ -130,9 +127,6 @@ def build(
             raise ValueError("no example is left to train on: add data or lower eval_share")
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         (beside / SUMMARY_FILE).write_text(text, encoding="utf-8")
-        beside.replace(output_dir)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return summary
 
 
@@ -285,8 +279,6 @@ class _Files:
 
     def close(self) -> None:
         for file in self._open.values():
-            file.flush()
-            os.fsync(file.fileno())
             file.close()
 
 

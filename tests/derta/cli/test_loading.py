@@ -159,6 +159,9 @@ def test_a_run_resumes_from_its_latest_checkpoint(
     assert capsys.readouterr().err == expected
     assert train("--max_steps", "2", "--logging_steps", "1") == 0
     whole = json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())["log_history"]
-    assert train("--max_steps", "3", "--logging_steps", "1", "--resume_from_checkpoint") == 0
+    longer = ("--max_steps", "3", "--logging_steps", "1", "--resume_from_checkpoint")
+    assert train(*longer) == 1
+    assert "max_steps: 2 then, 3 now" in capsys.readouterr().err
+    assert train(*longer, "--resume_changed") == 0
     resumed = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())["log_history"]
     assert resumed[:2] == whole and resumed[2]["step"] == 3

@@ -151,7 +151,7 @@ def test_an_adapter_on_the_head_is_refused(capsys: pytest.CaptureFixture[str]) -
 
 
 def final_weights(*arguments: str) -> dict[str, torch.Tensor]:
-    assert train("--method", "lora", *arguments) == 0
+    assert train("--method", "lora", "--overwrite", *arguments) == 0
     return load_file("out/adapter_model.safetensors")
 
 
