@@ -1,11 +1,11 @@
-# make setup | test | slow | isa | native-test | aot | demo | docs | bench | bench-check | lint : each works on a clean
-# clone with Python 3.11 to 3.13.
+# make setup | test | slow | isa | reliability | native-test | aot | demo | docs | bench | bench-check | lint : each works
+# on a clean clone with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test slow isa native-test aot demo docs bench bench-check lint clean
+.PHONY: setup test slow isa reliability native-test aot demo docs bench bench-check lint clean
 
 setup: $(INSTALLED)
 
@@ -28,6 +28,10 @@ slow: setup
 # What multiplies, on every instruction set of this CPU in turn.
 isa: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n auto --maxprocesses 8
+
+# The table of docs/reliability.md, from the tests that keep its promises.
+reliability: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py -n auto --maxprocesses 8
 
 # Warnings are errors here and not in setup.py: no newer compiler is to stop an installation.
 native-test:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import io
 import json
@@ -226,3 +227,30 @@ def test_pages_are_built_without_a_warning_and_fetch_nothing(tmp_path: Path) -> 
     for built in (tmp_path / "site").rglob("*.html"):
         page = built.read_text(encoding="utf-8")
         assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"https?:", page), built.name
+
+
+def test_the_page_of_promises_has_those_of_the_tests() -> None:
+    """`make reliability` writes it: a new promise shows there with the number of its cases."""
+    kept = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {
+            target.id: ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.promise":
+                (text,) = node.args
+                kept.add(
+                    constants[text.id] if isinstance(text, ast.Name) else ast.literal_eval(text)
+                )
+    written = (ROOT / "tests" / "reliability.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ") for row in written.splitlines() if row.startswith("| ")]
+    rows = [[cell.strip("| ") for cell in row] for row in rows[2:]]
+    assert {row[0] for row in rows} - {
+        "The same, of runs killed at drawn moments, once or twice."
+    } == kept
+    assert all(row[1] == row[2] for row in rows)

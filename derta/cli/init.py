@@ -235,6 +235,7 @@ def run(config: InitConfig) -> None:
         "model": config.model,
         "sources": [{"path": one.path, "role": one.role} for one in sources],
         "output_dir": f"outputs/{Path(config.model).resolve().name}-derta",
+        "resume": "auto",
         "recipe": "derta",
         "logging_steps": 10,
         "save_strategy": "epoch",
@@ -245,7 +246,7 @@ def run(config: InitConfig) -> None:
     header = (
         f"Written by derta init for {gpu}. derta train --help describes every key.\n"
         f"  derta train {config.output} --dry_run    shows a pack\n"
-        f"  derta train {config.output}"
+        f"  derta train {config.output}              begins the run, or continues it after a kill"
     )
     if model_config is None:
         header += (

@@ -119,13 +119,13 @@ def left_by_another(folder: Path) -> list[str]:
     return [*(path.name for path in reversed(checkpoints(folder))), *sorted(models)]
 
 
-def occupied(folder: Path, left: Sequence[str]) -> str:
+def occupied(folder: Path, left: Sequence[str], *, resuming: bool = False) -> str:
     """Return a sentence about a folder that holds another run, with the ways out."""
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-    return (
-        f"output_dir: {folder} holds another run ({', '.join(left[:3])}{more}): resume: auto "
-        "continues it, overwrite: true replaces it, or choose another folder"
-    )
+    ways = "overwrite: true replaces it, or choose another folder"
+    if not resuming:
+        ways = f"resume: auto continues it, {ways}"
+    return f"output_dir: {folder} holds another run ({', '.join(left[:3])}{more}): {ways}"
 
 
 def remove_checkpoints(folder: Path) -> None:

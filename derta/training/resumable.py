@@ -43,14 +43,12 @@ class Start:
 
     Attributes:
         checkpoint: the checkpoint to continue from; None: the first step.
-        manifest: its manifest.
-        changed: names of the settings that are no longer those of the checkpoint.
+        changed: if True, settings are no longer those of the checkpoint.
         error: the reason why nothing can begin.
     """
 
     checkpoint: str | None = None
-    manifest: Manifest | None = None
-    changed: frozenset[str] = frozenset()
+    changed: bool = False
     error: Exception | None = None
 
 
@@ -115,7 +113,7 @@ class ResumableTrainer(Trainer):
         except (ValueError, OSError, RunFinished) as error:
             return Start(error=error)
         logger.warning("continuing from %s", path)
-        return Start(str(path), manifest, changed)
+        return Start(str(path), changed)
 
     def _asked_for(self, path: Path) -> Manifest:
         if not path.is_dir():
@@ -131,7 +129,7 @@ class ResumableTrainer(Trainer):
         """Refuse a folder that holds another run, or remove its checkpoints if asked to."""
         left = checkpoints.left_by_another(folder)
         if left and not self.args.overwrite:
-            raise ValueError(checkpoints.occupied(folder, left))
+            raise ValueError(checkpoints.occupied(folder, left, resuming=bool(self.args.resume)))
         checkpoints.remove_checkpoints(folder)
 
     def _check_unfinished(self, folder: Path, resumed: Manifest | None = None) -> None:
@@ -148,8 +146,8 @@ class ResumableTrainer(Trainer):
                 "changed"
             )
 
-    def _compared(self, path: Path, manifest: Manifest) -> frozenset[str]:
-        """Return the names of the settings that differ from the checkpoint's.
+    def _compared(self, path: Path, manifest: Manifest) -> bool:
+        """Return True if settings differ from the checkpoint's.
 
         Raises:
             ValueError: some differ, and `resume_changed` does not allow it.
@@ -166,7 +164,7 @@ class ResumableTrainer(Trainer):
                 f"{path} was written with other settings ({told}): resume_changed: true continues "
                 "with the new ones"
             )
-        return frozenset(changed)
+        return bool(changed)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         places = super()._init_training_state(max_steps, *args, **kwargs)

@@ -221,6 +221,12 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path: Path, unbroken: DertaTr
     with pytest.raises(ValueError, match=message):
         trainer(folder, full(), **RUN).train(elsewhere)
     assert len(list(folder.iterdir())) == 3
+    shutil.rmtree(folder / "checkpoint-2")
+    shutil.rmtree(folder / "checkpoint-4")
+    message = r"run holds another run \(model.safetensors\): overwrite: true replaces it, or choose"
+    with pytest.raises(ValueError, match=message):
+        trainer(folder, full(), **RUN, resume="auto").train()
+    copied(folder_of(unbroken), folder, 2)
     run = trainer(folder, full(), **{**RUN, "save_strategy": "no", "overwrite": True})
     run.train()
     assert [path.name for path in folder.iterdir()] == [name]
