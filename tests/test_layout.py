@@ -27,6 +27,7 @@ LAYERS = [
         "derta._lazy",
         "derta._version",
         "derta.outputs",
+        "derta.manifest",
         "derta.settings",
         "derta.loss",
         "derta.labels",

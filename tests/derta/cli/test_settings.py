@@ -336,6 +336,7 @@ def test_missing_packages_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
 def test_true_resumes_from_the_latest_checkpoint(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     given = {"output_dir": str(tmp_path), "resume_from_checkpoint": True}
     assert from_file(**given).resume_from_checkpoint == str(tmp_path / "checkpoint-10")
     bare = from_options("--output_dir", str(tmp_path), "--resume_from_checkpoint")
