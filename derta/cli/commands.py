@@ -93,9 +93,11 @@ COMMANDS = {
         "no GPU.",
     ),
     "doctor": Command(
-        "list the packages and devices of this machine, and the path of each op",
+        "list the packages and devices of this machine, or verify a model folder",
         "tools.DoctorConfig",
-        (),
+        ("folder",),
+        "With FOLDER, a model, adapters or a checkpoint is verified by its configuration and the "
+        "headers of its files, and described. Exits with 1 at the first fault.",
     ),
     "data": Command("check, count and build record files"),
     "data validate": Command(
@@ -154,7 +156,8 @@ def usage_of(command: str) -> str:
     if entry.arguments is None:
         parts.append("[CONFIG.yaml]")
     for name in entry.arguments or ():
-        parts.append(f"{name.upper()} ..." if name in LISTS else name.upper())
+        shown = f"{name.upper()} ..." if name in LISTS else name.upper()
+        parts.append(shown if keys[name].required else f"[{shown}]")
     given = entry.arguments or ()
     if entry.arguments is not None:
         parts += [f"--{key} ..." for key in keys if keys[key].required and key not in given]

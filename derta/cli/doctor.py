@@ -1,14 +1,17 @@
-"""`derta doctor`: the packages and devices of this machine, and the path of each op."""
+"""`derta doctor`: the packages, devices and ops of this machine; or what a folder holds."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from derta import __version__
 from derta.cli.settings.tools import DoctorConfig
+from derta.modeling.verification import verify
 from derta_kernels import attention, head_loss
 
 PACKAGES = {
@@ -75,6 +78,20 @@ def report() -> str:
     return "\n".join(lines)
 
 
+def report_folder(folder: Path) -> str:
+    """Return what a folder holds as text.
+
+    Raises:
+        ValueError, FileNotFoundError: it is damaged, see `verify`.
+    """
+    return "\n".join(f"{name:12}{text}" for name, text in verify(folder))
+
+
 def run(config: DoctorConfig) -> None:
-    """Print the report."""
-    print(report())
+    """Print the report on this machine, or on a folder.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder is damaged.
+    """
+    logging.set_verbosity_error()
+    print(report() if config.folder is None else report_folder(Path(config.folder)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from derta.cli.settings.training import PlanConfig
@@ -14,7 +14,7 @@ from derta.memory.plan import GIB, Triples, describe
 from derta.memory.probe import probe
 from derta.memory.step import StepSettings, make_step
 from derta.modeling.introspection import context_of
-from derta.modeling.loading import find_device, loading
+from derta.modeling.loading import empty_model, find_device, load_config
 
 
 def read_config(model: str, *, local_files_only: bool = False) -> PreTrainedConfig:
@@ -26,16 +26,12 @@ def read_config(model: str, *, local_files_only: bool = False) -> PreTrainedConf
 
     Raises:
         OSError: the model does not exist.
-        ValueError: the model is no causal language model.
+        ValueError: config.json is damaged, or describes no causal language model.
     """
     path = Path(model)
     folder = str(path.parent) if path.name == "config.json" else model
-    with loading("the configuration", folder):
-        found = AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=local_files_only
-        )
-        if type(found) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"{found.model_type} is no causal language model")
+    found = load_config(folder, local_files_only=local_files_only)
+    empty_model(folder, found)
     return found
 
 

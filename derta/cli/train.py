@@ -141,9 +141,11 @@ def run(config: TrainConfig) -> None:
     records.check()
     eval_records.check()
     tokenizer = loading.load_tokenizer(config.model, config.chat_template)
+    model = load_model(config)
+    loading.check_vocabulary(tokenizer, model.config, config.model)
     progress = Progress("train")
     trainer = DertaTrainer(
-        model=load_model(config),
+        model=model,
         args=config,
         train_dataset=records,
         eval_dataset=eval_records if config.eval_sources else None,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from derta.modeling.faults import intact_weights, loading, refuse_misfits
+from derta.modeling.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_headers, read_object
 from derta.modeling.method import Method
+
+# PyTorch's words for a weight of another shape.
+MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)")
 
 
 def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -43,4 +52,78 @@ def adapt(model: PreTrainedModel, method: Method) -> PreTrainedModel | PeftModel
         use_dora=method.lora_dora,
     )
     adapted: PeftModel = get_peft_model(model, adapters)
+    return adapted
+
+
+def read_adapters(folder: Path) -> PeftConfig:
+    """Return the settings of adapters, after a check of both of their files.
+
+    Raises:
+        FileNotFoundError: a file is absent.
+        ValueError: a file is damaged, or the adapters are prompts instead of weights.
+    """
+    path = folder / ADAPTER_CONFIG
+    settings = read_object(path)
+    kinds = [kind.value for kind in PeftType]
+    if settings.get("peft_type") not in kinds:
+        raise ValueError(
+            f"{path}: peft_type is {settings.get('peft_type')!r}, expected a method of PEFT as LORA"
+        )
+    with loading(ADAPTER_CONFIG, str(folder)):
+        adapters = PeftConfig.from_pretrained(str(folder))
+    if adapters.is_prompt_learning:
+        raise ValueError(f"{folder}: {adapters.peft_type.value} adapters are prompts, not weights")
+    base = adapters.base_model_name_or_path
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path}: base_model_name_or_path is {base!r}, expected a model")
+    for name, header in adapter_headers(folder).items():
+        if not header.is_floating_point:
+            raise ValueError(
+                f"{header.file}: {name} is of {header.dtype}, expected floating-point weights"
+            )
+    return adapters
+
+
+def put_adapters(model: PreTrainedModel, adapters: PeftConfig, folder: Path) -> PeftModel:
+    """Put the adapters of a folder on their base model.
+
+    Args:
+        model: the base model; without storage, its adapters have none either.
+        adapters: settings of the adapters.
+        folder: their folder.
+
+    Raises:
+        ValueError: the weights are not those that the settings describe on this model.
+    """
+    adapters.inference_mode = True
+    on_meta = model.device.type == "meta"
+    missing: list[str] = []
+    unexpected: list[str] = []
+    others: list[Any] = []
+    with intact_weights(folder), loading("the adapters", str(folder)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        adapted = get_peft_model(model, adapters, low_cpu_mem_usage=on_meta)
+        try:
+            found = adapted.load_adapter(
+                str(folder),
+                "default",
+                torch_device="cpu" if on_meta else str(model.device),
+                low_cpu_mem_usage=on_meta,
+                key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
+            )
+            missing, unexpected = found.missing_keys, found.unexpected_keys
+        except KeyError as error:  # a whole layer beside the adapters
+            missing = [str(error.args[0])]
+        except RuntimeError as error:
+            others = [
+                (name, *([int(size) for size in shape.split(", ") if size] for shape in shapes))
+                for name, *shapes in MISMATCH.findall(str(error))
+            ]
+            if not others:
+                raise
+    refuse_misfits(
+        {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": others},
+        f"{folder / ADAPTER_WEIGHTS}: does",
+        f"{ADAPTER_CONFIG} and the base model {adapters.base_model_name_or_path}",
+    )
     return adapted

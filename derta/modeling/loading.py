@@ -3,31 +3,80 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import logging as std_logging
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+import transformers
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from derta.modeling.adapters import put_adapters, read_adapters
+from derta.modeling.faults import intact_weights, loading, refuse_misfits
+from derta.modeling.folders import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER_JSON,
+    WEIGHTS,
+    Header,
+    listed,
+    read_object,
+    read_objects,
+    weight_headers,
+)
 from derta.modeling.quantization import BLOCK, layers_for_4_bits, linear_layers
 
 logger = logging.get_logger(__name__)
+
+
+class Kind(NamedTuple):
+    """A kind of model: transformers' loader, its architectures, and its name in sentences."""
+
+    auto: Any
+    architectures: Mapping[Any, Any]
+    name: str
+
+
+LANGUAGE_MODEL = Kind(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "a causal language model")
+CLASSIFIER = Kind(
+    AutoModelForSequenceClassification,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "a classifier of texts",
+)
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+JOINED = re.compile(r"^(\S+) +\|.*CONVERSION", re.MULTILINE)  # a row of transformers' table
+MOST_LAYERS = 4096  # a description of more would take minutes, and no model has as many
 
 
 def load_model(
@@ -37,8 +86,12 @@ def load_model(
     quantization: BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
     local_files_only: bool = False,
+    kind: Kind = LANGUAGE_MODEL,
 ) -> PreTrainedModel:
     """Load the model of a folder; its weights are read only from safetensors.
+
+    Every weight comes from the files: none is missing, left over or of another shape. A folder is
+    checked by its files' headers, before weights are read.
 
     Args:
         folder: path of the model, or its name on the model hub.
@@ -46,23 +99,26 @@ def load_model(
         quantization: quantization of the layers that may be in 4 bits; None: no layer.
         device: device of the quantized weights.
         local_files_only: if True, nothing is downloaded.
+        kind: kind of the model.
 
     Raises:
-        ValueError: the weights are damaged, or already quantized without `quantization` given.
+        ValueError: a file is damaged, the weights do not fit config.json, or they are already
+            quantized without `quantization` given.
         OSError: there is no model in safetensors.
     """
-    with intact_weights(folder), loading("the model", folder):
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=local_files_only
+    config = load_config(folder, local_files_only=local_files_only, kind=kind)
+    quantized = getattr(config, "quantization_config", None) is not None
+    if quantized and quantization is None:
+        raise ValueError(
+            f"{folder}: the model cannot be loaded: its config.json has a quantization_config, "
+            "expected unquantized weights: use the model it was made from"
         )
-        if getattr(config, "quantization_config", None) is None:
-            quantization = quantization and _with_skips(quantization, config, folder)
-        elif quantization is None:
-            raise ValueError(
-                "its config.json has a quantization_config, expected unquantized weights: use "
-                "the model it was made from"
-            )
-        return AutoModelForCausalLM.from_pretrained(
+    if Path(folder).is_dir():
+        check_weights(folder, config, kind)
+    if quantization is not None and not quantized:
+        quantization = _with_skips(quantization, empty_model(folder, config, kind), folder)
+    with intact_weights(folder), loading("the model", folder), _without_report():
+        model, found = kind.auto.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=quantization,
@@ -70,15 +126,201 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=local_files_only,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one sentence
+        )
+    refuse_misfits(found, f"{folder}: its weights do", CONFIG)
+    return model
+
+
+def load_config(
+    folder: str, *, local_files_only: bool = False, kind: Kind = LANGUAGE_MODEL
+) -> PreTrainedConfig:
+    """Load the configuration of a model, without weights.
+
+    Args:
+        folder: path of the model, or its name on the model hub.
+        local_files_only: if True, nothing is downloaded.
+        kind: kind of the model.
+
+    Raises:
+        ValueError: config.json or generation_config.json is damaged, or describes no such model.
+        OSError: there is no config.json.
+    """
+    path = Path(folder)
+    if path.is_dir():
+        _check_model_folder(path)
+    with loading(CONFIG, folder):
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=local_files_only
+        )
+        if type(config) not in kind.architectures:
+            raise ValueError(f"{config.model_type} is not {kind.name}")
+        _check_sizes(config)
+    if (path / GENERATION_CONFIG).is_file():
+        with loading(GENERATION_CONFIG, folder):
+            _check_ids(GenerationConfig.from_pretrained(folder))
+    return config
+
+
+def _check_model_folder(folder: Path) -> None:
+    """Check that a folder holds a model of a known architecture, by its JSON files."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{folder}: holds adapters, expected a whole model: derta merge folds them into theirs"
+        )
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: has no {CONFIG}, expected a model")
+    described = read_object(path)
+    name = described.get("model_type")
+    # Without one, transformers would guess the architecture from the folder's name.
+    if not isinstance(name, str) or name not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{path}: model_type is {name!r}, expected an architecture of transformers "
+            f"{transformers.__version__}"
+        )
+    if described.get("transformers_weights") is not None:
+        raise ValueError(f"{path}: has transformers_weights, expected weights in {WEIGHTS}")
+    read_objects(folder, [GENERATION_CONFIG])
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Check that sizes are positive, and layers few enough to be described."""
+    text = config.get_text_config(decoder=True)
+    for name in SIZES:
+        size = getattr(text, name, None)
+        if isinstance(size, int) and size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}, got {layers}")
+    heads = getattr(text, "num_attention_heads", None)
+    groups = getattr(text, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise ValueError(
+            f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and "
+            f"{groups}"
         )
 
 
+def _check_ids(config: GenerationConfig) -> None:
+    """Check that the token ids at which generation starts and ends are whole numbers."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(config, name)
+        for id in ids if isinstance(ids, list) else [ids]:
+            if id is not None and type(id) is not int:
+                raise ValueError(f"{name} must be a token id or a list of them, got {ids!r}")
+
+
+def empty_model(folder: str, config: PreTrainedConfig, kind: Kind = LANGUAGE_MODEL) -> Any:
+    """Return the model that the configuration describes, without storage.
+
+    Args:
+        folder: the model's folder or name, for errors.
+        config: its configuration.
+        kind: kind of the model.
+
+    Raises:
+        ValueError: transformers cannot make such a model.
+    """
+    with loading(CONFIG, folder), torch.device("meta"):
+        return kind.auto.from_config(config, trust_remote_code=False)
+
+
+def check_weights(
+    folder: str, config: PreTrainedConfig, kind: Kind = LANGUAGE_MODEL
+) -> dict[str, Header]:
+    """Check that a folder's weights are all that the configuration describes, by their headers.
+
+    transformers loads tensors without storage under the names of the files, so its own conversions
+    and exceptions (tied heads, merged experts, buffers of old files) hold. Of quantized weights,
+    and under DeepSpeed's ZeRO-3, only the files are checked here.
+
+    Args:
+        folder: path of the model.
+        config: its configuration.
+        kind: kind of the model.
+
+    Returns:
+        the tensors of the files by name.
+
+    Raises:
+        ValueError: a file is damaged, or its tensors do not fit.
+        FileNotFoundError: a file is absent.
+    """
+    headers = weight_headers(Path(folder))
+    if getattr(config, "quantization_config", None) is not None or is_deepspeed_zero3_enabled():
+        return headers
+    model = empty_model(folder, config, kind)
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, header in headers.items():
+        if not header.is_floating_point and (name in parameters or name.endswith(".weight")):
+            raise ValueError(
+                f"{header.file}: {name} is of {header.dtype}, expected floating-point weights"
+            )
+    tensors = {name: torch.empty(one.shape, device="meta") for name, one in headers.items()}
+    with loading("the model", folder), _without_report(), _without_bars():
+        _, found = type(model).from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    refuse_misfits(found, f"{folder}: its weights do", CONFIG)
+    return headers
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Leave out transformers' table of misfits: they are refused in one sentence.
+
+    Raises:
+        ValueError: a weight that is joined of several tensors, as merged experts are, lacks some.
+    """
+    reports: list[str] = []
+
+    def keep(record: std_logging.LogRecord) -> bool:
+        said = record.getMessage()
+        is_report = "LOAD REPORT" in said
+        reports.extend([said] if is_report else [])
+        return not is_report
+
+    reporter = std_logging.getLogger("transformers.modeling_utils")
+    reporter.addFilter(keep)
+    try:
+        yield
+    except RuntimeError as error:
+        joined = JOINED.findall("\n".join(reports))
+        if not joined:
+            raise
+        raise ValueError(
+            f"{listed(joined)} cannot be made of the files' tensors, some are missing or of "
+            "another shape: use all files of one model"
+        ) from error
+    finally:
+        reporter.removeFilter(keep)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Show no progress of a load that reads nothing."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _with_skips(
-    quantization: BitsAndBytesConfig, config: PreTrainedConfig, folder: str
+    quantization: BitsAndBytesConfig, model: PreTrainedModel, folder: str
 ) -> BitsAndBytesConfig:
     """Return a copy that also skips every linear layer that may not be in 4 bits."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     small, linear = layers_for_4_bits(model), linear_layers(model)
     if len(small) < len(linear):
         logger.warning(
@@ -93,44 +335,6 @@ def _with_skips(
     quantization = copy.deepcopy(quantization)
     quantization.llm_int8_skip_modules = [*(quantization.llm_int8_skip_modules or ()), *whole]
     return quantization
-
-
-@contextmanager
-def loading(what: str, folder: str) -> Iterator[None]:
-    """Turn an error inside into one sentence that names the model and the missing part.
-
-    Args:
-        what: the part to load: the model, its tokenizer.
-        folder: path of the model, or its name on the model hub.
-
-    Raises:
-        OSError, ValueError: the part cannot be loaded.
-    """
-    try:
-        yield
-    except (OSError, ValueError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())
-        if said.startswith("Unrecognized configuration class"):
-            said = "it is not a causal language model"  # instead of a list of all models
-        elif isinstance(error.__cause__, HFValidationError):
-            said = "no such folder"
-        elif not Path(folder).is_dir():
-            said = f"is not a folder, and neither the model hub nor its local cache has it: {said}"
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{folder}: {what} cannot be loaded: {said}") from error
-
-
-@contextmanager
-def intact_weights(folder: str | Path) -> Iterator[None]:
-    """Name the folder if its weights, read inside, are damaged.
-
-    Raises:
-        ValueError: a safetensors file is damaged.
-    """
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{folder}: its weights are damaged or incomplete: {error}") from error
 
 
 def find_device(name: str) -> torch.device:
@@ -159,20 +363,77 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: chat_template is neither Jinja text nor a file.
+        ValueError: a file of the tokenizer is damaged.
         OSError: there is no tokenizer.
     """
+    path = Path(folder)
+    if path.is_dir():
+        read_objects(path, TOKENIZER_JSON)
+        _check_if_known(path)
     with loading("the tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=local_files_only
         )
+        if path.is_dir():
+            _check_vocabulary_files(path, tokenizer)
     if chat_template is not None:
         if "{" not in chat_template:
-            path = Path(chat_template)
-            if not path.is_file():
-                raise FileNotFoundError(f"chat_template: {path}: neither Jinja text nor a file")
-            chat_template = path.read_text(encoding="utf-8")
+            file = Path(chat_template)
+            if not file.is_file():
+                raise FileNotFoundError(f"chat_template: {file}: neither Jinja text nor a file")
+            chat_template = file.read_text(encoding="utf-8")
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def _check_if_known(folder: Path) -> None:
+    """Check the configuration beside a tokenizer, which may be of a served model of any kind."""
+    if not (folder / CONFIG).is_file():
+        return
+    if read_object(folder / CONFIG).get("model_type") in CONFIG_MAPPING:
+        with loading(CONFIG, str(folder)):
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _check_vocabulary_files(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the vocabulary came from a file: some classes make an empty one without."""
+    names = type(tokenizer).vocab_files_names
+    known = {"tokenizer.json", *names.values()}
+    if names and not any((folder / name).is_file() for name in known):
+        raise FileNotFoundError(f"expected one of {', '.join(sorted(known))}, got none")
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: str
+) -> None:
+    """Check that the model has a row for every token that texts and chats can contain.
+
+    Special tokens that the chat template does not write may lie beyond, as those for pictures do.
+
+    Args:
+        tokenizer: the tokenizer.
+        config: the model's configuration.
+        folder: the tokenizer's folder or name, for errors.
+
+    Raises:
+        ValueError: a token is beyond the model's vocabulary.
+    """
+    rows = config.get_text_config(decoder=True).vocab_size
+    template, special = str(tokenizer.chat_template), tokenizer.added_tokens_decoder
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    beyond = sorted(
+        (id, token)
+        for token, id in tokenizer.get_vocab().items()
+        if id >= rows
+        and (id in ends or id not in special or not special[id].special or token in template)
+    )
+    if beyond:
+        (id, token), more = beyond[0], len(beyond) - 1
+        raise ValueError(
+            f"{folder}: the tokenizer gives {token!r} the id {id}"
+            + (f", and {more} more such tokens" if more else "")
+            + f", expected ids below {rows}, the model's vocab_size: use the model's own tokenizer"
+        )
 
 
 def load_tuned(
@@ -189,36 +450,36 @@ def load_tuned(
 
     Raises:
         FileNotFoundError: adapters lack adapter_model.safetensors or their base model.
-        ValueError: adapters are prompts instead of weights, or weights are damaged or already
-            quantized.
+        ValueError: adapters are prompts instead of weights, do not fit their base model, a file is
+            damaged, or weights are already quantized.
         OSError: a folder lacks a model in safetensors or a tokenizer.
     """
     adapters = None
     weights = tokens = str(folder)
-    if (folder / "adapter_config.json").is_file():
-        adapters = PeftConfig.from_pretrained(str(folder))
-        if adapters.is_prompt_learning:
-            raise ValueError(
-                f"{folder}: {adapters.peft_type.value} adapters are prompts, not weights"
-            )
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise FileNotFoundError(f"{folder}: adapters without adapter_model.safetensors")
-        weights = _base(folder, adapters)
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapters = read_adapters(folder)
+        weights = base_of(folder, adapters)
         if not (folder / "tokenizer_config.json").is_file():
             tokens = weights
     tokenizer = load_tokenizer(tokens, chat_template, local_files_only=True)
+    if adapters is not None:  # before the weights of a large base model are read
+        config = load_config(weights, local_files_only=True)
+        put_adapters(empty_model(weights, config), adapters, folder)
     model: Any = load_model(weights, dtype, local_files_only=True)
-    if adapters is not None:
-        with intact_weights(folder):
-            model = PeftModel.from_pretrained(model, folder)
-    return model, tokenizer
+    check_vocabulary(tokenizer, model.config, tokens)
+    return model if adapters is None else put_adapters(model, adapters, folder), tokenizer
 
 
-def _base(folder: Path, adapters: PeftConfig) -> str:
-    """Return the path or hub name of the model that the adapters were trained on."""
+def base_of(folder: Path, adapters: PeftConfig) -> str:
+    """Return the path or hub name of the model that the adapters were trained on.
+
+    Raises:
+        FileNotFoundError: it is not on this machine.
+    """
     base = str(adapters.base_model_name_or_path)
     try:
-        AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+        if not Path(base).is_dir():
+            AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     except OSError as error:
         raise FileNotFoundError(
             f"{folder}: the base model of these adapters, {base!r}, is neither a folder "

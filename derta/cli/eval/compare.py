@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from derta.cli.settings.evaluation import CompareConfig, ResultFiles
 from derta.evaluation import KeywordJudge
 from derta.evaluation.reporting.comparison import (
@@ -19,6 +17,7 @@ from derta.evaluation.reporting.comparison import (
     write_comparison,
 )
 from derta.evaluation.reporting.official_results import official_entry, read_prompts
+from derta.modeling.loading import load_tokenizer
 
 
 def find_files(source: str) -> list[Path]:
@@ -100,7 +99,7 @@ def read_results(config: CompareConfig) -> tuple[dict[str, dict[str, Any]], list
     judge, prompts = KeywordJudge(config.keywords), read_prompts(*config.prompts)
     tokenizer = None
     if config.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
+        tokenizer = load_tokenizer(config.tokenizer, None, local_files_only=True)
     models: dict[str, dict[str, Any]] = {}
     notes = []
     for name, source in _named(config):

@@ -38,6 +38,7 @@ from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
 from derta.evaluation.judges.registry import make_judges, verdicts_file
 from derta.evaluation.scenarios import SLOT
+from derta.modeling.folders import read_object
 from derta.modeling.loading import (
     find_device,
     load_tokenizer,
@@ -152,9 +153,15 @@ def loss_history(folder: Path) -> Sequence[Mapping[str, Any]]:
     """Return the training log of this model, empty if `derta train` did not write its folder.
 
     Checkpoints beside it may belong to another run, and are not read.
+
+    Raises:
+        ValueError: the file of the log is damaged.
     """
     state = folder / TRAINER_STATE_NAME
-    return json.loads(state.read_text("utf-8"))["log_history"] if state.is_file() else []
+    log = read_object(state).get("log_history") if state.is_file() else []
+    if not isinstance(log, list):
+        raise ValueError(f"{state}: log_history must be a list, got {log!r:.40}")
+    return log
 
 
 def find_generator(
@@ -212,6 +219,7 @@ def run(config: EvaluateConfig) -> None:
     """
     started = time.perf_counter()
     folders = model_folders(config.model)
+    losses = {name: [log] for name, folder in folders.items() if (log := loss_history(folder))}
     for name in config.servers:
         if name not in folders:
             raise ValueError(f"servers: {name!r} is none of the models: {', '.join(folders)}")
@@ -258,9 +266,7 @@ def run(config: EvaluateConfig) -> None:
     summary = summarize(
         {name: [result] for name, result in zip(answered, results, strict=True)},
         seconds=time.perf_counter() - started,
-        loss={
-            name: [history] for name, folder in folders.items() if (history := loss_history(folder))
-        },
+        loss=losses,
     )
     report = write_report(summary, config.output_dir)
     if not config.keep_answers:

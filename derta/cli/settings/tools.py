@@ -91,4 +91,10 @@ class BenchConfig:
 
 @dataclass(kw_only=True)
 class DoctorConfig:
-    """`derta doctor` has no settings."""
+    """A report on this machine, or on a folder."""
+
+    folder: str | None = setting(
+        None,
+        "Folder of a model, of adapters or of a checkpoint to verify; without, this machine is "
+        "described.",
+    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import jinja2
 
 from derta.data.records.types import Message
+from derta.data.tokens.trial import check_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,17 @@ T = TypeVar("T")
 
 # Large enough for a fast tokenizer to use all cores.
 BATCH = 256
+
+# A template's own errors, and Python's in its expressions.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "Hello"},)
 _SENTINEL = "sentinel-answer"
@@ -51,8 +63,9 @@ class Chat:
         closing_ids: both as token ids.
 
     Raises:
-        ValueError: there is no chat template, it drops the assistant's text, a response does not
-            begin with its generation prompt, or there is no token to close a response.
+        ValueError: there is no chat template, it is no Jinja, it does not end (see
+            `trial.check_ends`), it drops the assistant's text, a response does not begin with its
+            generation prompt, or there is no token to close a response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,8 +75,13 @@ class Chat:
                 "the tokenizer's attribute) to that of the model's instruct version or your own"
             )
         self.tokenizer = tokenizer
+        answer: Message = {"role": "assistant", "content": _SENTINEL}
+        check_ends(
+            str(tokenizer.chat_template),
+            lambda: self._render(PROBE, generate=True) + self._render([*PROBE, answer]),
+        )
         opening = self._render(PROBE, generate=True)
-        answered = self._render([*PROBE, {"role": "assistant", "content": _SENTINEL}])
+        answered = self._render([*PROBE, answer])
         if _SENTINEL not in answered:
             raise ValueError("chat_template drops the assistant's messages")
         if not answered.startswith(opening):
@@ -173,8 +191,13 @@ class Chat:
                     list(messages), tokenize=False, add_generation_prompt=generate
                 )
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat_template rejects the messages: {error}") from error
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"chat_template is not valid Jinja: {error.message} at line {error.lineno}"
+            ) from error
+        except TEMPLATE_ERRORS as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"chat_template rejects the messages: {said}") from error
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from derta.evaluation.generation.server import Server, ServerSettings
 from derta.evaluation.judges.base import REFUSAL_KEYWORDS, Exchange, Judge, KeywordJudge, Verdict
@@ -18,8 +17,9 @@ from derta.evaluation.judges.local import ClassifierJudge, ModelJudge
 from derta.evaluation.judges.rubrics import PAPER_TEMPLATE, RUBRICS, Rubric, paper_rubric
 from derta.evaluation.judges.served import ServerJudge
 from derta.modeling.loading import (
+    CLASSIFIER,
+    check_vocabulary,
     find_device,
-    intact_weights,
     load_model,
     load_tokenizer,
     weights_dtype,
@@ -141,17 +141,12 @@ class LocalJudge:
 
 def _classifier(config: ClassifierConfig, name: str, folder: Path) -> Judge:
     def load(dtype: torch.dtype) -> ClassifierJudge:
-        with intact_weights(config.path):
-            model = AutoModelForSequenceClassification.from_pretrained(
-                config.path,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-            )
+        model = load_model(config.path, dtype, local_files_only=True, kind=CLASSIFIER)
+        tokenizer = load_tokenizer(config.path, None, local_files_only=True)
+        check_vocabulary(tokenizer, model.config, config.path)
         return ClassifierJudge(
             model,
-            load_tokenizer(config.path, None, local_files_only=True),
+            tokenizer,
             refusal_label=config.refusal_label,
             harmful_label=config.harmful_label,
             reads=config.reads,
@@ -182,6 +177,7 @@ def _model(config: LocalConfig, rubric: Rubric) -> Judge:
     def load(dtype: torch.dtype) -> ModelJudge:
         model = load_model(config.path, dtype, local_files_only=True)
         tokenizer = load_tokenizer(config.path, None, local_files_only=True)
+        check_vocabulary(tokenizer, model.config, config.path)
         return ModelJudge(model, tokenizer, rubric, config.batch_size)
 
     return LocalJudge(load, config)

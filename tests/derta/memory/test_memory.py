@@ -429,7 +429,7 @@ def test_other_models_than_causal_language_models_are_refused(
 ) -> None:
     AutoConfig.for_model("t5").save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path), "--gpu", "8"]) == 1
-    said = "the configuration cannot be loaded: t5 is no causal language model"
+    said = "config.json cannot be loaded: t5 is not a causal language model"
     assert capsys.readouterr().err == f"derta plan: {tmp_path}: {said}\n"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -206,6 +207,16 @@ def test_quantized_weights_are_refused_in_one_sentence_except_under_qlora(tmp_pa
         load_tuned(tmp_path, torch.float32, None)
     again = load_model(folder, torch.float32, quantization=small_config, device=CPU)
     assert names_in_4_bits(again) == names_in_4_bits(first)
+
+
+def test_a_weight_of_another_shape_is_refused_before_it_is_quantized(tmp_path: Path) -> None:
+    tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(weights | {name: weights[name][:32].clone()}, tmp_path / "model.safetensors")
+    small_config = quantization(QLORA, torch.float32)
+    with pytest.raises(ValueError, match=r"q_proj.weight has shape \(32, 64\), expected \(64"):
+        load_model(str(tmp_path), torch.float32, quantization=small_config, device=CPU)
 
 
 def test_layers_pack_again_after_remove_derta(packs: bool) -> None:

@@ -152,7 +152,7 @@ def test_files_with_named_formats_and_equal_ids_are_read(
         ("--model bare --benign benign.jsonl", "bare: adapters without adapter_model.safetensors"),
         (
             '--model bare --benign benign.jsonl --judges {"wildguard":{"path":"prompts"}}',
-            "prompts: the model cannot be loaded",
+            "prompts: holds adapters, expected a whole model",
         ),
         (
             "--model prompts --benign benign.jsonl",
@@ -425,7 +425,7 @@ def test_damaged_adapters_are_named(workplace: Path, capsys: pytest.CaptureFixtu
     weights = Path("adapters/adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
     assert call("--model adapters --benign benign.jsonl") == 1
-    assert "derta eval: adapters: its weights are damaged" in capsys.readouterr().err
+    assert "derta eval: adapters/adapter_model.safetensors: is damaged" in capsys.readouterr().err
 
 
 def test_pickled_weights_are_refused(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
