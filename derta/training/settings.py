@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from derta.data.records.defaults import SpecialTokensInText
 from derta.objectives.defaults import (
     DERTA,
     MAX_LENGTH,
@@ -143,6 +144,19 @@ class PackingSettings(PackSettings):
 
 
 @dataclass(kw_only=True)
+class TextSettings:
+    """The reading of texts."""
+
+    special_tokens_in_text: SpecialTokensInText = setting(
+        "plain",
+        "Special tokens of the tokenizer in the texts of records. plain: ordinary text; refuse: an "
+        "error of the record; keep: control tokens, as if the chat template had written them. "
+        "Rendered rows always keep theirs.",
+        heading="texts",
+    )
+
+
+@dataclass(kw_only=True)
 class ScheduleSettings:
     """The size and the number of optimizer steps."""
 
@@ -270,6 +284,7 @@ class RuntimeSettings:
 class DertaSettings(
     ObjectiveSettings,
     PackingSettings,
+    TextSettings,
     ScheduleSettings,
     SeedSettings,
     SelectionSettings,
