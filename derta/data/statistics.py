@@ -15,7 +15,7 @@ import numpy as np
 
 from derta.data.packs.packing import Collator, count_tokens
 from derta.data.packs.shares import loss_shares
-from derta.data.records.defaults import LISTED, NEAR
+from derta.data.records.defaults import LISTED, NEAR, SpecialTokensInText
 from derta.data.records.duplicates import (
     Fingerprint,
     Match,
@@ -28,6 +28,7 @@ from derta.data.records.types import Dialogue, Message, Record, Rendered, Reques
 from derta.data.tokens.chat import BATCH, batched
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
 from derta.data.tokens.refusal import choose_refusal_token
+from derta.data.tokens.special import COMMON, SpecialTokenCount
 from derta.objectives.base import Drawn, LossNorm
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class RunStatistics:
     Args:
         tokenizer: tokenizer with a chat template.
         collator: draws for the first epoch.
-        max_length, max_tokens: as in `DertaConfig`.
+        max_length, max_tokens, special_tokens_in_text: as in `DertaConfig`.
 
     Raises:
         ValueError: the tokenizer cannot be used, see `Encoder`.
@@ -100,9 +101,14 @@ class RunStatistics:
         *,
         max_length: int,
         max_tokens: int,
+        special_tokens_in_text: SpecialTokensInText = "plain",
     ) -> None:
         objective = collator.objective
-        draws: Any = {"branches": objective.branches, "cuts": objective.cuts}
+        draws: Any = {
+            "branches": objective.branches,
+            "cuts": objective.cuts,
+            "special_tokens_in_text": special_tokens_in_text,
+        }
         self.collator = collator
         self.whole = Encoder(tokenizer, max_length=sys.maxsize, max_tokens=sys.maxsize, **draws)
         self.fitting = Encoder(tokenizer, max_length=max_length, max_tokens=max_tokens, **draws)
@@ -273,17 +279,21 @@ def data_statistics(
 
     Returns:
         Plain values without any text of a record: "rows" by source and kind, "unit" and "lengths"
-        by part; with a run "tokens", "loss" by source and term, and "refusal"; "near", "duplicates"
-        and "leakage", see `Repeats`.
+        by part; "special_tokens" in texts, but for rendered rows, by token (without a run those of
+        `COMMON`), and the records with them; with a run "tokens", "loss" by source and term, and
+        "refusal"; "near", "duplicates" and "leakage", see `Repeats`.
 
     Raises:
         ValueError: as `RunStatistics`; the refusal token cannot be resolved.
     """
     rows: dict[str, Counter[str]] = defaultdict(Counter)
+    special = SpecialTokenCount(COMMON if run is None else run.whole.special.pattern)
 
     def counted() -> Iterator[Record]:
         for record in records:
             rows[record.source][_kind_of(record)] += 1
+            if not isinstance(record, Rendered):
+                special.add(record)
             repeats.add(record)
             yield record
 
@@ -310,6 +320,7 @@ def data_statistics(
         "rows": {source: dict(kinds) for source, kinds in rows.items()},
         "unit": "characters" if run is None else "tokens",
         "lengths": {part: found.summary() for part, found in lengths.items()},
+        "special_tokens": {"records": special.records, "tokens": dict(special.tokens)},
         **of_run,
         **repeats.summary(),
     }

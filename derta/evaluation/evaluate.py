@@ -13,12 +13,19 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
+from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
 from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
 from derta.evaluation.judges.base import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from derta.evaluation.measures.results import Outcome, Sample, VariantResult
-from derta.evaluation.scenarios import EvaluationData, Scenario, Trial, make_scenarios
+from derta.evaluation.scenarios import (
+    EvaluationData,
+    Scenario,
+    Templated,
+    Trial,
+    make_scenarios,
+)
 from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
 from derta.modeling.introspection import context_length
 
@@ -44,6 +51,9 @@ class EvaluationSettings:
             main ones.
         lm_eval: tasks of lm-eval, by name or as a YAML file, see `derta.evaluation.lm_tasks`.
         samples: number of answers kept per scenario; 0 by default, to show no text.
+        special_tokens_in_text: control tokens in requests, templates and responses: "plain" text;
+            "refuse", an error of the request; or "keep", for an attacker whose prompts reach a
+            model that reads them as control tokens. Answers of the model are never refused.
 
     Raises:
         ValueError: a value is out of its range, two prefill depths are the same, a template lacks
@@ -61,6 +71,7 @@ class EvaluationSettings:
     judges: Mapping[str, Judge] = field(default_factory=lambda: {"keyword": KeywordJudge()})
     lm_eval: Sequence[str] = ()
     samples: int = 0
+    special_tokens_in_text: SpecialTokensInText = "plain"
 
     def __post_init__(self) -> None:
         if self.helpful not in ("exact_match", "perplexity"):
@@ -161,12 +172,15 @@ def collect_answers(
         generator: the generator of the answers; None: the model.
 
     Raises:
-        ValueError: a request does not fit the model's context or its chat template (names its id),
+        ValueError: a request does not fit the model's context or its chat template, or has a
+            special token that is refused (names its id),
             the refusal token cannot be resolved, `apply_derta` refuses the model for curves, or
             the settings need more than a served model.
     """
     started = time.perf_counter()
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, settings.special_tokens_in_text)
+    for place, template in enumerate(settings.templates):
+        chat.check_text(f"templates[{place}]", template)
     chosen = make_scenarios(
         data,
         prefill_depths=settings.prefill_depths,
@@ -246,6 +260,7 @@ def _trials(scenario: Scenario, chat: Chat) -> list[Trial]:
     trials = []
     for record in scenario.records:
         with naming(record):
+            chat.check(record.request if isinstance(record, Templated) else record)
             trial = scenario.trial(record, chat)
         if trial is not None:
             trials.append(trial)
@@ -363,6 +378,7 @@ def _curves(
             list(itertools.chain(*kinds)),
             refusal=refusal_id,
             max_tokens=settings.max_tokens,
+            special_tokens_in_text=settings.special_tokens_in_text,
         )
     )
     return [tuple(itertools.islice(curves, len(kind))) for kind in kinds]
@@ -377,7 +393,14 @@ def _perplexity(
     if settings.helpful != "perplexity" or not data.helpful:
         return 0.0, 0
     context = context_length(model)
-    encoder = Encoder(tokenizer, max_length=context, max_tokens=context, branches=0, cuts="zero")
+    encoder = Encoder(
+        tokenizer,
+        max_length=context,
+        max_tokens=context,
+        branches=0,
+        cuts="zero",
+        special_tokens_in_text=settings.special_tokens_in_text,
+    )
     dialogues = [_dialogue(request) for request in data.helpful]
     encoded = []
     for dialogue, one in zip(dialogues, encoder.encode_many(dialogues), strict=True):

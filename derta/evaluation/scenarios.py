@@ -130,10 +130,9 @@ def completion(request: Request, chat: Chat) -> Trial:
 
     Source: arXiv 2407.09121, section 4.1.
     """
-    tokenizer = chat.tokenizer
     start = chat.prompt_ids(request.messages)[:1]
-    beginning = start if start == [tokenizer.bos_token_id] else []
-    text = tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
+    beginning = start if start == [chat.tokenizer.bos_token_id] else []
+    text = chat.text_ids(request.prompt)
     return Trial(request.id, request.messages, tuple(beginning + text))
 
 

@@ -31,6 +31,7 @@ from derta.data import (
     plan_packs,
     resolve_refusal_token,
 )
+from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
 from derta.evaluation.generation.local import SHOWN_AFTER_S
 from derta.modeling.introspection import context_length, evaluating
@@ -64,6 +65,7 @@ def refusal_curves(
     *,
     refusal: str | int = "auto",
     max_tokens: int = 4096,
+    special_tokens_in_text: SpecialTokensInText = "plain",
 ) -> list[np.ndarray]:
     """Return the `refusal_curve` of each record's response.
 
@@ -75,6 +77,8 @@ def refusal_curves(
         records: records with a response.
         refusal: as for `find_refusal_token`.
         max_tokens: tokens per pack; a longer response has its own pack.
+        special_tokens_in_text: as for `Chat`; "refuse" makes a control token in a text an error of
+            its record.
 
     Returns:
         for each record (tokens of the response + 1,) float32: entry t is read after t of them.
@@ -82,13 +86,15 @@ def refusal_curves(
     Raises:
         TypeError: a record is neither a triple, nor a dialogue, nor a request.
         ValueError: a request has no response, a record does not fit the model's context or its chat
-            template (names its id), or as `refusal_curve` and `find_refusal_token`.
+            template or has a special token that is refused (names its id), or as `refusal_curve`
+            and `find_refusal_token`.
     """
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, special_tokens_in_text)
     examples = []
     for record in records:
         messages, text = _response_of(record)
         with naming(record):
+            chat.check(record)
             examples.append(response(chat, record.id, messages, text))
     triples = [record for record in records if isinstance(record, Triple)]
     refusal_id = find_refusal_token(model, tokenizer, refusal, triples)

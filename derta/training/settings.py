@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+from derta.data.records.defaults import SpecialTokensInText
 from derta.objectives.defaults import (
     DERTA,
     MAX_LENGTH,
@@ -140,6 +141,19 @@ class PackingSettings(PackSettings):
         "Longest sequence, in tokens. Longer harmful responses lose their end.",
         ge=1,
         heading="batches",
+    )
+
+
+@dataclass(kw_only=True)
+class TextSettings:
+    """The reading of texts."""
+
+    special_tokens_in_text: SpecialTokensInText = setting(
+        "plain",
+        "Special tokens of the tokenizer in the texts of records. plain: ordinary text; refuse: an "
+        "error of the record; keep: control tokens, as if the chat template had written them. "
+        "Rendered rows always keep theirs.",
+        heading="texts",
     )
 
 
@@ -289,6 +303,7 @@ class RuntimeSettings:
 class DertaSettings(
     ObjectiveSettings,
     PackingSettings,
+    TextSettings,
     ScheduleSettings,
     SeedSettings,
     SelectionSettings,

@@ -131,7 +131,8 @@ class DertaTrainer(ResumableTrainer):
         optimizers: as in `Trainer`.
 
     Raises:
-        ValueError: two records have one id, no record fits `max_length`, one exceeds the model's
+        ValueError: two records have one id, a text has a special token that
+            `special_tokens_in_text` refuses, no record fits `max_length`, one exceeds the model's
             context, the refusal token cannot be resolved, the evaluation records do not give the
             metric of the best checkpoint, or `apply_derta` refuses the model.
         FloatingPointError: while training, a loss, a gradient norm or a parameter was NaN or
@@ -218,6 +219,7 @@ class DertaTrainer(ResumableTrainer):
             max_tokens=args.max_tokens,
             branches=args.branches,
             cuts=args.cuts,
+            special_tokens_in_text=args.special_tokens_in_text,
         )
 
     def _encode(

@@ -20,6 +20,7 @@ from derta.data import (
 from derta.data.records.building import read_sources
 from derta.data.records.formats import Half
 from derta.data.statistics import Repeats, RunStatistics, data_statistics
+from derta.data.tokens.special import listed_tokens
 from derta.objectives.base import Term
 from derta.objectives.choice import objective_of
 
@@ -51,6 +52,10 @@ def describe(found: Mapping[str, Any], terms: Sequence[Term]) -> str:
         lines.append(f"  {part:<20}" + "".join(f"{lengths[name]:>10,}" for name in columns))
     if "tokens" in found:
         lines += _of_run(found, terms)
+    special = found["special_tokens"]
+    if special["records"]:
+        listed = listed_tokens(special["records"], special["tokens"])
+        lines.append(f"special tokens in texts: {listed}")
     near = "" if found["near"] is None else f" (near: {found['near']:.2f} of the pairs of words)"
     duplicates, leakage = found["duplicates"], found["leakage"]
     lines.append(
@@ -111,6 +116,7 @@ def run(config: StatsConfig) -> None:
             Collator(objective_of(config), seed=config.seed),
             max_length=config.max_length,
             max_tokens=config.max_tokens,
+            special_tokens_in_text=config.special_tokens_in_text,
         )
     records = (record for _, record in read_sources(config.sources) if not isinstance(record, Half))
     evaluation = compared_records(config.eval_sources)

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import re
+
 from derta.cli.settings.data import ValidateConfig
-from derta.data import Reading
+from derta.data import Chat, Reading, Rendered
 from derta.data.records.reading import read_placed
+from derta.data.tokens.special import COMMON, SpecialTokenCount, listed_tokens
 
 
 def run(config: ValidateConfig) -> None:
     """Print the place, field and reason of every bad row, and the counts of each file.
 
     Raises:
-        ValueError: a row is bad, or the format is unknown.
+        ValueError: a row is bad, the format is unknown, or the tokenizer has no usable template.
         FileNotFoundError: a file does not exist.
     """
     reading = Reading()
-    for _, record in read_placed(config.files, config.role, config.format, reading):
+    special = SpecialTokenCount(_special_tokens(config))
+    first = ""
+    for place, record in read_placed(config.files, config.role, config.format, reading):
         if isinstance(record, ValueError):
             print(record)
+        elif not isinstance(record, Rendered):  # those keep their marks
+            fields = special.add(record)
+            first = first or "".join(f"{place}: {field}" for field in fields[:1])
     for path, counts in reading.files.items():
         print(f"{path}: {counts}")
+    if special.records:
+        print(
+            f"special tokens in texts: {listed_tokens(special.records, special.tokens)}, first in "
+            f"{first}; see special_tokens_in_text"
+        )
     bad = sum(counts.bad for counts in reading.files.values())
     if bad:
         raise ValueError(f"errors: {bad} in {len(reading.files)} files")
+
+
+def _special_tokens(config: ValidateConfig) -> re.Pattern[str]:
+    if config.model is None:
+        return COMMON
+    from derta.modeling.loading import load_tokenizer
+
+    return Chat(load_tokenizer(config.model, config.chat_template)).special.pattern

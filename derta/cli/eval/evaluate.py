@@ -237,6 +237,7 @@ def run(config: EvaluateConfig) -> None:
         helpful=config.helpful_metric,
         lm_eval=config.lm_eval,
         samples=config.samples,
+        special_tokens_in_text=config.special_tokens_in_text,
     )
     if config.servers:
         refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))

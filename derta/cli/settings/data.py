@@ -11,13 +11,18 @@ from derta.data.records.defaults import LISTED, NEAR
 from derta.data.records.sources import Source
 from derta.outputs import check_folder
 from derta.settings import check_ranges, setting
-from derta.training.settings import ObjectiveSettings, PackingSettings, SeedSettings
+from derta.training.settings import (
+    ObjectiveSettings,
+    PackingSettings,
+    SeedSettings,
+    TextSettings,
+)
 
 Purpose = Literal["safety", "helpful", "borderline", "harmful", "harmless", "question"]
 
 
 @dataclass(kw_only=True)
-class ValidateConfig:
+class ValidateConfig(TemplateSettings):
     """A validation."""
 
     files: list[str] = setting(
@@ -29,6 +34,11 @@ class ValidateConfig:
         "harmful, harmless, question."
     )
     format: str | None = setting(None, "Format of the rows, if their fields do not tell it.")
+    model: str | None = setting(
+        None,
+        "Folder with a tokenizer, or a name on the model hub, whose special tokens are looked for "
+        "in texts; null: those of common models.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +51,7 @@ class Compared:
 
 
 @dataclass(kw_only=True)
-class StatsConfig(ObjectiveSettings, PackingSettings, SeedSettings, TemplateSettings):
+class StatsConfig(ObjectiveSettings, PackingSettings, TextSettings, SeedSettings, TemplateSettings):
     """A look at a data set.
 
     Raises:

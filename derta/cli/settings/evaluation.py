@@ -10,7 +10,7 @@ from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
 from derta.evaluation.scenarios import check_name
 from derta.outputs import check_folder
 from derta.settings import check_ranges, setting
-from derta.training.settings import PackSettings
+from derta.training.settings import PackSettings, TextSettings
 
 FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
 KEYWORDS_SHOWN = f"{len(REFUSAL_KEYWORDS)} phrases, from {REFUSAL_KEYWORDS[0]!r} on"
@@ -18,7 +18,7 @@ ResultFiles = str | list[str] | dict[str, str]
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(LoadingSettings):
+class EvaluateConfig(LoadingSettings, TextSettings):
     """An evaluation.
 
     Raises:

@@ -1,4 +1,9 @@
-"""Defaults of what is read of data sets, stated once. This module imports nothing."""
+"""Defaults and choices of what is read of data sets, stated once. Nothing heavy is imported."""
+
+from typing import Literal
+
+# The reading of a tokenizer's special tokens in the texts of records.
+SpecialTokensInText = Literal["plain", "refuse", "keep"]
 
 # Share of common pairs of words from which two requests are near duplicates.
 NEAR = 0.7

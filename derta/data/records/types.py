@@ -185,6 +185,16 @@ def _set_messages(record: Triple | Request) -> None:
     object.__setattr__(record, "messages", messages)
 
 
+def texts_of(record: Triple | Dialogue | Request) -> Iterator[tuple[str, str]]:
+    """Yield the name of each field that holds text, and the text."""
+    single = len(record.messages) == 1
+    for index, message in enumerate(record.messages):
+        yield "prompt" if single else f"messages[{index}].content", message["content"]
+    for field in ("safe", "harmful", "response", "prefill"):
+        if text := getattr(record, field, ""):
+            yield field, text
+
+
 def check_weight(field: str, value: Any) -> float:
     """Return `value` as a float if it is a positive number.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import jinja2
 
-from derta.data.records.types import Message
+from derta.data.records.defaults import SpecialTokensInText
+from derta.data.records.types import Dialogue, Message, Request, Triple, texts_of
+from derta.data.tokens.special import SpecialTokens, unquoted
 from derta.data.tokens.trial import check_ends
 
 if TYPE_CHECKING:
@@ -38,7 +42,7 @@ class Answer(NamedTuple):
     """A rendered prompt, up to where the model starts to write, and a rendered response to it.
 
     The response ends before its closing text, or with `closing_text`; `appended_ids` are never part
-    of it.
+    of it. Both may have texts of messages that are quoted, see `SpecialTokens`.
     """
 
     prompt: str
@@ -52,10 +56,16 @@ class Chat:
     belongs to the prompt, except spaces, which tokenizers join to the next word. Responses are read
     from the rendered conversation, so they change as the template changes them (by trimming).
 
+    Control tokens in the texts of messages are read as plain text, and decode to the same text; the
+    template's own stay tokens. `SpecialTokens` says which tokens control, and how.
+
     Args:
         tokenizer: a tokenizer with a chat template.
+        special_tokens_in_text: "plain"; "refuse", the same, and `check` raises an error; or "keep",
+            which makes them control tokens, as if the template had written them.
 
     Attributes:
+        special: the tokenizer's control tokens.
         closing_text: text that the template writes after a response, up to and including its first
             special token.
         appended_ids: the end-of-sequence token if the template closes a response with no special
@@ -65,16 +75,28 @@ class Chat:
     Raises:
         ValueError: there is no chat template, it is no Jinja, it does not end (see
             `trial.check_ends`), it drops the assistant's text, a response does not begin with its
-            generation prompt, or there is no token to close a response.
+            generation prompt, there is no token to close a response, or special_tokens_in_text has
+            another value.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        special_tokens_in_text: SpecialTokensInText = "plain",
+    ) -> None:
+        if special_tokens_in_text not in (choices := typing.get_args(SpecialTokensInText)):
+            raise ValueError(
+                f"special_tokens_in_text must be one of {', '.join(choices)}, got "
+                f"{special_tokens_in_text!r}"
+            )
         if not tokenizer.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template: set chat_template (the configuration key, or "
                 "the tokenizer's attribute) to that of the model's instruct version or your own"
             )
         self.tokenizer = tokenizer
+        self.special_tokens_in_text = special_tokens_in_text
+        self.special = SpecialTokens(tokenizer)  # enough for the texts of the probes
         answer: Message = {"role": "assistant", "content": _SENTINEL}
         check_ends(
             str(tokenizer.chat_template),
@@ -91,7 +113,16 @@ class Chat:
             )
         lead, _, self._tail = answered[len(opening) :].partition(_SENTINEL)
         self._lead = lead.rstrip(" ")
+        self.special = SpecialTokens(tokenizer, self._written())
         self.closing_text, self.closing_ids, self.appended_ids = self._closing()
+
+    def _written(self) -> str:
+        """Return the text that the template writes around messages, with probes in between."""
+        turns = [*PROBE, {"role": "assistant", "content": _SENTINEL}, *PROBE]
+        written = [self._render(turns)]
+        with contextlib.suppress(ValueError):  # many templates know no system
+            written.append(self._render([{"role": "system", "content": _SENTINEL}, *turns]))
+        return "".join(written)
 
     def _closing(self) -> tuple[str, list[int], list[int]]:
         tokenizer = self.tokenizer
@@ -142,7 +173,7 @@ class Chat:
                 "not"
             )
         response = answered[len(prompt) : len(answered) - len(self._tail)]
-        if not response.strip():
+        if not unquoted(response).strip():
             raise ValueError("chat_template renders an empty response")
         return Answer(prompt, response)
 
@@ -162,6 +193,32 @@ class Chat:
             for answer in answers
         ]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Return the token ids of a text by itself, without a template."""
+        return self._tokenize([self._quoted(text)])[0]
+
+    def check(self, record: Triple | Dialogue | Request) -> None:
+        """Check that no text of a record has a control token, if those are refused.
+
+        Raises:
+            ValueError: a text has one; names the field.
+        """
+        if self.special_tokens_in_text == "refuse":
+            for name, text in texts_of(record):
+                self.check_text(name, text)
+
+    def check_text(self, name: str, text: str) -> None:
+        """Check one text, see `check`.
+
+        Raises:
+            ValueError: the text has a control token; names it.
+        """
+        if self.special_tokens_in_text == "refuse" and (found := self.special.pattern.search(text)):
+            raise ValueError(
+                f"{name}: has the special token {found[0]!r} as text, expected none: remove it, or "
+                "choose special_tokens_in_text: plain, which reads it as text"
+            )
+
     def text(self, id: int) -> str:
         """Decode one token."""
         return str(self.tokenizer.decode([id]))
@@ -177,18 +234,21 @@ class Chat:
         return self._tokenize([text])[0]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        return self.special.encode(texts)
+
+    def _quoted(self, text: str) -> str:
+        special = self.special
+        return (special.verbatim if self.special_tokens_in_text == "keep" else special.quote)(text)
 
     def _prompt(self, messages: Sequence[Message]) -> str:
         return self._render(messages, generate=True) + self._lead
 
     def _render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        quoted = [{**one, "content": self._quoted(one["content"])} for one in messages]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=generate
+                    quoted, tokenize=False, add_generation_prompt=generate
                 )
             )
         except jinja2.TemplateSyntaxError as error:

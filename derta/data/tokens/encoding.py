@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
+from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.sources import Role
 from derta.data.records.types import Dialogue, Message, Record, Rendered, Triple, naming
 from derta.data.tokens.chat import BATCH, Answer, Chat, batched
+from derta.data.tokens.special import unquoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,7 +86,9 @@ class Encoder(Chat):
 
     A rendered row is tokenized as in the authors' code: with the tokenizer's beginning-of-sequence
     token, if it adds one, and without a closing token. `prefix` keeps the tokens it has by itself;
-    if `text` would merge with them, it is tokenized separately.
+    if `text` would merge with them, it is tokenized separately. Its texts were rendered with a
+    template, whose marks they hold on purpose: all special tokens in them are control tokens,
+    whatever `special_tokens_in_text` says.
 
     Args:
         tokenizer: a tokenizer with a chat template.
@@ -92,6 +96,8 @@ class Encoder(Chat):
         max_tokens: tokens of the longest pack; a triple with its branches must fit into it.
         branches: number of safe responses per triple.
         cuts: a policy of `derta.objectives.cuts`.
+        special_tokens_in_text: as for `Chat`; "refuse" makes a control token in a text an error of
+            its record.
 
     Attributes:
         skipped: number of records so far that did not fit.
@@ -109,8 +115,9 @@ class Encoder(Chat):
         max_tokens: int,
         branches: int,
         cuts: str,
+        special_tokens_in_text: SpecialTokensInText = "plain",
     ) -> None:
-        super().__init__(tokenizer)
+        super().__init__(tokenizer, special_tokens_in_text)
         self.max_length = max_length
         self.max_tokens = max_tokens
         self.branches = branches
@@ -127,7 +134,8 @@ class Encoder(Chat):
         """Encode a record; return None if it does not fit.
 
         Raises:
-            ValueError: the chat template rejects the record; names its id.
+            ValueError: the chat template rejects the record, or a text of it has a special token
+                that is refused; names its id.
         """
         (encoded,) = self.encode_many([record])
         return encoded
@@ -136,7 +144,7 @@ class Encoder(Chat):
         """Encode records in batches, which is faster the more cores there are; see `encode`.
 
         Raises:
-            ValueError: the chat template rejects a record; names its id.
+            ValueError: as `encode`.
         """
         for batch in batched(records, BATCH):
             answers = [self._answers(record) for record in batch]
@@ -157,8 +165,10 @@ class Encoder(Chat):
     def _answers(self, record: Record) -> list[Answer]:
         """Return all answers: harmful and safe response, a dialogue's turns, or a rendered text."""
         if isinstance(record, Rendered):
-            return [Answer(record.prefix, record.text)]
+            verbatim = self.special.verbatim
+            return [Answer(verbatim(record.prefix), verbatim(record.text))]
         with naming(record):
+            self.check(record)
             if isinstance(record, Triple):
                 return [
                     self.render(record.messages, record.harmful),
@@ -216,20 +226,15 @@ class Encoder(Chat):
         Words are separated by single spaces, as in the authors' data generator.
         """
         prompt, response = turn.answer
-        ids, ends = self._token_ends(prompt + response)
-        first, start = len(turn.prompt_ids), len(prompt)
+        ids, ends = self.special.encode_with_ends(prompt + response)
+        first, start = len(turn.prompt_ids), len(unquoted(prompt))
         if ids[:first] != turn.prompt_ids:  # tokenized separately, see `continuation`
-            _, ends = self._token_ends(response)
+            _, ends = self.special.encode_with_ends(response)
             first = start = 0
+        response = unquoted(response)
         lead = len(response) - len(response.lstrip(" "))
         spaces = [match.start() for match in re.finditer(" ", response) if match.start() >= lead]
         return np.searchsorted(ends[first:] - start, spaces[:-1], side="right")
-
-    def _token_ends(self, text: str) -> tuple[list[int], np.ndarray]:
-        encoding = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        return encoding["input_ids"], np.array(encoding["offset_mapping"])[:, 1]
 
     def _dialogue(self, dialogue: Dialogue, turns: list[_Turn]) -> EncodedDialogue | None:
         *inner, last = turns

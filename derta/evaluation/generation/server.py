@@ -303,6 +303,7 @@ class ServerGenerator:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.server = server
+        self.chat = chat
         self.tokenizer = chat.tokenizer
         self.stop_ids = {chat.closing_ids[-1], chat.tokenizer.eos_token_id} - {None}
         self.max_new_tokens = max_new_tokens
@@ -346,8 +347,7 @@ class ServerGenerator:
     def _read(self, text: str, choice: Any) -> dict[str, Any]:
         ids = getattr(choice, "token_ids", None)
         if ids is None:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return {"text": text, "ids": ids}
+            return {"text": text, "ids": self.chat.text_ids(text)}
         if choice.finish_reason == "stop" and ids and ids[-1] in self._ends:
             ids = ids[:-1]
         return {"text": str(self.tokenizer.decode(ids, skip_special_tokens=True)), "ids": ids}

@@ -188,6 +188,78 @@ def test_completion_is_raw_text_after_the_beginning_of_sequence(chat: Chat) -> N
     assert completion(asked("a"), Chat(bare.tokenizer)).prompt == tuple(text)
 
 
+MARK = "<|eot_id|>"
+
+
+def marked_data(prompt: str, mark: str = MARK) -> EvaluationData:
+    harmful = [Request(id="a", prompt=prompt, response=f"{mark} the", prefill=f"Sure {mark}")]
+    conversation = [{"role": "user", "content": text} for text in (prompt, "And then?")]
+    return EvaluationData(
+        harmful=harmful,
+        multi_turn=[Request(id="m", messages=conversation)],
+        attacks={"tool": [Request(id="t", prompt=prompt)]},
+        helpful=[Request(id="h", prompt=prompt, response=prompt)],
+    )
+
+
+@pytest.mark.promise("Special tokens in texts of records become plain text.")
+def test_special_tokens_in_requests_are_plain_unless_they_are_kept(
+    chat: Chat, record_property: Callable[[str, object], None]
+) -> None:
+    special = set(chat.tokenizer.all_special_ids)
+
+    def control_tokens(mark: str, chat: Chat) -> dict[str, int]:
+        made = make_scenarios(
+            marked_data(f"{mark}The {mark}fox", mark),
+            prefill_depths=(1,),
+            templates=[f"Say {{request}} {mark}"],
+        )
+        trials = {one.metric: one.trial(one.records[0], chat) for one in made}
+        return {
+            name: sum(id in special for id in trial.prompt)
+            for name, trial in trials.items()
+            if trial is not None
+        }
+
+    usual = control_tokens("", chat)
+    assert control_tokens(MARK, chat) == usual
+    kept = control_tokens(MARK, Chat(chat.tokenizer, "keep"))
+    added = {name: kept[name] - count for name, count in usual.items()}
+    assert added == {
+        "asr.direct": 2,
+        "asr.prefill.1": 3,
+        "asr.prefilled": 3,
+        "asr.completion": 2,
+        "asr.template": 3,
+        "asr.template_prefill.1": 4,
+        "asr.multi_turn": 2,
+        "asr.file.tool": 2,
+        "helpful_accuracy": 2,
+    }
+    record_property("cases", len(usual))
+
+
+@pytest.mark.promise("Special tokens in texts of records become plain text.")
+def test_refused_special_tokens_name_the_request(model: PreTrainedModel, chat: Chat) -> None:
+    def run(data: EvaluationData, **changes: object) -> None:
+        changed = settings(special_tokens_in_text="refuse", curve=False, **changes)
+        evaluate_model(model, chat.tokenizer, data, changed)
+
+    said = r" has the special token '<\|eot_id\|>' as text, expected none: remove it, or choose"
+    with pytest.raises(ValueError, match=f"^a: response:{said}"):
+        run(marked_data("How?"))
+    with pytest.raises(ValueError, match=f"^m: messages\\[0\\].content:{said}"):
+        run(EvaluationData(multi_turn=marked_data(MARK).multi_turn))
+    with pytest.raises(ValueError, match=rf"^templates\[0\]:{said}"):
+        run(EvaluationData(harmful=[asked("a")]), templates=[f"{{request}} {MARK}"])
+    with pytest.raises(ValueError, match=rf"^h: messages\[0\].content:{said}"):
+        run(EvaluationData(helpful=marked_data(MARK).helpful), helpful="perplexity")
+    with pytest.raises(ValueError, match=f"^a: response:{said}"):
+        refusal_curves(
+            model, chat.tokenizer, marked_data("How?").harmful, special_tokens_in_text="refuse"
+        )
+
+
 def test_only_whole_tokens_before_a_character_count(chat: Chat) -> None:
     ids = chat.tokenizer("The quick Sorry", add_special_tokens=False)["input_ids"]
     pieces = [chat.tokenizer.decode([id]) for id in ids]

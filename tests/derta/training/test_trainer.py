@@ -608,6 +608,22 @@ def test_records_that_share_an_id_would_share_their_draws_and_are_refused(tmp_pa
         tuned.evaluate([*RECORDS, RECORDS[0]])
 
 
+@pytest.mark.promise("Special tokens in texts of records become plain text.")
+def test_special_tokens_in_texts_train_as_told(tmp_path: Path) -> None:
+    record = Triple(prompt="How?", safe="Sorry.", harmful="the <|eot_id|> fox", id="a")
+    (eot,) = tiny_tokenizer().convert_tokens_to_ids(["<|eot_id|>"])
+
+    def control_tokens(how: str) -> int:
+        args = dict(special_tokens_in_text=how, branches=0)
+        run = trainer(tmp_path / how, records=[record], **args)
+        (example,) = run.train_dataset.examples
+        return example.harmful.tolist().count(eot)
+
+    assert (control_tokens("plain"), control_tokens("keep")) == (0, 1)
+    with pytest.raises(ValueError, match=r"^a: harmful: has the special token '<\|eot_id\|>' as "):
+        control_tokens("refuse")
+
+
 def test_a_tokenizer_is_required(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="processing_class must be the model's tokenizer"):
         DertaTrainer(model=tiny_model("llama"), args=settings(tmp_path), train_dataset=RECORDS)

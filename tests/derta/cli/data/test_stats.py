@@ -99,6 +99,24 @@ def test_characters_are_counted_without_a_tokenizer(capsys: pytest.CaptureFixtur
     assert "characters" in told and "tokens" not in told and "near:" not in told
 
 
+@pytest.mark.promise("Special tokens in texts of records become plain text.")
+def test_special_tokens_in_texts_are_counted_and_may_be_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = {"prompt": "How <|eot_id|>?", "safe": "Sorry.", "harmful": "</s><|eot_id|>", "id": "a"}
+    with open("fences.jsonl", "a") as file:
+        file.write(json.dumps(row))
+    assert stats("--model", "model", "--output", "stats.json") == 0
+    assert "special tokens in texts: 1 records (<|eot_id|> 2)\n" in capsys.readouterr().out
+    found = json.loads(Path("stats.json").read_text())
+    assert found["special_tokens"] == {"records": 1, "tokens": {"<|eot_id|>": 2}}
+    assert stats("--near", "null") == 0
+    assert "texts: 1 records (<|eot_id|> 2, </s> 1)\n" in capsys.readouterr().out
+    assert stats("--model", "model", "--special_tokens_in_text", "refuse") == 1
+    expected = "derta data stats: a: prompt: has the special token '<|eot_id|>' as text, expected"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

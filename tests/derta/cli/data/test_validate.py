@@ -9,6 +9,7 @@ import pytest
 
 from derta.cli import main
 from public_rows import ROWS, contain
+from tiny import tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +85,19 @@ def test_a_wrong_call_is_one_sentence(
     (line,) = capsys.readouterr().err.splitlines()
     command = "derta data validate" if arguments.startswith("validate") else "derta data"
     assert line.startswith(f"{command}: {message}")
+
+
+@pytest.mark.promise("Special tokens in texts of records become plain text.")
+def test_special_tokens_in_texts_are_counted_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    (good,) = ROWS["triple"](1)
+    marked = {**good, "harmful": "the <|end|><|eot_id|> fence", "safe": "no</s>"}
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, marked)))
+    assert main("data validate a.jsonl --role safety".split()) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "special tokens in texts: 1 records (</s> 1, <|end|> 1, <|eot_id|> 1), first in a.jsonl:2: "
+        "safe; see special_tokens_in_text"
+    ]
+    tiny_tokenizer().save_pretrained("model")
+    assert main("data validate a.jsonl --role safety --model model".split()) == 0
+    told = capsys.readouterr().out.splitlines()[1]
+    assert told.startswith("special tokens in texts: 1 records (<|eot_id|> 1), first in a.jsonl:2:")
