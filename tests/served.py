@@ -7,7 +7,7 @@ import http.server
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from email.message import Message
 from typing import Any, NamedTuple
 
@@ -37,6 +37,8 @@ class Served:
         troubles: errors for the next requests, in order; None is a reply.
         trouble_of: function from a request's body to its error, or to None.
         slow_s: function from a request's body to the duration of its reply.
+        raw_of: function from a request's body to the bytes of a reply, headers included, which are
+            sent piece by piece; or to None.
         most_at_once: most concurrent requests.
     """
 
@@ -46,6 +48,7 @@ class Served:
         self.troubles: list[Trouble | None] = []
         self.trouble_of: Callable[[Mapping[str, Any]], Trouble | None] = lambda body: None
         self.slow_s: Callable[[Mapping[str, Any]], float] = lambda body: 0.0
+        self.raw_of: Callable[[Mapping[str, Any]], Iterable[bytes] | None] = lambda body: None
         self.most_at_once = self._at_once = 0
         self._lock = threading.Lock()
         self.base_url = ""
@@ -63,7 +66,13 @@ class Served:
         finally:
             with self._lock:
                 self._at_once -= 1
-        if trouble is None:
+        if (raw := self.raw_of(body)) is not None:
+            handler.close_connection = True
+            with contextlib.suppress(OSError):  # the client left
+                for piece in raw:
+                    handler.wfile.write(piece)
+                    handler.wfile.flush()
+        elif trouble is None:
             self.send(handler, 200, {}, self.reply(handler.path, body))
         elif trouble.status == 0:
             handler.close_connection = True
@@ -107,6 +116,7 @@ def serving(reply: Callable[[str, Mapping[str, Any]], Mapping[str, Any]]) -> Ite
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # headers and body in one packet: a second one would wait for an answer
 
         def do_POST(self) -> None:
             served.handle(self)

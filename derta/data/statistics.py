@@ -18,7 +18,6 @@ from derta.data.packs.shares import loss_shares
 from derta.data.records.defaults import LISTED, NEAR, SpecialTokensInText
 from derta.data.records.duplicates import (
     Fingerprint,
-    Match,
     RequestIndex,
     all_texts,
     digest,
@@ -193,24 +192,22 @@ class Repeats:
         self._examples: set[bytes] = set()
         self._train = RequestIndex(near)
         self._evaluation = RequestIndex(near)
+        self._held_out: dict[bytes, Fingerprint] = {}
         for record in evaluation:
-            self._evaluation.add(_name(record), Fingerprint(user_turns(record)))
+            request = Fingerprint(user_turns(record))
+            self._evaluation.add(_name(record), request)
+            self._held_out.setdefault(request.digest, request)
         self._within = _Found(("example", "same", "near"), listed)
         self._across = _Found(("same", "near"), listed)
-        self._leaked: set[str] = set()
 
     def add(self, record: Record) -> None:
         """Count a training record."""
         request, name = Fingerprint(user_turns(record)), _name(record)
-        if leaks := self._evaluation.matches(request):
-            self._leaked.update(match.id for match in leaks)
-            self._across.add(_kind(leaks[0]), name, leaks[0])
-        matches = self._train.matches(request)
+        self._across.find(self._evaluation, request, name)
         example = digest([type(record).__name__, *all_texts(record)])
-        if example in self._examples:
-            self._within.add("example", name, matches[0])
-        elif matches:
-            self._within.add(_kind(matches[0]), name, matches[0])
+        self._within.find(
+            self._train, request, name, "example" if example in self._examples else None
+        )
         self._examples.add(example)
         self._train.add(name, request)
 
@@ -222,7 +219,7 @@ class Repeats:
             "leakage": {
                 **self._across.summary(),
                 "evaluation": len(self._evaluation),
-                "leaked": len(self._leaked),
+                "leaked": sum(map(self._train.has_match, self._held_out.values())),
             },
         }
 
@@ -235,19 +232,27 @@ class _Found:
         self._listed = listed
         self._first: list[dict[str, Any]] = []
 
-    def add(self, kind: str, name: str, match: Match) -> None:
+    def find(
+        self, index: RequestIndex, request: Fingerprint, name: str, kind: str | None = None
+    ) -> None:
+        """Count a request if the index has a match; the nearest is sought only for the list.
+
+        Args:
+            kind: kind of the repeat; None: "same" or "near", as the match is.
+        """
+        if kind is None:
+            if not index.has_match(request):
+                return
+            kind = "same" if index.has_same(request) else "near"
         self._counts[kind] += 1
         if self._counts[kind] <= self._listed:
+            match = index.matches(request)[0]
             similarity = round(match.similarity, 4)
             found = {"kind": kind, "id": name, "of": match.id, "similarity": similarity}
             self._first.append(found)
 
     def summary(self) -> dict[str, Any]:
         return {**self._counts, "listed": self._first}
-
-
-def _kind(match: Match) -> str:
-    return "same" if match.exact else "near"
 
 
 def _name(record: Record | Request) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from derta.cli.settings.data import Compared, StatsConfig
 from derta.data import (
     KINDS,
@@ -18,6 +20,7 @@ from derta.data import (
     read_requests,
 )
 from derta.data.records.building import read_sources
+from derta.data.records.defaults import SHOWN_AFTER_S
 from derta.data.records.formats import Half
 from derta.data.statistics import Repeats, RunStatistics, data_statistics
 from derta.data.tokens.special import listed_tokens
@@ -121,7 +124,7 @@ def run(config: StatsConfig) -> None:
     records = (record for _, record in read_sources(config.sources) if not isinstance(record, Half))
     evaluation = compared_records(config.eval_sources)
     found = data_statistics(
-        records,
+        tqdm(records, desc="stats", unit="row", delay=SHOWN_AFTER_S, leave=False),
         Repeats(evaluation, near=config.near, listed=config.listed),
         of_run,
         refusal=config.refusal,

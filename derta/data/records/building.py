@@ -18,7 +18,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tqdm import tqdm
+
 from derta._version import __version__
+from derta.data.records.defaults import SHOWN_AFTER_S
 from derta.data.records.duplicates import (
     NEAR,
     Fingerprint,
@@ -30,7 +33,7 @@ from derta.data.records.duplicates import (
     user_turns,
 )
 from derta.data.records.formats import Half
-from derta.data.records.reading import Reading
+from derta.data.records.reading import PREFIXES, Reading
 from derta.data.records.refusal_keywords import opens_with_refusal, refuses
 from derta.data.records.sources import Source, source_records
 from derta.data.records.types import Dialogue, Record, Rendered, Triple, check_text
@@ -80,7 +83,8 @@ def build(
     data is added. Training examples whose request is near to a held-out one are dropped.
 
     The folder appears complete and readable only by its owner; an interrupted build leaves no
-    folder. An example whose id is taken gets its source as a prefix.
+    folder. An example whose id is taken gets its source as a prefix, once or several times, and the
+    number of its row once `PREFIXES` are not enough.
 
     Args:
         records: (role, record) pairs with role safety, helpful or borderline; a half's is safety.
@@ -106,11 +110,13 @@ def build(
         check_text("refusal_text", refusal_text)
     with whole_folder(output_dir, private=True) as beside:
         with closing(_Ledger(beside / "ledger.sqlite")) as ledger:
-            with closing(_Files(beside)) as files:
+            with closing(_Files(beside)) as files, _bar("build") as bar:
                 for role, record in ledger.examples(records, refusal_text):
+                    bar.update()
                     side = "eval" if _drawn(record, seed) < eval_share else "train"
                     rendered = ".rendered" if isinstance(record, Rendered) else ""
-                    files.write(f"{side}.{role}{rendered}.jsonl", _row(record))
+                    line = json.dumps(_row(record), ensure_ascii=False) + "\n"
+                    files.write(f"{side}.{role}{rendered}.jsonl", line.encode())
             counts = ledger.counts
         ledger.path.unlink()
         counts["dropped"]["near_evaluation"] = 0 if near is None else _drop_near(beside, near)
@@ -141,6 +147,7 @@ class _Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._named_so_far = 0
         self.counts: dict[str, Any] = {
             "read": {},
             "joined": 0,
@@ -195,8 +202,13 @@ class _Ledger:
 
     def _named(self, record: Record) -> Record:
         id = record.id
-        while not self._enter("ids", id):
-            id = f"{record.source}:{id}"
+        self._named_so_far += 1
+        for prefixes in itertools.count(1):
+            if self._enter("ids", id):
+                break
+            # A row's number ends the search soon even if all rows share one id.
+            number = f"{self._named_so_far}:" if prefixes > PREFIXES else ""
+            id = f"{record.source}:{number}{id}"
         return record if id == record.id else dataclasses.replace(record, id=id)
 
     def _keep(self, half: Half) -> None:
@@ -271,11 +283,10 @@ class _Files:
         self.folder = folder
         self._open: dict[str, BinaryIO] = {}
 
-    def write(self, name: str, row: dict[str, Any]) -> None:
+    def write(self, name: str, line: bytes) -> None:
         if name not in self._open:
             self._open[name] = (self.folder / name).open("xb")
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        self._open[name].write(line.encode())
+        self._open[name].write(line)
 
     def close(self) -> None:
         for file in self._open.values():
@@ -286,26 +297,32 @@ def _drop_near(folder: Path, near: float) -> int:
     """Drop the training rows that are near to an evaluation row; return their number."""
     index = RequestIndex(near)
     for path in sorted(folder.glob("eval.*.jsonl")):
-        for row in _rows(path):
+        for line in _lines(path):
+            row = json.loads(line)
             index.add(row["id"], Fingerprint(_row_turns(row)))
     dropped = 0
     if not len(index):
         return dropped
-    with closing(_Files(folder)) as files:
+    with closing(_Files(folder)) as files, _bar("compare") as bar:
         for path in sorted(folder.glob("train.*.jsonl")):
             whole = path.rename(folder / f"all.{path.name}")
-            for row in _rows(whole):
-                if index.matches(Fingerprint(_row_turns(row))):
+            for line in _lines(whole):
+                if index.has_match(Fingerprint(_row_turns(json.loads(line)))):
                     dropped += 1
                 else:
-                    files.write(path.name, row)
+                    files.write(path.name, line)
+                bar.update()
             whole.unlink()
     return dropped
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _bar(title: str) -> tqdm:
+    return tqdm(desc=title, unit="row", delay=SHOWN_AFTER_S, leave=False)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        yield from map(json.loads, file)
+        yield from file
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -9,3 +9,5 @@ SpecialTokensInText = Literal["plain", "refuse", "keep"]
 NEAR = 0.7
 # Number of repeated requests of each kind that are listed.
 LISTED = 20
+# Time until a progress bar appears.
+SHOWN_AFTER_S = 2.0

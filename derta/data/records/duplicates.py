@@ -6,19 +6,19 @@ import functools
 import re
 import sys
 import unicodedata
-from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
-from datasketch import MinHash, MinHashLSH
+import numpy as np
 
 from derta.data.records.defaults import NEAR
+from derta.data.records.near import NearSets
 from derta.data.records.types import Message, Record, Rendered, Request, Triple
 
 SHINGLE_WORDS = 2
-PERMUTATIONS = 128
-MISSED = 1e-3
+# Latest requests that are compared one by one before they are arranged for searches.
+WAITING = 64
 
 _OFFICIAL_REQUEST = re.compile(r"\s*\[INST\](.*?)\[[\\/]INST\]", re.DOTALL)
 
@@ -51,10 +51,10 @@ def all_texts(record: Record) -> list[str]:
 
 
 @functools.cache
-def _rewriting() -> dict[int, str | None]:
+def _rewriting(codes: int) -> dict[int, str | None]:
     """Map punctuation to a space and invisible characters (Unicode category Cf) to nothing."""
     table: dict[int, str | None] = {}
-    for code in range(sys.maxunicode + 1):
+    for code in range(codes):
         category = unicodedata.category(chr(code))
         if category == "Cf":
             table[code] = None
@@ -63,21 +63,30 @@ def _rewriting() -> dict[int, str | None]:
     return table
 
 
+@functools.lru_cache(maxsize=8)  # a row's request is wanted several times in a row
 def normalized(text: str) -> str:
     """Return the text without differences of case, white space, punctuation or NFKC form.
 
     Symbols are kept (C++ is not C). A text of nothing but punctuation keeps it.
     """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    words = folded.translate(_rewriting()).split() or folded.split()
+    if text.isascii():  # the same, in half the time
+        folded, table = text.lower(), _rewriting(128)
+    else:
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        table = _rewriting(sys.maxunicode + 1)
+    words = folded.translate(table).split() or folded.split()
     return " ".join(words)
 
 
 def digest(texts: Sequence[str]) -> bytes:
     """Return 16 bytes that two lists share only if their texts are pairwise equal, `normalized`."""
+    return _digest([normalized(text) for text in texts])
+
+
+def _digest(texts: Sequence[str]) -> bytes:
     hashed = blake2b(digest_size=16)
     for text in texts:
-        data = normalized(text).encode()
+        data = text.encode()
         hashed.update(len(data).to_bytes(8, "little") + data)
     return hashed.digest()
 
@@ -90,31 +99,20 @@ class Fingerprint:
 
     Attributes:
         digest: see `digest`.
-        shingles: 64-bit hashes of all pairs of neighbouring words, or of a request's only word.
+        shingles: sorted 64-bit hashes of all pairs of neighbouring words, or of a request's only
+            word; (m,) uint64 without repeats.
     """
 
+    __slots__ = ("digest", "shingles")
+
     def __init__(self, turns: Sequence[str]) -> None:
-        self.digest = digest(turns)
-        words = [word for turn in turns for word in normalized(turn).split()]
+        texts = [normalized(turn) for turn in turns]
+        self.digest = _digest(texts)
+        words = [word for text in texts for word in text.split()]
         count = max(1, len(words) - SHINGLE_WORDS + 1)
-        self.shingles = {
-            int.from_bytes(
-                blake2b(" ".join(words[i : i + SHINGLE_WORDS]).encode(), digest_size=8).digest()
-            )
-            for i in range(count)
-        }
-
-    @functools.cached_property
-    def minhash(self) -> MinHash:
-        """The MinHash by which LSH finds candidates; computed at first use."""
-        minhash = _empty_minhash().copy()
-        minhash.update_batch(self.shingles)
-        return minhash
-
-
-@functools.cache
-def _empty_minhash() -> MinHash:
-    return MinHash(PERMUTATIONS, hashfunc=lambda shingle: shingle & 0xFFFFFFFF)
+        pairs = {" ".join(words[i : i + SHINGLE_WORDS]) for i in range(count)}
+        hashes = b"".join(blake2b(pair.encode(), digest_size=8).digest() for pair in pairs)
+        self.shingles = np.unique(np.frombuffer(hashes, ">u8").astype(np.uint64))
 
 
 def jaccard(first: set[int], second: Sequence[int]) -> float:
@@ -140,20 +138,19 @@ class Match(NamedTuple):
 class RequestIndex:
     """An index that finds requests equal to, or near to, those added before.
 
-    Near requests share at least `near` of their shingles (Jaccard). Candidates come from MinHash
-    LSH and are compared by their shingles, so every reported match is near. At the threshold, less
-    than one near pair in a thousand (`MISSED`) is missed; above it, fewer.
+    Near requests share at least `near` of their shingles (Jaccard). None is missed, and every match
+    is near. `has_match` compares with few requests even where thousands are alike (`NearSets`);
+    `matches` compares with all that may match.
 
-    Memory: about 0.2 KB for each distinct request, and about 10 KB more unless `near` is None;
-    texts are not kept (checked by tests/derta/data/records/test_duplicates.py).
+    Memory: about 0.2 KB for each distinct request, and about 35 bytes more for each of its shingles
+    unless `near` is None; texts are not kept (checked by
+    tests/derta/data/records/test_duplicates.py).
 
     Args:
         near: least similarity of near requests, in [0.5, 1]; None: find only equal requests.
 
     Raises:
         ValueError: `near` is out of its range.
-
-    Source: MinHash LSH of the datasketch package.
     """
 
     def __init__(self, near: float | None = NEAR) -> None:
@@ -161,16 +158,18 @@ class RequestIndex:
         self.near = near
         self._ids: list[str] = []
         self._places: dict[bytes, int] = {}
-        self._shingles: list[array] = []
-        if near is not None:
-            self._lsh = MinHashLSH(
-                num_perm=PERMUTATIONS,
-                params=_bands(near),
-                hashfunc=lambda band: blake2b(band, digest_size=8).digest(),
-            )
+        # Arranged requests in parts of falling size, and the latest ones, which wait.
+        self._parts: list[tuple[int, NearSets]] = []
+        self._latest: list[np.ndarray] = []
+        self._compared = 0
 
     def __len__(self) -> int:
         return len(self._ids)
+
+    @property
+    def compared(self) -> int:
+        """The number of requests compared with others so far: what the searches took."""
+        return self._compared + sum(part.compared for _, part in self._parts)
 
     def add(self, id: str, request: Fingerprint) -> None:
         """Add a request unless the index already holds an equal one."""
@@ -179,8 +178,17 @@ class RequestIndex:
             return
         self._ids.append(id)
         if self.near is not None:
-            self._shingles.append(array("Q", request.shingles))
-            self._lsh.insert(place, request.minhash, check_duplication=False)
+            self._latest.append(request.shingles)
+
+    def has_same(self, request: Fingerprint) -> bool:
+        """Return True if the index holds an equal request."""
+        return request.digest in self._places
+
+    def has_match(self, request: Fingerprint) -> bool:
+        """Return True if the index holds an equal request or a near one."""
+        if self.has_same(request):
+            return True
+        return self.near is not None and any(True for _ in self._near(request.shingles))
 
     def matches(self, request: Fingerprint) -> list[Match]:
         """Return all matches: the equal request first, then near ones by falling similarity."""
@@ -188,26 +196,47 @@ class RequestIndex:
         found = [] if same is None else [Match(self._ids[same], 1.0, exact=True)]
         if self.near is None:
             return found
-        near = []
-        for place in self._lsh.query(request.minhash):
-            if place != same:
-                similarity = jaccard(request.shingles, self._shingles[place])
+        near = {place: value for place, value in self._near(request.shingles) if place != same}
+        return found + [
+            Match(self._ids[place], near[place], exact=False)
+            for place in sorted(near, key=lambda place: (-near[place], place))
+        ]
+
+    def _near(self, shingles: np.ndarray) -> Iterator[tuple[int, float]]:
+        """Yield near requests and their similarities; one may come again."""
+        assert self.near is not None
+        if len(self._latest) > WAITING:
+            self._arrange()
+        for first, part in self._parts:
+            for places, similarities in part.near(shingles):
+                yield from zip((places + first).tolist(), similarities.tolist(), strict=True)
+        own = set(shingles.tolist())
+        first = len(self._ids) - len(self._latest)
+        for place, other in enumerate(self._latest, start=first):
+            if min(len(own), len(other)) >= self.near * max(len(own), len(other)):
+                self._compared += 1
+                similarity = jaccard(own, other.tolist())
                 if similarity >= self.near:
-                    near.append((-similarity, place))
-        near.sort()
-        return found + [Match(self._ids[place], -value, exact=False) for value, place in near]
+                    yield place, similarity
+
+    def _arrange(self) -> None:
+        """Arrange the latest requests, together with parts that are no larger."""
+        assert self.near is not None
+        first = len(self._ids) - len(self._latest)
+        values = [np.concatenate(self._latest)]
+        sizes = [np.array([len(one) for one in self._latest])]
+        self._latest.clear()
+        while self._parts and len(self._parts[-1][1]) <= len(self._ids) - first:
+            first, part = self._parts.pop()
+            values.append(part.values)
+            sizes.append(part.sizes)
+            self._compared += part.compared
+        self._parts.append(
+            (first, NearSets(np.concatenate(values[::-1]), np.concatenate(sizes[::-1]), self.near))
+        )
 
 
 def check_near(near: float | None) -> None:
-    """Raise ValueError unless `near` is None or a similarity that LSH can find, 0.5 to 1."""
+    """Raise ValueError unless `near` is None or a similarity of near requests, 0.5 to 1."""
     if near is not None and not 0.5 <= near <= 1:
         raise ValueError(f"near must lie in [0.5, 1], or be null for exact matches, got {near}")
-
-
-def _bands(near: float) -> tuple[int, int]:
-    """Return LSH's (bands, rows): the most rows that miss at most `MISSED` of pairs at `near`."""
-    return next(
-        (PERMUTATIONS // rows, rows)
-        for rows in range(PERMUTATIONS, 0, -1)
-        if (1 - near**rows) ** (PERMUTATIONS // rows) <= MISSED
-    )

@@ -39,6 +39,9 @@ from derta.data.records.types import (
     field_names,
 )
 
+# Prefixes that an id which is taken gets before it gets a number.
+PREFIXES = 4
+
 _RESULTS = (Triple, Dialogue, Rendered, Request)
 _Buckets = defaultdict[int, "array[int]"]
 
@@ -68,10 +71,14 @@ class Ids:
     def name(self, id: str, stem: str) -> str | None:
         """Return the id, prefixed by `stem` as often as another file already has it.
 
-        Returns None if this file already has the id.
+        After `PREFIXES` prefixes, the number of the file is one too: thousands of files may share
+        their stem and their ids. Returns None if this file already has the id.
         """
-        while (digest := _digest(id)) in self._earlier.get(digest >> 46, ()):
-            id = f"{stem}:{id}"
+        for prefixes in itertools.count(1):
+            digest = _digest(id)
+            if digest not in self._earlier.get(digest >> 46, ()):
+                break
+            id = f"{stem}:{f'{len(self._files)}:' if prefixes > PREFIXES else ''}{id}"
         here = self._here[digest >> 46]
         if digest in here:
             return None

@@ -12,10 +12,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat
+from derta.data.records.defaults import SHOWN_AFTER_S as SHOWN_AFTER_S
 from derta.evaluation.generation.answers import AnswerFile
 from derta.modeling.introspection import context_length, evaluating
-
-SHOWN_AFTER_S = 2.0
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,22 @@
 """Models behind an OpenAI-compatible server: requests without loss, and generation.
 
-The `openai` package talks to the server and retries temporary failures. This module adds a rate
-limit that includes retries, one sentence for each permanent failure, and a file of replies, from
-which an interrupted run resumes.
+The `openai` package talks to the server and retries temporary failures, through a client that
+bounds and checks every reply. This module adds a rate limit that includes retries, one sentence for
+each permanent failure, and a file of replies, from which an interrupted run resumes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import hashlib
 import json
 import os
 import re
-import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from derta.data import Chat
 from derta.evaluation.generation.answers import Replies
+from derta.evaluation.generation.bounded import bounded_client, broke_off, fault_of, value_of
 from derta.evaluation.generation.local import SHOWN_AFTER_S, Written
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ Value = TypeVar("Value")
 
 # Local servers accept any key, but the client needs one.
 PLACEHOLDER = "none"
+# Failed queries with no reply between them, after which the server counts as broken.
+LOST_IN_A_ROW = 20
+# Statuses below 500 that may be due to one request's content.
+OWN_STATUSES = (400, 408, 409, 413, 422)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +52,9 @@ class ServerSettings:
             for OpenAI's own server, and no key for any other.
         concurrency: number of concurrent requests.
         requests_per_minute: most requests sent per minute, including retries; None: no limit.
-        max_retries: most retries of a request after a server error, a lost connection or a 429.
-            Each waits as long as the server asks, or else ever longer.
-        timeout_s: time limit for one reply, in seconds.
+        max_retries: most retries of a request after a server error, a lost connection, a 429 or a
+            reply that is not text. Each waits as long as the server asks, or else ever longer.
+        timeout_s: time limit for one whole reply, headers and body, in seconds.
         body: fields of every request's body, added to the defaults or replacing them; null removes
             a default that the server does not support.
 
@@ -101,6 +106,54 @@ class Query(NamedTuple):
     fields: Mapping[str, Any]
 
 
+class _Lost(Exception):
+    """A request without a usable reply, which says nothing about the others.
+
+    Args:
+        reason: a clause about the server.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Run:
+    """The course of one `Server.ask_all`: its failures, and whether requests still start.
+
+    Attributes:
+        stopped_by: the failure or interrupt after which no request starts.
+        lost: names of the requests without a reply, by reason.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_by: BaseException | None = None
+        self.lost: dict[str, list[str]] = {}
+        self.abort: Callable[[], object] = lambda: None
+        self._in_a_row = 0
+
+    def lose(self, id: str, reason: str) -> None:
+        """Count a request without a reply; stop if none of the latest has one."""
+        self.lost.setdefault(reason, []).append(id)
+        self._in_a_row += 1
+        if self._in_a_row >= LOST_IN_A_ROW:
+            self.stop(self.failure())
+
+    def answered(self) -> None:
+        """Count a reply."""
+        self._in_a_row = 0
+
+    def stop(self, cause: BaseException) -> None:
+        """Start no other request; the first cause is kept."""
+        self.stopped_by = self.stopped_by or cause
+
+    def failure(self) -> ConnectionError:
+        """Return the error that names every request without a reply."""
+        return ConnectionError(
+            "; ".join(f"{', '.join(ids)}: {reason}" for reason, ids in self.lost.items())
+        )
+
+
 class Server:
     """A client for one served model that stores every reply in a file.
 
@@ -117,19 +170,27 @@ class Server:
     def ask_all(
         self,
         queries: Sequence[Query],
-        read: Callable[[str, Any], Value],
+        read: Callable[[str, Mapping[str, Any]], Value],
         *,
         chat: bool,
         title: str,
     ) -> list[Value]:
         """Send queries, and return what `read` makes of each reply; equal queries are sent once.
 
-        After a permanent failure no request is started. Those in flight are finished and stored
-        before the error is raised.
+        A reply fails if it is not a completion with text, exceeds 16 MiB or `timeout_s`, is
+        compressed, or comes with a status of an error. A query whose replies keep failing is left
+        open, and the others are asked and stored; then the error names all open ones. A rerun asks
+        only for those.
+
+        No other request is started, and those in flight are finished and stored, after a failure
+        that every query would meet: a server that cannot be reached, a redirect, a refused key, an
+        unknown model, a 429, a prompt beyond the context, or 20 failed queries with no reply
+        between them.
 
         Args:
             queries: queries in the order to send them.
-            read: function from a reply's text and its choice to a JSON value to store.
+            read: function from a reply's text and its choice, as JSON, to a JSON value to store;
+                raises ValueError if the choice is not as asked, which fails the reply.
             chat: if True, /chat/completions with "messages"; else /completions with "prompt".
             title: title of the progress bar.
 
@@ -139,7 +200,7 @@ class Server:
         Raises:
             ValueError: openai is not installed, or a query does not fit the model's context; names
                 its id.
-            ConnectionError: a request failed permanently; names its id and the reason, no text.
+            ConnectionError: queries are left open; names their ids and the reasons, no text.
         """
         bodies = [self._body(query) for query in queries]
         keys = [self._key(chat, body) for body in bodies]
@@ -148,21 +209,20 @@ class Server:
             if key not in self.replies:
                 missing.setdefault(key, (query.id, body))
         if missing:
-            pool = concurrent.futures.ThreadPoolExecutor(self.settings.concurrency)
-            with (
-                self._client() as client,
-                tqdm(
-                    total=len(missing), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
-                ) as bar,
-            ):
-                try:
-                    futures = {
-                        pool.submit(self._ask, client, chat, key, id, body, read)
-                        for key, (id, body) in missing.items()
-                    }
-                    self._finish(futures, bar)
-                finally:  # requests are in flight only after a second interrupt
-                    pool.shutdown(wait=False, cancel_futures=True)
+            run = _Run()
+            # No interrupt reaches the thread, so that it stores every reply it receives.
+            pool = concurrent.futures.ThreadPoolExecutor(1)
+            try:
+                future = pool.submit(
+                    asyncio.run, self._ask_missing(missing, read, chat, title, run)
+                )
+                _wait(future, run)
+            finally:
+                pool.shutdown(wait=False)
+            if run.stopped_by is not None:
+                raise run.stopped_by
+            if run.lost:
+                raise run.failure()
         return [self.replies[key] for key in keys]
 
     def _body(self, query: Query) -> dict[str, Any]:
@@ -173,92 +233,107 @@ class Server:
         asked = [self.settings.base_url, chat, body]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def _finish(self, remaining: set[concurrent.futures.Future[None]], bar: tqdm) -> None:
-        """Wait for replies; after a failure or an interrupt, only for those in flight."""
-        failed: BaseException | None = None
-        while remaining:
-            try:
-                if failed is not None:
-                    remaining = {future for future in remaining if not future.cancel()}
-                done, remaining = concurrent.futures.wait(
-                    remaining, return_when=concurrent.futures.FIRST_COMPLETED
-                )
-                for future in done:
-                    failed = failed or future.exception()
-                bar.update(len(done))
-            except KeyboardInterrupt as interrupt:
-                if isinstance(failed, KeyboardInterrupt):  # a second one stops at once
-                    raise
-                failed = interrupt
-        if failed is not None:
-            raise failed
-
-    def _ask(
+    async def _ask_missing(
         self,
-        client: openai.OpenAI,
+        missing: Mapping[str, tuple[str, dict[str, Any]]],
+        read: Callable[[str, Mapping[str, Any]], Any],
         chat: bool,
-        key: str,
-        id: str,
-        body: Mapping[str, Any],
-        read: Callable[[str, Any], Any],
+        title: str,
+        run: _Run,
     ) -> None:
-        """Send a request and store its reply in the same thread, which no interrupt reaches."""
+        """Ask for replies by key, several at a time."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        run.abort = lambda: loop.call_soon_threadsafe(task.cancel)
+        queue = iter(missing.items())
+
+        async def work(client: openai.AsyncOpenAI, bar: tqdm) -> None:
+            while run.stopped_by is None and (query := next(queue, None)) is not None:
+                key, (id, body) = query
+                try:
+                    self.replies.keep({key: await self._ask(client, chat, id, body)})
+                    run.answered()
+                except _Lost as lost:
+                    run.lose(id, lost.reason)
+                except (ValueError, OSError) as error:
+                    run.stop(error)
+                bar.update()
+
+        async with self._client(read, chat) as client:
+            with tqdm(
+                total=len(missing), desc=title, unit="reply", delay=SHOWN_AFTER_S, leave=False
+            ) as bar:
+                await asyncio.gather(*(work(client, bar) for _ in range(self.settings.concurrency)))
+
+    async def _ask(
+        self, client: openai.AsyncOpenAI, chat: bool, id: str, body: Mapping[str, Any]
+    ) -> Any:
+        """Send a request, and return what was read of its reply."""
         import openai
 
         named = {name: body[name] for name in ("model", "messages" if chat else "prompt")}
         rest = {name: value for name, value in body.items() if name not in named}
-        create: Any = client.chat.completions.create if chat else client.completions.create
+        completions: Any = client.chat.completions if chat else client.completions
         try:
-            choice = create(**named, extra_body=rest).choices[0]
-            text = choice.message.content if chat else choice.text
+            raw = await completions.with_raw_response.create(**named, extra_body=rest)
         except openai.OpenAIError as error:
             raise self._final(id, error) from error
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            # The client returns any body that comes with status 200.
-            url = self.settings.base_url
-            raise ConnectionError(f"{id}: {url} replied with something other than text") from error
-        self.replies.keep({key: read(text or "", choice)})
+        return value_of(raw.http_response)
 
     def _final(self, id: str, error: openai.OpenAIError) -> Exception:
         """Return an error that says what to fix, without the server's text: it may quote ours."""
         import openai
 
         url, model = self.settings.base_url, self.settings.model
-        if isinstance(error, openai.APITimeoutError):
-            return ConnectionError(f"{id}: {url} did not reply within {self.settings.timeout_s} s")
         if isinstance(error, openai.APIStatusError):
+            if fault := fault_of(error.response):
+                return _Lost(f"{url} {fault}")
+            status = error.status_code
             said = str(error.body if error.body is not None else error.message)
-            if error.status_code == 400 and re.search("context.{0,8}length", said):
+            if status == 400 and re.search("context.{0,8}length", said):
                 return ValueError(
                     f"{id}: the prompt and its answer exceed the context of {model!r}"
                 )
             variable = self.settings.key_variable or "the variable that api_key_env names"
+            elsewhere = (
+                ", a redirect, which is not followed: expected the final address in base_url"
+            )
             advice = {
                 401: f", expected a key that it knows in {variable}",
                 403: f", expected a key with permission for this in {variable}",
                 404: f", expected the model {model!r} at this address",
                 429: ", too many requests: set requests_per_minute",
-            }.get(error.status_code, "")
-            return ConnectionError(f"{id}: {url} replied with status {error.status_code}{advice}")
+            }.get(status, elsewhere if 300 <= status < 400 else "")
+            reason = f"{url} replied with status {status}{advice}"
+            if status in OWN_STATUSES or status >= 500:
+                return _Lost(reason)
+            return ConnectionError(f"{id}: {reason}")
         if isinstance(error, openai.APIConnectionError):
-            return ConnectionError(f"{id}: {url} cannot be reached, or its replies break off")
+            reason = f"{url} cannot be reached, or its replies break off"
+            return _Lost(reason) if broke_off(error) else ConnectionError(f"{id}: {reason}")
         return ConnectionError(f"{id}: {url}: {type(error).__name__}")
 
-    @contextmanager
-    def _client(self) -> Iterator[openai.OpenAI]:
+    @asynccontextmanager
+    async def _client(
+        self, read: Callable[[str, Mapping[str, Any]], Any], chat: bool
+    ) -> AsyncIterator[openai.AsyncOpenAI]:
         try:
             import openai
         except ImportError:
             raise ValueError(
                 "a server needs the openai package: pip install 'derta[server]'"
             ) from None
-        pace = _pace(self.settings.requests_per_minute)
-        http_client = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace()]})
-        with openai.OpenAI(
+        http_client = bounded_client(
+            read,
+            chat=chat,
+            timeout_s=self.settings.timeout_s,
+            pace=_pace(self.settings.requests_per_minute),
+        )
+        async with openai.AsyncOpenAI(
             base_url=self.settings.base_url,
             api_key=os.environ.get(self.settings.key_variable or "") or PLACEHOLDER,
             max_retries=self.settings.max_retries,
-            timeout=self.settings.timeout_s,
+            timeout=None,  # the client's own limit is that of a whole reply
             http_client=http_client,
         ) as client:
             if not self.settings.is_openai:  # other servers must not learn the OpenAI account
@@ -266,19 +341,28 @@ class Server:
             yield client
 
 
-def _pace(per_minute: float | None) -> Callable[[], None]:
-    """Return a function that waits to keep a rate across all threads that call it."""
-    if per_minute is None:
-        return lambda: None
-    lock, interval_s = threading.Lock(), 60.0 / per_minute
+def _wait(future: concurrent.futures.Future[None], run: _Run) -> None:
+    """Wait for the replies; after an interrupt, only for those in flight."""
+    while True:
+        try:
+            return future.result()
+        except KeyboardInterrupt as interrupt:
+            if isinstance(run.stopped_by, KeyboardInterrupt):  # a second one stops at once
+                run.abort()
+                raise
+            run.stopped_by = interrupt
+
+
+def _pace(per_minute: float | None) -> Callable[[], Awaitable[None]]:
+    """Return a function that waits to keep a rate over all tasks that await it."""
+    interval_s = 0.0 if per_minute is None else 60.0 / per_minute
     next_at = time.monotonic()
 
-    def wait() -> None:
+    async def wait() -> None:
         nonlocal next_at
-        with lock:
-            own = max(next_at, time.monotonic())
-            next_at = own + interval_s
-        time.sleep(max(0.0, own - time.monotonic()))
+        own = max(next_at, time.monotonic())
+        next_at = own + interval_s
+        await asyncio.sleep(own - time.monotonic())
 
     return wait
 
@@ -344,10 +428,13 @@ class ServerGenerator:
             "return_token_ids": True,
         }
 
-    def _read(self, text: str, choice: Any) -> dict[str, Any]:
-        ids = getattr(choice, "token_ids", None)
+    def _read(self, text: str, choice: Mapping[str, Any]) -> dict[str, Any]:
+        ids = choice.get("token_ids")
         if ids is None:
             return {"text": text, "ids": self.chat.text_ids(text)}
-        if choice.finish_reason == "stop" and ids and ids[-1] in self._ends:
+        known = range(len(self.tokenizer))
+        if type(ids) is not list or not all(type(id) is int and id in known for id in ids):
+            raise ValueError("token_ids: expected ids of the tokenizer")
+        if choice.get("finish_reason") == "stop" and ids and ids[-1] in self._ends:
             ids = ids[:-1]
         return {"text": str(self.tokenizer.decode(ids, skip_special_tokens=True)), "ids": ids}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -48,7 +48,7 @@ class ServerJudge:
             for place, question in zip(asked, questions, strict=True)
         ]
 
-        def read(reply: str, choice: Any) -> dict[str, Any]:
+        def read(reply: str, choice: Mapping[str, Any]) -> dict[str, Any]:
             return asdict(self.rubric.read(reply))
 
         replies = self.server.ask_all(queries, read, chat=chat, title="judge")

@@ -24,6 +24,7 @@ from derta.data import (
     resolve_refusal_token,
 )
 from derta.data.packs.shares import loss_shares
+from derta.data.records.duplicates import Fingerprint, RequestIndex
 from derta.data.statistics import Lengths, Repeats, RunStatistics, data_statistics
 from derta.objectives.derta import DertaObjective
 from tiny import tiny_tokenizer
@@ -177,6 +178,26 @@ def test_no_more_are_listed_than_asked_for_and_all_are_counted() -> None:
     duplicates = data_statistics(records, Repeats(listed=2))["duplicates"]
     assert duplicates["example"] == 8
     assert [entry["id"] for entry in duplicates["listed"]] == ["fences: 1", "fences: 2"]
+
+
+def test_leaks_are_counted_though_few_are_sought_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches: list[Fingerprint] = []
+    search = RequestIndex.matches
+    monkeypatch.setattr(
+        RequestIndex,
+        "matches",
+        lambda self, request: searches.append(request) or search(self, request),
+    )
+    words = "how do I paint the old wooden fence by the river green today with brush"
+    records = [triple(place, f"{words} {place}") for place in range(100)]
+    evaluation = [Request(prompt=f"{words} {place}", id=str(place)) for place in range(50, 150)]
+    evaluation.append(Request(prompt="Who swept the chimney?", id="far"))
+    found = data_statistics(records, Repeats(evaluation, listed=3))
+    leakage = found["leakage"]
+    assert (leakage["same"], leakage["near"]) == (50, 50)
+    assert (leakage["leaked"], leakage["evaluation"]) == (100, 101)
+    assert found["duplicates"]["near"] == 99
+    assert len(searches) == 3 * 3
 
 
 def test_near_requests_are_left_alone_where_only_the_same_are_asked_for() -> None:

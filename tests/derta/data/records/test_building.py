@@ -218,6 +218,15 @@ def test_a_taken_id_gets_its_source_as_a_prefix(tmp_path: Path) -> None:
     assert [row["id"] for row in all_rows(tmp_path / "out", "train")] == ["1", "y:1", "y:y:1"]
 
 
+def test_rows_that_all_share_an_id_get_short_distinct_ids(tmp_path: Path) -> None:
+    records = [("safety", triple(1, text, source="x")) for text in requests(400)]
+    build(records, tmp_path / "out", eval_share=0)
+    ids = [row["id"] for row in all_rows(tmp_path / "out", "train")]
+    assert len(set(ids)) == len(records)
+    assert ids[:6] == ["1", "x:1", "x:x:1", "x:x:x:1", "x:x:x:x:1", "x:6:x:x:x:x:1"]
+    assert max(map(len, ids)) == len("x:400:x:x:x:x:1")
+
+
 def test_the_summary_describes_the_files(tmp_path: Path) -> None:
     records = [("safety", triple(place, text)) for place, text in enumerate(requests(50))]
     summary = build(records, tmp_path / "deep" / "out", eval_share=0.2)

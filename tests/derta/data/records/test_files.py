@@ -144,6 +144,17 @@ def test_an_id_from_an_earlier_file_gets_the_stem_as_a_prefix(tmp_path: Path) ->
     assert apart == ["0", "1", "y:1", "2"]
 
 
+def test_ids_stay_short_where_many_files_share_their_name_and_ids(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{folder:02}" / "x.jsonl" for folder in range(20)]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps({**OWN, "id": n}) + "\n" for n in (0, 1)))
+    found = ids(*paths)
+    assert len(set(found)) == 40
+    assert found[8:12] == ["x:x:x:x:0", "x:x:x:x:1", "x:6:x:x:x:x:0", "x:6:x:x:x:x:1"]
+    assert found[-1] == "x:20:x:x:x:x:1"
+
+
 def test_reading_a_file_twice_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, json.dumps({**OWN, "id": 7}))
     monkeypatch.chdir(tmp_path)

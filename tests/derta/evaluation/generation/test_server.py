@@ -291,15 +291,6 @@ def test_permanent_failures_are_one_sentence_without_text(
     assert "trouble" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [{}, {"choices": []}, {"choices": ["a"]}, [1], "text", b"<html>", b""]
-)
-def test_a_reply_other_than_a_completion_is_an_error(served: Served, content: Any) -> None:
-    served.reply = lambda path, body: content
-    with pytest.raises(ConnectionError, match="^prompt 0: .* replied with something other than"):
-        ask(server(served), [[1]])
-
-
 def test_a_missing_openai_package_is_an_error(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def served() -> Iterator[Served]:
 
 
 def server(served: Served, kept: Path | None = None) -> Server:
-    settings = ServerSettings(base_url=served.base_url, model="m", concurrency=1)
+    settings = ServerSettings(base_url=served.base_url, model="m", concurrency=1, max_retries=4)
     return Server(settings, kept)
 
 
@@ -97,8 +97,35 @@ def test_a_served_classifier_is_asked_in_its_own_format() -> None:
 
 
 def test_an_empty_reply_is_undecided(served: Served) -> None:
-    served.reply = lambda path, body: {
-        **said(""),
-        "choices": [{"index": 0, "message": {"content": None}, "finish_reason": "content_filter"}],
-    }
+    served.reply = lambda path, body: said("")
     assert ServerJudge(server(served))(EXCHANGES[:1]) == [Verdict(None)]
+
+
+@pytest.mark.promise("A reply that is not text is never a verdict.")
+@pytest.mark.parametrize(
+    ("finish", "reason"),
+    [
+        ("length", "replied without text: max_tokens ran out before its answer"),
+        ("content_filter", r"replied without text \(finish_reason: content_filter\)$"),
+        ("Sorry.", "replied without text$"),
+    ],
+)
+def test_a_reply_without_text_leaves_its_exchange_open(
+    served: Served, tmp_path: Path, finish: str, reason: str
+) -> None:
+    """A reasoning model may use up its tokens before it answers; a filter may remove an answer."""
+    kept = tmp_path / "verdicts.jsonl"
+    silent = {"index": 0, "message": {"role": "assistant", "content": None}}
+
+    def reply(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        if "Hm." in str(body["messages"]):
+            return {**said(""), "choices": [{**silent, "finish_reason": finish}]}
+        return judging(path, body)
+
+    served.reply = reply
+    with pytest.raises(ConnectionError, match=f"^exchange 4: {served.base_url} {reason}"):
+        ServerJudge(server(served, kept))(EXCHANGES)
+    served.reply = judging
+    served.asked.clear()
+    assert ServerJudge(server(served, kept))(EXCHANGES) == VERDICTS
+    assert len(served.asked) == 1
