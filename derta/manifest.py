@@ -10,9 +10,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from derta._version import __version__
 from derta.outputs import in_bytes, sync, write_whole
 
 MANIFEST = "manifest.json"
+# A model within its folder whose files are all written, and on their way to their places.
+COMPLETE = ".model.complete"
+# Names of a checkpoint's files that no model is read from.
+STATES = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "running_*", "pytorch_model_fsdp*")
 # Names of files that loaders read where they find them, whether or not they belong there.
 LOADED = ("*model*.safetensors", "*model*.bin", "*model*.index.json", "optimizer*", "rng_state*")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "bitsandbytes", "torchao")
@@ -106,14 +111,18 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: it has no {MANIFEST}, which is written last: it was not saved to its end, "
             "or not by derta"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path}: damaged, it is not the manifest that was written") from error
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, *, ignored: Sequence[str] = ()) -> Manifest:
     """Compare the files of a folder with its manifest, byte for byte.
 
     Files that the manifest does not name are not looked at, unless a loader would read them.
+
+    Args:
+        folder: the folder.
+        ignored: patterns of names in it that are not looked at.
 
     Returns:
         the manifest.
@@ -123,7 +132,12 @@ def verify(folder: Path) -> Manifest:
             that does not belong to the others; names the file.
     """
     manifest = read_manifest(folder)
-    for name, (size, _) in manifest.files.items():
+
+    def matters(name: Path) -> bool:
+        return not any(fnmatch(name.parts[0], pattern) for pattern in ignored)
+
+    files = {name: one for name, one in manifest.files.items() if matters(Path(name))}
+    for name, (size, _) in files.items():
         path = folder / name
         if not path.is_file():
             raise DamagedError(f"{path}: missing, {MANIFEST} names it")
@@ -133,17 +147,38 @@ def verify(folder: Path) -> Manifest:
     for path in itertools.chain.from_iterable(map(folder.glob, LOADED)):
         within = path.rglob("*") if path.is_dir() else [path]
         for one in within:
-            if one.is_file() and one.relative_to(folder).as_posix() not in manifest.files:
+            own = one.relative_to(folder)
+            if one.is_file() and own.as_posix() not in manifest.files and matters(own):
                 raise DamagedError(f"{one}: unexpected, {MANIFEST} does not name it")
-    paths = [folder / name for name in manifest.files]
     with ThreadPoolExecutor(8) as pool:
-        described = pool.map(_described, paths)
-        for path, expected, same in zip(paths, manifest.files.values(), described, strict=True):
+        described = pool.map(_described, (folder / name for name in files))
+        for (name, expected), same in zip(files.items(), described, strict=True):
             if same != expected:
                 raise DamagedError(
-                    f"{path}: damaged, its SHA-256 is not the one in {folder / MANIFEST}"
+                    f"{folder / name}: damaged, its SHA-256 is not the one in {MANIFEST}"
                 )
     return manifest
+
+
+def check_model(folder: Path) -> None:
+    """Compare a model's files with the manifest of its folder, if it has one.
+
+    Raises:
+        ValueError: a file differs, or the model was still being saved when its run was killed.
+    """
+    if (folder / COMPLETE).is_dir():
+        raise ValueError(
+            f"{folder}: its run was killed while it saved this model: start the run again with "
+            "resume: auto"
+        )
+    if not (folder / MANIFEST).exists():
+        return
+    try:
+        verify(folder, ignored=STATES)
+    except DamagedError as error:
+        raise ValueError(
+            f"{error}: copy or save it again; if it was changed on purpose, remove {MANIFEST}"
+        ) from error
 
 
 def describe(manifest: Manifest) -> str:

@@ -32,6 +32,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from derta.manifest import check_model
 from derta.modeling.adapters import put_adapters, read_adapters
 from derta.modeling.faults import intact_weights, loading, refuse_misfits
 from derta.modeling.folders import (
@@ -115,6 +116,7 @@ def load_model(
         )
     if Path(folder).is_dir():
         check_weights(folder, config, kind)
+        check_model(Path(folder))
     if quantization is not None and not quantized:
         quantization = _with_skips(quantization, empty_model(folder, config, kind), folder)
     with intact_weights(folder), loading("the model", folder), _without_report():
@@ -291,6 +293,8 @@ def _without_report() -> Iterator[None]:
 
     reporter = std_logging.getLogger("transformers.modeling_utils")
     reporter.addFilter(keep)
+    level = reporter.level
+    reporter.setLevel(std_logging.WARNING)  # or a quiet command would have no table to read
     try:
         yield
     except RuntimeError as error:
@@ -302,6 +306,7 @@ def _without_report() -> Iterator[None]:
             "another shape: use all files of one model"
         ) from error
     finally:
+        reporter.setLevel(level)
         reporter.removeFilter(keep)
 
 
@@ -465,6 +470,7 @@ def load_tuned(
     if adapters is not None:  # before the weights of a large base model are read
         config = load_config(weights, local_files_only=True)
         put_adapters(empty_model(weights, config), adapters, folder)
+        check_model(folder)
     model: Any = load_model(weights, dtype, local_files_only=True)
     check_vocabulary(tokenizer, model.config, tokens)
     return model if adapters is None else put_adapters(model, adapters, folder), tokenizer

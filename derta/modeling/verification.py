@@ -1,4 +1,4 @@
-"""Verification of a folder, without reading weights: a model, adapters, a checkpoint."""
+"""Verification of a folder: a model, adapters, a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from peft import PeftType
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 
+from derta import manifest
+from derta.manifest import COMPLETE, MANIFEST, check_model, describe
 from derta.modeling.adapters import put_adapters, read_adapters
 from derta.modeling.folders import (
     ADAPTER_CONFIG,
@@ -34,7 +36,8 @@ from derta.modeling.loading import (
 def verify(folder: Path) -> list[tuple[str, str]]:
     """Check a folder as loading does, but from configurations and headers alone.
 
-    Nothing is downloaded. Values of weights are not read, so a damage within them is not seen.
+    Nothing is downloaded. Values of weights are compared with the manifest, if the folder has one;
+    without it, a damage within them is not seen.
 
     Args:
         folder: path of a model, of adapters, or of a checkpoint of either.
@@ -48,16 +51,21 @@ def verify(folder: Path) -> list[tuple[str, str]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
+    rows = []
+    if (folder / COMPLETE).is_dir():
+        check_model(folder)
+    if (folder / MANIFEST).exists():
+        rows.append(("whole", describe(manifest.verify(folder))))
     if (folder / ADAPTER_CONFIG).is_file():
-        rows, config = _adapters(folder)
+        adapted, config = _adapters(folder)
+        rows += [*adapted, ("tokenizer", _tokenizer(folder, config))]
     elif (folder / CONFIG).is_file():
         config = load_config(str(folder), local_files_only=True)
-        rows = [("model", _model(folder, config))]
-    else:
+        rows += [("model", _model(folder, config)), ("tokenizer", _tokenizer(folder, config))]
+    elif not rows:
         raise FileNotFoundError(
             f"{folder}: holds no model, expected {CONFIG} or {ADAPTER_CONFIG} in it"
         )
-    rows.append(("tokenizer", _tokenizer(folder, config)))
     if (state := folder / TRAINER_STATE_NAME).is_file():
         rows.append(("training", _training(state)))
     return rows

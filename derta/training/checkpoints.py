@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from derta.manifest import MANIFEST, DamagedError, Manifest, read_manifest, verify
+from derta.manifest import COMPLETE, MANIFEST, DamagedError, Manifest, read_manifest, verify
 from derta.outputs import remove_abandoned, remove_folder, sync
 
 logger = logging.get_logger(__name__)
@@ -29,8 +29,6 @@ MODEL_FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
 )
-# A model whose files are all written, and on their way to their places.
-COMPLETE = ".model.complete"
 DAMAGED = "damaged"
 
 

@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from derta.manifest import DamagedError, Manifest, verify, write_manifest
+from derta.manifest import COMPLETE, DamagedError, Manifest, verify, write_manifest
 from derta.outputs import sync, unfinished, unfinished_name
 from derta.training import checkpoints
 from derta.training.config import DertaConfig
@@ -276,7 +276,7 @@ class ResumableTrainer(Trainer):
                 kind = "adapters" if (folder / "adapter_config.json").exists() else "model"
                 self._describe(folder, kind, finished=self._ended)
                 checkpoints.tidy(target)
-                folder.replace(target / checkpoints.COMPLETE)
+                folder.replace(target / COMPLETE)
                 sync(target)
                 checkpoints.publish(target)
             self.accelerator.wait_for_everyone()
