@@ -28,6 +28,7 @@ LAYERS = [
         "derta._version",
         "derta.outputs",
         "derta.settings",
+        "derta.terminal",
         "derta.loss",
         "derta.labels",
     },

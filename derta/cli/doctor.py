@@ -9,6 +9,7 @@ import torch
 
 from derta import __version__
 from derta.cli.settings.tools import DoctorConfig
+from derta.terminal import say
 from derta_kernels import attention, head_loss
 
 PACKAGES = {
@@ -77,4 +78,4 @@ def report() -> str:
 
 def run(config: DoctorConfig) -> None:
     """Print the report."""
-    print(report())
+    say(report())

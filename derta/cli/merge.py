@@ -9,6 +9,7 @@ from peft import PeftModel
 
 from derta.cli.settings.tools import MergeConfig
 from derta.modeling.loading import load_tuned, weights_dtype
+from derta.terminal import say
 
 
 def run(config: MergeConfig) -> None:
@@ -27,4 +28,4 @@ def run(config: MergeConfig) -> None:
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(config.output_dir)
     tokenizer.save_pretrained(config.output_dir)
-    print(f"merged model: {config.output_dir}")
+    say(f"merged model: {config.output_dir}")
