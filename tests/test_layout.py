@@ -29,6 +29,7 @@ LAYERS = [
         "derta.outputs",
         "derta.manifest",
         "derta.settings",
+        "derta.terminal",
         "derta.loss",
         "derta.labels",
     },

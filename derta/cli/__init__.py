@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from derta._version import __version__
+from derta.terminal import guard, printable, say
 
 if TYPE_CHECKING:
     import argparse
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(_parser().parse_args(argv))
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        say("\ninterrupted", error=True)
         return 130
 
 
@@ -136,7 +137,7 @@ def _main(options: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(arguments):
         from derta.cli.commands import help_of
 
-        print(help_of(command), end="")
+        say(help_of(command), end="")
         return 0
     # Nothing is reported to anybody, unless the user decides otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -147,6 +148,7 @@ def _main(options: argparse.Namespace) -> int:
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    guard()
     # Only a regular exit of Python removes temporary files, which may hold millions of examples.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -154,7 +156,9 @@ def _main(options: argparse.Namespace) -> int:
     except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:
         if options.traceback:
             raise
-        print(f"derta {command}: {error}", file=sys.stderr)
+        # One sentence is one line; only the plan that follows a lack of memory has several.
+        said = printable(str(error), lines=isinstance(error, MemoryError))
+        say(f"derta {command}: {said}", error=True)
         return 1
     except RuntimeError as error:
         from derta.modeling.offloading import ran_out_of_memory
@@ -162,6 +166,6 @@ def _main(options: argparse.Namespace) -> int:
         if options.traceback or not ran_out_of_memory(error):
             raise
         said = str(error).partition("\n")[0]
-        print(f"derta {command}: memory does not suffice: {said}", file=sys.stderr)
+        say(f"derta {command}: memory does not suffice: {said}", error=True)
         return 1
     return 0

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from tqdm import tqdm
 
 from derta.cli.settings.tools import BenchConfig
+from derta.terminal import say
 
 
 def run(config: BenchConfig) -> None:
@@ -36,9 +37,9 @@ def run(config: BenchConfig) -> None:
             excess.append(f"{launch.name} on sm_{capability}: {too_much}")
 
     width = max(map(len, rows))
-    print("registers a thread and KiB of shared memory a program; no local memory but as listed")
-    print(" " * width + "".join(f"{f'sm_{c}':>11}" for c in capabilities))
+    say("registers a thread and KiB of shared memory a program; no local memory but as listed")
+    say(" " * width + "".join(f"{f'sm_{c}':>11}" for c in capabilities))
     for name, cells in rows.items():
-        print(f"{name:{width}}" + "".join(f"{cells.get(c, ''):>11}" for c in capabilities).rstrip())
+        say(f"{name:{width}}" + "".join(f"{cells.get(c, ''):>11}" for c in capabilities).rstrip())
     if excess:
-        raise ValueError("launches that do not fit:\n  " + "\n  ".join(excess))
+        raise ValueError(f"launches that do not fit: {'; '.join(excess)}")

@@ -14,6 +14,7 @@ from derta.data import Chat
 from derta.data.records.types import Message
 from derta.evaluation.generation.local import generate, stop_ids
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
+from derta.terminal import say
 
 
 def run(config: ChatConfig) -> None:
@@ -34,7 +35,7 @@ def run(config: ChatConfig) -> None:
     chat = Chat(tokenizer)
     messages: list[Message] = []
     if sys.stdin.isatty():
-        print("a line is a message; /new begins a new conversation, Ctrl-D ends", file=sys.stderr)
+        say("a line is a message; /new begins a new conversation, Ctrl-D ends", error=True)
     for line in _lines():
         if line == "/new":
             messages = []
@@ -50,7 +51,7 @@ def run(config: ChatConfig) -> None:
             batch_size=1,
         )
         answer = str(tokenizer.decode([*begun, *written], skip_special_tokens=True))
-        print(answer, flush=True)
+        say(answer)
         messages.append({"role": "assistant", "content": answer})
 
 

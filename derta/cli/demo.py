@@ -10,6 +10,7 @@ from transformers.utils import logging
 from derta.cli.settings.tools import DemoConfig
 from derta.demo.run import run_demo
 from derta.evaluation import format_table
+from derta.terminal import say
 
 MAX_THREADS = 4
 
@@ -22,6 +23,6 @@ def run(config: DemoConfig) -> None:
     torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
     folder = Path(config.output_dir)
     count = len(config.variants)
-    print(f"one base model and {count} tunings of it, by equal numbers of tokens -> {folder}/")
+    say(f"one base model and {count} tunings of it, by equal numbers of tokens -> {folder}/")
     summary = run_demo(folder, range(config.seeds), variants=config.variants)
-    print(f"\n{format_table(summary)}\n\nreport: {folder / 'report.html'}")
+    say(f"\n{format_table(summary)}\n\nreport: {folder / 'report.html'}")

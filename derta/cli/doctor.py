@@ -12,6 +12,7 @@ from transformers.utils import logging
 from derta import __version__
 from derta.cli.settings.tools import DoctorConfig
 from derta.modeling.verification import verify
+from derta.terminal import say
 from derta_kernels import attention, head_loss
 
 PACKAGES = {
@@ -94,4 +95,4 @@ def run(config: DoctorConfig) -> None:
         ValueError, FileNotFoundError: the folder is damaged.
     """
     logging.set_verbosity_error()
-    print(report() if config.folder is None else report_folder(Path(config.folder)))
+    say(report() if config.folder is None else report_folder(Path(config.folder)))

@@ -23,6 +23,7 @@ from derta.modeling.introspection import context_of
 from derta.objectives.defaults import DERTA, MAX_LENGTH, MAX_TOKENS
 from derta.settings import Text, build, keys_of, read_text
 from derta.settings.help import WIDTH
+from derta.terminal import say
 
 QUESTIONS = {
     "model": "model (a folder, or a name on the model hub)",
@@ -57,7 +58,7 @@ def ask(config: InitConfig) -> InitConfig:
                         read_sources(one.data or [])
                     answers[name] = getattr(one, name)
             except ValueError as error:
-                print(str(error).removeprefix(": "), file=sys.stderr)
+                say(str(error).removeprefix(": "), error=True)
     return dataclasses.replace(config, **answers)
 
 
@@ -255,4 +256,4 @@ def run(config: InitConfig) -> None:
         )
     with Path(config.output).open("x", encoding="utf-8") as file:
         file.write(yaml_text(values, header))
-    print(f"configuration: {config.output}; next: derta train {config.output} --dry_run")
+    say(f"configuration: {config.output}; next: derta train {config.output} --dry_run")

@@ -12,6 +12,7 @@ from derta.cli.settings.tools import MergeConfig
 from derta.manifest import write_manifest
 from derta.modeling.loading import load_tuned, weights_dtype
 from derta.outputs import whole_folder
+from derta.terminal import say
 
 
 def run(config: MergeConfig) -> None:
@@ -34,4 +35,4 @@ def run(config: MergeConfig) -> None:
         merged.save_pretrained(target)
         tokenizer.save_pretrained(target)
         write_manifest(target, "model")
-    print(f"merged model: {config.output_dir}")
+    say(f"merged model: {config.output_dir}")

@@ -15,6 +15,7 @@ from derta.memory.probe import probe
 from derta.memory.step import StepSettings, make_step
 from derta.modeling.introspection import context_of
 from derta.modeling.loading import empty_model, find_device, load_config
+from derta.terminal import say
 
 
 def read_config(model: str, *, local_files_only: bool = False) -> PreTrainedConfig:
@@ -65,6 +66,6 @@ def run(config: PlanConfig) -> None:
     model_config = read_config(config.model)
     triples.check(min(config.max_tokens, context_of(model_config)))
     step = planned_step(model_config, config)
-    print(describe(step, config.max_tokens, triples))
+    say(describe(step, config.max_tokens, triples))
     if config.probe:
-        print(probe(step, config.max_tokens, triples, find_device("auto")))
+        say(probe(step, config.max_tokens, triples, find_device("auto")))

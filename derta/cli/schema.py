@@ -9,6 +9,7 @@ from derta.cli.settings.training import SchemaConfig
 from derta.cli.train import TrainConfig
 from derta.outputs import write_whole
 from derta.settings import json_schema
+from derta.terminal import say
 
 
 def schema_text() -> str:
@@ -24,6 +25,6 @@ def run(config: SchemaConfig) -> None:
         OSError: the file cannot be written.
     """
     if config.output is None:
-        print(schema_text(), end="")
+        say(schema_text(), end="")
     else:
         write_whole(Path(config.output), schema_text().encode())

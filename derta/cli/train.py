@@ -21,6 +21,7 @@ from derta.modeling import loading
 from derta.modeling.adapters import adapt, quantization
 from derta.modeling.offloading import ran_out_of_memory
 from derta.objectives.base import Term
+from derta.terminal import printable, say
 from derta.training.checkpoints import left_by_another, occupied
 from derta.training.config import DertaConfig
 from derta.training.progress import Progress
@@ -87,7 +88,7 @@ def describe(trainer: DertaTrainer) -> str:
 
 def describe_shares(shares: LossShares, terms: Sequence[Term], rows: int = 10) -> str:
     """Return a table of `loss_shares`: the largest sources first, the rest in one row."""
-    named = [(source or "(unnamed)", share) for source, share in shares.items()]
+    named = [(printable(source) or "(unnamed)", share) for source, share in shares.items()]
     if rest := [share for _, share in named[rows:]]:
         total = {term.name: sum(share[term.name] for share in rest) for term in terms}
         named = [*named[:rows], (f"{len(rest)} others", total)]
@@ -154,12 +155,13 @@ def run(config: TrainConfig) -> None:
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
-        print(describe(trainer))
+        say(describe(trainer))
     if config.dry_run:
         batch = trainer.train_dataset[0][0]
         color = sys.stdout.isatty()
         refusal_id = trainer.refusal_token.id
-        print(render_pack(batch, trainer.objective, tokenizer, refusal_id, color=color))
+        shown = render_pack(batch, trainer.objective, tokenizer, refusal_id, color=color)
+        say(shown, colors=color)
         return
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -168,11 +170,12 @@ def run(config: TrainConfig) -> None:
             raise
         raise MemoryError(advice(trainer, config)) from error
     except RunFinished as finished:
-        print(finished)
+        if trainer.is_world_process_zero():
+            say(str(finished))
         return
     finally:
         if progress.bar is not None:  # an error message starts on a line of its own
             progress.bar.close()
     trainer.save_model()
     if trainer.args.should_save:
-        print(f"tuned model: {config.output_dir}{outcome(trainer)}")
+        say(f"tuned model: {config.output_dir}{outcome(trainer)}")

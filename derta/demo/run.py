@@ -49,6 +49,7 @@ from derta.evaluation import (
     summarize,
     write_report,
 )
+from derta.terminal import say
 from derta.training.config import RECIPES, DertaConfig
 from derta.training.progress import Progress
 from derta.training.trainer import DertaTrainer
@@ -211,10 +212,9 @@ def _set_stage(seed: int, scale: Scale) -> Stage:
     world = make_world(seed, scale.gadgets)
     tokenizer = train_tokenizer(world)
     base = new_model(tokenizer, hidden_size=scale.hidden_size, seed=seed)
-    print(
+    say(
         f"seed {seed}: {len(world.gadgets)} gadgets, {len(world.forbidden)} of them against the "
         f"rules of the guild; a Llama of {base.num_parameters() / 1e6:.1f} M parameters",
-        flush=True,
     )
     pretrain(
         base,

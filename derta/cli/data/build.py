@@ -8,6 +8,7 @@ from typing import Any
 
 from derta.cli.settings.data import BuildConfig
 from derta.data.records.building import build, read_sources
+from derta.terminal import printable, say
 
 
 def describe(summary: Mapping[str, Any], folder: Path) -> str:
@@ -16,7 +17,7 @@ def describe(summary: Mapping[str, Any], folder: Path) -> str:
     lines = ["read"]
     for source, kinds in summary["read"].items():
         counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in kinds.items())
-        lines.append(f"  {source}: {counts}")
+        lines.append(f"  {printable(source)}: {counts}")
     lines += [
         f"joined {summary['joined']:,} triples of halves, completed {summary['completed']:,}",
         "left out "
@@ -54,4 +55,4 @@ def run(config: BuildConfig) -> None:
         near=config.near,
         refusal_text=config.refusal_text,
     )
-    print(describe(summary, folder))
+    say(describe(summary, folder))

@@ -26,6 +26,7 @@ from derta.data.statistics import Repeats, RunStatistics, data_statistics
 from derta.data.tokens.special import listed_tokens
 from derta.objectives.base import Term
 from derta.objectives.choice import objective_of
+from derta.terminal import printable, say
 
 
 def compared_records(sources: Sequence[Compared]) -> Iterator[Record | Request]:
@@ -48,7 +49,7 @@ def describe(found: Mapping[str, Any], terms: Sequence[Term]) -> str:
     lines = ["records"]
     for source, kinds in found["rows"].items():
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
-        lines.append(f"  {source:<20}{counts}")
+        lines.append(f"  {printable(source):<20}{counts}")
     columns = ("rows", "p5", "p50", "p95", "max")
     lines.append(f"{found['unit']:<22}" + "".join(f"{name:>10}" for name in columns))
     for part, lengths in found["lengths"].items():
@@ -89,7 +90,7 @@ def _of_run(found: Mapping[str, Any], terms: Sequence[Term]) -> list[str]:
     lines.append(f"{'share of the loss':<22}{titles}")
     for source, share in found["loss"].items():
         values = "".join(f"{share[term.name]:>16.1%}" for term in terms)
-        lines.append(f"  {source:<20}{values}")
+        lines.append(f"  {printable(source):<20}{values}")
     if refusal is not None:
         token = f"{refusal['text']!r} (id {refusal['id']}), with which most safe responses start"
         lines.append(f"refusal token: {refusal['warning'] or token}")
@@ -98,7 +99,8 @@ def _of_run(found: Mapping[str, Any], terms: Sequence[Term]) -> list[str]:
 
 def _listed(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
-        f"  {entry['kind']:<8}{entry['similarity']:.2f}  {entry['id']}  {entry['of']}"
+        f"  {entry['kind']:<8}{entry['similarity']:.2f}  "
+        f"{printable(entry['id'])}  {printable(entry['of'])}"
         for entry in entries
     ]
 
@@ -130,7 +132,7 @@ def run(config: StatsConfig) -> None:
         refusal=config.refusal,
         loss_norm=config.loss_norm,
     )
-    print(describe(found, objective_of(config).terms))
+    say(describe(found, objective_of(config).terms))
     if config.output is not None:
         text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         with Path(config.output).open("x", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ from derta.cli.settings.data import ValidateConfig
 from derta.data import Chat, Reading, Rendered
 from derta.data.records.reading import read_placed
 from derta.data.tokens.special import COMMON, SpecialTokenCount, listed_tokens
+from derta.terminal import printable, say
 
 
 def run(config: ValidateConfig) -> None:
@@ -22,16 +23,16 @@ def run(config: ValidateConfig) -> None:
     first = ""
     for place, record in read_placed(config.files, config.role, config.format, reading):
         if isinstance(record, ValueError):
-            print(record)
+            say(printable(str(record)))
         elif not isinstance(record, Rendered):  # those keep their marks
             fields = special.add(record)
             first = first or "".join(f"{place}: {field}" for field in fields[:1])
     for path, counts in reading.files.items():
-        print(f"{path}: {counts}")
+        say(f"{printable(path)}: {counts}")
     if special.records:
-        print(
+        say(
             f"special tokens in texts: {listed_tokens(special.records, special.tokens)}, first in "
-            f"{first}; see special_tokens_in_text"
+            f"{printable(first)}; see special_tokens_in_text"
         )
     bad = sum(counts.bad for counts in reading.files.values())
     if bad:

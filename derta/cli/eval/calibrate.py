@@ -8,6 +8,7 @@ from derta.cli.settings.evaluation import CalibrateConfig
 from derta.evaluation.judges.calibration import calibrate, format_agreements, read_labelled
 from derta.evaluation.judges.registry import make_judges
 from derta.outputs import compact_json, write_whole
+from derta.terminal import say
 
 
 def run(config: CalibrateConfig) -> None:
@@ -30,4 +31,4 @@ def run(config: CalibrateConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "calibration.json"
     write_whole(file, compact_json(result).encode())
-    print(f"{format_agreements(found)}\n\ncalibration: {file}")
+    say(f"{format_agreements(found)}\n\ncalibration: {file}")

@@ -18,6 +18,7 @@ from derta.evaluation.reporting.comparison import (
 )
 from derta.evaluation.reporting.official_results import official_entry, read_prompts
 from derta.modeling.loading import load_tokenizer
+from derta.terminal import printable, say
 
 
 def find_files(source: str) -> list[Path]:
@@ -152,7 +153,7 @@ def run(config: CompareConfig) -> None:
         notes=notes,
     )
     page = write_comparison(comparison, config.output_dir)
-    print(format_comparison(comparison))
+    say(format_comparison(comparison))
     for note in comparison["notes"]:
-        print(f"note: {note}")
-    print(f"page: {page}")
+        say(f"note: {printable(note)}")
+    say(f"page: {page}")

@@ -17,6 +17,7 @@ from derta.evaluation.measures.results import DIGITS
 from derta.evaluation.reporting.plots import draw
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
 from derta.outputs import compact_json, write_whole
+from derta.terminal import say
 
 # Names of the roles' responses in results and pictures.
 KINDS = {"safety": "harmful", "helpful": "benign", "borderline": "borderline"}
@@ -86,8 +87,8 @@ def run(config: CurveConfig) -> None:
     write_whole(output / "curve.png", png)
     write_whole(output / "curve.svg", svg.encode())
     write_whole(output / "curve.json", compact_json(result).encode())
-    print(f"probability of {refusal!r} (id {refusal_id}), in percent")
-    print(f"{format_curve(curves)}\n\ncurves: {output / 'curve.json'}")
+    say(f"probability of {refusal!r} (id {refusal_id}), in percent")
+    say(f"{format_curve(curves)}\n\ncurves: {output / 'curve.json'}")
 
 
 def _readable(record: Any) -> Triple | Dialogue | Request:

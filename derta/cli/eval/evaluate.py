@@ -46,6 +46,7 @@ from derta.modeling.loading import (
     weights_dtype,
 )
 from derta.settings import build
+from derta.terminal import say
 
 FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
 
@@ -279,7 +280,7 @@ def run(config: EvaluateConfig) -> None:
         with contextlib.suppress(OSError):  # the folder holds files of the user
             kept.rmdir()
     parts = (format_table(summary), format_undecided(summary), f"report: {report}")
-    print("\n\n".join(filter(None, parts)))
+    say("\n\n".join(filter(None, parts)))
 
 
 def safe_responses(paths: Sequence[str], formats: Mapping[str, str]) -> list[Triple]:

@@ -11,6 +11,7 @@ import torch
 
 from derta.data.packs.packing import PackedBatch
 from derta.objectives.base import Objective
+from derta.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +66,7 @@ def render_pack(
     for id, bounds, branches in zip(
         batch.example_ids, batch.example_bounds, batch.branch_bounds, strict=False
     ):
-        lines += ["", id]
+        lines += ["", printable(id)]
         parts = _parts(bounds, branches, depths, has_main)
         cuts = [row for row in parts if depths[row] >= 0 and has_main[row]]
         branch_of = {row: len(cuts) - index for index, row in enumerate(cuts)}
