@@ -13,6 +13,7 @@ from derta.memory.optimizer import STATE_BYTES
 from derta.memory.plan import GIB, Triples, describe
 from derta.memory.probe import probe
 from derta.memory.step import StepSettings, make_step
+from derta.modeling.hub import check_hub
 from derta.modeling.introspection import context_of
 from derta.modeling.loading import find_device, loading
 
@@ -30,6 +31,8 @@ def read_config(model: str, *, local_files_only: bool = False) -> PreTrainedConf
     """
     path = Path(model)
     folder = str(path.parent) if path.name == "config.json" else model
+    if not local_files_only:
+        check_hub(folder)
     with loading("the configuration", folder):
         found = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=local_files_only

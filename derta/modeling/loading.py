@@ -25,6 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from derta.modeling.hub import check_hub
 from derta.modeling.quantization import BLOCK, layers_for_4_bits, linear_layers
 
 logger = logging.get_logger(__name__)
@@ -51,6 +52,8 @@ def load_model(
         ValueError: the weights are damaged, or already quantized without `quantization` given.
         OSError: there is no model in safetensors.
     """
+    if not local_files_only:
+        check_hub(folder)
     with intact_weights(folder), loading("the model", folder):
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=local_files_only
@@ -161,6 +164,8 @@ def load_tokenizer(
         FileNotFoundError: chat_template is neither Jinja text nor a file.
         OSError: there is no tokenizer.
     """
+    if not local_files_only:
+        check_hub(folder)
     with loading("the tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=local_files_only
