@@ -14,7 +14,7 @@ import signal
 import sys
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,45 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     elif bare:
         sources[bare[0]], count = _of_training(read_yaml(Path(bare[0])), config_class), 1
     sources["command line"] = read_options(arguments[count:])
-    module.run(build(config_class, sources))
+    near = (
+        {} if not bare or entry.arguments is not None else {bare[0]: _training_keys(config_class)}
+    )
+    try:
+        module.run(build(config_class, sources, near=near))
+    except OSError as error:
+        raise _with_key(error, sources) from error
+
+
+def _with_key(error: OSError, sources: Mapping[str, Mapping[str, Any]]) -> OSError:
+    """Return an error of the operating system as a sentence, after the key that led to the file."""
+    if error.strerror is None or error.filename is None:
+        return error
+    path = os.fsdecode(error.filename)
+    keys = {key: value for values in sources.values() for key, value in values.items()}
+    place = next((f"{key}: " for key, value in keys.items() if _holds_path(value, path)), "")
+    return OSError(f"{place}{path}: {error.strerror.lower()}")
+
+
+def _holds_path(value: Any, path: str) -> bool:
+    """Return True if a value, or one within it, is a path or a folder above it."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(_holds_path(one, path) for one in value)
+    return isinstance(value, str) and (path == value or path.startswith(value.rstrip("/") + "/"))
+
+
+def _training_keys(config_class: Any) -> list[str]:
+    """Return the keys of a file that are another part's, if the command is a part of training."""
+    import dataclasses
+
+    from derta.training.settings import RecipeSettings
+
+    if not issubclass(config_class, RecipeSettings):
+        return []
+    from derta.cli.train import TrainConfig
+
+    return [field.name for field in dataclasses.fields(TrainConfig)]
 
 
 def _of_training(values: dict[str, Any], config_class: Any) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from derta.cli.train import TrainConfig
 from derta.outputs import write_whole
 from derta.settings import json_schema
 from derta.terminal import say
+from derta.training.ranges import RANGES
 
 
 def schema_text() -> str:
     """Return the schema. No key is required, since the command line may add it."""
-    schema = json_schema(TrainConfig, "Configuration of derta train", whole=False)
+    schema = json_schema(TrainConfig, "Configuration of derta train", whole=False, ranges=RANGES)
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 

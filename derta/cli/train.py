@@ -12,19 +12,23 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from derta.cli.plan import read_config
 from derta.cli.settings.training import TrainSettings
 from derta.data import LossShares, SourceRecords, render_pack
 from derta.memory import plan
 from derta.memory.probe import physical_memory
 from derta.memory.step import make_step
 from derta.modeling import loading
-from derta.modeling.adapters import adapt, quantization
+from derta.modeling.adapters import adapt, check_adapters, quantization
 from derta.modeling.offloading import ran_out_of_memory
 from derta.objectives.base import Term
 from derta.terminal import printable, say
 from derta.training.checkpoints import left_by_another, occupied
-from derta.training.config import DertaConfig
+from derta.training.config import WATCHED, DertaConfig
+from derta.training.metrics import figure_names
 from derta.training.progress import Progress
+from derta.training.refusal_watch import check_watched
+from derta.training.rehearsal import rehearse
 from derta.training.resumable import RunFinished
 from derta.training.trainer import DertaTrainer
 
@@ -34,14 +38,17 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
     """A training run: our settings and transformers'.
 
     Raises:
-        ValueError: as `DertaConfig`, eval_sources and eval_strategy do not go together, adapters
-            would replace their base model, or the folder holds another run.
+        ValueError: as `DertaConfig`, eval_sources and eval_strategy do not go together, no
+            evaluation gives metric_for_best_model, adapters would replace their base model, or the
+            folder holds another run.
     """
 
     disable_tqdm: bool | None = True
 
     def __post_init__(self) -> None:
         DertaConfig.__post_init__(self)
+        if not self.sources:
+            raise ValueError("sources: expected at least one source, got none")
         if self.eval_sources and self.eval_strategy == "no":
             raise ValueError(
                 "eval_sources: nothing would be reported of them while eval_strategy is no, "
@@ -51,6 +58,16 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
             raise ValueError(
                 f"eval_strategy: {SaveStrategy(self.eval_strategy).value} needs eval_sources"
             )
+        known = ["loss", *figure_names(self.objective), *WATCHED]
+        best = self.metric_for_best_model
+        if best is not None and best.removeprefix("eval_") not in known:
+            raise ValueError(
+                f"metric_for_best_model: expected one of {', '.join(known)}, got {best!r}"
+            )
+        if self.eval_sources:
+            check_watched(self.best_by_watching, [source.role for source in self.eval_sources])
+        if self.eval_on_start and not self.eval_sources:
+            raise ValueError("eval_on_start needs eval_sources")
         if self.method != "full" and Path(self.output_dir).resolve() == Path(self.model).resolve():
             raise ValueError(
                 f"output_dir: {self.output_dir} holds the model that the adapters are for, choose "
@@ -137,11 +154,14 @@ def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
 
 def run(config: TrainConfig) -> None:
     """Train, and write the tuned model and its tokenizer to `output_dir`."""
+    rehearse(config)
     records = SourceRecords(config.sources)
     eval_records = SourceRecords(config.eval_sources)
     records.check()
     eval_records.check()
     tokenizer = loading.load_tokenizer(config.model, config.chat_template)
+    if config.method != "full":
+        check_adapters(read_config(config.model), config)
     model = load_model(config)
     loading.check_vocabulary(tokenizer, model.config, config.model)
     progress = Progress("train")

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from derta.modeling.faults import intact_weights, loading, refuse_misfits
 from derta.modeling.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_headers, read_object
+from derta.modeling.introspection import head_of, transformers_model
 from derta.modeling.method import Method
+from derta.settings.blame import LIBRARY_ERRORS, blame
 
 # PyTorch's words for a weight of another shape.
 MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)")
@@ -127,3 +136,33 @@ def put_adapters(model: PreTrainedModel, adapters: PeftConfig, folder: Path) -> 
         f"{ADAPTER_CONFIG} and the base model {adapters.base_model_name_or_path}",
     )
     return adapted
+
+
+def check_adapters(config: PreTrainedConfig, method: Method) -> None:
+    """Check, before weights are read, that a model has the layers which adapters are for.
+
+    Args:
+        config: the model's configuration.
+        method: the method.
+
+    Raises:
+        ValueError: the model lacks a module, PEFT refuses the method's keys for it, or the head
+            would get an adapter; names the keys.
+    """
+
+    def trial(values: Mapping[str, Any]) -> None:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        names = [name for name, _ in model.named_modules()]
+        for key in ("lora_target_modules", "lora_modules_to_save"):
+            for one in values[key] if isinstance(values[key], list) else []:
+                if not any(name == one or name.endswith(f".{one}") for name in names):
+                    raise ValueError(f"the model has no module {one!r}")
+        head_of(transformers_model(adapt(model, Method(**values))))
+
+    given = {field.name: getattr(method, field.name) for field in fields(Method)}
+    try:
+        trial(given)
+    except LIBRARY_ERRORS as error:
+        defaults = vars(Method(method=method.method))
+        raise blame(error, given, defaults, trial) from error

@@ -47,6 +47,7 @@ from derta.modeling.folders import (
     read_objects,
     weight_headers,
 )
+from derta.modeling.hub import check_hub
 from derta.modeling.quantization import BLOCK, layers_for_4_bits, linear_layers
 
 logger = logging.get_logger(__name__)
@@ -152,6 +153,8 @@ def load_config(
     path = Path(folder)
     if path.is_dir():
         _check_model_folder(path)
+    elif not local_files_only:
+        check_hub(folder)
     with loading(CONFIG, folder):
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=local_files_only
@@ -375,6 +378,8 @@ def load_tokenizer(
     if path.is_dir():
         read_objects(path, TOKENIZER_JSON)
         _check_if_known(path)
+    if not local_files_only:
+        check_hub(folder)
     with loading("the tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=local_files_only

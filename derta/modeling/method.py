@@ -25,8 +25,10 @@ class Method:
         "of bitsandbytes, its constants quantized too).",
         heading="tuning method",
     )
-    lora_r: int = setting(16, "Rank of the adapters.", ge=1)
-    lora_alpha: int = setting(16, "Scale of the adapters, as a multiple of 1 / lora_r.")
+    lora_r: int = setting(16, "Rank of the adapters.", ge=1, le=8192)
+    lora_alpha: int = setting(
+        16, "Scale of the adapters, as a multiple of 1 / lora_r.", ge=1, le=10**6
+    )
     lora_dropout: float = setting(0.05, "Dropout of the adapters' inputs.", ge=0, lt=1)
     lora_target_modules: str | list[str] = setting(
         "all-linear", "Layers that get adapters, as in PEFT."

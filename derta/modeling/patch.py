@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, NamedTuple
@@ -94,9 +94,10 @@ def apply_derta(
 
     is the loss of the pack; the model returns a `DertaOutput`. Other objectives take their own
     columns as keywords, see `Objective.columns`. Further keywords: loss_weight, rto_weight,
-    num_items and reduction as in `derta_loss`; term_weights, the factor of each term by its name
-    (by default the objective's own); example_bounds as in `interval_attention`, which saves a
-    transfer from the device; router_weight, a factor of the router loss for steps of several packs.
+    num_items and reduction as in `derta_loss`; term_weights, factors of terms by their names (by
+    default the objective's own; that of the main term stays); example_bounds as in
+    `interval_attention`, which saves a transfer from the device; router_weight, a factor of the
+    router loss for steps of several packs.
     Without a column of the objective the model returns its own output, logits included; without
     visible_until it is as it was, bit for bit.
 
@@ -262,8 +263,11 @@ def _patched(class_forward: Callable[..., Any]) -> Callable[..., Any]:
             own = functools.partial(type(self).forward, self)
         if visible_until is not None:
             return _forward_packed(self, own, args, visible_until, **kwargs)
-        if kwargs.get("rto_mask") is not None:
-            raise ValueError("rto_mask needs visible_until, got None: batches must be packed")
+        for name in _active_columns(self):
+            # Beside labels, transformers' own loss takes shift_labels.
+            theirs = name == "shift_labels" and kwargs.get("labels") is not None
+            if kwargs.get(name) is not None and not theirs:
+                raise ValueError(f"{name} needs visible_until, got None: batches must be packed")
         return own(*args, **kwargs)
 
     return forward
@@ -311,7 +315,7 @@ def _forward_packed(
         columns,
         refusal_token_id=patch.refusal_token_id,
         loss_weight=loss_weight,
-        term_weights=term_weights or {term.name: term.weight for term in objective.terms},
+        term_weights=_term_weights(objective, term_weights),
         num_items=num_items,
         reduction=reduction,
         impl=patch.impl,
@@ -322,6 +326,26 @@ def _forward_packed(
         weight: Any = model.router_aux_loss_coef
         loss = loss + router_weight * weight * aux_loss.to(loss.device)
     return DertaOutput(loss=loss, rows=rows, aux_loss=aux_loss)
+
+
+def _active_columns(model: PreTrainedModel) -> Iterable[str]:
+    patch: Patch | None = vars(model).get("_derta_patch")
+    return () if patch is None else patch.objective.columns
+
+
+def _term_weights(objective: Objective, given: Mapping[str, Number] | None) -> Mapping[str, Number]:
+    """Return the factor of every term, the objective's own for those that are not given."""
+    weights: dict[str, Number] = {term.name: term.weight for term in objective.terms}
+    main = objective.terms[0].name
+    for name, factor in (given or {}).items():
+        if name not in weights:
+            raise ValueError(f"term_weights must be of {', '.join(weights)}, got {name!r}")
+        if name == main and (isinstance(factor, Tensor) or factor != weights[main]):
+            raise ValueError(
+                f"term_weights: {main} is the main term, its factor must be {weights[main]:g}, got "
+                f"{factor}: weigh the others, or the loss itself"
+            )
+    return {**weights, **(given or {})}
 
 
 def _active_patch(model: PreTrainedModel) -> Patch:

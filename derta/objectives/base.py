@@ -212,6 +212,11 @@ class Objective(ABC):
             rows: the row losses that `loss` returned.
         """
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of all `means`, numbered ones by number."""
+        return ()
+
     @abstractmethod
     def notes(
         self, row: Mapping[str, Any], quote: Callable[[list[int]], str]
@@ -259,8 +264,11 @@ class Objective(ABC):
             return _or_one(sum(pack[name] for name in counted)) * packs, factors
         if norm == "tokens":
             return _or_one(sum(step[name] for name in counted)), factors
-        main = _or_one(step[self.terms[0].name])
-        return main, {name: factor * main / _or_one(step[name]) for name, factor in factors.items()}
+        first, *others = self.terms
+        main = _or_one(step[first.name])
+        for term in others:
+            factors[term.name] = term.weight * main / _or_one(step[term.name])
+        return main, factors
 
 
 def _or_one(total: Number) -> Number:

@@ -156,6 +156,10 @@ class DertaObjective(DrawSettings, Objective):
             "benign_refusal_p": Mean((probability * batch.benign).sum(), batch.benign.sum()),
         }
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return *(f"refusal_p_{tenth + 1}" for tenth in range(TENTHS)), "benign_refusal_p"
+
     def notes(
         self, row: Mapping[str, Any], quote: Callable[[list[int]], str]
     ) -> list[tuple[str, str]]:

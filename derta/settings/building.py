@@ -5,19 +5,25 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from derta.settings.fields import about_of, element_of
-from derta.settings.reading import Text, read_text
+from derta.settings.fields import about_of, all_finite, choices_of, element_of
+from derta.settings.reading import Text, read_text, shortened
 
 Config = TypeVar("Config")
 
 
-def build(config_class: type[Config], sources: Mapping[str, Mapping[str, Any]]) -> Config:
+def build(
+    config_class: type[Config],
+    sources: Mapping[str, Mapping[str, Any]],
+    *,
+    near: Mapping[str, Collection[str]] | None = None,
+) -> Config:
     """Build a dataclass from loosely typed values ("1e-4" is a float here, though not in YAML).
 
     A single value where a list is expected becomes a list of one. `Text` is read as YAML, except
@@ -27,14 +33,17 @@ def build(config_class: type[Config], sources: Mapping[str, Mapping[str, Any]]) 
         config_class: a dataclass with annotated fields.
         sources: the values by key of each origin. Messages call an origin by its name. The last
             origin with a value wins.
+        near: further keys by origin, which that origin may hold but which are of no use here. They
+            count where the nearest to an unknown key is named.
 
     Raises:
-        ValueError: a key is unknown (names the nearest), missing, or has the wrong type.
+        ValueError: a key is unknown (names the nearest), missing, or has the wrong type, an unknown
+            choice, an empty text, or a number that is not finite.
     """
     given = {
         key: (value, origin) for origin, values in sources.items() for key, value in values.items()
     }
-    return config_class(**_arguments(config_class, given))
+    return config_class(**_arguments(config_class, given, near=near or {}))
 
 
 def shared(values: Mapping[str, Any], ours: Any, theirs: Any) -> dict[str, Any]:
@@ -59,12 +68,16 @@ def shared(values: Mapping[str, Any], ours: Any, theirs: Any) -> dict[str, Any]:
 
 
 def _arguments(
-    config_class: Any, given: Mapping[str, tuple[Any, str]], within: str = ""
+    config_class: Any,
+    given: Mapping[str, tuple[Any, str]],
+    within: str = "",
+    near: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return the arguments of a dataclass from values and their origins.
 
     Args:
         within: the part of its origin that the dataclass is, if it is not the whole.
+        near: see `build`.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.init}
     hints = typing.get_type_hints(config_class)
@@ -72,7 +85,7 @@ def _arguments(
     for key, (value, origin) in given.items():
         place = f"{within}.{key}" if within else f"{origin}: {key}"
         if key not in fields:
-            nearest = difflib.get_close_matches(str(key), fields, n=1)
+            nearest = _nearest(str(key), fields) or _nearest(str(key), near.get(origin, ()))
             advice = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ValueError(f"{within or origin}: unknown key {key!r}{advice}")
         hint = hints[key]
@@ -81,10 +94,14 @@ def _arguments(
                 value = _read(value, hint)
             part = element_of(hint)
             typed[key] = _typed(value, hint) if part is None else _parts(value, part, place)
+            if flaw := _unknown(value, hint) or _flaw(typed[key], fields[key], hint):
+                raise ValueError(f"{place}: expected {flaw}, got {shortened(value)}")
         except yaml.YAMLError:
-            raise ValueError(f"{place}: {value!r} is not a value that YAML can read") from None
+            said = f"{shortened(str(value))} is not a value that YAML can read"
+            raise ValueError(f"{place}: {said}") from None
         except ValidationError:
-            raise ValueError(f"{place}: expected {_expected(hint)}, got {value!r}") from None
+            said = f"expected {_expected(hint)}, got {shortened(value)}"
+            raise ValueError(f"{place}: {said}") from None
     missing = [
         name
         for name, field in fields.items()
@@ -95,6 +112,10 @@ def _arguments(
     if missing:
         raise ValueError(f"{within}{': ' if within else ''}missing {', '.join(missing)}")
     return typed
+
+
+def _nearest(key: str, known: Collection[str]) -> list[str]:
+    return difflib.get_close_matches(key, known, n=1)
 
 
 def _parts(values: Any, part: Any, place: str) -> list[Any]:
@@ -109,7 +130,7 @@ def _parts(values: Any, part: Any, place: str) -> list[Any]:
         if not isinstance(value, dict):
             raise ValueError(
                 f"{here}: expected {', '.join(field.name for field in dataclasses.fields(part))}, "
-                f"got {value!r}"
+                f"got {shortened(value)}"
             )
         given = {key: (one, "") for key, one in value.items()}
         arguments = _arguments(part, given, within=here)
@@ -118,6 +139,37 @@ def _parts(values: Any, part: Any, place: str) -> list[Any]:
         except ValueError as error:
             raise ValueError(f"{here}.{error}") from error
     return made
+
+
+def _unknown(value: Any, hint: Any) -> str | None:
+    """Return the keys of a library's dataclass if a mapping for it has others."""
+    for part in typing.get_args(hint):
+        if isinstance(value, dict) and dataclasses.is_dataclass(part):
+            known = [field.name for field in dataclasses.fields(part) if field.init]
+            return None if value.keys() <= set(known) else f"a mapping of {', '.join(known)}"
+    return None
+
+
+def _flaw(value: Any, field: dataclasses.Field[Any], hint: Any) -> str | None:
+    """Return what is expected in place of a value that has the right type, None if it is right."""
+    choices = choices_of(hint) or tuple(field.metadata.get("choices") or ())
+    if isinstance(value, str) and choices and value not in choices:
+        return "one of " + ", ".join(map(str, choices))
+    if not all_finite(value):
+        return "finite numbers"
+    texts = list(_texts(value))
+    if any("\0" in text for text in texts):
+        return "text without a null character"
+    return "text that is not empty" if "" in texts and field.default != "" else None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts of a list or a mapping."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 def _expected(hint: Any) -> str:

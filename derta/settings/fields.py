@@ -7,9 +7,12 @@ ranges and choices, and the JSON Schema. Class docstrings therefore do not repea
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import inspect
+import math
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -50,9 +53,9 @@ class About:
             return None
         if high is not None:
             opened, closed = "[" if self.gt is None else "(", "]" if self.lt is None else ")"
-            return f"in {opened}{low:g}, {high:g}{closed}"
+            return f"in {opened}{_number(low)}, {_number(high)}{closed}"
         unit = f" {self.unit}" if self.unit else ""
-        return f"{'at least' if self.gt is None else 'above'} {low:g}{unit}"
+        return f"{'at least' if self.gt is None else 'above'} {_number(low)}{unit}"
 
     def holds(self, value: float) -> bool:
         """Return True if the number lies in the range. NaN lies in none."""
@@ -62,6 +65,11 @@ class About:
             and (self.le is None or value <= self.le)
             and (self.lt is None or value < self.lt)
         )
+
+
+def _number(bound: float) -> str:
+    short = f"{bound:g}"
+    return short if float(short) == bound and "e" not in short else str(bound)
 
 
 @dataclass(frozen=True)
@@ -139,18 +147,37 @@ def element_of(hint: Any) -> Any:
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
-    """Return the values that a type allows, none of them if it allows others too."""
+    """Return the values that a type allows, none of them if it allows others too.
+
+    A choice of transformers' may be given as text, so that str stands beside it.
+    """
     if typing.get_origin(hint) is typing.Literal:
         return typing.get_args(hint)
+    for part in (hint, *typing.get_args(hint)):
+        if isinstance(part, type) and issubclass(part, enum.Enum):
+            return tuple(one.value for one in part)
     parts = [one for one in typing.get_args(hint) if one is not type(None)]
     return choices_of(parts[0]) if len(parts) == 1 and type(None) in typing.get_args(hint) else ()
 
 
-def check_ranges(config: Any) -> None:
+def all_finite(value: Any) -> bool:
+    """Return True if a value, with all values of a list or a mapping, holds no NaN or infinity."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return all(map(all_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_ranges(config: Any, others: Mapping[str, About] | None = None) -> None:
     """Check every described setting of a dataclass against its range and its choices.
 
+    Args:
+        config: the dataclass.
+        others: ranges of fields that are not described where they are defined.
+
     Raises:
-        ValueError: a value lies outside.
+        ValueError: a value lies outside, or a number is NaN or infinite.
     """
     config_class: Any = type(config)
     for name, key in keys_of(config_class).items():
@@ -159,7 +186,19 @@ def check_ranges(config: Any) -> None:
             continue
         if choices and value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if key.about.range is not None and not key.about.holds(value):
-            within = key.about.range.replace("in ", "lie in ", 1)
-            verb = "" if within.startswith("lie") else "be "
-            raise ValueError(f"{name} must {verb}{within}, got {value}")
+        _check_range(name, key.about, value)
+    for name, about in (others or {}).items():
+        # Another version of a library may lack the field.
+        if getattr(config, name, None) is not None:
+            _check_range(name, about, getattr(config, name))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not all_finite(value):
+            raise ValueError(f"{field.name} must be finite, got {value}")
+
+
+def _check_range(name: str, about: About, value: Any) -> None:
+    if about.range is not None and not about.holds(value):
+        within = about.range.replace("in ", "lie in ", 1)
+        verb = "" if within.startswith("lie") else "be "
+        raise ValueError(f"{name} must {verb}{within}, got {value}")

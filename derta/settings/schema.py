@@ -7,9 +7,11 @@ import enum
 import inspect
 import types
 import typing
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from derta.settings.fields import about_of, element_of
+from derta.settings.fields import About, about_of, element_of
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 NAMES: dict[Any, str] = {
@@ -22,7 +24,13 @@ NAMES: dict[Any, str] = {
 }
 
 
-def json_schema(config_class: Any, title: str, *, whole: bool = True) -> dict[str, Any]:
+def json_schema(
+    config_class: Any,
+    title: str,
+    *,
+    whole: bool = True,
+    ranges: Mapping[str, About] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Return the schema of a mapping that `build` makes a `config_class` of.
 
     Args:
@@ -30,9 +38,13 @@ def json_schema(config_class: Any, title: str, *, whole: bool = True) -> dict[st
             defaults may depend on the machine, the type and the first sentence of their help.
         title: the title of the schema.
         whole: if True, required keys must be there; else the command line may add them.
+        ranges: ranges of fields that are not described where they are defined.
     """
     definitions: dict[str, Any] = {}
     schema = _mapping(config_class, definitions, whole)
+    for name, about in ranges.items():
+        if name in schema["properties"]:
+            schema["properties"][name] |= _bounds(about)
     return {"$schema": DIALECT, "title": title, **schema, "$defs": definitions}
 
 
@@ -57,13 +69,7 @@ def _mapping(config_class: Any, definitions: dict[str, Any], whole: bool) -> dic
 def _property(field: Any, hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     about = about_of(field)
     schema = _typed(hint, definitions)
-    bounds = {
-        "minimum": about.ge,
-        "exclusiveMinimum": about.gt,
-        "maximum": about.le,
-        "exclusiveMaximum": about.lt,
-    }
-    schema |= {name: bound for name, bound in bounds.items() if bound is not None}
+    schema |= _bounds(about)
     if not about.help:
         theirs = inspect.cleandoc(field.metadata.get("help") or "").partition(". ")[0]
         return {"description": " ".join(theirs.split()), **schema} if theirs else schema
@@ -74,6 +80,16 @@ def _property(field: Any, hint: Any, definitions: dict[str, Any]) -> dict[str, A
         schema["default"] = default
     note = "" if about.shown is None else f" Default: {about.shown}."
     return {"description": about.help.removesuffix(":") + note, **schema}
+
+
+def _bounds(about: About) -> dict[str, float]:
+    bounds = {
+        "minimum": about.ge,
+        "exclusiveMinimum": about.gt,
+        "maximum": about.le,
+        "exclusiveMaximum": about.lt,
+    }
+    return {name: bound for name, bound in bounds.items() if bound is not None}
 
 
 def _typed(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:

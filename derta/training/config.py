@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+import re
+import warnings
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
+import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import SaveStrategy
 
 from derta.modeling.liger import LIGER_LOSSES_OFF
 from derta.objectives.choice import objective_of
 from derta.objectives.derta import DertaObjective
 from derta.outputs import check_folder
 from derta.settings import check_ranges
+from derta.settings.blame import LIBRARY_ERRORS, blame
 from derta.training.checkpoints import newest
+from derta.training.ranges import RANGES
 from derta.training.settings import RECIPES as RECIPES, DertaSettings
 
+# Optimizers that read optim_target_modules.
+LOW_RANK = re.compile("galore|apollo")
 # Figures that `RefusalWatch` reads from refusal curves; lower is better.
 WATCHED = ("asr", "over_refusal", "over_refusal_borderline", "trade_off")
 
@@ -36,7 +44,8 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
 
     Raises:
         ValueError: a value is out of its range, contradicts the recipe, asks for batches that this
-            trainer forms itself, or for what is not here: a GPU, a package, a checkpoint.
+            trainer forms itself, or for what is not here: a GPU, a package, a checkpoint, an
+            upload. What transformers refuses is named by its key.
     """
 
     per_device_train_batch_size: int = field(default=1)
@@ -47,13 +56,43 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
         if self.greater_is_better is None and self.best_by_watching:
             self.greater_is_better = False
-        evaluated, saved = SaveStrategy(self.eval_strategy), SaveStrategy(self.save_strategy)
-        if self.load_best_model_at_end and saved not in (evaluated, SaveStrategy.BEST):
+        evaluated, saved = (
+            str(getattr(one, "value", one)) for one in (self.eval_strategy, self.save_strategy)
+        )
+        if self.load_best_model_at_end and saved not in (evaluated, "best"):
             raise ValueError(
                 "load_best_model_at_end needs save_strategy to be as eval_strategy, or best, got "
-                f"{saved.value} and {evaluated.value}"
+                f"{saved} and {evaluated}"
             )
-        super().__post_init__()
+        if self.load_best_model_at_end and evaluated == "no":
+            raise ValueError(
+                "load_best_model_at_end needs eval_strategy to be steps or epoch, got no"
+            )
+        if saved == "best" and (evaluated == "no" or self.metric_for_best_model is None):
+            raise ValueError(
+                "save_strategy: best needs eval_strategy and metric_for_best_model, got "
+                f"{evaluated} and {self.metric_for_best_model}"
+            )
+        if self.fsdp_config and not self.fsdp:
+            raise ValueError(f"fsdp_config needs fsdp, got {self.fsdp}")
+        if self.include_num_input_tokens_seen not in (False, "no"):
+            raise ValueError(
+                "include_num_input_tokens_seen must stay no, got "
+                f"{self.include_num_input_tokens_seen}: transformers cannot count tokens of packs"
+            )
+        self._check_checkpointing()
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub must be false, got True: nothing is uploaded while training, `hf "
+                "upload` uploads a finished output_dir"
+            )
+        if self.optim_target_modules is not None and not LOW_RANK.match(self.optim):
+            raise ValueError(
+                f"optim_target_modules: {self.optim_target_modules} are for GaLore and APOLLO, "
+                f"expected optim to be one of theirs, got {self.optim}"
+            )
+        check_ranges(self, RANGES)
+        self._set_up()
         check_folder("output_dir", str(self.output_dir))
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) != 1:
@@ -96,11 +135,42 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
             raise ValueError(
                 "resume and resume_from_checkpoint name two places to continue from: leave one out"
             )
-        check_ranges(self)
         self.follow_recipe()
         self.check_memory()
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
+
+    def _check_checkpointing(self) -> None:
+        """Check the keywords of torch's checkpoint, which hands unknown ones on to the layers."""
+        keywords = inspect.signature(checkpoint).parameters.values()
+        known = {one.name for one in keywords if one.default is not inspect.Parameter.empty}
+        known |= {"use_reentrant", "preserve_rng_state"}
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            given = getattr(self, name, None)  # early transformers 5 has the first only
+            if given is not None and not (isinstance(given, dict) and given.keys() <= known):
+                raise ValueError(
+                    f"{name}: expected a mapping of {', '.join(sorted(known))}, got {given!r}"
+                )
+            try:
+                with warnings.catch_warnings(action="ignore"):
+                    checkpoint(torch.neg, torch.ones(1, requires_grad=True), **(given or {}))
+            except LIBRARY_ERRORS as error:
+                raise ValueError(f"{name}: {given}: {error}") from error
+
+    def _set_up(self) -> None:
+        """Run transformers' own checks, and name the keys of what they refuse."""
+        theirs = {one.name: one for one in fields(TrainingArguments) if one.init}
+        given = {name: getattr(self, name) for name in theirs}
+        try:
+            super().__post_init__()
+        except LIBRARY_ERRORS as error:
+            defaults = {
+                name: one.default if one.default_factory is MISSING else one.default_factory()
+                for name, one in theirs.items()
+            }
+            raise blame(
+                error, given, defaults, lambda values: TrainingArguments(**values)
+            ) from error
 
     @property
     def objective(self) -> DertaObjective:

@@ -26,6 +26,18 @@ class StepFigures(NamedTuple):
     totals: dict[str, float]
 
 
+def figure_names(objective: Objective) -> list[str]:
+    """Return the names of all figures that `StepMetrics.read` may return."""
+    counted = [term.name for term in objective.terms if term.counted]
+    return [
+        *(f"{term.name}_loss" for term in objective.terms),
+        *(f"{name}_targets" for name in counted[1:]),
+        *objective.figures,
+        "live_rows",
+        "tokens_per_s",
+    ]
+
+
 class StepMetrics:
     """Means over the packs run since the last `read`: by-products of the loss, no extra pass.
 

@@ -47,6 +47,7 @@ class RecipeSettings:
         "Safe responses per triple and epoch, each after its own prefix of the harmful response. 0 "
         "trains on RTO only.",
         ge=0,
+        le=1000,
         shown=f"the recipe's; {DERTA.branches} for derta",
     )
     cuts: CutPolicy = setting(
@@ -94,7 +95,7 @@ class LossSettings:
         heading="objective",
     )
     rto_weight: float = setting(
-        RTO_WEIGHT, "Weight of every RTO target in the loss's numerator.", ge=0
+        RTO_WEIGHT, "Weight of every RTO target in the loss's numerator.", ge=0, le=1000
     )
     rto_depth: RtoDepth = setting(
         DERTA.rto_depth,
@@ -106,6 +107,7 @@ class LossSettings:
         "Weight of the unlikelihood loss -log(1 - p(next harmful token)) at RTO rows. 0 turns it "
         "off.",
         ge=0,
+        le=1000,
     )
     loss_norm: LossNorm = setting(
         "tokens",
@@ -164,8 +166,10 @@ class ScheduleSettings:
     examples_per_step: int = setting(
         128, "Examples per optimizer step, over all ranks.", ge=1, heading="batches"
     )
-    num_train_epochs: float = setting(2.0, "Epochs of the training.", heading="schedule")
-    learning_rate: float = setting(2e-5, "Initial learning rate, after the warm-up.")
+    num_train_epochs: float = setting(
+        2.0, "Epochs of the training.", gt=0, le=100_000, heading="schedule"
+    )
+    learning_rate: float = setting(2e-5, "Initial learning rate, after the warm-up.", ge=0, le=1)
 
 
 @dataclass(kw_only=True)
@@ -173,7 +177,11 @@ class SeedSettings:
     """The seed of the run."""
 
     seed: int = setting(
-        42, "Seed of the run: of the draws, the order and the adapters.", heading="batches"
+        42,
+        "Seed of the run: of the draws, the order and the adapters.",
+        ge=0,
+        le=2**32 - 1,
+        heading="batches",
     )
 
 

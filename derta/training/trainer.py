@@ -239,7 +239,8 @@ class DertaTrainer(ResumableTrainer):
         if not encoded.examples:
             raise ValueError(
                 f"no example is left: {given} given, {encoded.skipped} longer "
-                f"than max_length ({args.max_length}) or max_tokens ({args.max_tokens})"
+                f"than max_length ({args.max_length}), or with {args.branches} branches than "
+                f"max_tokens ({args.max_tokens})"
             )
         return encoded
 
@@ -476,6 +477,12 @@ class DertaTrainer(ResumableTrainer):
             float(share) * figures.get(f"{name}_loss", 0.0) for name, share in shares.items()
         )
         figures |= watch.read(self.args.over_refusal_weight)
+        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        if best not in figures:
+            raise ValueError(
+                f"metric_for_best_model: {best} has no target in the evaluation records, which "
+                f"give {', '.join(figures)}"
+            )
         logs = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

@@ -16,7 +16,9 @@ from hypothesis import given, strategies as st
 from safetensors import SafetensorError
 
 from derta.outputs import (
+    check_file,
     check_folder,
+    check_new_file,
     compact_json,
     in_bytes,
     remove_abandoned,
@@ -168,3 +170,17 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         ValueError, match="^output_dir: .*file/new: .*file is a file, expected a fo"
     ):
         check_folder("output_dir", str(tmp_path / "file" / "new"))
+
+
+def test_a_file_needs_a_folder_and_a_new_one_replaces_nothing(tmp_path: Path) -> None:
+    there = tmp_path / "there.json"
+    there.write_text("mine")
+    check_file("output", str(there))
+    check_new_file("output", str(tmp_path / "new.json"))
+    with pytest.raises(ValueError, match="^output: .*there.json is there already, choose another"):
+        check_new_file("output", str(there))
+    for check in (check_file, check_new_file):
+        with pytest.raises(ValueError, match="^output: .*none/a.json: .*none is no folder$"):
+            check("output", str(tmp_path / "none" / "a.json"))
+    with pytest.raises(ValueError, match="^output: .* is a folder, expected a file$"):
+        check_file("output", str(tmp_path))

@@ -9,7 +9,7 @@ from typing import Literal
 from derta.cli.settings.shared import TemplateSettings
 from derta.data.records.defaults import LISTED, NEAR
 from derta.data.records.sources import Source
-from derta.outputs import check_folder
+from derta.outputs import check_folder, check_new_file
 from derta.settings import check_ranges, setting
 from derta.training.settings import (
     ObjectiveSettings,
@@ -55,7 +55,8 @@ class StatsConfig(ObjectiveSettings, PackingSettings, TextSettings, SeedSettings
     """A look at a data set.
 
     Raises:
-        ValueError: a value is out of its range, contradicts the recipe, or the output exists.
+        ValueError: a value is out of its range, contradicts the recipe, or the output exists or has
+            no folder.
     """
 
     sources: list[Source] = setting(help="Records that a run trains on, as in training:")
@@ -82,8 +83,8 @@ class StatsConfig(ObjectiveSettings, PackingSettings, TextSettings, SeedSettings
     def __post_init__(self) -> None:
         check_ranges(self)
         self.follow_recipe()
-        if self.output is not None and Path(self.output).exists():
-            raise ValueError(f"output: {self.output} is there already, choose another file")
+        if self.output is not None:
+            check_new_file("output", self.output)
 
 
 @dataclass(kw_only=True)
@@ -101,7 +102,7 @@ class BuildConfig:
     eval_share: float = setting(
         0.05, "Share of requests that are held out. A request is on one side only.", ge=0, lt=1
     )
-    seed: int = setting(0, "Seed of the choice of held-out requests.")
+    seed: int = setting(0, "Seed of the choice of held-out requests.", ge=0)
     near: float | None = setting(
         NEAR,
         "Similarity to a held-out request from which training records are left out; null: keep "

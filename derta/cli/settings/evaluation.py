@@ -8,6 +8,7 @@ from typing import Any, Literal
 from derta.cli.settings.shared import LoadingSettings
 from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
 from derta.evaluation.scenarios import check_name
+from derta.objectives.defaults import MAX_TOKENS
 from derta.outputs import check_folder
 from derta.settings import check_ranges, setting
 from derta.training.settings import PackSettings, TextSettings
@@ -22,8 +23,8 @@ class EvaluateConfig(LoadingSettings, TextSettings):
     """An evaluation.
 
     Raises:
-        ValueError: there is nothing to evaluate on, a name cannot stand in a metric, a format is
-            for no given file, or output_dir cannot be a folder.
+        ValueError: there is nothing to evaluate on, a number is out of its range, a name cannot
+            stand in a metric, a format is for no given file, or output_dir cannot be a folder.
     """
 
     model: str | list[str] | dict[str, str] = setting(
@@ -79,7 +80,7 @@ class EvaluateConfig(LoadingSettings, TextSettings):
         help="Files of ready-made harmful prompts by name: '{codeattack: codeattack.jsonl}'.",
         factory=dict,
     )
-    max_new_tokens: int = setting(256, "Longest answer, in tokens.")
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
     judges: dict[str, Any] = setting(
         help="Judges by name, the main one first: '{keyword: {}, guard: {kind: wildguard, path: "
         "models/wildguard}}'. All read the same answers. See derta eval calibrate.",
@@ -91,7 +92,7 @@ class EvaluateConfig(LoadingSettings, TextSettings):
         factory=lambda: list(REFUSAL_KEYWORDS),
         shown=KEYWORDS_SHOWN,
     )
-    samples: int = setting(0, "Number of answers that the report shows for each scenario.")
+    samples: int = setting(0, "Number of answers that the report shows for each scenario.", ge=0)
     keep_answers: bool = setting(
         True,
         "If true, answers/ stays when all is done, so that another judge needs no new answers.",
@@ -107,8 +108,8 @@ class EvaluateConfig(LoadingSettings, TextSettings):
         "Refusal token: a word, a token id, or auto, the most frequent first token of the safe "
         "responses in harmful, and Sorry without any.",
     )
-    max_tokens: int = setting(4096, "Longest pack of the refusal curve, in tokens.")
-    batch_size: int = setting(16, "Prompts a batch.", heading="model")
+    max_tokens: int = setting(MAX_TOKENS, "Longest pack of the refusal curve, in tokens.", ge=1)
+    batch_size: int = setting(16, "Prompts a batch.", ge=1, heading="model")
     servers: dict[str, Any] = setting(
         help='Servers by name of the model: \'{after: {base_url: "http://localhost:8000/v1", '
         "model: tuned}}'. A served model has no refusal curves. api_key_env: NAME of the variable "
@@ -117,6 +118,7 @@ class EvaluateConfig(LoadingSettings, TextSettings):
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.lm_eval and not any(getattr(self, key) for key in FILES):
             raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
         if self.templates and not self.harmful:

@@ -38,11 +38,18 @@ class MergeConfig:
 
 @dataclass(kw_only=True)
 class ChatConfig(LoadingSettings):
-    """A conversation."""
+    """A conversation.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
 
     model: str = setting(help="Folder of a model or of adapters.")
     prefill: str = setting("", "Start of every answer, as an attacker would write it.")
-    max_new_tokens: int = setting(256, "Longest answer, in tokens.")
+    max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(kw_only=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from derta.cli.settings.shared import DtypeSettings, TemplateSettings
 from derta.data.records.sources import Source
 from derta.modeling.method import Method
 from derta.objectives.defaults import PROMPT_TOKENS, SAFE_TOKENS
+from derta.outputs import check_file, check_new_file
 from derta.settings import check_ranges, setting
 from derta.training.settings import DertaSettings, MemorySettings, PackSettings, RecipeSettings
 
@@ -42,7 +42,7 @@ class PlanConfig(Method, DtypeSettings, RecipeSettings, PackSettings, MemorySett
     model: str = setting(
         help="Folder of a model, its config.json, or a name on the model hub. No weights are read."
     )
-    gpu: float = setting(help="Memory of the GPU in GiB, above 0: 24 for a 24 GB card.")
+    gpu: float = setting(help="Memory of the GPU in GiB: 24 for a 24 GB card.", gt=0, le=100_000)
     prompt_tokens: int = setting(PROMPT_TOKENS, "Mean length of a prompt, in tokens.", ge=1)
     safe_tokens: int = setting(SAFE_TOKENS, "Mean length of a safe response, in tokens.", ge=1)
     probe: bool = setting(
@@ -53,8 +53,6 @@ class PlanConfig(Method, DtypeSettings, RecipeSettings, PackSettings, MemorySett
     )
 
     def __post_init__(self) -> None:
-        if not self.gpu > 0:
-            raise ValueError(f"gpu must be the memory of a GPU in GiB, got {self.gpu}")
         super().__post_init__()
         self.follow_recipe()
         self.check_memory()
@@ -65,7 +63,7 @@ class InitConfig:
     """The answers from which a training run's YAML is written.
 
     Raises:
-        ValueError: the GPU's memory is negative, or the output exists.
+        ValueError: the GPU's memory is out of its range, the output exists, or has no folder.
     """
 
     model: str | None = setting(
@@ -81,20 +79,27 @@ class InitConfig:
         None, "Tuning method, as in training.", shown="asked for"
     )
     gpu: float | None = setting(
-        None, "Memory of the GPU in GiB; 0: no GPU.", ge=0, shown="asked for"
+        None, "Memory of the GPU in GiB; 0: no GPU.", ge=0, le=100_000, shown="asked for"
     )
     output: str = setting("derta.yaml", "File to write. An existing file is never overwritten.")
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if Path(self.output).exists():
-            raise ValueError(f"output: {self.output} is there already, choose another file")
+        check_new_file("output", self.output)
 
 
 @dataclass(kw_only=True)
 class SchemaConfig:
-    """The place of the JSON Schema."""
+    """The place of the JSON Schema.
+
+    Raises:
+        ValueError: the output is a folder, or has no folder.
+    """
 
     output: str | None = setting(
         None, "File to write; an existing one is replaced.", shown="print to the standard output"
     )
+
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            check_file("output", self.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def source_records(source: Source, reading: Reading | None = None) -> Iterator[R
         ValueError, OSError: as `read_records`.
     """
     records = read_records(*source.paths, role=source.role, format=source.format, reading=reading)
-    for record in itertools.islice(records, source.limit):
+    limit = None if source.limit is None else min(source.limit, sys.maxsize)
+    for record in itertools.islice(records, limit):
         if source.weight != 1.0:  # checking a copy takes time
             record = dataclasses.replace(record, weight=record.weight * source.weight)
         yield record

@@ -79,9 +79,12 @@ def test_a_file_that_exists_is_never_overwritten(capsys: pytest.CaptureFixture[s
     [
         ({"data": "rows.jsonl"}, "data: expected path:role, got 'rows.jsonl'"),
         ({"data": "rows.jsonl:harmful"}, "role: is 'harmful', expected one of safety, helpful,"),
-        ({"data": "''"}, "data: expected at least one path:role, got none"),
+        ({"data": "','"}, "data: expected at least one path:role, got none"),
+        ({"gpu": ".inf"}, "gpu: expected finite numbers, got inf"),
+        ({"output": "none/derta.yaml"}, "output: none/derta.yaml: none is no folder"),
+        ({"output": "model"}, "output: model is there already, choose another file"),
         ({"method": "dora"}, "method: expected one of full, lora, qlora or null, got 'dora'"),
-        ({"gpu": "-1"}, "gpu must be at least 0, got -1.0"),
+        ({"gpu": "-1"}, "gpu must lie in [0, 100000], got -1.0"),
     ],
 )
 def test_wrong_answers_are_refused_by_name(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import re
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,8 @@ import torch
 
 from derta.cli import main
 from derta.data import Source, SourceRecords, Triple
+from derta.modeling.adapters import check_adapters
+from derta.modeling.hub import check_hub
 from derta.modeling.loading import (
     find_device,
     intact_weights,
@@ -20,6 +25,7 @@ from derta.modeling.loading import (
     load_tokenizer,
     weights_dtype,
 )
+from derta.modeling.method import Method
 from tiny import LLAMA3_TEMPLATE, tiny_model, tiny_tokenizer
 
 
@@ -165,3 +171,61 @@ def test_a_run_resumes_from_its_latest_checkpoint(
     assert train(*longer, "--resume_changed") == 0
     resumed = json.loads(Path("out/checkpoint-3/trainer_state.json").read_text())["log_history"]
     assert resumed[:2] == whole and resumed[2]["step"] == 3
+
+
+class Unreachable(http.server.BaseHTTPRequestHandler):
+    """A hub whose every answer breaks off."""
+
+    def do_HEAD(self) -> None:
+        self.server.asked.append(self.path)  # type: ignore[attr-defined]
+        self.close_connection = True
+
+
+@pytest.mark.promise("A bad setting ends in one line that names the key, before a model is loaded.")
+def test_an_unknown_name_without_a_hub_ends_within_seconds(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), Unreachable) as server:
+        server.asked = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        started = time.perf_counter()
+        assert train("--model", "nobody/nothing") == 1
+        server.shutdown()
+    assert time.perf_counter() - started < 5
+    assert server.asked == ["/"]  # type: ignore[attr-defined]
+    said = (
+        "nobody/nothing: is no folder, its config.json is not in the model hub's local cache, and"
+    )
+    assert capsys.readouterr().err.startswith(f"derta train: {said} the hub cannot be reached: ")
+
+
+def test_a_name_in_the_cache_needs_no_hub(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("derta.modeling.hub.try_to_load_from_cache", lambda *_: "config.json")
+    check_hub("nobody/nothing")
+    check_hub("model")
+    check_hub("../none")  # no name of the hub: loading refuses it
+    with pytest.raises(NotADirectoryError, match="^rows.jsonl: is a file, expected the folder of"):
+        check_hub("rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"lora_target_modules": "nope"}, "lora_target_modules: 'nope': Target modules nope not f"),
+        (
+            {"lora_target_modules": ["q_proj", "nope"]},
+            r"lora_target_modules: \['q_proj', 'nope'\]: the model has no module 'nope'",
+        ),
+        ({"lora_target_modules": "lm_head"}, "lora_target_modules: 'lm_head': .* on its head"),
+        ({"lora_modules_to_save": ["nope"]}, r"lora_modules_to_save: \['nope'\]: the model has no"),
+    ],
+)
+def test_adapters_for_no_layer_are_refused_by_key(keys: dict, message: str) -> None:
+    config = tiny_model("llama").config
+    check_adapters(config, Method(method="lora"))
+    check_adapters(config, Method(method="lora", lora_modules_to_save=["embed_tokens"]))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check_adapters(config, Method(method="lora", **keys))

@@ -98,3 +98,4 @@ def test_our_keys_have_description_default_choices_and_range(validator: Any) -> 
     lora_dropout = {name: keys["lora_dropout"][name] for name in ("minimum", "exclusiveMaximum")}
     assert lora_dropout == {"minimum": 0, "exclusiveMaximum": 1}
     assert keys["weight_decay"]["type"] == "number"
+    assert (keys["weight_decay"]["minimum"], keys["adam_beta1"]["exclusiveMaximum"]) == (0, 1)

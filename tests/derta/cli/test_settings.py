@@ -8,9 +8,10 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from derta.cli import main, module_of, settings_of
 from derta.cli.commands import COMMANDS, help_of
 from derta.cli.doctor import DoctorConfig
 from derta.cli.settings.data import StatsConfig
-from derta.cli.settings.training import PlanConfig
+from derta.cli.settings.training import PlanConfig, SchemaConfig
 from derta.cli.train import TrainConfig
 from derta.data import Source
 from derta.objectives.cuts import CUT_POLICIES, RTO_DEPTHS
 from derta.objectives.defaults import CutPolicy, Recipe, RtoDepth
 from derta.settings import build, keys_of, read_options, read_yaml, shared
+from derta.settings.blame import blame
 from derta.training.config import RECIPES, DertaConfig
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
@@ -90,6 +92,12 @@ def test_a_wrong_key_of_the_file_is_reported_as_the_files() -> None:
         build(TrainConfig, {"run.yaml": {"max_step": 3}, "command line": {"max_steps": 3}})
 
 
+# Ten anchors, each of ten aliases of the one before.
+ALIASES = "a0: &a0 [x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -101,6 +109,11 @@ def test_a_wrong_key_of_the_file_is_reported_as_the_files() -> None:
         ("a: 1\nb: \udcff\n", ":2: byte 0xff is not UTF-8"),
         ("\udcff\udcfea\0:\0", ":1: byte 0xff is not UTF-8"),  # UTF-16 with its mark
         ("- a\n", "expected `key: value` lines, got list"),
+        ("a: &a\n- *a\n", ":1: the alias refers to the value that it stands in"),
+        ("a: &a {b: {c: *a}}\n", ":1: the alias refers to the value that it stands in"),
+        (ALIASES, ":6: with its aliases written out it has more than 100,000 values"),
+        ("a: " + "[" * 5000, "values are nested too deeply"),
+        ("a: 1\nb: 0x_\n", ":2: '0x_' is no int"),
     ],
 )
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:
@@ -166,9 +179,9 @@ def test_a_single_value_for_a_list_is_a_list_of_one() -> None:
         ({"rto_keep": False}, "run.yaml: rto_keep: expected float, got False"),
         ({"report_to": ["none", True]}, "run.yaml: report_to: expected"),
         ({"rto_keep": 1.5}, "rto_keep must lie in [0, 1], got 1.5"),
-        ({"branches": -1}, "branches must be at least 0, got -1"),
+        ({"branches": -1}, "branches must lie in [0, 1000], got -1"),
         ({"branches": 0, "rto_keep": 0}, "a triple would train nothing"),
-        ({"rto_weight": -1}, "rto_weight must be at least 0, got -1.0"),
+        ({"rto_weight": -1}, "rto_weight must lie in [0, 1000], got -1.0"),
         ({"rto_depth": "deep"}, "rto_depth: expected one of uniform, growing, got 'deep'"),
         (
             {"recipe": "sorry"},
@@ -203,6 +216,64 @@ def test_a_single_value_for_a_list_is_a_list_of_one() -> None:
             "resume_from_checkpoint: there is no checkpoint in none yet",
         ),
         ({"per_device_train_batch_size": 8}, "per_device_train_batch_size must stay 1, got 8"),
+        ({"learning_rate": 1e30}, "learning_rate must lie in [0, 1], got 1e+30"),
+        ({"weight_decay": -1}, "weight_decay must lie in [0, 100], got -1.0"),
+        ({"logging_steps": -1}, "logging_steps must be above 0, got -1.0"),
+        ({"seed": 2**32}, "seed must lie in [0, 4294967295], got 4294967296"),
+        ({"rto_keep": float("nan")}, "run.yaml: rto_keep: expected finite numbers, got nan"),
+        (
+            {"lr_scheduler_kwargs": {"a": [float("inf")]}},
+            "run.yaml: lr_scheduler_kwargs: expected finite numbers, got {'a': [inf]}",
+        ),
+        ({"run_name": ""}, "run.yaml: run_name: expected text that is not empty, got ''"),
+        ({"model": "a\0b"}, "run.yaml: model: expected text without a null character, got 'a"),
+        ({"max_steps": "x" * 999}, "xxx ... xxxxxxxxxxxxxxxxxxx'"),
+        (
+            {"save_strategy": "never"},
+            "run.yaml: save_strategy: expected one of no, steps, epoch, best, got 'never'",
+        ),
+        ({"log_level": "x"}, "run.yaml: log_level: expected one of detail, debug, info,"),
+        (
+            {"parallelism_config": {"nope": 1}},
+            "run.yaml: parallelism_config: expected a mapping of dp_replicate_size,",
+        ),
+        (
+            {"accelerator_config": {"nope": 1}},
+            "accelerator_config: {'nope': 1}: AcceleratorConfig.__init__() got an unexpected",
+        ),
+        ({"bf16": True, "fp16": True}, "bf16: True, fp16: True: At most one of fp16 and bf16"),
+        ({"push_to_hub": True}, "push_to_hub must be false, got True: nothing is uploaded while"),
+        (
+            {"optim_target_modules": ["q_proj"]},
+            "optim_target_modules: ['q_proj'] are for GaLore and APOLLO, expected optim to be one",
+        ),
+        ({"fsdp_config": {"a": 1}}, "fsdp_config needs fsdp, got None"),
+        (
+            {"include_num_input_tokens_seen": True},
+            "include_num_input_tokens_seen must stay no, got True",
+        ),
+        (
+            {"gradient_checkpointing_kwargs": {"nope": 1}},
+            "gradient_checkpointing_kwargs: expected a mapping of context_fn, debug,",
+        ),
+        (
+            {"gradient_checkpointing_kwargs": {"use_reentrant": False, "context_fn": 1}},
+            "gradient_checkpointing_kwargs: {'use_reentrant': False, 'context_fn': 1}: 'int' obj",
+        ),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "load_best_model_at_end needs eval_strategy to be steps or epoch, got no",
+        ),
+        (
+            {"save_strategy": "best"},
+            "save_strategy: best needs eval_strategy and metric_for_best_model, got no and None",
+        ),
+        ({"sources": []}, "sources: expected at least one source, got none"),
+        ({"eval_on_start": True}, "eval_on_start needs eval_sources"),
+        (
+            {"metric_for_best_model": "accuracy"},
+            "metric_for_best_model: expected one of loss, mle_loss, rto_loss, rto_targets,",
+        ),
     ],
 )
 def test_wrong_settings_are_refused_by_name(values: dict, message: str) -> None:
@@ -299,9 +370,98 @@ def test_plan_and_stats_ignore_only_known_keys_of_training() -> None:
     assert found == {"eval_sources": [{**SOURCE, "weigth": 1}]}
 
 
+@pytest.mark.promise("A bad setting ends in one line that names the key, before a model is loaded.")
+@pytest.mark.parametrize(
+    ("command", "key", "value", "message"),
+    [
+        ("eval", "batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("eval", "samples", -1, "samples must be at least 0, got -1"),
+        ("eval", "max_new_tokens", 0, "max_new_tokens must be at least 1, got 0"),
+        ("eval", "max_tokens", 0, "max_tokens must be at least 1, got 0"),
+        ("eval", "judges", {"a": {"b": float("nan")}}, "file: judges: expected finite numbers,"),
+        ("eval", "keywords", ["no", ""], "file: keywords: expected text that is not empty,"),
+        ("eval calibrate", "files", [""], "file: files: expected text that is not empty, got ['']"),
+        ("eval compare", "recipes", {"derta": ""}, "file: recipes: expected text that is not emp"),
+        ("eval curve", "max_tokens", -1, "max_tokens must be at least 1, got -1"),
+        ("chat", "max_new_tokens", 0, "max_new_tokens must be at least 1, got 0"),
+        ("merge", "model", "a\0b", "file: model: expected text without a null character, got"),
+        ("data build", "seed", -1, "seed must be at least 0, got -1"),
+        ("data build", "eval_share", float("nan"), "file: eval_share: expected finite numbers,"),
+        ("data stats", "output", "none/a.json", "output: none/a.json: none is no folder"),
+        ("schema", "output", "none/a.json", "output: none/a.json: none is no folder"),
+        ("plan", "gpu", float("inf"), "file: gpu: expected finite numbers, got inf"),
+        ("init", "gpu", 1e30, "gpu must lie in [0, 100000], got 1e+30"),
+    ],
+)
+def test_bad_settings_of_every_command_are_refused_by_name(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    key: str,
+    value: Any,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    required = {
+        "eval": {"model": "m", "output_dir": "o", "harmful": "h"},
+        "eval calibrate": {"output_dir": "o"},
+        "eval compare": {"results": "r", "output_dir": "o"},
+        "eval curve": {"model": "m", "data": "d"},
+        "chat": {"model": "m"},
+        "merge": {"output_dir": "o"},
+        "data build": {"sources": SOURCE, "output_dir": "o"},
+        "data stats": {"sources": SOURCE},
+        "plan": {"model": "m"},
+    }
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        build(settings_of(module_of(command)), {"file": {**required.get(command, {}), key: value}})
+
+
+def test_the_nearest_key_of_another_part_is_named_for_a_file_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nlearning_rte: 1e-5\n")
+    assert main(["plan", str(path), "--gpu", "8"]) == 1
+    assert "unknown key 'learning_rte'; did you mean 'learning_rate'?" in capsys.readouterr().err
+    assert main(["plan", "--gpu", "8", "--learning_rte", "1e-5"]) == 1
+    assert "learning_rate" not in capsys.readouterr().err
+
+
+def test_an_error_of_the_operating_system_follows_its_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: SchemaConfig) -> None:
+        raise PermissionError(13, "Permission denied", "out/a/b.json")
+
+    monkeypatch.setattr("derta.cli.schema.run", run)
+    assert main(["schema", "--output", "out"]) == 1
+    said = "derta schema: output: out/a/b.json: permission denied\n"
+    assert capsys.readouterr().err == said
+    assert main(["schema"]) == 1
+    assert capsys.readouterr().err == "derta schema: out/a/b.json: permission denied\n"
+
+
+def test_keys_to_blame_are_those_without_which_a_trial_succeeds() -> None:
+    def trial(values: Mapping[str, int]) -> None:
+        if values["a"] and values["b"]:
+            raise KeyError("a and b")
+        if values["c"]:
+            raise TypeError("c")
+
+    def blamed(**given: int) -> str:
+        with pytest.raises((KeyError, TypeError)) as caught:
+            trial(given)
+        return str(blame(caught.value, given, dict.fromkeys("abc", 0), trial))
+
+    assert blamed(a=1, b=2, c=0) == "a: 1, b: 2: KeyError: 'a and b'"
+    assert blamed(a=0, b=2, c=3) == "c: 3: c"
+    assert blamed(a=1, b=2, c=3) == "a: 1, b: 2: KeyError: 'a and b'"
+
+
 def test_lower_is_better_for_watched_metrics() -> None:
     best = {
-        "eval_sources": SOURCE,
+        "eval_sources": [SOURCE, {"path": "h", "role": "helpful"}],
         "eval_strategy": "steps",
         "eval_steps": 5,
         "save_steps": 5,
@@ -428,7 +588,7 @@ def test_choices_agree_with_the_library() -> None:
 def test_settings_made_in_python_are_checked_too() -> None:
     with pytest.raises(ValueError, match="^cuts must be one of zero, uniform, official, deep, got"):
         DertaConfig(output_dir="o", use_cpu=True, cuts="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="^unlikelihood_weight must be at least 0, got -0.5"):
+    with pytest.raises(ValueError, match=r"^unlikelihood_weight must lie in \[0, 1000\], got -0.5"):
         DertaConfig(output_dir="o", use_cpu=True, unlikelihood_weight=-0.5)
     with pytest.raises(ValueError, match=r"^rto_keep must lie in \[0, 1\], got nan"):
         DertaConfig(output_dir="o", use_cpu=True, rto_keep=float("nan"))

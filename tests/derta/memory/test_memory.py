@@ -404,7 +404,8 @@ def test_a_plan_is_probed_only_on_request(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "0"], "gpu must be the memory of a GPU in GiB, got 0.0"),
+        (["--gpu", ".inf"], "gpu: expected finite numbers, got inf"),
+        (["--gpu", "0"], "gpu must lie in (0, 100000], got 0.0"),
         (["--gpu", "8", "--optim", "lion"], "optim: nothing is known of 'lion'"),
         (["--gpu", "8", "--offload_checkpoints"], "offload_checkpoints needs gradient_checkpoin"),
         (["--gpu", "8", "--max_tokens", "111"], "must leave room for a harmful response beside pr"),
@@ -412,7 +413,7 @@ def test_a_plan_is_probed_only_on_request(
         (["--gpu", "8", "--safe_tokens", "0"], "safe_tokens must be at least 1, got 0"),
         (["--gpu", "8", "--rto_keep", "2"], "rto_keep must lie in [0, 1], got 2.0"),
         (["--gpu", "8", "--mlp_tile", "0"], "mlp_tile must be at least 1 token, got 0"),
-        (["--gpu", "8", "--lora_r", "0"], "lora_r must be at least 1, got 0"),
+        (["--gpu", "8", "--lora_r", "0"], "lora_r must lie in [1, 8192], got 0"),
         (["--gpu", "8", "--lora_dropout", "1"], "lora_dropout must lie in [0, 1), got 1.0"),
     ],
 )

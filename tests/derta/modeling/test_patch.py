@@ -616,7 +616,18 @@ def test_wrong_settings_are_refused_and_leave_the_model_unchanged(options, error
         (dict(labels=torch.ones(1, 17)), ValueError, "labels must be None with visible_until"),
         (dict(past_key_values=()), ValueError, "past_key_values must be None with visible_until"),
         (dict(position_ids=None), ValueError, "position_ids are required with visible_until"),
-        (dict(visible_until=None), ValueError, "rto_mask needs visible_until, got None"),
+        (dict(visible_until=None), ValueError, "shift_labels needs visible_until, got None"),
+        (
+            dict(visible_until=None, shift_labels=None),
+            ValueError,
+            "rto_mask needs visible_until, got None",
+        ),
+        (
+            dict(term_weights={"mle": 2.0}),
+            ValueError,
+            "term_weights: mle is the main term, its factor must be 1, got 2.0: weigh the others",
+        ),
+        (dict(term_weights={"x": 1.0}), ValueError, "term_weights must be of mle, rto, got 'x'"),
         (
             dict(visible_until=torch.ones(1, 17)),
             ValueError,
@@ -649,6 +660,15 @@ def test_a_call_unfit_for_packs_is_refused(change, error, message) -> None:
     apply_derta(model, REFUSAL)
     with pytest.raises(error, match=message):
         model(**{**pack(), **change})
+
+
+def test_term_weights_may_be_partial() -> None:
+    model = tiny_model("llama")
+    apply_derta(model, REFUSAL)
+    whole = model(**pack()).loss
+    for given in ({}, {"mle": 1.0}, {"rto": 1.0}):
+        assert torch.equal(model(**pack(), term_weights=given).loss, whole)
+    assert not torch.equal(model(**pack(), term_weights={"rto": 0.5}).loss, whole)
 
 
 def test_attention_dropout_is_refused_only_in_training() -> None:

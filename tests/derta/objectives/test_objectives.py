@@ -80,7 +80,7 @@ def test_settings_choose_the_objective(tmp_path: Path) -> None:
     assert objective_of(plain) == DertaObjective(rto_weight=0.5)
     both = DertaConfig(output_dir=str(tmp_path), use_cpu=True, unlikelihood_weight=0.1)
     assert objective_of(both) == UnlikelihoodObjective(unlikelihood_weight=0.1)
-    with pytest.raises(ValueError, match="^unlikelihood_weight must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"^unlikelihood_weight must lie in \[0, 1000\], got -1"):
         DertaConfig(output_dir=str(tmp_path), use_cpu=True, unlikelihood_weight=-1.0)
     with pytest.raises(ValueError, match="^unlikelihood_weight must be above 0, got 0"):
         UnlikelihoodObjective(unlikelihood_weight=0.0)
