@@ -31,6 +31,7 @@ BASE = {
     "model": "model",
     "sources": {"path": "rows.jsonl", "role": "safety"},
     "output_dir": "out",
+    "overwrite": True,
     "max_steps": 1,
     "logging_steps": 1,
     "save_strategy": "no",
