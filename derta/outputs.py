@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Elsewhere folders can be neither synced nor locked, and abandoned ones stay.
+# Elsewhere folders can be neither synced nor locked.
 POSIX = os.name == "posix"
 # Reasons of the system for which a write fails and another place or more room helps.
 REFUSALS = {
@@ -32,6 +32,7 @@ REFUSALS = {
     errno.EACCES,
     errno.EPERM,
     errno.EIO,
+    errno.EBUSY,
     errno.ENAMETOOLONG,
 }
 
@@ -91,6 +92,7 @@ def whole_folder(target: Path, *, private: bool = False, needed: int = 0) -> Ite
         OSError: a file cannot be written; says why, the bytes needed and the bytes free. Or another
             process fills the same folder.
     """
+    target = target.resolve()
     with unfinished(target, private=private, needed=needed) as folder:
         yield folder
         sync_files(folder)
@@ -107,7 +109,7 @@ def unfinished(target: Path, *, private: bool = False, needed: int = 0) -> Itera
     folder = unfinished_name(target)
     with told(target, needed):
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned([folder])
+        remove_abandoned([folder], unlockable=True)
         if folder.exists():
             raise OSError(f"{target}: another process is writing it")
         with claimed(folder, private=private):
@@ -123,12 +125,12 @@ def unfinished_name(target: Path) -> Path:
 def claimed(folder: Path, *, private: bool = True) -> Iterator[Path]:
     """Yield a new folder that is locked until the end, and remove what is left of it then."""
     # Under its name it must be locked from the first moment, or another process may remove it.
-    fresh = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    fresh = folder.with_name(f".{secrets.token_hex(4)}{folder.name}")
     fresh.mkdir(mode=0o700 if private else 0o777)
     lock = os.open(fresh, os.O_RDONLY) if POSIX else None
     try:
         if lock is not None:
-            _try_to_lock(lock)
+            _lock(lock)
         fresh.rename(folder)
         yield folder
     finally:
@@ -138,34 +140,41 @@ def claimed(folder: Path, *, private: bool = True) -> Iterator[Path]:
             os.close(lock)
 
 
-def remove_abandoned(folders: Iterable[Path]) -> None:
-    """Remove those of the folders that no living process has claimed."""
+def remove_abandoned(folders: Iterable[Path], *, unlockable: bool = False) -> None:
+    """Remove those of the folders that no living process has claimed.
+
+    Args:
+        folders: paths made by `claimed`.
+        unlockable: if True, remove those too that the file system cannot lock.
+    """
     for folder in folders:
         with contextlib.suppress(OSError):
-            if not POSIX or folder.is_symlink():
-                continue
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW) if POSIX else None
             try:
-                if _try_to_lock(lock):
+                locked = None if lock is None else _lock(lock)
+                if locked or (locked is None and unlockable):
                     shutil.rmtree(folder)
             finally:
-                os.close(lock)
+                if lock is not None:
+                    os.close(lock)
 
 
-def _try_to_lock(descriptor: int) -> bool:
+def _lock(descriptor: int) -> bool | None:
+    """Lock a folder; return False if another process has it, None if it cannot be locked."""
     import fcntl
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # a file system without locks
+        return None
     return True
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder such that no part of it is ever seen under its name."""
-    gone = unfinished_name(folder)
-    shutil.rmtree(gone, ignore_errors=True)
+    gone = folder.with_name(f".{secrets.token_hex(4)}.{folder.name}.unfinished")
     folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -174,7 +183,7 @@ def sync(path: Path) -> None:
     """Write a file, or the names in a folder, to the disk."""
     if not POSIX and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if POSIX else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

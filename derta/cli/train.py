@@ -128,7 +128,7 @@ def outcome(trainer: DertaTrainer) -> str:
     parts = []
     if state.global_step < state.max_steps:
         parts.append(f", stopped at step {state.global_step:,} of {state.max_steps:,}")
-    if args.load_best_model_at_end and state.best_metric is not None:
+    if args.load_best_model_at_end and state.best_model_checkpoint is not None:
         parts.append(
             f", of step {state.best_global_step:,}: the best by {args.metric_for_best_model}, "
             f"{state.best_metric:.4f}"

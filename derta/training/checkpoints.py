@@ -28,8 +28,9 @@ MODEL_FILES = (
     "model.safetensors.index.json",
     "adapter_model.safetensors",
     "adapter_config.json",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
 )
-DAMAGED = "damaged"
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -79,18 +80,42 @@ def checked(checkpoint: Path) -> Manifest:
 def newest_whole(folder: Path) -> tuple[Path, Manifest] | None:
     """Return the newest checkpoint that is whole. Damaged ones before it are set aside.
 
-    Each is named in a warning, and keeps its files under another name, so that neither a loader
-    nor the limit of checkpoints takes it for one.
+    Each is named in a warning. If none has a manifest, another trainer wrote them: none is touched.
+
+    Raises:
+        ValueError: the newest whole one is no checkpoint to resume from.
     """
-    for path in checkpoints(folder):
+    found = checkpoints(folder)
+    if not any((path / MANIFEST).exists() for path in found):
+        return None
+    for path in found:
         try:
             return path, checked(path)
-        except ValueError as error:
-            aside = path.with_name(f"{DAMAGED}-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            logger.warning("%s; set aside as %s", error, aside.name)
+        except DamagedError as error:
+            logger.warning("%s; set aside as %s", error, set_aside(path, "damaged").name)
     return None
+
+
+def set_aside(checkpoint: Path, why: str) -> Path:
+    """Rename a checkpoint, so that neither a loader nor the limit of checkpoints takes it for one.
+
+    Returns:
+        its new path.
+    """
+    aside = checkpoint.with_name(f"{why}-{checkpoint.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{why}-{checkpoint.name}-{number}")
+    return checkpoint.rename(aside)
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Set aside a run's checkpoints later than the one that it now continues from."""
+    for path in checkpoints(folder):
+        if (later := step_of(path)) is not None and later > step:
+            aside = set_aside(path, "abandoned")
+            logger.warning("%s is after step %d; set aside as %s", path, step, aside.name)
 
 
 def finished(folder: Path) -> Manifest | None:
@@ -108,7 +133,7 @@ def tidy(folder: Path) -> None:
     """Complete or remove what a kill left in a run's folder."""
     if (folder / COMPLETE).is_dir():
         publish(folder)
-    remove_abandoned(folder.glob(".*.unfinished"))
+    remove_abandoned(folder.glob(".*.unfinished"), unlockable=True)
 
 
 def left_by_another(folder: Path) -> list[str]:
@@ -153,11 +178,12 @@ def publish(folder: Path) -> None:
     staged = folder / COMPLETE
     if (staged / MANIFEST).exists():
         names = read_manifest(staged).files
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for former in _models(folder):
+        for former in [*_models(folder), *_described(folder)]:
             # One that is no longer staged is the new one.
-            if former.name not in names or (staged / former.name).exists():
-                former.unlink()
+            name = former.relative_to(folder).as_posix()
+            if name not in names or (staged / name).exists():
+                former.unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: (_is_model(name), name.endswith(".json"))):
             if (staged / name).exists():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +192,14 @@ def publish(folder: Path) -> None:
         (staged / MANIFEST).replace(folder / MANIFEST)
         sync(folder)
     shutil.rmtree(staged)
+
+
+def _described(folder: Path) -> list[Path]:
+    """Return the files that a folder's manifest names, none if it has no good one."""
+    try:
+        return [folder / name for name in read_manifest(folder).files]
+    except DamagedError:
+        return []
 
 
 def _models(folder: Path) -> list[Path]:

@@ -131,6 +131,10 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
                     )
         if self.resume_from_checkpoint is True:
             self.resume_from_checkpoint = str(newest(Path(str(self.output_dir))))
+        if self.resume and self.save_only_model:
+            raise ValueError(
+                "save_only_model: true leaves no checkpoint to continue from, which resume needs"
+            )
         if self.resume and self.resume_from_checkpoint:
             raise ValueError(
                 "resume and resume_from_checkpoint name two places to continue from: leave one out"

@@ -52,6 +52,16 @@ RESULT_KEYS = (
     "bf16",
     "fp16",
 )
+# Those that decide which checkpoint becomes the model, if the best one does.
+SELECTION_KEYS = (
+    "metric_for_best_model",
+    "greater_is_better",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "over_refusal_weight",
+    "eval_strategy",
+    "eval_steps",
+)
 # What a checkpoint's weights and optimizer states belong to: no run continues with another.
 FIXED = (
     "model",
@@ -66,19 +76,24 @@ FIXED = (
 SAMPLED = 64
 
 
-def fingerprint(settings: Any, model: nn.Module, data: str, refusal_id: int) -> dict[str, Any]:
+def fingerprint(
+    settings: Any, model: nn.Module, data: str, held_out: str | None, refusal_id: int
+) -> dict[str, Any]:
     """Return the fingerprint, as plain values.
 
     Args:
         settings: the run's settings, resolved.
         model: the model before its first step.
         data: the digest of its examples.
+        held_out: the digest of the examples that it is evaluated on, if there are some.
         refusal_id: id of the refusal token.
     """
-    keys = {
-        name: _plain(getattr(settings, name)) for name in RESULT_KEYS if hasattr(settings, name)
-    }
-    return {"data": data, "model": _described(model), "refusal token": refusal_id, **keys}
+    found = {"data": data, "model": _described(model), "refusal token": refusal_id}
+    names = [name for name in RESULT_KEYS if hasattr(settings, name)]
+    if settings.load_best_model_at_end:
+        names += SELECTION_KEYS
+        found["held-out data"] = held_out
+    return found | {name: _plain(getattr(settings, name)) for name in names}
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

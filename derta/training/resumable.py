@@ -18,19 +18,22 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EarlyStoppingCallback, Trainer, TrainerState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from derta.manifest import COMPLETE, DamagedError, Manifest, verify, write_manifest
-from derta.outputs import sync, unfinished, unfinished_name
+from derta.outputs import sync, told, unfinished, unfinished_name
 from derta.training import checkpoints
 from derta.training.config import DertaConfig
 from derta.training.fingerprint import FIXED, differences
 
 logger = logging.get_logger(__name__)
+
+# Schedules whose rate depends on more than the step.
+WITH_MEMORY = {"reduce_lr_on_plateau", "greedy"}
 
 
 class RunFinished(Exception):
@@ -43,13 +46,25 @@ class Start:
 
     Attributes:
         checkpoint: the checkpoint to continue from; None: the first step.
-        changed: if True, settings are no longer those of the checkpoint.
+        changed: if True, settings or the number of processes are no longer the checkpoint's.
         error: the reason why nothing can begin.
     """
 
     checkpoint: str | None = None
     changed: bool = False
     error: Exception | None = None
+
+
+class _Epoch(TrainerCallback):
+    """Tells the end of an epoch from its last step."""
+
+    ended = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.ended = False
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.ended = True
 
 
 class ResumableTrainer(Trainer):
@@ -59,6 +74,12 @@ class ResumableTrainer(Trainer):
     _start = Start()
     _saving_in: str | None = None
     _ended = False
+    _held = False  # the save of an epoch's last step
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._epoch = _Epoch()
+        self.add_callback(self._epoch)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what the result of the run depends on, as plain values."""
@@ -89,7 +110,8 @@ class ResumableTrainer(Trainer):
             raise self._start.error
         self._ended = False
         result = super().train(self._start.checkpoint, *args, **kwargs)
-        self._ended = True
+        # A callback of the user's may have stopped it for another start to continue.
+        self._ended = self.state.global_step >= self.state.max_steps or self._is_out_of_patience()
         return result
 
     def _find_start(self, asked: str | bool | None) -> Start:
@@ -99,21 +121,30 @@ class ResumableTrainer(Trainer):
             if asked:
                 path = checkpoints.newest(folder) if asked is True else Path(str(asked))
                 manifest = self._asked_for(path)
-                if path.parent.resolve() != folder.resolve():
+            elif self.args.resume:
+                self._check_unfinished(folder)
+                found = checkpoints.newest_whole(folder)
+                if found is None:
                     self._begin_in(folder)
-            elif self.args.resume and (found := checkpoints.newest_whole(folder)) is not None:
+                    return Start()
                 path, manifest = found
             else:
-                if self.args.resume:
-                    self._check_unfinished(folder)
                 self._begin_in(folder)
                 return Start()
             changed = self._compared(path, manifest)
-            self._check_unfinished(folder, manifest)
+            if asked:
+                self._check_unfinished(folder, manifest)
+            if path.parent.resolve() == folder.resolve():
+                checkpoints.set_aside_after(folder, manifest.step or 0)
+            else:
+                self._begin_in(folder)
         except (ValueError, OSError, RunFinished) as error:
             return Start(error=error)
         logger.warning("continuing from %s", path)
-        return Start(str(path), changed)
+        then, now = manifest.world_size, self.args.world_size
+        if then != now:
+            logger.warning("it is of %d processes, not %d: equal but for rounding", then, now)
+        return Start(str(path), changed or then != now)
 
     def _asked_for(self, path: Path) -> Manifest:
         if not path.is_dir():
@@ -154,7 +185,11 @@ class ResumableTrainer(Trainer):
         """
         changed = differences(manifest.run, self.fingerprint())
         told = "; ".join(changed.values())
-        if fixed := [name for name in FIXED if name in changed]:
+        fixed = [name for name in FIXED if name in changed]
+        kinds = {one.get("lr_scheduler_type") for one in (manifest.run, self.fingerprint())}
+        if len(kinds) > 1 and kinds & WITH_MEMORY:
+            fixed.append("lr_scheduler_type")
+        if fixed:
             raise ValueError(
                 f"{path} is another run's checkpoint ({told}): {', '.join(fixed)} cannot change "
                 "within a run"
@@ -170,11 +205,12 @@ class ResumableTrainer(Trainer):
         places = super()._init_training_state(max_steps, *args, **kwargs)
         if self._start.checkpoint is not None:
             kept: Any = self.state.stateful_callbacks
+            patience = kept.get("EarlyStoppingCallback", [])
+            patience = [*patience] if isinstance(patience, list) else [patience]
             exported = []
             for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, EarlyStoppingCallback):
-                    saved = kept.get(type(callback).__name__, {"attributes": {}})
-                    for name, value in saved["attributes"].items():
+                if isinstance(callback, EarlyStoppingCallback) and patience:
+                    for name, value in patience.pop(0)["attributes"].items():
                         setattr(callback, name, value)
                 if isinstance(callback, ExportableState):
                     exported.append(callback)
@@ -184,26 +220,53 @@ class ResumableTrainer(Trainer):
                 stateful_callbacks=exported  # type: ignore[arg-type]
             ).stateful_callbacks
             best = self._checkpoint_of(self.state.best_global_step)
-            self.state.best_model_checkpoint = str(best) if best and best.is_dir() else None
+            if best is not None and best.is_dir():  # else where it was, if it is still there
+                self.state.best_model_checkpoint = str(best)
+            elif best is not None and self.state.best_model_checkpoint is None:
+                logger.warning("%s, the best one, is gone: a later one will be the best", best)
+                self.state.best_metric = self.state.best_global_step = None
         return places
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # eval_on_start means the start of the run, and counts for the patience.
+        return {} if self._start.checkpoint is not None else super()._evaluate(*args, **kwargs)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._is_over():
-            self.control.should_training_stop = True
-            return
         start, self._start = self._start, Start()
-        if start.checkpoint is not None and not start.changed:
-            self._read_running(Path(start.checkpoint))
+        if start.checkpoint is not None:
+            if self.state.global_step >= self.state.max_steps or self._is_out_of_patience():
+                self.control.should_training_stop = True
+                return
+            if not start.changed:
+                self._read_running(Path(start.checkpoint))
         super()._run_epoch(*args, **kwargs)
 
-    def _is_over(self) -> bool:
-        """Return True if the resumed checkpoint is that of the run's last step."""
-        patience = (
-            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+    def _is_out_of_patience(self) -> bool:
+        return any(
+            callback.early_stopping_patience_counter >= max(1, callback.early_stopping_patience)
             for callback in self.callback_handler.callbacks
             if isinstance(callback, EarlyStoppingCallback)
         )
-        return self.state.global_step >= self.state.max_steps or any(patience)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save, but save an epoch's last step only at the epoch's end.
+
+        What is logged and evaluated there belongs before that checkpoint.
+        """
+        if self._epoch.ended:
+            self.control.should_save |= self._held
+            self._held = False
+        elif self.control.should_training_stop or float(self.state.epoch).is_integer():
+            self._held, self.control.should_save = self.control.should_save, False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Which would remove checkpoints before the model is saved, file by file under their names.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         optimizer, scheduler = self.optimizer, self.lr_scheduler
@@ -249,7 +312,7 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-                self._describe(folder, "model" if self.args.save_only_model else "checkpoint")
+                self._describe(folder, None if self.args.save_only_model else "checkpoint")
                 if target.exists():  # of a run that was resumed before it
                     checkpoints.remove_folder(target)
                 folder.replace(target)
@@ -262,8 +325,8 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Replace a folder's former model by the tuned one and the record of its training.
 
-        All files of the former model are removed: a loader would read those that the new one lacks.
-        An interrupted save costs no model.
+        The weights of the former model are removed, and all files that its manifest names: a loader
+        would read those that the new one lacks. An interrupted save costs no model.
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
@@ -273,18 +336,18 @@ class ResumableTrainer(Trainer):
             super().save_model(str(folder))
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-                kind = "adapters" if (folder / "adapter_config.json").exists() else "model"
-                self._describe(folder, kind, finished=self._ended)
+                self._describe(folder, finished=self._ended)
                 checkpoints.tidy(target)
                 folder.replace(target / COMPLETE)
                 sync(target)
                 checkpoints.publish(target)
             self.accelerator.wait_for_everyone()
 
-    def _describe(self, folder: Path, kind: str, **about: Any) -> None:
+    def _describe(self, folder: Path, kind: str | None = None, **about: Any) -> None:
+        adapted = (folder / "adapter_config.json").exists()
         write_manifest(
             folder,
-            kind,
+            kind or ("adapters" if adapted else "model"),
             step=self.state.global_step,
             world_size=self.args.world_size,
             run=self.fingerprint(),
@@ -300,7 +363,8 @@ class ResumableTrainer(Trainer):
                 yield folder
         else:
             self.accelerator.wait_for_everyone()
-            yield unfinished_name(target)
+            with told(target, self._bytes()):
+                yield unfinished_name(target)
 
     def _bytes(self) -> int:
         """Return about how many bytes a checkpoint takes."""

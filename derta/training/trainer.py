@@ -200,7 +200,11 @@ class DertaTrainer(ResumableTrainer):
             offload=args.offload_checkpoints,
         )
         self._fingerprint = fingerprint(
-            args, model, examples.examples.digest, self.refusal_token.id
+            args,
+            model,
+            examples.examples.digest,
+            None if held_out is None else held_out.examples.digest,
+            self.refusal_token.id,
         )
         if _loses_updates(model, args):
             logger.warning(

@@ -135,6 +135,27 @@ def test_a_killed_process_leaves_no_folder_and_the_next_removes_its_rest(tmp_pat
     assert target.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a target there is taken for abandoned; other folders are not."""
+    monkeypatch.setattr("fcntl.flock", failing(errno.ENOSYS))
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / "other").mkdir()
+    remove_abandoned([tmp_path / "other"])
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "whole", "other"}
+
+
+def test_a_link_to_a_folder_is_filled_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "whole").touch()
+    assert (tmp_path / "disk" / "whole").exists() and (tmp_path / "out").is_symlink()
+
+
 def test_a_folder_is_removed_under_another_name(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

@@ -23,6 +23,7 @@ from derta.outputs import claimed, remove_abandoned, told
 
 # Large enough to split millions of rows into a few thousand parts, small enough for memory.
 ROWS_AT_ONCE = 1024
+FOLDER = ".derta-examples-"  # and four hexadecimal digits: nobody else's
 
 _COLUMNS = {
     "place": "int64",
@@ -75,9 +76,9 @@ class ExampleStore(Sequence[Encoded]):
             }
         )
         within = Path(folder or tempfile.gettempdir())
-        remove_abandoned(within.glob("derta-*"))
+        remove_abandoned(within.glob(f"{FOLDER}[0-9a-f][0-9a-f][0-9a-f][0-9a-f]"))
         with ExitStack() as stack:
-            own = stack.enter_context(claimed(within / f"derta-{secrets.token_hex(4)}"))
+            own = stack.enter_context(claimed(within / f"{FOLDER}{secrets.token_hex(2)}"))
             # The folder goes with this object, at the latest when Python ends.
             self.remove = weakref.finalize(self, stack.pop_all().close)
         path = str(own / "examples.arrow")

@@ -72,10 +72,10 @@ def test_a_terminated_run_leaves_no_temporary_file(workplace: Path) -> None:
     assert run.stdout is not None
     with run.stdout as said:  # of the training: all is encoded
         assert any("examples" in line for line in said)
-        assert list(temporary.glob("derta-*/examples.arrow"))
+        assert list(temporary.glob(".derta-examples-*/examples.arrow"))
         run.terminate()
         assert run.wait() == 128 + signal.SIGTERM
-    assert not list(temporary.glob("derta-*"))
+    assert not list(temporary.glob(".derta-*"))
 
 
 def weights(folder: str) -> set[str]:

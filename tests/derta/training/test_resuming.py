@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 
 from derta import DertaTrainer
-from derta.manifest import MANIFEST, DamagedError, verify
+from derta.manifest import MANIFEST, DamagedError, verify, write_manifest
 from derta.modeling.method import Method
 from derta.training import checkpoints
 from derta.training.fingerprint import RESULT_KEYS
@@ -191,6 +191,7 @@ def test_every_setting_of_ours_is_in_the_fingerprint_or_changes_no_result() -> N
     assert names - set(RESULT_KEYS) == {
         "recipe",  # as the keys that it sets
         "refusal",  # as the token that it is
+        "special_tokens_in_text",  # as the data that it makes
         "over_refusal_weight",
         "early_stopping_patience",
         "resume",
@@ -320,13 +321,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_continues(
 def test_without_a_whole_checkpoint_a_run_begins_anew(
     tmp_path: Path, unbroken: DertaTrainer
 ) -> None:
-    folder = copied(folder_of(unbroken), tmp_path, 2)
-    (folder / "checkpoint-2" / MANIFEST).unlink()
+    folder = copied(folder_of(unbroken), tmp_path, 2, 3)
+    (folder / "checkpoint-3" / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"has no manifest.json, which is written last"):
-        trainer(folder, full(), **RUN).train(str(folder / "checkpoint-2"))
+        trainer(folder, full(), **RUN).train(str(folder / "checkpoint-3"))
+    flip(folder / "checkpoint-2" / "optimizer.pt", random.Random(0))
     run = trainer(folder, full(), **RUN, resume="auto")
     run.train()
     assert figures(run) == figures(unbroken)
+    assert {path.name for path in folder.glob("damaged-*")} == {
+        "damaged-checkpoint-2",
+        "damaged-checkpoint-3",
+    }
     with pytest.raises(ValueError, match="resume_from_checkpoint: .*: there is no such checkpoint"):
         run.train(str(folder / "nowhere"))
 
@@ -426,6 +432,147 @@ def test_a_full_disk_costs_no_checkpoint(
         run.train()
     assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
     verify(folder / "checkpoint-3")
+
+
+@pytest.mark.promise(EXACT)
+def test_figures_of_an_epochs_end_belong_to_its_last_checkpoint(tmp_path: Path) -> None:
+    """Epochs end at steps 3 and 5, at which checkpoints are saved too."""
+    changes = {
+        "eval_strategy": "epoch",
+        "logging_strategy": "epoch",
+        "load_best_model_at_end": False,
+    }
+    whole = watched(tmp_path / "whole", **changes, early_stopping_patience=None)
+    whole.args.save_total_limit = None
+    whole.train()
+    assert sum("eval_loss" in row for row in whole.state.log_history) == 2
+    for step in (3, STEPS):
+        folder = copied(tmp_path / "whole", tmp_path / str(step), step)
+        resumed = watched(folder, **changes, resume="auto")
+        resumed.train()
+        assert figures(resumed) == figures(whole), step
+
+
+def test_an_earlier_checkpoint_leaves_no_later_one_behind(
+    tmp_path: Path, unbroken: DertaTrainer
+) -> None:
+    folder = copied(folder_of(unbroken), tmp_path, 2, 3, 4)
+    run = trainer(folder, full(), **RUN, save_total_limit=1)
+    run.train(str(folder / "checkpoint-2"))
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint-5",
+        "abandoned-checkpoint-3",
+        "abandoned-checkpoint-4",
+    }
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(
+    tmp_path: Path, unbroken: DertaTrainer
+) -> None:
+    run = trainer(tmp_path, full(), **{**RUN, "max_steps": 1})
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "rest").touch()
+    run.train()
+    assert verify(tmp_path / "checkpoint-1").step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.promise("A folder that holds another run is not written into unasked.")
+def test_checkpoints_of_another_trainer_stay_where_they_are(
+    tmp_path: Path, unbroken: DertaTrainer
+) -> None:
+    folder = copied(folder_of(unbroken), tmp_path, 2, 4)
+    for path in folder.iterdir():
+        (path / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"another run \(checkpoint-2, checkpoint-4\): overwr"):
+        trainer(folder, full(), **RUN, resume="auto").train()
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.promise("A folder that holds another run is not written into unasked.")
+def test_a_refused_start_removes_nothing(tmp_path: Path, unbroken: DertaTrainer) -> None:
+    folder = copied(folder_of(unbroken), tmp_path, 3)
+    run = trainer(folder, full(), **{**RUN, "learning_rate": 1e-3, "overwrite": True})
+    with pytest.raises(ValueError, match="learning_rate: 0.01 then, 0.001 now"):
+        run.train(str(folder_of(unbroken) / "checkpoint-2"))
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_finished_run_of_which_only_the_best_checkpoint_is_left_is_finished(
+    tmp_path: Path,
+) -> None:
+    run = watched(tmp_path)
+    run.train()
+    run.save_model()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(RunFinished):
+        watched(tmp_path, resume="auto").train()
+
+
+class Stop(TrainerCallback):
+    """Stops a run early, as a limit of time does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+@pytest.mark.promise(EXACT)
+def test_a_run_that_a_callback_stopped_is_not_finished(
+    tmp_path: Path, unbroken: DertaTrainer
+) -> None:
+    stopped = trainer(tmp_path, full(), **RUN)
+    stopped.add_callback(Stop())
+    stopped.train()
+    stopped.save_model()
+    run = trainer(tmp_path, full(), **RUN, resume="auto")
+    run.train()
+    assert figures(run) == figures(unbroken)
+
+
+def test_what_decides_on_the_best_checkpoint_belongs_to_the_run(tmp_path: Path) -> None:
+    watched(tmp_path, early_stopping_patience=None, max_steps=2).train()
+    with pytest.raises(ValueError, match="greater_is_better: True then, False now"):
+        watched(
+            tmp_path,
+            early_stopping_patience=None,
+            max_steps=2,
+            greater_is_better=False,
+            resume="auto",
+        ).train()
+
+
+def test_an_evaluation_at_the_start_is_not_repeated(tmp_path: Path) -> None:
+    whole = watched(tmp_path / "whole", save_total_limit=None, eval_on_start=True)
+    whole.train()
+    folder = copied(tmp_path / "whole", tmp_path / "resumed", 1, 2)
+    resumed = watched(folder, resume="auto", eval_on_start=True)
+    resumed.train()
+    assert figures(resumed) == figures(whole)
+
+
+def test_another_number_of_processes_is_said(
+    tmp_path: Path, unbroken: DertaTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(folder_of(unbroken), tmp_path, 4)
+    manifest = verify(folder / "checkpoint-4")
+    write_manifest(folder / "checkpoint-4", "checkpoint", step=4, run=manifest.run, world_size=2)
+    with caplog.at_level("WARNING"):
+        trainer(folder, full(), **RUN, resume="auto").train()
+    assert "it is of 2 processes, not 1: equal but for rounding" in caplog.messages
+
+
+def test_no_run_resumes_without_optimizer_states(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save_only_model: true leaves no checkpoint to continue"):
+        settings(tmp_path, resume="auto", save_only_model=True)
+
+
+def test_a_schedule_with_memory_cannot_change(tmp_path: Path, unbroken: DertaTrainer) -> None:
+    folder = copied(folder_of(unbroken), tmp_path, 2)
+    manifest = verify(folder / "checkpoint-2")
+    then = {**manifest.run, "lr_scheduler_type": "greedy"}
+    write_manifest(folder / "checkpoint-2", "checkpoint", step=2, run=then)
+    with pytest.raises(ValueError, match="lr_scheduler_type cannot change within a run"):
+        trainer(folder, full(), **RUN, resume="auto", resume_changed=True).train()
 
 
 def test_a_checkpoint_records_its_run(unbroken: DertaTrainer) -> None:

@@ -64,6 +64,18 @@ def test_the_file_is_removed_with_its_store(tmp_path: Path) -> None:
     assert len(ExampleStore([])) == 0
 
 
+def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A store removes what a killed one has left, and nothing else, whatever its name."""
+    others = [tmp_path / "derta-run", tmp_path / ".derta-examples-mine"]
+    left = tmp_path / ".derta-examples-00af"
+    for folder in (*others, left):
+        folder.mkdir()
+    alive = ExampleStore(enumerate(EXAMPLES), folder=tmp_path)
+    ExampleStore(enumerate(EXAMPLES), folder=tmp_path)
+    assert all(folder.exists() for folder in others) and not left.exists()
+    assert_same(alive[0], EXAMPLES[0])
+
+
 def test_a_spawned_process_reads_the_file_without_removing_it() -> None:
     store = ExampleStore(enumerate(EXAMPLES))
     sent = pickle.loads(pickle.dumps(store))  # as DataLoader sends it
