@@ -28,7 +28,7 @@ from derta.training.config import WATCHED, DertaConfig
 from derta.training.metrics import figure_names
 from derta.training.progress import Progress
 from derta.training.refusal_watch import check_watched
-from derta.training.rehearsal import rehearse
+from derta.training.rehearsal import check_optimized, rehearse
 from derta.training.resumable import RunFinished
 from derta.training.trainer import DertaTrainer
 
@@ -162,6 +162,8 @@ def run(config: TrainConfig) -> None:
     tokenizer = loading.load_tokenizer(config.model, config.chat_template)
     if config.method != "full":
         check_adapters(read_config(config.model), config)
+    if config.optim_target_modules is not None:
+        check_optimized(config, read_config(config.model))
     model = load_model(config)
     loading.check_vocabulary(tokenizer, model.config, config.model)
     progress = Progress("train")

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from derta.settings.blame import LIBRARY_ERRORS, blame
 from derta.training.config import DertaConfig
@@ -56,9 +61,25 @@ def rehearse(config: DertaConfig) -> None:
         raise blame(error, given, defaults, trial) from error
 
 
+def check_optimized(config: DertaConfig, model_config: PreTrainedConfig) -> None:
+    """Check, before weights are read, that a model has the modules that GaLore or APOLLO project.
+
+    Raises:
+        ValueError: optim_target_modules match none.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(config, model)
+    except ValueError as error:
+        raise ValueError(f"optim_target_modules: {config.optim_target_modules}: {error}") from error
+
+
 def _make(arguments: DertaConfig) -> None:
     vars(arguments).update(_LEFT_OUT)
-    layer = nn.Linear(8, 8)
+    if arguments.optim_target_modules is not None:
+        arguments.optim_target_modules = "all-linear"  # for names, see `check_optimized`
+    layer = nn.Sequential(nn.Linear(8, 8))
     trainer = Trainer(layer, arguments)
     if not trainer.is_deepspeed_enabled:  # which makes its own from its own configuration
         trainer.create_optimizer_and_scheduler(num_training_steps=1)

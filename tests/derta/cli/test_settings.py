@@ -74,6 +74,10 @@ def test_a_key_of_text_keeps_the_typed_text() -> None:
             ["--sources", "[1,"],
             "command line: sources: '[1,' is not a value that YAML can read",
         ),
+        (
+            ["--sources", "[" * 5000],
+            f"command line: sources: '{'[' * 69} ... {'[' * 19}' is not a value that YAML can read",
+        ),
         (["--max_step", "3"], "command line: unknown key 'max_step'; did you mean 'max_steps'?"),
         (["--max_steps", "few"], "command line: max_steps: expected int, got 'few'"),
         (["--output_dir"], "command line: output_dir: expected str, got True"),
@@ -592,6 +596,8 @@ def test_settings_made_in_python_are_checked_too() -> None:
         DertaConfig(output_dir="o", use_cpu=True, unlikelihood_weight=-0.5)
     with pytest.raises(ValueError, match=r"^rto_keep must lie in \[0, 1\], got nan"):
         DertaConfig(output_dir="o", use_cpu=True, rto_keep=float("nan"))
+    with pytest.raises(ValueError, match="^lr_scheduler_kwargs must be finite, got {'a': nan}"):
+        DertaConfig("o", use_cpu=True, lr_scheduler_kwargs={"a": float("nan")})
     assert DertaConfig("o", use_cpu=True).unlikelihood_weight == 0.0
 
 

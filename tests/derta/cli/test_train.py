@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ from derta.cli import main
 from derta.cli.train import TrainConfig, describe_shares, load_model
 from derta.data import Source
 from derta.objectives.derta import DertaObjective
+from derta.objectives.unlikelihood import UnlikelihoodObjective
+from derta.training.config import WATCHED
+from derta.training.metrics import figure_names
 from derta.training.trainer import DertaTrainer
 from runs import poison
 from tiny import tiny_model, tiny_tokenizer
@@ -314,3 +318,72 @@ def test_lengths_beyond_the_context_are_refused_with_the_remedy(
     )
     assert way_out
     assert train(*way_out[1].split()) == 0
+
+
+# Modules of transformers that may ask for GaLore, by version.
+HOMES = ("transformers.trainer", "transformers.trainer_optimizer")
+
+
+class GaLore(torch.optim.SGD):
+    """A stand-in for the package's optimizers: groups of parameters with keys of its own."""
+
+    def __init__(self, params: Any, lr: float, **rest: Any) -> None:
+        super().__init__(params, lr)
+
+
+HELD_OUT = ("--eval_sources", "{path: rows.jsonl, role: safety}", "--eval_strategy", "epoch")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--head_impl", "x"], "head_impl: impl must be one of auto, reference, torch, native"),
+        (["--attention_impl", "x"], "attention_impl: impl must be one of auto, reference, sdpa"),
+        (["--optim_args", "a"], "optim_args: 'a': not enough values to unpack (expected 2, got 1)"),
+        (["--torch_compile_mode", "x"], "torch_compile: True, torch_compile_mode: 'x': Unrecogni"),
+    ],
+)
+def test_what_the_run_would_be_refused_is_named_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.delattr("derta.cli.train.load_model")
+    assert train(*arguments) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"derta train: {message}")
+    assert not Path("out").exists()
+
+
+def test_modules_for_galore_must_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = dict.fromkeys(("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit"), GaLore)
+    monkeypatch.setitem(sys.modules, "galore_torch", SimpleNamespace(**kinds))
+    for module in filter(None, map(sys.modules.get, HOMES)):
+        if hasattr(module, "is_galore_torch_available"):
+            monkeypatch.setattr(module, "is_galore_torch_available", lambda: True)
+    galore = ("--optim", "galore_adamw", "--optim_target_modules")
+    assert train(*galore, "[q_proj]") == 0
+    monkeypatch.delattr("derta.cli.train.load_model")
+    assert train(*galore, "[nope]") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("derta train: optim_target_modules: ['nope']: No target modules found")
+
+
+def test_a_metric_without_targets_is_named_at_the_first_evaluation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(*HELD_OUT, "--metric_for_best_model", "benign_refusal_p") == 1
+    said = "metric_for_best_model: benign_refusal_p has no target in the evaluation records, which"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"derta train: {said} give mle_loss")
+
+
+def test_every_figure_of_an_evaluation_may_choose_the_best_checkpoint() -> None:
+    assert train(*HELD_OUT, "--unlikelihood_weight", "1") == 0
+    history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    found = {name for row in history for name in row if name.startswith("eval_")}
+    timed = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    objective = UnlikelihoodObjective(unlikelihood_weight=1.0)
+    known = {"loss", *figure_names(objective), *WATCHED}
+    assert {name.removeprefix("eval_") for name in found - timed} <= known

@@ -448,7 +448,7 @@ def test_figures_of_an_epochs_end_belong_to_its_last_checkpoint(tmp_path: Path) 
     assert sum("eval_loss" in row for row in whole.state.log_history) == 2
     for step in (3, STEPS):
         folder = copied(tmp_path / "whole", tmp_path / str(step), step)
-        resumed = watched(folder, **changes, resume="auto")
+        resumed = watched(folder, **changes, early_stopping_patience=None, resume="auto")
         resumed.train()
         assert figures(resumed) == figures(whole), step
 
