@@ -363,7 +363,7 @@ def test_modules_for_galore_must_exist(
     for module in filter(None, map(sys.modules.get, HOMES)):
         if hasattr(module, "is_galore_torch_available"):
             monkeypatch.setattr(module, "is_galore_torch_available", lambda: True)
-    galore = ("--optim", "galore_adamw", "--optim_target_modules")
+    galore = ("--overwrite", "--optim", "galore_adamw", "--optim_target_modules")
     assert train(*galore, "[q_proj]") == 0
     monkeypatch.delattr("derta.cli.train.load_model")
     assert train(*galore, "[nope]") == 1

@@ -264,7 +264,7 @@ def test_a_training_configuration_can_be_planned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[StepSettings] = []
-    monkeypatch.setattr("derta.cli.plan.describe", lambda step, *_: planned.append(step))
+    monkeypatch.setattr("derta.cli.plan.describe", lambda step, *_: planned.append(step) or "")
     AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
     path = tmp_path / "run.yaml"
     path.write_text(

@@ -369,16 +369,16 @@ def test_an_interrupted_report_leaves_only_whole_files(
 ) -> None:
     write_report(summary(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    write_bytes, calls = Path.write_bytes, []
+    replace, calls = Path.replace, []
 
-    def write_half(path: Path, data: bytes) -> int:
+    def break_off(path: Path, target: Path) -> Path:
         calls.append(path)
         if len(calls) > interrupted_at:
-            write_bytes(path, data[: len(data) // 2])
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
             raise KeyboardInterrupt
-        return write_bytes(path, data)
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "write_bytes", write_half)
+    monkeypatch.setattr(Path, "replace", break_off)
     changed = summary(names=("base", "other"))
     with pytest.raises(KeyboardInterrupt):
         write_report(changed, tmp_path)
