@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, TrainerCallback
 
 from derta import DertaTrainer
-from derta.manifest import MANIFEST, DamagedError, verify, write_manifest
+from derta.manifest import COMPLETE, MANIFEST, DamagedError, verify, write_manifest
 from derta.modeling.method import Method
 from derta.training import checkpoints
 from derta.training.fingerprint import RESULT_KEYS
@@ -573,6 +573,60 @@ def test_a_schedule_with_memory_cannot_change(tmp_path: Path, unbroken: DertaTra
     write_manifest(folder / "checkpoint-2", "checkpoint", step=2, run=then)
     with pytest.raises(ValueError, match="lr_scheduler_type cannot change within a run"):
         trainer(folder, full(), **RUN, resume="auto", resume_changed=True).train()
+
+
+def breaking(operation: Callable[..., Any], done: list[Path], left: int) -> Callable[..., Any]:
+    """Return the operation on files, which is interrupted after some of them."""
+
+    def operate(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if len(done) == left:
+            raise KeyboardInterrupt
+        done.append(path)
+        return operation(path, *args, **kwargs)
+
+    return operate
+
+
+@pytest.mark.promise(EXACT)
+def test_a_model_on_its_way_to_its_place_survives_a_kill_at_every_move(
+    tmp_path: Path,
+    unbroken: DertaTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Break the moves off at each operation, and let the next start complete them."""
+    former = tmp_path / "former"
+    former.mkdir()
+    for name in ("model-00001-of-00001.safetensors", "model.safetensors.index.json", "old.json"):
+        (former / name).write_text("former")
+    write_manifest(former, "model")
+    (former / "notes.md").write_text("mine")
+    new = verify(folder_of(unbroken)).files
+    left, stage = 0, [*new, MANIFEST]
+    while True:
+        folder = tmp_path / str(left)
+        shutil.copytree(former, folder)
+        (folder / COMPLETE).mkdir()
+        for name in stage:
+            shutil.copy(folder_of(unbroken) / name, folder / COMPLETE / name)
+        (folder / ".checkpoint-9.unfinished").mkdir()
+        done: list[Path] = []
+        with monkeypatch.context() as patch:
+            for operation in ("unlink", "replace"):
+                patch.setattr(Path, operation, breaking(getattr(Path, operation), done, left))
+            try:
+                checkpoints.publish(folder)
+            except KeyboardInterrupt:
+                left += 1
+            else:
+                break
+        if (folder / "config.json").exists():
+            assert not list(folder.glob("model-*")), "weights of another model"
+        checkpoints.tidy(folder)
+        assert verify(folder).files == new
+        assert {path.name for path in folder.iterdir()} == {*stage, "notes.md"}
+    assert left > len(stage)
+    record_property("cases", left)
 
 
 def test_a_checkpoint_records_its_run(unbroken: DertaTrainer) -> None:
