@@ -208,9 +208,7 @@ def test_every_setting_of_ours_is_in_the_fingerprint_or_changes_no_result() -> N
     }
 
 
-@pytest.mark.promise(
-    "A folder that holds another run is not written into unasked."
-)
+@pytest.mark.promise("A folder that holds another run is not written into unasked.")
 def test_a_folder_of_another_run_is_left_alone(tmp_path: Path, unbroken: DertaTrainer) -> None:
     folder = copied(folder_of(unbroken), tmp_path / "run", 2, 4)
     name = "model.safetensors"
