@@ -21,7 +21,9 @@ KILLED = {
 @pytest.mark.promise(
     "A killed run that is started again ends bit for bit as one that was never killed."
 )
-@pytest.mark.parametrize("number", KILLED)
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 3))]
+)
 def test_a_killed_run_ends_as_the_unbroken_one(
     tmp_path: Path, record_property: Callable[[str, object], None], number: int
 ) -> None:

@@ -179,8 +179,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     os.environ.update(environment)
 
 
-@pytest.mark.promise("A bad setting ends in one line that names the key, before a model is loaded.")
+PROMISE = pytest.mark.promise(
+    "A bad setting ends in one line that names the key, before a model is loaded."
+)
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(CASES, marks=[pytest.mark.slow, PROMISE])])
 def test_a_setting_runs_or_ends_in_one_line_that_names_it(
+    count: int,
     workplace: None,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -193,7 +199,7 @@ def test_a_setting_runs_or_ends_in_one_line_that_names_it(
         return load_model(config)
 
     monkeypatch.setattr("derta.cli.train.load_model", loads)
-    cases = [*COMBINED, *generated(CASES - len(COMBINED))]
+    cases = [*COMBINED, *generated(count - len(COMBINED))]
     faults, ran = [], 0
     for values in cases:
         Path("run.yaml").write_text(yaml.safe_dump({**BASE, **values}), encoding="utf-8")
@@ -213,5 +219,5 @@ def test_a_setting_runs_or_ends_in_one_line_that_names_it(
         if not right or seconds > SECONDS:
             faults.append((values, status, said[-300:], f"{seconds:.1f} s"))
     assert not faults, "\n".join(map(str, faults))
-    assert len(cases) == CASES and CASES // 20 < ran < CASES // 4
-    record_property("cases", CASES)
+    assert len(cases) == count and count // 20 < ran < count // 2
+    record_property("cases", count)
