@@ -73,10 +73,11 @@ def settings_of(module: ModuleType) -> Any:
 
 
 def _run(command: str, arguments: Sequence[str]) -> None:
+    import dataclasses
     from pathlib import Path
 
     from derta.cli.commands import COMMANDS, actions_of
-    from derta.settings import build, read_options, read_yaml
+    from derta.settings import build, read_options, read_yaml, shared
 
     entry = COMMANDS[command]
     bare = list(itertools.takewhile(lambda part: not part.startswith("--"), arguments))
@@ -86,15 +87,17 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     module = module_of(command)
     config_class = settings_of(module)
     sources: dict[str, dict[str, Any]] = {}
+    near: dict[str, list[str]] = {}
     count = 0
     if entry.arguments is not None:
         sources["arguments"], count = _by_key(entry.arguments, bare)
     elif bare:
-        sources[bare[0]], count = _of_training(read_yaml(Path(bare[0])), config_class), 1
+        values, count = read_yaml(Path(bare[0])), 1
+        if (whole := _whole_run(config_class)) is not None:
+            near[bare[0]] = [field.name for field in dataclasses.fields(whole)]
+            values = values if whole is config_class else shared(values, config_class, whole)
+        sources[bare[0]] = values
     sources["command line"] = read_options(arguments[count:])
-    near = (
-        {} if not bare or entry.arguments is not None else {bare[0]: _training_keys(config_class)}
-    )
     try:
         module.run(build(config_class, sources, near=near))
     except OSError as error:
@@ -105,44 +108,29 @@ def _with_key(error: OSError, sources: Mapping[str, Mapping[str, Any]]) -> OSErr
     """Return an error of the operating system as a sentence, after the key that led to the file."""
     if error.strerror is None or error.filename is None:
         return error
+    from derta.settings.fields import leaves
+
     path = os.fsdecode(error.filename)
     keys = {key: value for values in sources.values() for key, value in values.items()}
-    place = next((f"{key}: " for key, value in keys.items() if _holds_path(value, path)), "")
+    led = (key for key, value in keys.items() if any(_leads_to(one, path) for one in leaves(value)))
+    place = next((f"{key}: " for key in led), "")
     return OSError(f"{place}{path}: {error.strerror.lower()}")
 
 
-def _holds_path(value: Any, path: str) -> bool:
-    """Return True if a value, or one within it, is a path or a folder above it."""
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list):
-        return any(_holds_path(one, path) for one in value)
+def _leads_to(value: Any, path: str) -> bool:
+    """Return True for a path, and for a folder above it."""
     return isinstance(value, str) and (path == value or path.startswith(value.rstrip("/") + "/"))
 
 
-def _training_keys(config_class: Any) -> list[str]:
-    """Return the keys of a file that are another part's, if the command is a part of training."""
-    import dataclasses
-
+def _whole_run(config_class: Any) -> Any:
+    """Return the settings of a training run if the command's are a part of them, else None."""
     from derta.training.settings import RecipeSettings
 
     if not issubclass(config_class, RecipeSettings):
-        return []
+        return None
     from derta.cli.train import TrainConfig
 
-    return [field.name for field in dataclasses.fields(TrainConfig)]
-
-
-def _of_training(values: dict[str, Any], config_class: Any) -> dict[str, Any]:
-    """Return the values of a file, for a part of training without the keys of the other parts."""
-    from derta.settings import shared
-    from derta.training.settings import RecipeSettings
-
-    if not issubclass(config_class, RecipeSettings):
-        return values
-    from derta.cli.train import TrainConfig
-
-    return values if config_class is TrainConfig else shared(values, config_class, TrainConfig)
+    return TrainConfig
 
 
 def _by_key(keys: Sequence[str], bare: Sequence[str]) -> tuple[dict[str, Any], int]:

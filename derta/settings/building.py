@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from derta.settings.fields import about_of, all_finite, choices_of, element_of
+from derta.settings.fields import about_of, all_finite, choices_of, element_of, leaves
 from derta.settings.reading import Text, read_text, shortened
 
 Config = TypeVar("Config")
@@ -157,19 +157,10 @@ def _flaw(value: Any, field: dataclasses.Field[Any], hint: Any) -> str | None:
         return "one of " + ", ".join(map(str, choices))
     if not all_finite(value):
         return "finite numbers"
-    texts = list(_texts(value))
+    texts = [one for one in leaves(value) if isinstance(one, str)]
     if any("\0" in text for text in texts):
         return "text without a null character"
     return "text that is not empty" if "" in texts and field.default != "" else None
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield all texts of a list or a mapping."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _texts(one)
 
 
 def _expected(hint: Any) -> str:
@@ -191,16 +182,8 @@ def _read(text: Text, hint: Any) -> Any:
 def _typed(value: Any, hint: Any) -> Any:
     adapter: TypeAdapter[Any] = TypeAdapter(hint, config={"arbitrary_types_allowed": True})
     # Read loosely, "3" becomes a number, as wanted, but so does true.
-    strict = _holds_bool(value)
+    strict = any(isinstance(one, bool) for one in leaves(value))
     try:
         return adapter.validate_python(value, strict=strict)
     except ValidationError:
         return adapter.validate_python([value], strict=strict)
-
-
-def _holds_bool(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return any(map(_holds_bool, value))
-    return isinstance(value, bool)

@@ -12,7 +12,7 @@ import functools
 import inspect
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -160,13 +160,20 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
     return choices_of(parts[0]) if len(parts) == 1 and type(None) in typing.get_args(hint) else ()
 
 
-def all_finite(value: Any) -> bool:
-    """Return True if a value, with all values of a list or a mapping, holds no NaN or infinity."""
+def leaves(value: Any) -> Iterator[Any]:
+    """Yield the values within lists and mappings, or the value itself if it is neither."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return all(map(all_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+        for one in value:
+            yield from leaves(one)
+    else:
+        yield value
+
+
+def all_finite(value: Any) -> bool:
+    """Return True if a value, with all values of a list or a mapping, holds no NaN or infinity."""
+    return all(math.isfinite(one) for one in leaves(value) if isinstance(one, float))
 
 
 def check_ranges(config: Any, others: Mapping[str, About] | None = None) -> None:
