@@ -33,7 +33,7 @@ from derta.data.records.duplicates import (
     user_turns,
 )
 from derta.data.records.formats import Half
-from derta.data.records.reading import PREFIXES, Reading
+from derta.data.records.reading import Reading, alternatives
 from derta.data.records.refusal_keywords import opens_with_refusal, refuses
 from derta.data.records.sources import Source, source_records
 from derta.data.records.types import Dialogue, Record, Rendered, Triple, check_text
@@ -201,14 +201,9 @@ class _Ledger:
         return entry.rowcount > 0
 
     def _named(self, record: Record) -> Record:
-        id = record.id
         self._named_so_far += 1
-        for prefixes in itertools.count(1):
-            if self._enter("ids", id):
-                break
-            # A row's number ends the search soon even if all rows share one id.
-            number = f"{self._named_so_far}:" if prefixes > PREFIXES else ""
-            id = f"{record.source}:{number}{id}"
+        ids = alternatives(record.id, record.source, self._named_so_far)
+        id = next(one for one in ids if self._enter("ids", one))
         return record if id == record.id else dataclasses.replace(record, id=id)
 
     def _keep(self, half: Half) -> None:

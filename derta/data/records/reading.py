@@ -74,16 +74,26 @@ class Ids:
         After `PREFIXES` prefixes, the number of the file is one too: thousands of files may share
         their stem and their ids. Returns None if this file already has the id.
         """
-        for prefixes in itertools.count(1):
-            digest = _digest(id)
+        for named in alternatives(id, stem, len(self._files)):
+            digest = _digest(named)
             if digest not in self._earlier.get(digest >> 46, ()):
                 break
-            id = f"{stem}:{f'{len(self._files)}:' if prefixes > PREFIXES else ''}{id}"
         here = self._here[digest >> 46]
         if digest in here:
             return None
         here.append(digest)
-        return id
+        return named
+
+
+def alternatives(id: str, prefix: str, number: int) -> Iterator[str]:
+    """Yield an id, then those that it gets while it is taken.
+
+    They have one more prefix each, and from `PREFIXES` on the number too, which ends the search
+    soon even if everything shares one id.
+    """
+    for prefixes in itertools.count(1):
+        yield id
+        id = f"{prefix}:{f'{number}:' if prefixes > PREFIXES else ''}{id}"
 
 
 def _digest(text: str) -> int:
