@@ -9,7 +9,7 @@ import dataclasses
 import secrets
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
@@ -87,9 +87,9 @@ class ExampleStore(Sequence[Encoded]):
             for batch in batched(examples, ROWS_AT_ONCE):
                 rows = [{"place": place, **_row(example)} for place, example in batch]
                 writer.write_table(pyarrow.Table.from_pylist(rows, features.arrow_schema))
-                for _, example in batch:
-                    digests += blake2b(example.id.encode(), digest_size=16).digest()
-                    _add(content, example)
+                for row in rows:
+                    digests += blake2b(row["id"].encode(), digest_size=16).digest()
+                    _add(content, row)
             writer.finalize()
         self.digest = content.hexdigest()
         self._size = len(digests) // 16
@@ -133,10 +133,10 @@ def _row(example: Encoded) -> dict[str, Any]:
     return {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
 
 
-def _add(content: Any, example: Encoded) -> None:
-    """Add an example to a hash, its source aside."""
-    for name, value in _row(example).items():
-        if name != "source":
+def _add(content: Any, row: Mapping[str, Any]) -> None:
+    """Add an example to a hash, its source and its place aside."""
+    for name, value in row.items():
+        if name not in ("place", "source"):
             data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
             content.update(f"{name} {len(data)} ".encode() + data)
 
