@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from derta.cli.settings.tools import MergeConfig
 from derta.manifest import write_manifest
+from derta.modeling.folders import ADAPTER_CONFIG
 from derta.modeling.loading import load_tuned, weights_dtype
 from derta.outputs import whole_folder
 from derta.terminal import say
@@ -24,8 +25,8 @@ def run(config: MergeConfig) -> None:
         OSError: the merged model cannot be written.
     """
     folder = Path(config.model)
-    if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no adapters to merge, expected adapter_config.json")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: no adapters to merge, expected {ADAPTER_CONFIG}")
     dtype = weights_dtype(config.dtype, torch.device("cpu"))
     model, tokenizer = load_tuned(folder, dtype, None)
     assert isinstance(model, PeftModel)

@@ -17,17 +17,18 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from derta.manifest import COMPLETE, MANIFEST, DamagedError, Manifest, read_manifest, verify
+from derta.modeling.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, WEIGHTS, listed
 from derta.outputs import remove_abandoned, remove_folder, sync
 
 logger = logging.get_logger(__name__)
 
 # Names under which `save_pretrained` writes weights, and the files that lead loaders to them.
 MODEL_FILES = (
-    "model.safetensors",
+    WEIGHTS,
     "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
+    INDEX,
+    ADAPTER_WEIGHTS,
+    ADAPTER_CONFIG,
     "pytorch_model*.bin",
     "adapter_model.bin",
 )
@@ -144,11 +145,10 @@ def left_by_another(folder: Path) -> list[str]:
 
 def occupied(folder: Path, left: Sequence[str], *, resuming: bool = False) -> str:
     """Return a sentence about a folder that holds another run, with the ways out."""
-    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     ways = "overwrite: true replaces it, or choose another folder"
     if not resuming:
         ways = f"resume: auto continues it, {ways}"
-    return f"output_dir: {folder} holds another run ({', '.join(left[:3])}{more}): {ways}"
+    return f"output_dir: {folder} holds another run ({listed(left)}): {ways}"
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from derta.data import PackedBatch
+from derta.modeling.folders import listed
 
 # The loss is a mean over targets, of the order of 1: what overflows float16 unscaled has exploded.
 LEAST_LOSS_SCALE = 1.0
@@ -195,8 +196,6 @@ class FiniteWatch:
         return [pack.example_ids for pack in self._packs[first : last + 1]]
 
 
-def _some(indices: Iterable[int], names: list[str], shown: int = 3) -> str:
+def _some(indices: Iterable[int], names: list[str]) -> str:
     """Return the first few of the names, and the number of the others."""
-    chosen = [names[index] for index in sorted(set(indices))]
-    rest = f" and {len(chosen) - shown} more" if len(chosen) > shown else ""
-    return ", ".join(chosen[:shown]) + rest
+    return listed([names[index] for index in sorted(set(indices))])
