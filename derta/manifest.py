@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from derta._version import __version__
-from derta.outputs import in_bytes, sync, write_whole
+from derta.outputs import in_bytes, write_whole
 
 MANIFEST = "manifest.json"
 # A model within its folder whose files are all written, and on their way to their places.
@@ -63,26 +63,20 @@ class Manifest:
         return sum(size for size, _ in self.files.values())
 
 
-def write_manifest(
-    folder: Path, kind: str, names: Iterable[str] | None = None, **about: Any
-) -> Manifest:
-    """Describe the files of a folder in its manifest, after they are on the disk.
+def write_manifest(folder: Path, kind: str, **about: Any) -> Manifest:
+    """Describe all files of a folder in its manifest.
 
     Args:
         folder: the folder.
         kind: see `Manifest`.
-        names: paths of the files in it; None: all.
         about: the other attributes of `Manifest`, but for versions.
 
     Returns:
         the manifest.
     """
-    if names is None:
-        paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-        names = (path.relative_to(folder).as_posix() for path in paths)
-    names = sorted(names)
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(sync, (folder / name for name in names)))
         described = list(pool.map(_described, (folder / name for name in names)))
     manifest = Manifest(
         kind=kind, files=dict(zip(names, described, strict=True)), versions=_versions(), **about

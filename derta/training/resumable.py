@@ -25,7 +25,8 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from derta.manifest import COMPLETE, DamagedError, Manifest, verify, write_manifest
-from derta.outputs import sync, told, unfinished, unfinished_name
+from derta.modeling.folders import ADAPTER_CONFIG
+from derta.outputs import remove_folder, sync, sync_files, told, unfinished, unfinished_name
 from derta.training import checkpoints
 from derta.training.config import DertaConfig
 from derta.training.fingerprint import FIXED, differences
@@ -311,10 +312,9 @@ class ResumableTrainer(Trainer):
                 self.state.best_model_checkpoint = str(best)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                 self._describe(folder, None if self.args.save_only_model else "checkpoint")
                 if target.exists():  # of a run that was resumed before it
-                    checkpoints.remove_folder(target)
+                    remove_folder(target)
                 folder.replace(target)
                 sync(target.parent)
                 checkpoints.rotate(
@@ -335,7 +335,6 @@ class ResumableTrainer(Trainer):
         with self._shared(target / "model") as folder, self._gathered():
             super().save_model(str(folder))
             if self.args.should_save:
-                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                 self._describe(folder, finished=self._ended)
                 checkpoints.tidy(target)
                 folder.replace(target / COMPLETE)
@@ -344,7 +343,9 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
 
     def _describe(self, folder: Path, kind: str | None = None, **about: Any) -> None:
-        adapted = (folder / "adapter_config.json").exists()
+        """Write the record of the run and the manifest, and all that is there to the disk."""
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        adapted = (folder / ADAPTER_CONFIG).exists()
         write_manifest(
             folder,
             kind or ("adapters" if adapted else "model"),
@@ -353,6 +354,7 @@ class ResumableTrainer(Trainer):
             run=self.fingerprint(),
             **about,
         )
+        sync_files(folder)
 
     @contextmanager
     def _shared(self, target: Path) -> Iterator[Path]:
