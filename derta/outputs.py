@@ -51,6 +51,39 @@ def check_folder(field: str, path: str) -> None:
         raise OSError(f"{field}: {path}: {nearest} cannot be written to")
 
 
+def check_file(field: str, path: str) -> None:
+    """Check that a file can be written at `path`, before any work on its content.
+
+    Raises:
+        ValueError: the path is a folder, or its folder does not exist.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{field}: {path} is a folder, expected a file")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{field}: {path}: {Path(path).parent} is no folder")
+
+
+def check_new_file(field: str, path: str) -> None:
+    """Check that a file can be written at `path` and that nothing is there yet.
+
+    Raises:
+        ValueError: as `check_file`, or the file exists.
+    """
+    if Path(path).exists():
+        raise ValueError(f"{field}: {path} is there already, choose another file")
+    check_file(field, path)
+
+
+def write_new(field: str, path: str, data: bytes) -> None:
+    """Write a file that appears complete or not at all, and replaces no other.
+
+    Raises:
+        ValueError, OSError: as `check_new_file` and `write_whole`.
+    """
+    check_new_file(field, path)
+    write_whole(Path(path), data)
+
+
 def write_whole(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write a file that appears complete or not at all.
 
@@ -279,26 +312,3 @@ def compact_json(value: Any, depth: int = 3, *, default: Callable[[Any], Any] | 
         return f"{opening}\n{inner}{lines}\n{indent}{closing}"
 
     return laid_out(value, depth, "") + "\n"
-
-
-def check_file(field: str, path: str) -> None:
-    """Check that a file can be written at `path`, before any work on its content.
-
-    Raises:
-        ValueError: the path is a folder, or its folder does not exist.
-    """
-    if Path(path).is_dir():
-        raise ValueError(f"{field}: {path} is a folder, expected a file")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{field}: {path}: {Path(path).parent} is no folder")
-
-
-def check_new_file(field: str, path: str) -> None:
-    """Check that a file can be written at `path` and that nothing is there yet.
-
-    Raises:
-        ValueError: as `check_file`, or the file exists.
-    """
-    if Path(path).exists():
-        raise ValueError(f"{field}: {path} is there already, choose another file")
-    check_file(field, path)

@@ -21,7 +21,7 @@ from derta.memory.plan import MLP_TILE, Triples, longest_pack, needed, turns
 from derta.memory.step import StepMemory, StepSettings
 from derta.modeling.introspection import context_of
 from derta.objectives.defaults import DERTA, MAX_LENGTH, MAX_TOKENS
-from derta.outputs import check_new_file, write_whole
+from derta.outputs import write_new
 from derta.settings import Text, build, keys_of, read_text
 from derta.settings.help import WIDTH
 from derta.terminal import say
@@ -255,6 +255,5 @@ def run(config: InitConfig) -> None:
             "\nThe model's configuration was not on this machine. Check the memory keys with\n"
             f"  derta plan {config.output} --gpu {config.gpu:g}"
         )
-    check_new_file("output", config.output)  # again: somebody may have written it meanwhile
-    write_whole(Path(config.output), yaml_text(values, header).encode())
+    write_new("output", config.output, yaml_text(values, header).encode())
     say(f"configuration: {config.output}; next: derta train {config.output} --dry_run")

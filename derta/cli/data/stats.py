@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -26,6 +25,7 @@ from derta.data.statistics import Repeats, RunStatistics, data_statistics
 from derta.data.tokens.special import listed_tokens
 from derta.objectives.base import Term
 from derta.objectives.choice import objective_of
+from derta.outputs import write_new
 from derta.terminal import printable, say
 
 
@@ -109,7 +109,7 @@ def run(config: StatsConfig) -> None:
     """Print the statistics, and write them to `output`.
 
     Raises:
-        ValueError: as `read_records` and `data_statistics`.
+        ValueError: as `read_records`, `data_statistics` and `write_new`.
         OSError: a file cannot be read or written, or the tokenizer does not exist.
     """
     of_run = None
@@ -135,5 +135,4 @@ def run(config: StatsConfig) -> None:
     say(describe(found, objective_of(config).terms))
     if config.output is not None:
         text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-        with Path(config.output).open("x", encoding="utf-8") as file:
-            file.write(text)
+        write_new("output", config.output, text.encode())
