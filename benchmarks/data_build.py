@@ -8,7 +8,6 @@ that are near to held-out ones.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.measuring import ROOT, describe_machine
+from benchmarks.harness.results import results_folder, results_parser, write_results
 
 WORDS = [
     f"{head}{tail}" for head in "bdfgklmnprstvz" for tail in ("alo", "enu", "iso", "oka", "ur")
@@ -140,22 +140,17 @@ def table(machine: dict[str, Any], records: Sequence[Record]) -> str:
 
 def main() -> None:
     """Write data_build.json and data_build.md."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data_build", description=__doc__)
-    parser.add_argument("--machine", required=True, help="folder of results/ to write into")
-    parser.add_argument("--out", type=Path, help="another folder to write into")
+    parser = results_parser("data_build", __doc__)
     parser.add_argument("--rows", type=int, default=300_000, help="rows of each case")
     options = parser.parse_args()
-    folder = options.out or ROOT / "benchmarks" / "results" / options.machine
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(options)
     records = []
     for case in CASES:
         records.append(measure(case, options.rows))
         print(records[-1], file=sys.stderr, flush=True)
     machine = describe_machine(torch.device("cpu"), 1)
-    lines = ",\n".join(json.dumps(asdict(record)) for record in records)
-    text = f'{{"machine": {json.dumps(machine)},\n"records": [\n{lines}\n]}}\n'
-    (folder / "data_build.json").write_text(text, encoding="utf-8")
-    (folder / "data_build.md").write_text(table(machine, records), encoding="utf-8")
+    text = table(machine, records)
+    write_results(folder, "data_build", machine, map(asdict, records), text)
 
 
 if __name__ == "__main__":

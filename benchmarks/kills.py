@@ -11,7 +11,6 @@ checkpoints verify, and if nothing half-written is left.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -26,7 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.measuring import ROOT, describe_machine
+from benchmarks.harness.measuring import describe_machine
+from benchmarks.harness.results import results_folder, results_parser, write_results
 
 KINDS = ("checkpoint", "model", "step", "evaluation")
 # Files that are the same bytes in every run; what else there is holds times or paths.
@@ -274,15 +274,12 @@ def survive(run: Run, folder: Path, output: str, kills: Sequence[Moment]) -> lis
 
 def main() -> None:
     """Write kills.json and kills.md."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
-    parser.add_argument("--machine", required=True, help="folder of results/ to write into")
-    parser.add_argument("--out", type=Path, help="another folder to write into")
+    parser = results_parser("kills", __doc__)
     parser.add_argument("--kills", type=int, default=60, help="number of runs to kill")
     options = parser.parse_args()
     import torch
 
-    target = options.out or ROOT / "benchmarks" / "results" / options.machine
-    target.mkdir(parents=True, exist_ok=True)
+    target = results_folder(options)
     rng = random.Random(0)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
@@ -300,10 +297,7 @@ def main() -> None:
                 )
                 print(records[-1], file=sys.stderr, flush=True)
     machine = describe_machine(torch.device("cpu"), 1)
-    lines = ",\n".join(json.dumps(record) for record in records)
-    text = f'{{"machine": {json.dumps(machine)},\n"records": [\n{lines}\n]}}\n'
-    (target / "kills.json").write_text(text, encoding="utf-8")
-    (target / "kills.md").write_text(table(machine, records), encoding="utf-8")
+    write_results(target, "kills", machine, records, table(machine, records))
 
 
 def table(machine: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:

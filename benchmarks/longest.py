@@ -9,7 +9,6 @@ projected. Each record is written at once, so --resume continues an interrupted 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import itertools
@@ -27,7 +26,8 @@ import torch
 from torch import nn
 
 from benchmarks.harness.examples import MEAN_LENGTHS, REFUSAL, in_batches, samples
-from benchmarks.harness.measuring import ROOT, describe_machine
+from benchmarks.harness.measuring import describe_machine
+from benchmarks.harness.results import results_folder, results_parser, write_results
 from benchmarks.step.question import (
     LARGE,
     LLAMA_3_8B,
@@ -250,17 +250,14 @@ def plot(records: list[Record], path: Path) -> None:
 
 def main() -> None:
     """Write longest.json, .md and .png."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.longest", description=__doc__)
-    parser.add_argument("--machine", required=True, help="folder of results/ to write into")
-    parser.add_argument("--out", type=Path, help="another folder to write into")
+    parser = results_parser("longest", __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--memories", type=int, nargs="+", default=MEMORIES_GIB, help="GiB, in rising order"
     )
     parser.add_argument("--resume", action="store_true", help="keep existing records")
     options = parser.parse_args()
-    folder = options.out or ROOT / "benchmarks" / "results" / options.machine
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(options)
     path = folder / "longest.json"
     device = torch.device(options.device)
     machine = describe_machine(device, torch.get_num_threads())
@@ -292,9 +289,8 @@ def main() -> None:
             for record in run:
                 print(record, file=sys.stderr, flush=True)
                 records.append(record)
-                text = {"machine": machine, "records": [vars(r) for r in records]}
-                path.write_text(json.dumps(text, indent=1), encoding="utf-8")
-                path.with_suffix(".md").write_text(table(machine, records), encoding="utf-8")
+                text = table(machine, records)
+                write_results(folder, "longest", machine, map(vars, records), text)
         if find_spec("matplotlib") is not None:
             plot(records, path.with_suffix(".png"))
 

@@ -7,8 +7,6 @@ Nothing is measured: the numbers come from `derta plan` and the models' shapes.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +17,8 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.harness.examples import MEAN_LENGTHS
-from benchmarks.harness.measuring import ROOT, describe_machine
+from benchmarks.harness.measuring import describe_machine
+from benchmarks.harness.results import results_folder, results_parser, write_results
 
 MEMORIES_GIB = (8, 16, 24)
 METHODS: tuple[Literal["full", "lora", "qlora"], ...] = ("full", "lora", "qlora")
@@ -157,12 +156,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
 
 def main() -> None:
     """Write plans.json, .md and .png."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plans", description=__doc__)
-    parser.add_argument("--machine", required=True, help="folder of results/ to write into")
-    parser.add_argument("--out", type=Path, help="another folder to write into")
+    parser = results_parser("plans", __doc__)
     options = parser.parse_args()
-    folder = options.out or ROOT / "benchmarks" / "results" / options.machine
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = results_folder(options)
     machine = describe_machine(torch.device("cpu"), torch.get_num_threads())
     records: list[Record] = []
     for model in MODELS:
@@ -170,9 +166,7 @@ def main() -> None:
             for record in plans(model, method, MEMORIES_GIB):
                 print(record, file=sys.stderr, flush=True)
                 records.append(record)
-    text = json.dumps({"machine": machine, "records": [asdict(r) for r in records]}, indent=1)
-    (folder / "plans.json").write_text(text, encoding="utf-8")
-    (folder / "plans.md").write_text(table(machine, records), encoding="utf-8")
+    write_results(folder, "plans", machine, map(asdict, records), table(machine, records))
     if find_spec("matplotlib") is not None:
         plot(records, folder / "plans.png")
 

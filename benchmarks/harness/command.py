@@ -16,9 +16,10 @@ from pathlib import Path
 
 from benchmarks.harness import report
 from benchmarks.harness.interleave import Job, Settings, machine_of, run
-from benchmarks.harness.measuring import ROOT, load
+from benchmarks.harness.measuring import load
 from benchmarks.harness.question import Question
 from benchmarks.harness.records import load_groups, records_of, save_groups, verdicts
+from benchmarks.harness.results import results_folder, results_parser
 
 # An implementation that needs more time to compile its kernels is left out, with that reason.
 ANSWER_SECONDS = {"cpu": 600.0, "cuda": 150.0}
@@ -28,7 +29,7 @@ def main(question: Question) -> None:
     """Run the command line of a benchmark."""
     options = _options(question)
     groups = question.groups(options.device)
-    folder = options.out or ROOT / "benchmarks" / "results" / options.machine
+    folder = results_folder(options)
     path = report.records_file(folder, question)
     done = load_groups(path)
     settings = Settings(
@@ -76,11 +77,7 @@ def _torch_version(python: str) -> str:
 
 
 def _options(question: Question) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{question.name}", description=f"{question.title}, measured."
-    )
-    parser.add_argument("--machine", required=True, help="folder of results/ to write into")
-    parser.add_argument("--out", type=Path, help="another folder to write into")
+    parser = results_parser(question.name, f"{question.title}, measured.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="torch threads on a CPU")
     parser.add_argument("--groups", nargs="+", help="names of the groups to run")
