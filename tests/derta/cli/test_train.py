@@ -57,6 +57,15 @@ def train(*arguments: str) -> int:
     return main(["train", *options, "--use_cpu", *arguments])
 
 
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> str:
+    """The errors of a run that ends before it loads its model."""
+    monkeypatch.delattr("derta.cli.train.load_model")
+    assert train(*arguments) == 1
+    return capsys.readouterr().err
+
+
 def test_a_terminated_run_leaves_no_temporary_file(workplace: Path) -> None:
     temporary = workplace / "temporary"
     temporary.mkdir()
@@ -300,9 +309,7 @@ def test_an_unusable_output_folder_is_refused_before_a_model_is_loaded(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.delattr("derta.cli.train.load_model")
-    assert train(*arguments) == 1
-    assert capsys.readouterr().err.startswith(f"derta train: {message}")
+    assert refusal(monkeypatch, capsys, *arguments).startswith(f"derta train: {message}")
 
 
 def test_lengths_beyond_the_context_are_refused_with_the_remedy(
@@ -349,9 +356,8 @@ def test_what_the_run_would_be_refused_is_named_before_a_model_is_loaded(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.delattr("derta.cli.train.load_model")
-    assert train(*arguments) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"derta train: {message}")
+    said = refusal(monkeypatch, capsys, *arguments)
+    assert said.splitlines()[-1].startswith(f"derta train: {message}")
     assert not Path("out").exists()
 
 
