@@ -180,7 +180,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 PROMISE = pytest.mark.promise(
-    "A bad setting ends in one line that names the key, before a model is loaded."
+    "A bad setting ends in one line with its key, mostly before a model loads."
 )
 
 

@@ -181,7 +181,7 @@ class Unreachable(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-@pytest.mark.promise("A bad setting ends in one line that names the key, before a model is loaded.")
+@pytest.mark.promise("A bad setting ends in one line with its key, mostly before a model loads.")
 def test_an_unknown_name_without_a_hub_ends_within_seconds(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

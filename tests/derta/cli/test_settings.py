@@ -374,7 +374,7 @@ def test_plan_and_stats_ignore_only_known_keys_of_training() -> None:
     assert found == {"eval_sources": [{**SOURCE, "weigth": 1}]}
 
 
-@pytest.mark.promise("A bad setting ends in one line that names the key, before a model is loaded.")
+@pytest.mark.promise("A bad setting ends in one line with its key, mostly before a model loads.")
 @pytest.mark.parametrize(
     ("command", "key", "value", "message"),
     [
