@@ -23,7 +23,7 @@ from derta.outputs import claimed, remove_abandoned, told
 
 # Large enough to split millions of rows into a few thousand parts, small enough for memory.
 ROWS_AT_ONCE = 1024
-FOLDER = ".derta-examples-"  # and four hexadecimal digits: nobody else's
+FOLDER = ".derta-examples-"  # and eight hexadecimal digits: nobody else's
 
 _COLUMNS = {
     "place": "int64",
@@ -76,9 +76,9 @@ class ExampleStore(Sequence[Encoded]):
             }
         )
         within = Path(folder or tempfile.gettempdir())
-        remove_abandoned(within.glob(f"{FOLDER}[0-9a-f][0-9a-f][0-9a-f][0-9a-f]"))
+        remove_abandoned(within.glob(FOLDER + "[0-9a-f]" * 8))
         with ExitStack() as stack:
-            own = stack.enter_context(claimed(within / f"{FOLDER}{secrets.token_hex(2)}"))
+            own = stack.enter_context(claimed(within / f"{FOLDER}{secrets.token_hex(4)}"))
             # The folder goes with this object, at the latest when Python ends.
             self.remove = weakref.finalize(self, stack.pop_all().close)
         path = str(own / "examples.arrow")

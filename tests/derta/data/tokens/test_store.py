@@ -67,7 +67,7 @@ def test_the_file_is_removed_with_its_store(tmp_path: Path) -> None:
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     """A store removes what a killed one has left, and nothing else, whatever its name."""
     others = [tmp_path / "derta-run", tmp_path / ".derta-examples-mine"]
-    left = tmp_path / ".derta-examples-00af"
+    left = tmp_path / ".derta-examples-0123cdef"
     for folder in (*others, left):
         folder.mkdir()
     alive = ExampleStore(enumerate(EXAMPLES), folder=tmp_path)
