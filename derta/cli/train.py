@@ -46,6 +46,8 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
     disable_tqdm: bool | None = True
 
     def __post_init__(self) -> None:
+        if self.dry_run:
+            self.shard = "none"  # it shows a pack, in one process
         DertaConfig.__post_init__(self)
         if not self.sources:
             raise ValueError("sources: expected at least one source, got none")

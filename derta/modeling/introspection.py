@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from derta.modeling.attention import scope_of
+from derta.modeling.sharding import whole_shape
 from derta_kernels.head_loss import Head
 
 
@@ -56,7 +57,8 @@ def head_of(model: PreTrainedModel) -> Head:
             "the head out of target_modules, or train a copy of it with modules_to_save"
         )
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+    shape = whole_shape(weight) if isinstance(weight, Tensor) else ()
+    if not isinstance(weight, Tensor) or len(shape) != 2 or not weight.is_floating_point():
         raise ValueError(
             f"{name} must have a head with a floating-point weight (V, d), got "
             f"{type(head).__name__} with {getattr(weight, 'dtype', None)}: a quantized head cannot "

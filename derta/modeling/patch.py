@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -32,6 +33,7 @@ from derta.modeling.introspection import (
 from derta.modeling.offloading import offloading
 from derta.modeling.quantization import allow_packing, check_4_bits, forbid_packing
 from derta.modeling.selfcheck import Proof
+from derta.modeling.sharding import inside, is_whole
 from derta.objectives.base import Number, Objective
 from derta.objectives.derta import DertaObjective
 from derta_kernels.attention import Bounds
@@ -68,13 +70,17 @@ class Twin(NamedTuple):
 
 @dataclass(frozen=True)
 class Patch:
-    """The arguments of `apply_derta` and its changes, kept on the model."""
+    """The arguments of `apply_derta` and its changes, kept on the model.
+
+    is_checked is True once the self-check has passed, or while it runs.
+    """
 
     refusal_token_id: int
     objective: Objective
     impl: str
     offload: bool
     twins: tuple[Twin, ...]
+    is_checked: bool = False
 
 
 def apply_derta(
@@ -85,6 +91,7 @@ def apply_derta(
     impl: str = "auto",
     attention: str = "auto",
     offload: bool = False,
+    check: bool = True,
 ) -> nn.Module:
     """Make a decoder-only model train on packs, in place.
 
@@ -123,6 +130,8 @@ def apply_derta(
         offload: if True, what the body keeps for the backward pass of a pack waits on the host,
             see `derta.modeling.offloading`. With gradient checkpointing those are the layers'
             inputs. Changes nothing on a CPU.
+        check: if False, the self-check is left to `check_derta`, for a model whose weights are
+            about to be sharded. Until then a pack is refused.
 
     Returns:
         `model`.
@@ -137,18 +146,78 @@ def apply_derta(
     patched = transformers_model(model)
     remove_derta(patched)
     _refuse_unfit(patched)
-    proof = Proof(patched)
+    if check and not is_whole(patched):
+        raise ValueError(
+            f"{type(patched).__name__} must have its weights to prove itself, some are in shards "
+            "or on the meta device: give check=False, and call check_derta with the engine"
+        )
     with contextlib.ExitStack() as undo:
         undo.callback(remove_derta, patched)
         vars(patched)["_derta_unpacked"] = forbid_packing(patched)
-        expected = proof.separate_passes(patched)
         _install(patched, refusal_token_id, impl, attention, offload)
-        proof.check(patched, refusal_token_id, expected)
+        if check:
+            check_derta(patched)
         if objective is not None:
-            state = vars(patched)
-            state["_derta_patch"] = replace(state["_derta_patch"], objective=objective)
+            _change(patched, objective=objective)
         undo.pop_all()
     return model
+
+
+def check_derta(
+    model: nn.Module, run: Callable[..., Any] | None = None, device: torch.device | None = None
+) -> None:
+    """Run the self-check of `apply_derta` on a patched model.
+
+    Of a sharded model, every rank calls this at the same time, and every pass is the engine's.
+
+    Args:
+        model: see `apply_derta`.
+        run: runs the model with the keywords of its forward: the engine that shards it (what
+            Accelerate's `prepare` returned). None: the model itself.
+        device: device of the inputs; None: that of the weights of the input embedding.
+
+    Raises:
+        TypeError: model is not a transformers model.
+        ValueError: the model is not patched, or one pass over a pack does not give the results of
+            separate passes.
+    """
+    patched = transformers_model(model)
+    if patch_of(patched) is None:
+        raise ValueError("check_derta needs apply_derta, which this model has not seen")
+    if device is None:
+        embedding: Any = patched.get_input_embeddings()
+        device = embedding.weight.device
+    patch = _change(patched, is_checked=False)
+    proof = Proof(patched, patched if run is None else run, device)
+    with _own_attention(patch):
+        expected = proof.separate_passes()
+    _change(patched, objective=DertaObjective(), is_checked=True)
+    try:
+        proof.check(patch.refusal_token_id, expected)
+    except BaseException:
+        _change(patched, is_checked=False)
+        raise
+    finally:
+        _change(patched, objective=patch.objective)
+
+
+def _change(model: PreTrainedModel, **changes: Any) -> Patch:
+    """Change values of a model's patch, and return it."""
+    state = vars(model)
+    state["_derta_patch"] = replace(state["_derta_patch"], **changes)
+    return state["_derta_patch"]
+
+
+@contextlib.contextmanager
+def _own_attention(patch: Patch) -> Iterator[None]:
+    """Let a model compute its attention as it does without a patch."""
+    for config, own, _ in patch.twins:
+        config._attn_implementation_internal = own
+    try:
+        yield
+    finally:
+        for config, _, twin in patch.twins:
+            config._attn_implementation_internal = twin
 
 
 def remove_derta(model: nn.Module) -> nn.Module:
@@ -199,11 +268,6 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} is an encoder-decoder, packs need a decoder-only model")
     if model.get_output_embeddings() is None or model.base_model is model:
         raise ValueError(f"{name} must have a body and a language model's head, load its CausalLM")
-    if any(parameter.is_meta or parameter.numel() == 0 for parameter in model.parameters()):
-        raise ValueError(
-            f"{name} must have its weights to prove itself, some are on the meta device or "
-            "partitioned: load the whole model first and shard it afterwards"
-        )
     if not model._can_set_attn_implementation():
         raise ValueError(f"{name} computes its attention itself, packs need to replace it")
     if model._is_stateful or not layer_types <= MASKED_LAYER_TYPES:
@@ -309,17 +373,22 @@ def _forward_packed(
     device = visible_until.device
     with offloading(model, device) if patch.offload else contextlib.nullcontext():
         body = run_body(model, *args, **inputs)
-    loss, rows = objective.loss(
-        body.last_hidden_state,
-        head_of(model),
-        columns,
-        refusal_token_id=patch.refusal_token_id,
-        loss_weight=loss_weight,
-        term_weights=_term_weights(objective, term_weights),
-        num_items=num_items,
-        reduction=reduction,
-        impl=patch.impl,
-    )
+    factors = _term_weights(objective, term_weights)
+
+    def loss_of(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return objective.loss(
+            hidden,
+            head_of(model),
+            columns,
+            refusal_token_id=patch.refusal_token_id,
+            loss_weight=loss_weight,
+            term_weights=factors,
+            num_items=num_items,
+            reduction=reduction,
+            impl=patch.impl,
+        )
+
+    loss, rows = inside(model.get_output_embeddings(), body.last_hidden_state, loss_of)
     aux_loss = None
     if has_router_loss(model):
         aux_loss = router_loss(model, body)
@@ -352,6 +421,8 @@ def _active_patch(model: PreTrainedModel) -> Patch:
     patch = patch_of(model)
     if patch is None:
         raise ValueError("visible_until needs apply_derta, which has been removed from this model")
+    if not patch.is_checked:
+        raise ValueError("visible_until needs the self-check of a sharded model: call check_derta")
     for config, _, twin in patch.twins:
         if config._attn_implementation_internal != twin:
             raise ValueError(

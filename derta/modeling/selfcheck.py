@@ -1,15 +1,19 @@
-"""The self-check: one pass over a pack must give the results of separate passes."""
+"""The self-check: one pass over a pack must give the results of separate passes.
+
+Every pass is a call of the whole model, or of the engine that holds its weights in shards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from derta.modeling.attention import packed_mask
-from derta.modeling.introspection import evaluating, has_router_loss, head_of, router_loss, run_body
+from derta.modeling.introspection import evaluating, has_router_loss, head_of, router_loss
+from derta.modeling.sharding import whole_shape
 
 TF32_EPS = 2**-10
 
@@ -37,11 +41,19 @@ class Proof:
 
     lengths = (10, 4, 5)
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(
+        self, model: PreTrainedModel, run: Callable[..., Any], device: torch.device
+    ) -> None:
+        """Draw the examples.
+
+        Args:
+            model: the model.
+            run: runs it; the model itself, or its engine.
+            device: device of its inputs.
+        """
+        self.model, self.run = model, run
         generator = torch.Generator().manual_seed(0)
-        vocabulary = len(head_of(model).weight)
-        embedding: Any = model.get_input_embeddings()
-        device = embedding.weight.device
+        vocabulary = whole_shape(head_of(model).weight)[0]
         ids, targets = torch.randint(vocabulary, (2, 19), generator=generator).to(device)
         trunk, branch, other = ids.split(self.lengths)
         self.sequences = (trunk, torch.cat((trunk[:7], branch)), other)
@@ -55,50 +67,35 @@ class Proof:
             rto_mask=torch.ones(1, 19, dtype=torch.bool, device=device),
         )
 
-    def separate_passes(self, model: PreTrainedModel) -> Passes:
+    def separate_passes(self) -> Passes:
         """Run each sequence separately through the unpatched model; keep the pack's rows.
 
         Raises:
             ValueError: the model's router loss is not the one that its modeling file names.
         """
-        head: Any = model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         hidden, logits, dtypes = [], [], [head.weight.dtype]
         hook = head.register_forward_hook(lambda head, args, made: dtypes.append(made.dtype))
-        with evaluating(model), hook:
+        with hook:
             for sequence, rows in zip(self.sequences, self.lengths, strict=True):
-                body = run_body(model, input_ids=sequence[None], use_cache=False)
-                whole = model(input_ids=sequence[None], use_cache=False)
+                body, whole = self._pass(input_ids=sequence[None], use_cache=False)
                 hidden.append(body.last_hidden_state[0, -rows:])
                 logits.append(whole.logits[0, -rows:])
-            if has_router_loss(model):
-                own, ours = whole.aux_loss, router_loss(model, body)
-                self._judge(model, "router loss", (own - ours).abs() / own.abs(), ours.dtype)
+        if has_router_loss(self.model):
+            own, ours = whole.aux_loss, router_loss(self.model, body)
+            self._judge("router loss", (own - ours).abs() / own.abs(), ours.dtype)
         return Passes(torch.cat(hidden), torch.cat(logits), dtypes[-1])
 
-    def check(self, model: PreTrainedModel, refusal_token_id: int, expected: Passes) -> None:
+    def check(self, refusal_token_id: int, expected: Passes) -> None:
         """Run the pack through the patched model and compare.
 
         Raises:
             ValueError: the results differ, or the model cannot run a pack.
         """
-        mask = packed_mask(self.pack["visible_until"], self.pack["position_ids"])
-        with evaluating(model):
-            try:
-                body = run_body(
-                    model,
-                    input_ids=self.pack["input_ids"],
-                    position_ids=self.pack["position_ids"],
-                    attention_mask=mask,
-                    use_cache=False,
-                )
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, TypeError) as reason:
-                raise ValueError(f"{type(model).__name__} cannot run a pack: {reason}") from reason
-            output = model(**self.pack)
+        body, output = self._pass(**self.pack)
         hidden = body.last_hidden_state[0]
         error = (hidden - expected.hidden).norm(dim=1) / _size(expected.hidden.norm(dim=1))
-        self._judge(model, "hidden states", error, hidden.dtype)
+        self._judge("hidden states", error, hidden.dtype)
 
         logits = expected.logits.to(output.rows["mle"].dtype)
         nll = logits.logsumexp(1, keepdim=True) - logits
@@ -108,9 +105,31 @@ class Proof:
         ):
             own = nll.gather(1, tokens.to(nll.device).T)[:, 0]
             error = (losses[0] - own).abs() / _size(logits.abs().amax(1))
-            self._judge(model, what, error, expected.logits_dtype)
+            self._judge(what, error, expected.logits_dtype)
 
-    def _judge(self, model: PreTrainedModel, what: str, error: Tensor, dtype: torch.dtype) -> None:
+    def _pass(self, **inputs: Any) -> tuple[Any, Any]:
+        """Return the outputs of the body and of the whole model.
+
+        Raises:
+            ValueError: the body cannot be run.
+        """
+        bodies: list[Any] = []
+        hook = self.model.base_model.register_forward_hook(
+            lambda body, _, made: bodies.append(made)
+        )
+        with evaluating(self.model), hook:
+            try:
+                whole = self.run(**inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError) as reason:
+                if bodies:  # it was the loss
+                    raise
+                name = type(self.model).__name__
+                raise ValueError(f"{name} cannot run a pack: {reason}") from reason
+        return bodies[-1], whole
+
+    def _judge(self, what: str, error: Tensor, dtype: torch.dtype) -> None:
         """Compare relative errors (n,) of the pack's rows, or one () of all, with the tolerance."""
         sequences = error.split(self.lengths) if error.dim() else (error,)
         worst = max(float(rows.median()) for rows in sequences)
@@ -120,8 +139,8 @@ class Proof:
         tolerance = eps**0.5
         if not worst <= tolerance:
             raise ValueError(
-                f"{type(model).__name__} cannot be trained on packs: {what} of one pass differ "
-                f"from those of separate passes by {worst:.1e} of their size; {dtype} "
+                f"{type(self.model).__name__} cannot be trained on packs: {what} of one pass "
+                f"differ from those of separate passes by {worst:.1e} of their size; {dtype} "
                 f"allows {tolerance:.1e}"
             )
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from derta.modeling.folders import read_object
 from derta.modeling.liger import LIGER_LOSSES_OFF
 from derta.objectives.choice import objective_of
 from derta.objectives.derta import DertaObjective
@@ -22,6 +23,7 @@ from derta.settings.blame import LIBRARY_ERRORS, blame
 from derta.training.checkpoints import newest
 from derta.training.ranges import RANGES
 from derta.training.settings import RECIPES as RECIPES, DertaSettings
+from derta.training.sharding import check_launch, engine_keys, shard_on_cpus
 
 # Optimizers that read optim_target_modules.
 LOW_RANK = re.compile("galore|apollo")
@@ -52,6 +54,7 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
     logging_nan_inf_filter: bool = field(default=False)
     remove_unused_columns: bool = field(default=False)
     report_to: None | str | list[str] = field(default="none")
+    fsdp: bool | str | None = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.greater_is_better is None and self.best_by_watching:
@@ -73,8 +76,6 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
                 "save_strategy: best needs eval_strategy and metric_for_best_model, got "
                 f"{evaluated} and {self.metric_for_best_model}"
             )
-        if self.fsdp_config and not self.fsdp:
-            raise ValueError(f"fsdp_config needs fsdp, got {self.fsdp}")
         if self.include_num_input_tokens_seen not in (False, "no"):
             raise ValueError(
                 "include_num_input_tokens_seen must stay no, got "
@@ -92,7 +93,10 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
                 f"expected optim to be one of theirs, got {self.optim}"
             )
         check_ranges(self, RANGES)
+        self._choose_engine()
         self._set_up()
+        if self.fsdp and self.device.type == "cpu":
+            shard_on_cpus()
         check_folder("output_dir", str(self.output_dir))
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) != 1:
@@ -143,6 +147,23 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         self.check_memory()
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")
+
+    def _choose_engine(self) -> None:
+        """Set transformers' keys of the engine that `shard` names."""
+        self.check_sharding()
+        if self.fsdp_config and not self.fsdp and self.shard != "fsdp":
+            raise ValueError(f"fsdp_config needs fsdp, got {self.fsdp}")
+        if self.shard == "none":
+            return
+        check_launch(self.shard)
+        if self.deepspeed is not None or (self.fsdp and self.shard != "fsdp"):
+            raise ValueError(
+                f"shard: {self.shard} and {'fsdp' if self.fsdp else 'deepspeed'} name two engines: "
+                "leave one out"
+            )
+        if isinstance(self.fsdp_config, str):
+            self.fsdp_config = read_object(Path(self.fsdp_config))
+        vars(self).update(engine_keys(self.shard, self.offload_parameters, self.fsdp_config))
 
     def _check_checkpointing(self) -> None:
         """Check the keywords of torch's checkpoint, which hands unknown ones on to the layers."""

@@ -26,6 +26,7 @@ from derta.objectives.defaults import (
 )
 from derta.settings import setting
 
+Shard = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
 # The keys that a recipe sets.
 DRAWN = ("branches", "cuts", "rto_keep")
 
@@ -283,6 +284,37 @@ class MemorySettings:
 
 
 @dataclass(kw_only=True)
+class ShardSettings:
+    """The engine that spreads a run over several GPUs."""
+
+    shard: Shard = setting(
+        "none",
+        "Engine over several GPUs, each driven by a process of torchrun or accelerate launch. ddp: "
+        "the whole model on each; fsdp: weights, gradients and optimizer states in shards (FSDP2 "
+        "of PyTorch); zero2: gradients and states in shards; zero3: weights too (both DeepSpeed). "
+        "none: the launcher's own, which is ddp with torchrun.",
+        heading="several GPUs",
+    )
+    offload_parameters: bool = setting(
+        False,
+        "If true, shards of weights, gradients and states lie on the host, where the optimizer "
+        "steps too. Saves their memory. Costs copies over the bus in each pass. Needs shard: fsdp "
+        "or zero3.",
+    )
+
+    def check_sharding(self) -> None:
+        """Check what sharding needs.
+
+        Raises:
+            ValueError: DeepSpeed is not installed, or there are no shards to offload.
+        """
+        if self.shard in ("zero2", "zero3") and find_spec("deepspeed") is None:
+            raise ValueError(f"shard: {self.shard} needs DeepSpeed: pip install 'derta[deepspeed]'")
+        if self.offload_parameters and self.shard not in ("fsdp", "zero3"):
+            raise ValueError(f"offload_parameters needs shard: fsdp or zero3, got {self.shard}")
+
+
+@dataclass(kw_only=True)
 class RuntimeSettings:
     """The implementations that run, and the check before the first step."""
 
@@ -317,6 +349,7 @@ class DertaSettings(
     SelectionSettings,
     ResumeSettings,
     MemorySettings,
+    ShardSettings,
     RuntimeSettings,
 ):
     """All settings of a training run that are ours, or whose default is."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -41,9 +42,10 @@ from derta.data import (
     encode_records,
     plan_packs,
 )
-from derta.modeling.introspection import context_length
+from derta.modeling.introspection import context_length, transformers_model
 from derta.modeling.mlp_tiling import tile_mlp
-from derta.modeling.patch import apply_derta
+from derta.modeling.patch import apply_derta, check_derta
+from derta.modeling.sharding import release_after_forward, reshard
 from derta.objectives.base import Objective
 from derta.training.config import DertaConfig
 from derta.training.fingerprint import fingerprint
@@ -198,6 +200,7 @@ class DertaTrainer(ResumableTrainer):
             impl=args.head_impl,
             attention=args.attention_impl,
             offload=args.offload_checkpoints,
+            check=not self._shards_weights,
         )
         self._fingerprint = fingerprint(
             args,
@@ -215,6 +218,34 @@ class DertaTrainer(ResumableTrainer):
             )
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    @property
+    def _shards_weights(self) -> bool:
+        """True if the engine holds weights in shards: FSDP, or DeepSpeed's ZeRO-3."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Prepare as transformers does; a sharded model proves itself once its engine runs it."""
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        assert self.model is not None
+        if self._shards_weights:
+            if self.is_fsdp_enabled:
+                release_after_forward(transformers_model(self.model).get_output_embeddings())
+            self._check_sharded()
+        return prepared
+
+    def _check_sharded(self) -> None:
+        """Run the self-check through the engine; all ranks pass or fail together."""
+        assert self.model is not None
+        errors = []
+        try:
+            check_derta(self.model, self.model_wrapped, self.args.device)
+        except ValueError as error:
+            errors = [str(error)]
+        reshard(self.model)
+        if errors := gather_object(errors):
+            raise ValueError(errors[0])
 
     def _encoder(self, args: DertaConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder(
@@ -475,6 +506,7 @@ class DertaTrainer(ResumableTrainer):
             for batch in held_out.trunks[step]:
                 inputs = batch.to(self.args.device, non_blocking=True).model_inputs()
                 watch.add(batch, model(**inputs))
+        reshard(model)
         figures, totals = metrics.read(self._sum_over_ranks)
         shares = self.objective.shares(self.args.loss_norm, totals)
         figures["loss"] = sum(

@@ -519,7 +519,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "deaf": (deaf, "LlamaForCausalLM cannot be trained on packs: hidden states of one pass differ"),
     "without head": (without_head, "LlamaModel must have a body and a language model's head"),
     "encoder-decoder": (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
-    "meta": (on_meta, "LlamaForCausalLM must have its weights to prove itself, some are on the"),
+    "meta": (on_meta, "LlamaForCausalLM must have its weights to prove itself, some are in"),
     "quantized": (quantized, r"got Linear with torch.int8: a quantized head cannot be used"),
     "router without a loss": (
         lambda: small(

@@ -1,0 +1,81 @@
+"""Weights in shards: what a loss and a check must know of FSDP2 and of DeepSpeed's ZeRO-3.
+
+Both gather the weights of a module when it is called and release them afterwards. A loss that reads
+the weight of the head is therefore computed inside a call of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+Result = TypeVar("Result")
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Return the shape of a weight; ZeRO-3 empties it between calls of its module."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Return True if every weight is there: none is on the meta device or in shards."""
+    return not any(
+        parameter.is_meta or parameter.numel() == 0 or isinstance(module, FSDPModule)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def inside(module: Any, hidden: Tensor, compute: Callable[[Tensor], Result]) -> Result:
+    """Return compute(hidden) as a call of a module does: with its weight whole.
+
+    The engine's own hooks gather the weight once, release it and bring its gradient to the shards.
+    A module without an engine is not called.
+
+    Args:
+        module: a module with a weight, or a wrapper of one.
+        hidden: its input.
+        compute: takes the place of the module's forward.
+    """
+    weight = module.weight
+    if not (isinstance(module, FSDPModule) or hasattr(weight, "ds_id")):
+        return compute(hidden)
+    owner: Any = next(one for one in module.modules() if one._parameters.get("weight") is weight)
+    former = vars(owner).get("forward")
+    owner.forward = compute
+    try:
+        return module(hidden)
+    finally:
+        del owner.forward
+        if former is not None:
+            owner.forward = former
+
+
+def release_after_forward(head: Any) -> None:
+    """Let FSDP2 release a frozen head right after the loss, whose gradients are formed by then.
+
+    A head that is gathered together with other modules stays as it is: these need their weights in
+    the backward pass.
+    """
+    trained = any(parameter.requires_grad for parameter in head.parameters())
+    if isinstance(head, FSDPModule) and not trained and _is_gathered_alone(head):
+        head.set_reshard_after_forward(True)
+        head.set_unshard_in_backward(False)
+
+
+def _is_gathered_alone(module: FSDPModule) -> bool:
+    return getattr(module._get_fsdp_state(), "_modules", ()) == (module,)
+
+
+def reshard(model: nn.Module) -> None:
+    """Release what FSDP2 keeps gathered after a pass without gradients.
+
+    Otherwise weights that are loaded next would not be seen by the next pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,91 @@
+"""The engine of a run on several GPUs: from our keys to those of transformers.
+
+Accelerate runs the engine, FSDP2 or DeepSpeed, and wraps the model by its own no-split modules. On
+CPUs, where Accelerate has neither, a run is sharded likewise, so that it can be tried without GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from derta.training.settings import Shard
+
+# Variables by which `accelerate launch` chooses an engine.
+LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+
+
+def engine_keys(shard: Shard, offload: bool, fsdp_config: dict[str, Any] | None) -> dict[str, Any]:
+    """Return transformers' keys for an engine.
+
+    Args:
+        shard, offload: `shard` and `offload_parameters` of `ShardSettings`.
+        fsdp_config: transformers' own keys of FSDP, which take precedence.
+    """
+    if shard == "fsdp":
+        ours = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True,
+            "cpu_ram_efficient_loading": True,
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "cpu_offload": offload,
+        }
+        return {"fsdp": True, "fsdp_config": {**ours, **(fsdp_config or {})}}
+    if shard in ("zero2", "zero3"):
+        return {"deepspeed": _deepspeed(3 if shard == "zero3" else 2, offload)}
+    return {}
+
+
+def _deepspeed(stage: int, offload: bool) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
+    if stage == 3:
+        zero |= dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), "auto")
+        zero["stage3_param_persistence_threshold"] = "auto"
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    if offload:
+        on_host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero |= {"offload_param": on_host, "offload_optimizer": on_host}
+    sizes = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # which is compiled at the first step
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "gradient_clipping": "auto",
+        **dict.fromkeys(sizes, "auto"),
+    }
+
+
+def check_launch(shard: Shard) -> None:
+    """Check that processes were launched for an engine, and for no other one.
+
+    Raises:
+        ValueError: there is one process only, or `accelerate launch` chose another engine.
+    """
+    chosen = [name for key, name in LAUNCHERS.items() if os.environ.get(key) == "true"]
+    ours = {"fsdp": ["FSDP"], "zero2": ["DeepSpeed"], "zero3": ["DeepSpeed"]}.get(shard, [])
+    if chosen and chosen != ours:
+        raise ValueError(
+            f"shard: {shard}, but accelerate launch chose {chosen[0]}: leave shard out, or launch "
+            "with torchrun"
+        )
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(
+            f"shard: {shard} needs a process for each GPU, got one that was started by itself: "
+            "torchrun --nproc_per_node 8 -m derta train ..."
+        )
+
+
+def shard_on_cpus() -> None:
+    """Let Accelerate shard over CPU processes, which it takes for unable to.
+
+    It shards over the processes of any accelerator alike, so they pass for such.
+    """
+    if PartialState().distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
