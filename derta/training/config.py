@@ -95,8 +95,8 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         check_ranges(self, RANGES)
         self._choose_engine()
         self._set_up()
-        if self.fsdp and self.device.type == "cpu":
-            shard_on_cpus()
+        if self.device.type == "cpu" and (self.fsdp or self.deepspeed):
+            shard_on_cpus(with_deepspeed=bool(self.deepspeed))
         check_folder("output_dir", str(self.output_dir))
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) != 1:

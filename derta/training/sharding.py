@@ -82,10 +82,17 @@ def check_launch(shard: Shard) -> None:
         )
 
 
-def shard_on_cpus() -> None:
-    """Let Accelerate shard over CPU processes, which it takes for unable to.
+def shard_on_cpus(*, with_deepspeed: bool) -> None:
+    """Let Accelerate shard over CPU processes, which it has no engine for.
 
-    It shards over the processes of any accelerator alike, so they pass for such.
+    Its FSDP takes the processes of any accelerator alike, so they pass for such. DeepSpeed must be
+    told of the process group, which Accelerate sets up for other devices only.
     """
-    if PartialState().distributed_type == DistributedType.MULTI_CPU:
+    if PartialState().distributed_type != DistributedType.MULTI_CPU:
+        return
+    if with_deepspeed:
+        from deepspeed import comm
+
+        comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    else:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
