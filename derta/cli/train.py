@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
@@ -85,8 +86,14 @@ def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
     """Return the model to tune, with adapters drawn from the run's seed if the method has some."""
     set_seed(config.seed)
     dtype = loading.weights_dtype(config.dtype, config.device)
+    storage = torch.uint8
+    if config.shard in ("fsdp", "zero3"):
+        storage = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, dtype)
     model = loading.load_model(
-        config.model, dtype, quantization=quantization(config, dtype), device=config.device
+        config.model,
+        dtype,
+        quantization=quantization(config, dtype, storage),
+        device=config.device,
     )
     if config.method != "full" and Path(config.model).is_dir():
         # Adapters record this path, and must find it from any working directory.

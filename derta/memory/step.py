@@ -37,6 +37,7 @@ from derta.modeling.mlp_tiling import layers_of, tile_mlp
 from derta.modeling.offloading import Lane, Offloading
 from derta.modeling.patch import checkpoint_layers
 from derta.modeling.quantization import layers_for_4_bits, widths
+from derta.modeling.sharding import without_zero3
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
 
@@ -197,7 +198,7 @@ def _beyond(less: Peaks, more: Peaks, steps: float) -> Peaks:
 
 def _without_storage(step: StepSettings, layers: int | None = None) -> nn.Module:
     """Build the model to train, or its first layers, on the meta device."""
-    with torch.device("meta"):
+    with without_zero3(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             copy.deepcopy(step.config), dtype=step.dtype, attn_implementation=ATTENTION
         )

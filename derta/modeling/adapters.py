@@ -23,14 +23,23 @@ from derta.modeling.faults import intact_weights, loading, refuse_misfits
 from derta.modeling.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_headers, read_object
 from derta.modeling.introspection import head_of, transformers_model
 from derta.modeling.method import Method
+from derta.modeling.sharding import without_zero3
 from derta.settings.blame import LIBRARY_ERRORS, blame
 
 # PyTorch's words for a weight of another shape.
 MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)")
 
 
-def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return the quantization for `from_pretrained`, with computation in `dtype`, or None.
+def quantization(
+    method: Method, dtype: torch.dtype, storage: torch.dtype = torch.uint8
+) -> BitsAndBytesConfig | None:
+    """Return the quantization for `from_pretrained`, or None.
+
+    Args:
+        method: the method.
+        dtype: dtype of the computation.
+        storage: dtype as which 4-bit weights are stored. An engine shards floating ones only, and
+            must gather them in the same dtype: another one would change their bits.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -44,6 +53,7 @@ def quantization(method: Method, dtype: torch.dtype) -> BitsAndBytesConfig | Non
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 
@@ -151,7 +161,7 @@ def check_adapters(config: PreTrainedConfig, method: Method) -> None:
     """
 
     def trial(values: Mapping[str, Any]) -> None:
-        with torch.device("meta"):
+        with without_zero3(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         names = [name for name, _ in model.named_modules()]
         for key in ("lora_target_modules", "lora_modules_to_save"):

@@ -49,6 +49,7 @@ from derta.modeling.folders import (
 )
 from derta.modeling.hub import check_hub
 from derta.modeling.quantization import BLOCK, layers_for_4_bits, linear_layers
+from derta.modeling.sharding import without_zero3
 
 logger = logging.get_logger(__name__)
 
@@ -125,7 +126,10 @@ def load_model(
             folder,
             dtype=dtype,
             quantization_config=quantization,
-            device_map=None if quantization is None else {"": device},
+            # ZeRO-3 places the weights itself.
+            device_map=None
+            if quantization is None or is_deepspeed_zero3_enabled()
+            else {"": device},
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=local_files_only,
@@ -229,7 +233,7 @@ def empty_model(folder: str, config: PreTrainedConfig, kind: Kind = LANGUAGE_MOD
     Raises:
         ValueError: transformers cannot make such a model.
     """
-    with loading(CONFIG, folder), torch.device("meta"):
+    with loading(CONFIG, folder), without_zero3(), torch.device("meta"):
         return kind.auto.from_config(config, trust_remote_code=False)
 
 
@@ -240,7 +244,7 @@ def check_weights(
 
     transformers loads tensors without storage under the names of the files, so its own conversions
     and exceptions (tied heads, merged experts, buffers of old files) hold. Of quantized weights,
-    and under DeepSpeed's ZeRO-3, only the files are checked here.
+    only the files are checked here.
 
     Args:
         folder: path of the model.
@@ -255,7 +259,7 @@ def check_weights(
         FileNotFoundError: a file is absent.
     """
     headers = weight_headers(Path(folder))
-    if getattr(config, "quantization_config", None) is not None or is_deepspeed_zero3_enabled():
+    if getattr(config, "quantization_config", None) is not None:
         return headers
     model = empty_model(folder, config, kind)
     parameters = {name for name, _ in model.named_parameters()}
@@ -265,7 +269,7 @@ def check_weights(
                 f"{header.file}: {name} is of {header.dtype}, expected floating-point weights"
             )
     tensors = {name: torch.empty(one.shape, device="meta") for name, one in headers.items()}
-    with loading("the model", folder), _without_report(), _without_bars():
+    with loading("the model", folder), without_zero3(), _without_report(), _without_bars():
         _, found = type(model).from_pretrained(
             None,
             config=config,

@@ -6,14 +6,27 @@ the weight of the head is therefore computed inside a call of the head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import deepspeed
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Let transformers make and load models whole inside, where ZeRO-3 would shard them at once."""
+    configuration = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = configuration
 
 
 def whole_shape(weight: Tensor) -> torch.Size:

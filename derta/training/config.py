@@ -163,7 +163,8 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
             )
         if isinstance(self.fsdp_config, str):
             self.fsdp_config = read_object(Path(self.fsdp_config))
-        vars(self).update(engine_keys(self.shard, self.offload_parameters, self.fsdp_config))
+        offload = self.offload_parameters and not self.use_cpu
+        vars(self).update(engine_keys(self.shard, offload, self.fsdp_config))
 
     def _check_checkpointing(self) -> None:
         """Check the keywords of torch's checkpoint, which hands unknown ones on to the layers."""

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from derta.modeling.sharding import without_zero3
 from derta.settings.blame import LIBRARY_ERRORS, blame
 from derta.training.config import DertaConfig
 from derta_kernels import attention, head_loss
@@ -67,7 +69,7 @@ def check_optimized(config: DertaConfig, model_config: PreTrainedConfig) -> None
     Raises:
         ValueError: optim_target_modules match none.
     """
-    with torch.device("meta"):
+    with without_zero3(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     try:
         Trainer.get_optimizer_cls_and_kwargs(config, model)
@@ -81,7 +83,9 @@ def _make(arguments: DertaConfig) -> None:
         arguments.optim_target_modules = "all-linear"  # for names, see `check_optimized`
     layer = nn.Sequential(nn.Linear(8, 8))
     trainer = Trainer(layer, arguments)
-    if not trainer.is_deepspeed_enabled:  # which makes its own from its own configuration
+    if trainer.is_deepspeed_enabled:  # its optimizer is made with the model's engine
+        AcceleratorState._reset_state()  # or there would be no second accelerator
+    else:
         trainer.create_optimizer_and_scheduler(num_training_steps=1)
     if arguments.torch_compile:
         backend = arguments.torch_compile_backend or "inductor"

@@ -299,7 +299,7 @@ class ShardSettings:
         False,
         "If true, shards of weights, gradients and states lie on the host, where the optimizer "
         "steps too. Saves their memory. Costs copies over the bus in each pass. Needs shard: fsdp "
-        "or zero3.",
+        "or zero3. No effect on a CPU.",
     )
 
     def check_sharding(self) -> None:

@@ -7,11 +7,13 @@ CPUs, where Accelerate has neither, a run is sharded likewise, so that it can be
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from derta.training.settings import Shard
 
@@ -80,6 +82,15 @@ def check_launch(shard: Shard) -> None:
             f"shard: {shard} needs a process for each GPU, got one that was started by itself: "
             "torchrun --nproc_per_node 8 -m derta train ..."
         )
+
+
+def with_exact_sums(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """Return a policy that rounds no more than autocast does.
+
+    Weights are gathered in the policy's dtype. Gradients are summed over ranks in float32, and
+    counts and weights of targets come in, and losses go out, as they are.
+    """
+    return replace(policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
 
 
 def shard_on_cpus(*, with_deepspeed: bool) -> None:

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -53,6 +54,7 @@ from derta.training.finite_watch import FiniteWatch
 from derta.training.metrics import StepMetrics
 from derta.training.refusal_watch import RefusalWatch, check_watched, trunk_steps
 from derta.training.resumable import ResumableTrainer
+from derta.training.sharding import with_exact_sums
 
 logger = logging.get_logger(__name__)
 
@@ -218,6 +220,13 @@ class DertaTrainer(ResumableTrainer):
             )
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if isinstance(policy, MixedPrecisionPolicy):
+            plugin.mixed_precision_policy = with_exact_sums(policy)
 
     @property
     def _shards_weights(self) -> bool:
