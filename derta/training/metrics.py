@@ -80,7 +80,8 @@ class StepMetrics:
             if name in self._means:
                 mean = Mean(*(old + new for old, new in zip(self._means[name], mean, strict=True)))
             self._means[name] = mean
-        self._tokens += batch.input_ids.shape[1]
+        if batch.example_ids:  # the token of an empty pack is no one's
+            self._tokens += batch.input_ids.shape[1]
 
     def sums(self) -> dict[str, Tensor]:
         """Return what was added since the last read, for `set_sums` of a later process."""

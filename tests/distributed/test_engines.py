@@ -1,0 +1,62 @@
+"""Every engine trains on two ranks to the losses and weights of one process."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import engines
+from ranks import run_ranks
+
+FIGURES = ("loss", "grad_norm", "mle_loss", "rto_loss", "refusal_p_1", "live_rows")
+SCRIPT = "import engines\nengines.main()\n"
+
+
+class Alone:
+    """Runs of one process, each once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.logs: dict[Path, list[dict[str, float]]] = {}
+
+    def run(self, case: engines.Case) -> tuple[Path, list[dict[str, float]]]:
+        """Return the folder and the figures of a case on one process."""
+        alone = ("none", *case[1:])
+        output = self.folder / "-".join(alone)
+        if output not in self.logs:
+            self.logs[output] = engines.run(self.folder, alone, output)
+        return output, self.logs[output]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    engines.write_models(folder)
+    return folder
+
+
+@pytest.mark.parametrize("cases", ["SHARDED", "WITH_DEEPSPEED"])
+def test_ranks_train_to_the_weights_of_one_process(folder: Path, cases: str) -> None:
+    if cases == "WITH_DEEPSPEED" and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    run_ranks(SCRIPT, folder, cases)
+    ranks = [torch.load(folder / f"{cases}-{rank}.pt", weights_only=True) for rank in range(2)]
+    one_process = Alone(folder)
+    for index, case in enumerate(getattr(engines, cases)):
+        alone, expected = one_process.run(case)
+        for logs in (rank[index] for rank in ranks):
+            assert len(logs) == len(expected) == engines.RUN["max_steps"]
+            for step, (ours, theirs) in enumerate(zip(logs, expected, strict=True)):
+                assert ours.keys() == theirs.keys()
+                for name in theirs.keys() & FIGURES:
+                    close = pytest.approx(theirs[name], rel=1e-6 if name == "loss" else 1e-5)
+                    assert ours[name] == close, (case, step, name)
+        ours, theirs = engines.weights(folder / "-".join(case)), engines.weights(alone)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].dtype == tensor.dtype
+            error = (ours[name] - tensor).norm() / tensor.norm()
+            assert error < 1e-6, (case, name, float(error))
