@@ -17,6 +17,10 @@ from derta.loss import (
     linear_cross_entropy as linear_cross_entropy,
     rto_loss as rto_loss,
 )
-from derta.modeling.patch import apply_derta as apply_derta, remove_derta as remove_derta
+from derta.modeling.patch import (
+    apply_derta as apply_derta,
+    check_derta as check_derta,
+    remove_derta as remove_derta,
+)
 from derta.training.config import DertaConfig as DertaConfig
 from derta.training.trainer import DertaTrainer as DertaTrainer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from derta.modeling.attention import scope_of
-from derta.modeling.sharding import whole_shape
+from derta.modeling.sharding import class_name, whole_shape
 from derta_kernels.head_loss import Head
 
 
@@ -49,7 +49,7 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         ValueError: the head has an adapter or is quantized.
     """
-    name = type(model).__name__
+    name = class_name(model)
     head = model.get_output_embeddings()
     if hasattr(head, "base_layer"):
         raise ValueError(

@@ -33,7 +33,7 @@ from derta.modeling.introspection import (
 from derta.modeling.offloading import offloading
 from derta.modeling.quantization import allow_packing, check_4_bits, forbid_packing
 from derta.modeling.selfcheck import Proof
-from derta.modeling.sharding import inside, is_whole
+from derta.modeling.sharding import class_name, inside, is_whole
 from derta.objectives.base import Number, Objective
 from derta.objectives.derta import DertaObjective
 from derta_kernels.attention import Bounds
@@ -148,7 +148,7 @@ def apply_derta(
     _refuse_unfit(patched)
     if check and not is_whole(patched):
         raise ValueError(
-            f"{type(patched).__name__} must have its weights to prove itself, some are in shards "
+            f"{class_name(patched)} must have its weights to prove itself, some are in shards "
             "or on the meta device: give check=False, and call check_derta with the engine"
         )
     with contextlib.ExitStack() as undo:
@@ -261,7 +261,7 @@ def checkpoint_layers(model: Any) -> None:
 
 def _refuse_unfit(model: PreTrainedModel) -> None:
     """Check all that can be checked without running the model."""
-    name = type(model).__name__
+    name = class_name(model)
     config = model.config.get_text_config(decoder=True)
     layer_types = set(getattr(config, "layer_types", None) or ())
     if model.config.is_encoder_decoder:

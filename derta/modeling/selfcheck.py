@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from derta.modeling.introspection import evaluating, has_router_loss, head_of, router_loss
-from derta.modeling.sharding import whole_shape
+from derta.modeling.sharding import class_name, whole_shape
 
 TF32_EPS = 2**-10
 
@@ -125,7 +125,7 @@ class Proof:
             except (RuntimeError, TypeError) as reason:
                 if bodies:  # it was the loss
                     raise
-                name = type(self.model).__name__
+                name = class_name(self.model)
                 raise ValueError(f"{name} cannot run a pack: {reason}") from reason
         return bodies[-1], whole
 
@@ -139,7 +139,7 @@ class Proof:
         tolerance = eps**0.5
         if not worst <= tolerance:
             raise ValueError(
-                f"{type(self.model).__name__} cannot be trained on packs: {what} of one pass "
+                f"{class_name(self.model)} cannot be trained on packs: {what} of one pass "
                 f"differ from those of separate passes by {worst:.1e} of their size; {dtype} "
                 f"allows {tolerance:.1e}"
             )

@@ -34,6 +34,11 @@ def whole_shape(weight: Tensor) -> torch.Size:
     return getattr(weight, "ds_shape", weight.shape)
 
 
+def class_name(model: nn.Module) -> str:
+    """Return the name of a model's class, which FSDP2 replaces by one of its own."""
+    return next(one for one in type(model).__mro__ if not issubclass(one, FSDPModule)).__name__
+
+
 def is_whole(model: nn.Module) -> bool:
     """Return True if every weight is there: none is on the meta device or in shards."""
     return not any(
@@ -68,20 +73,28 @@ def inside(module: Any, hidden: Tensor, compute: Callable[[Tensor], Result]) -> 
             owner.forward = former
 
 
-def release_after_forward(head: Any) -> None:
-    """Let FSDP2 release a frozen head right after the loss, whose gradients are formed by then.
+def gather_no_more_than_needed(embedding: Any, head: Any) -> None:
+    """Let FSDP2 leave out gathers for backward passes that read no weight.
 
-    A head that is gathered together with other modules stays as it is: these need their weights in
-    the backward pass.
+    A lookup never does. A frozen head does not either: its loss has formed all gradients in the
+    forward pass, right after which it is released. Modules that are gathered together with others
+    stay as they are.
+
+    Args:
+        embedding: the input embedding.
+        head: the head.
     """
-    trained = any(parameter.requires_grad for parameter in head.parameters())
-    if isinstance(head, FSDPModule) and not trained and _is_gathered_alone(head):
-        head.set_reshard_after_forward(True)
+    if _is_gathered_alone(embedding):
+        embedding.set_unshard_in_backward(False)
+    if _is_gathered_alone(head) and not any(one.requires_grad for one in head.parameters()):
         head.set_unshard_in_backward(False)
+        head.set_reshard_after_forward(True)
 
 
-def _is_gathered_alone(module: FSDPModule) -> bool:
-    return getattr(module._get_fsdp_state(), "_modules", ()) == (module,)
+def _is_gathered_alone(module: Any) -> bool:
+    return isinstance(module, FSDPModule) and getattr(module._get_fsdp_state(), "_modules", ()) == (
+        module,
+    )
 
 
 def reshard(model: nn.Module) -> None:

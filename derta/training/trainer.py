@@ -46,7 +46,7 @@ from derta.data import (
 from derta.modeling.introspection import context_length, transformers_model
 from derta.modeling.mlp_tiling import tile_mlp
 from derta.modeling.patch import apply_derta, check_derta
-from derta.modeling.sharding import release_after_forward, reshard
+from derta.modeling.sharding import gather_no_more_than_needed, reshard
 from derta.objectives.base import Objective
 from derta.training.config import DertaConfig
 from derta.training.fingerprint import fingerprint
@@ -223,7 +223,7 @@ class DertaTrainer(ResumableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
         if isinstance(policy, MixedPrecisionPolicy):
             plugin.mixed_precision_policy = with_exact_sums(policy)
@@ -239,8 +239,8 @@ class DertaTrainer(ResumableTrainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         assert self.model is not None
         if self._shards_weights:
-            if self.is_fsdp_enabled:
-                release_after_forward(transformers_model(self.model).get_output_embeddings())
+            model = transformers_model(self.model)
+            gather_no_more_than_needed(model.get_input_embeddings(), model.get_output_embeddings())
             self._check_sharded()
         return prepared
 

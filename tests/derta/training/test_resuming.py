@@ -202,6 +202,8 @@ def test_every_setting_of_ours_is_in_the_fingerprint_or_changes_no_result() -> N
         "mlp_tile",
         "offload_checkpoints",
         "use_liger_kernel",
+        "shard",
+        "offload_parameters",
         "probe",
         "head_impl",
         "attention_impl",
