@@ -23,7 +23,7 @@ from derta.settings.blame import LIBRARY_ERRORS, blame
 from derta.training.checkpoints import newest
 from derta.training.ranges import RANGES
 from derta.training.settings import RECIPES as RECIPES, DertaSettings
-from derta.training.sharding import check_launch, engine_keys, shard_on_cpus
+from derta.training.sharding import check_launch, engine_keys, forget_earlier_runs, shard_on_cpus
 
 # Optimizers that read optim_target_modules.
 LOW_RANK = re.compile("galore|apollo")
@@ -151,6 +151,7 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
     def _choose_engine(self) -> None:
         """Set transformers' keys of the engine that `shard` names."""
         self.check_sharding()
+        forget_earlier_runs()
         if self.fsdp_config and not self.fsdp and self.shard != "fsdp":
             raise ValueError(f"fsdp_config needs fsdp, got {self.fsdp}")
         if self.shard == "none":

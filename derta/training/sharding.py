@@ -17,8 +17,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from derta.training.settings import Shard
 
-# Variables by which `accelerate launch` chooses an engine.
+# Variables by which `accelerate launch` chooses an engine, and their values then. Accelerate sets them
+# too, and they would decide over the next run of this process.
 LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+LAUNCHED = {name: os.environ.get(name) for name in LAUNCHERS}
 
 
 def engine_keys(shard: Shard, offload: bool, fsdp_config: dict[str, Any] | None) -> dict[str, Any]:
@@ -64,13 +66,21 @@ def _deepspeed(stage: int, offload: bool) -> dict[str, Any]:
     }
 
 
+def forget_earlier_runs() -> None:
+    """Let the launch alone say which engine runs, and no earlier run of this process."""
+    for name, value in LAUNCHED.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 def check_launch(shard: Shard) -> None:
     """Check that processes were launched for an engine, and for no other one.
 
     Raises:
         ValueError: there is one process only, or `accelerate launch` chose another engine.
     """
-    chosen = [name for key, name in LAUNCHERS.items() if os.environ.get(key) == "true"]
+    chosen = [LAUNCHERS[name] for name, value in LAUNCHED.items() if value == "true"]
     ours = {"fsdp": ["FSDP"], "zero2": ["DeepSpeed"], "zero3": ["DeepSpeed"]}.get(shard, [])
     if chosen and chosen != ours:
         raise ValueError(
