@@ -153,7 +153,7 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         self.check_sharding()
         forget_earlier_runs()
         if self.fsdp_config and not self.fsdp and self.shard != "fsdp":
-            raise ValueError(f"fsdp_config needs fsdp, got {self.fsdp}")
+            raise ValueError("fsdp_config needs shard: fsdp, or fsdp: true")
         if self.shard == "none":
             return
         check_launch(self.shard)

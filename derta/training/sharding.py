@@ -17,8 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from derta.training.settings import Shard
 
-# Variables by which `accelerate launch` chooses an engine, and their values then. Accelerate sets them
-# too, and they would decide over the next run of this process.
+# Variables by which `accelerate launch` chooses an engine, and their values then. Accelerate sets
+# them too, and they would decide over the next run of this process.
 LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 LAUNCHED = {name: os.environ.get(name) for name in LAUNCHERS}
 

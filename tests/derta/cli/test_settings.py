@@ -251,7 +251,7 @@ def test_a_single_value_for_a_list_is_a_list_of_one() -> None:
             {"optim_target_modules": ["q_proj"]},
             "optim_target_modules: ['q_proj'] are for GaLore and APOLLO, expected optim to be one",
         ),
-        ({"fsdp_config": {"a": 1}}, "fsdp_config needs fsdp, got None"),
+        ({"fsdp_config": {"a": 1}}, "fsdp_config needs shard: fsdp, or fsdp: true"),
         (
             {"include_num_input_tokens_seen": True},
             "include_num_input_tokens_seen must stay no, got True",
