@@ -165,6 +165,9 @@ def _main(options: argparse.Namespace) -> int:
 
         say(help_of(command), end="")
         return 0
+    from derta.cli import ranks
+    from derta.cli.commands import COMMANDS
+
     # Nothing is reported to anybody, unless the user decides otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -177,21 +180,33 @@ def _main(options: argparse.Namespace) -> int:
     guard()
     # Only a regular exit of Python removes temporary files, which may hold millions of examples.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    title = f"derta {command}"
     try:
+        if COMMANDS[command].on_ranks and ranks.several():
+            ranks.run(
+                title,
+                lambda: _run(command, arguments),
+                lambda error: None if options.traceback else _sentence_of(error),
+            )
         _run(command, arguments)
-    except (ValueError, NotImplementedError, OSError, FloatingPointError, MemoryError) as error:
-        if options.traceback:
+    except Exception as error:
+        sentence = _sentence_of(error)
+        if options.traceback or sentence is None:
             raise
-        # One sentence is one line; only the plan that follows a lack of memory has several.
-        said = printable(str(error), lines=isinstance(error, MemoryError))
-        say(f"derta {command}: {said}", error=True)
-        return 1
-    except RuntimeError as error:
-        from derta.modeling.offloading import ran_out_of_memory
-
-        if options.traceback or not ran_out_of_memory(error):
-            raise
-        said = str(error).partition("\n")[0]
-        say(f"derta {command}: memory does not suffice: {said}", error=True)
+        say(f"{title}: {sentence}", error=True)
         return 1
     return 0
+
+
+def _sentence_of(error: Exception) -> str | None:
+    """Return what is said of an error that the user can fix, None of any other."""
+    if isinstance(error, (ValueError, NotImplementedError, OSError, FloatingPointError)):
+        return printable(str(error))
+    if isinstance(error, MemoryError):  # the plan that follows has several lines
+        return printable(str(error), lines=True)
+    if isinstance(error, RuntimeError):
+        from derta.modeling.offloading import ran_out_of_memory
+
+        if ran_out_of_memory(error):
+            return "memory does not suffice: " + printable(str(error).partition("\n")[0])
+    return None

@@ -26,6 +26,7 @@ class Command:
         arguments: the keys that its first arguments stand for; None: a configuration file.
         about: paragraphs of its help.
         epilog: the last paragraph of its help.
+        on_ranks: if True, several processes may run it together.
     """
 
     summary: str
@@ -33,6 +34,7 @@ class Command:
     arguments: tuple[str, ...] | None = None
     about: str = ""
     epilog: str = ""
+    on_ranks: bool = False
 
     @property
     def config_class(self) -> Any:
@@ -58,6 +60,7 @@ COMMANDS = {
         "--warmup_steps, --weight_decay, --max_steps, --logging_steps, --eval_strategy, "
         "--save_strategy, --save_total_limit, --metric_for_best_model, --load_best_model_at_end, "
         "--report_to, --use_cpu, ...",
+        on_ranks=True,
     ),
     "plan": Command(
         "estimate the memory of a training step and the longest pack that fits",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import SaveStrategy
 
+from derta.cli import ranks
 from derta.cli.plan import read_config
 from derta.cli.settings.training import TrainSettings
 from derta.data import LossShares, SourceRecords, render_pack
@@ -80,6 +90,15 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
         left = left_by_another(Path(self.output_dir))
         if left and not (continues or self.dry_run):
             raise ValueError(occupied(Path(self.output_dir), left))
+
+
+class Stages(TrainerCallback):
+    """Names the step of a run, for errors of several ranks."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        ranks.enter(f"step {state.global_step + 1}")
 
 
 def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
@@ -163,6 +182,8 @@ def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
 
 def run(config: TrainConfig) -> None:
     """Train, and write the tuned model and its tokenizer to `output_dir`."""
+    if config.log_level_replica != "warning":  # asked for, see `derta.cli.ranks`
+        logging.disable(logging.NOTSET)
     rehearse(config)
     records = SourceRecords(config.sources)
     eval_records = SourceRecords(config.eval_sources)
@@ -182,7 +203,7 @@ def run(config: TrainConfig) -> None:
         train_dataset=records,
         eval_dataset=eval_records if config.eval_sources else None,
         processing_class=tokenizer,
-        callbacks=[progress],
+        callbacks=[progress, Stages()],
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():

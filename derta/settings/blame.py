@@ -55,13 +55,14 @@ def blame(
 
 
 def _outcome(trial: Callable[[Mapping[str, Any]], object], values: Mapping[str, Any]) -> str | None:
+    disabled = logging.root.manager.disable
     logging.disable()  # what a library warns of has been said once
     try:
         trial(values)
     except LIBRARY_ERRORS as error:
         return _said(error)
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
     return None
 
 

@@ -190,6 +190,8 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         given = {name: getattr(self, name) for name in theirs}
         try:
             super().__post_init__()
+        except torch.distributed.DistError:
+            raise  # other ranks do not come, whatever the keys
         except LIBRARY_ERRORS as error:
             defaults = {
                 name: one.default if one.default_factory is MISSING else one.default_factory()

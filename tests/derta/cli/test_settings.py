@@ -446,6 +446,21 @@ def test_an_error_of_the_operating_system_follows_its_key(
     assert capsys.readouterr().err == "derta schema: out/a/b.json: permission denied\n"
 
 
+def test_no_key_is_to_blame_for_ranks_that_do_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def alone(_: TrainingArguments) -> None:
+        calls.append(1)
+        raise torch.distributed.DistNetworkError("the client socket has timed out")
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", alone)
+    with pytest.raises(torch.distributed.DistNetworkError):
+        DertaConfig(str(tmp_path), seed=1)
+    assert len(calls) == 1  # each would wait for ddp_timeout
+
+
 def test_keys_to_blame_are_those_without_which_a_trial_succeeds() -> None:
     def trial(values: Mapping[str, int]) -> None:
         if values["a"] and values["b"]:
