@@ -6,7 +6,7 @@ that passes is a successful attack; a stopped answer to a harmless request is an
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ def trunk_steps(
     examples_per_step: int,
     rank: int,
     world_size: int,
+    costs: Callable[[np.ndarray], np.ndarray],
 ) -> PackedSteps:
     """Plan harmful responses and answers as trunks without branches, watched at every position.
 
@@ -66,13 +67,20 @@ def trunk_steps(
         records: the encoded records.
         max_tokens, examples_per_step: see `plan_packs`.
         rank, world_size: the process that runs the steps, and the number of processes.
+        costs: the time that examples take, by their lengths.
     """
     collator = DertaCollator(branches=0, cuts="zero")
-    lengths = [packed_length(example, collator.objective) for example in records.examples]
+    lengths = np.array([packed_length(one, collator.objective) for one in records.examples])
     plan = plan_packs(
-        lengths, max_tokens=max_tokens, examples_per_step=examples_per_step, epochs=1, seed=0
+        lengths,
+        max_tokens=max_tokens,
+        examples_per_step=examples_per_step,
+        epochs=1,
+        seed=0,
+        ranks=world_size,
+        costs=costs(lengths),
     )
-    return PackedSteps(records.examples, plan, collator, rank, world_size)
+    return PackedSteps(records.examples, plan, collator, rank)
 
 
 class RefusalWatch:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,8 @@ from derta.data import (
     encode_records,
     plan_packs,
 )
-from derta.modeling.introspection import context_length, transformers_model
+from derta.modeling.costs import forward_operations
+from derta.modeling.introspection import context_length, has_router_loss, transformers_model
 from derta.modeling.mlp_tiling import tile_mlp
 from derta.modeling.patch import apply_derta, check_derta
 from derta.modeling.sharding import gather_no_more_than_needed, reshard
@@ -122,8 +124,13 @@ class DertaTrainer(ResumableTrainer):
     over their own targets); `refusal_p_1` .. `refusal_p_10` (mean probability of the refusal token
     in each tenth of the harmful responses); `benign_refusal_p` (the same in answers to harmless
     requests); `live_rows` (share of rows with a target); `rto_targets` (share of RTO in the weight
-    of all targets); `tokens_per_s` (packed tokens over all ranks). `evaluate` adds the figures of
-    `RefusalWatch`.
+    of all targets); `tokens_per_s` (packed tokens over all ranks). On several ranks also
+    `imbalance`: how much longer than the mean the costliest rank takes, by the plan's costs, as a
+    mean over steps. `evaluate` adds the figures of `RefusalWatch`.
+
+    Several ranks share the examples of a step such that they finish together. The packs are then
+    others than those of one rank, unless the loss depends on them: under loss_norm "official", and
+    of a model with a router loss, ranks share the packs of one.
 
     Args:
         model: decoder-only transformers model, plain or under PEFT.
@@ -167,6 +174,9 @@ class DertaTrainer(ResumableTrainer):
                 "set CUDA_VISIBLE_DEVICES"
             )
         self.context = context_length(model)
+        inner = transformers_model(model)
+        self._costs = functools.partial(forward_operations, inner.config)
+        self._has_router_loss = has_router_loss(inner)
         self.objective: Objective = args.objective
         self.collator = Collator(self.objective, seed=args.seed)
         encoder = self._encoder(args, processing_class)
@@ -297,10 +307,11 @@ class DertaTrainer(ResumableTrainer):
             examples_per_step=args.examples_per_step,
             epochs=math.ceil(epochs),
             seed=args.seed,
+            ranks=args.world_size,
+            costs=self._costs(encoded.lengths),
+            one_rank_packs=args.loss_norm == "official" or self._has_router_loss,
         )
-        return PackedSteps(
-            encoded.examples, plan, self.collator, args.process_index, args.world_size
-        )
+        return PackedSteps(encoded.examples, plan, self.collator, args.process_index)
 
     def _held_out(self, args: DertaConfig, encoded: EncodedRecords) -> EvaluationSteps:
         return EvaluationSteps(
@@ -311,6 +322,7 @@ class DertaTrainer(ResumableTrainer):
                 examples_per_step=args.examples_per_step,
                 rank=args.process_index,
                 world_size=args.world_size,
+                costs=self._costs,
             ),
         )
 
@@ -539,7 +551,13 @@ class DertaTrainer(ResumableTrainer):
             self._check_finite()
         if "loss" in logs:
             logs.update(self.metrics.read(self._sum_over_ranks).means)
+            if self.args.world_size > 1 and (steps := self._unlogged_steps()):
+                logs["imbalance"] = statistics.fmean(map(self.train_dataset.plan.imbalance, steps))
         super().log(logs, start_time)
+
+    def _unlogged_steps(self) -> range:
+        logged = (int(row["step"]) for row in reversed(self.state.log_history) if "loss" in row)
+        return range(next(logged, 0), self.state.global_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `ResumableTrainer.save_model`, once all of it is known to be finite."""

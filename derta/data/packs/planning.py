@@ -1,4 +1,7 @@
-"""The plan of a run: the packs of every step of every epoch, known before training starts."""
+"""The plan of a run: the packs of every step of every epoch, known before training starts.
+
+On several ranks, packs are formed and dealt such that ranks finish together, see `ranks`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import overload
 
 import numpy as np
 
-Pack = tuple[int, ...]
+from derta.data.packs.ranks import Pack, deal, level
 
 _EXAMPLES_AT_ONCE = 1 << 17  # measured together
 
@@ -19,23 +22,29 @@ class Plan:
 
     Attributes:
         steps: the packs of each step of all epochs in order, each a tuple of example indices.
-            They are formed on demand, and are the same every time.
+            They are formed on demand, and are the same every time. Ranks take them in turn, and all
+            of them as many; () is an empty pack.
         steps_per_epoch: the number of steps in an epoch.
         lengths: (examples,) int64, the most tokens of each example.
+        costs: (examples,) float64, the time that each example takes, in any unit.
+        ranks: the number of ranks.
     """
 
     steps: _Steps
     steps_per_epoch: int
     lengths: np.ndarray
+    costs: np.ndarray
+    ranks: int
 
-    def rank_packs(self, step: int, rank: int, world_size: int) -> list[Pack]:
-        """Return the packs of `step` that `rank` runs: as many on every rank, () for an empty pack.
+    def rank_packs(self, step: int, rank: int) -> list[Pack]:
+        """Return the packs of `step` that `rank` runs."""
+        return self.steps[step][rank :: self.ranks]
 
-        Neighbours have similar lengths and go to different ranks.
-        """
-        packs = self.steps[step]
-        empty: list[Pack] = [()] * (-len(packs) % world_size)
-        return (packs + empty)[rank::world_size]
+    def imbalance(self, step: int) -> float:
+        """Return the cost of the costliest rank in `step`, over the mean of all ranks, less 1."""
+        cost = [float(self.costs[list(pack)].sum()) for pack in self.steps[step]]
+        by_rank = [sum(cost[rank :: self.ranks]) for rank in range(self.ranks)]
+        return max(by_rank) * self.ranks / sum(by_rank) - 1
 
     def largest(self) -> tuple[int, Pack]:
         """Return the step and examples of the first pack with the most tokens."""
@@ -50,11 +59,15 @@ def plan_packs(
     examples_per_step: int,
     epochs: int,
     seed: int,
+    ranks: int = 1,
+    costs: np.ndarray | None = None,
+    one_rank_packs: bool = False,
 ) -> Plan:
     """Shuffle the examples of every epoch, cut them into steps and pack each step.
 
-    A step is packed first-fit decreasing: the longest example first, each into the first pack with
-    room. Memory holds the lengths and the order of one epoch.
+    On one rank, a step is packed first-fit decreasing: the longest example first, each into the
+    first pack with room. On several, its packs are levelled by cost, see `level`; they are then
+    more in number and less full. Memory holds lengths, costs and the order of one epoch.
 
     Args:
         lengths: the most tokens of each example, see `packed_length`.
@@ -62,11 +75,16 @@ def plan_packs(
         examples_per_step: examples of a step; the last step of an epoch may have fewer.
         epochs: the number of times that every example is used.
         seed: the order depends on it and the epoch only.
+        ranks: the number of processes that share each step.
+        costs: (examples,) float64, the time that each example takes, in any unit; None: its tokens.
+        one_rank_packs: if True, several ranks share the packs of one rank, for a loss that depends
+            on how packs are formed.
 
     Raises:
         ValueError: an example is longer than a pack, or a number is below 1.
     """
-    for name, value in (("examples_per_step", examples_per_step), ("epochs", epochs)):
+    numbers = {"examples_per_step": examples_per_step, "epochs": epochs, "ranks": ranks}
+    for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     sizes = np.asarray(lengths, np.int64)
@@ -76,20 +94,49 @@ def plan_packs(
             f"lengths[{index}] must be at most max_tokens ({max_tokens}), got {sizes[index]}: "
             "raise max_tokens, or encode with it"
         )
-    steps = _Steps(sizes, max_tokens, examples_per_step, epochs, seed)
-    return Plan(steps, steps.steps_per_epoch, sizes)
+    costs = sizes.astype(np.float64) if costs is None else costs
+    form = _Form(sizes, costs, max_tokens, ranks, one_rank_packs)
+    steps = _Steps(form, examples_per_step, epochs, seed)
+    return Plan(steps, steps.steps_per_epoch, sizes, costs, ranks)
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """The packing of a step; attributes as in `plan_packs`."""
+
+    lengths: np.ndarray
+    costs: np.ndarray
+    max_tokens: int
+    ranks: int
+    one_rank_packs: bool
+
+    @property
+    def is_first_fit(self) -> bool:
+        return self.ranks == 1 or self.one_rank_packs
+
+    def packs(self, examples: np.ndarray) -> list[Pack]:
+        lengths = self.lengths[examples]
+        if self.is_first_fit:
+            packs = _first_fit_decreasing(examples, lengths, self.max_tokens)
+        else:
+            packs = level(
+                examples,
+                lengths,
+                self.costs[examples],
+                max_tokens=self.max_tokens,
+                ranks=self.ranks,
+            )
+        return packs if self.ranks == 1 else deal(packs, self.costs, self.ranks)
 
 
 class _Steps(Sequence[list[Pack]]):
     """The steps of `plan_packs`, packed on demand."""
 
-    def __init__(
-        self, lengths: np.ndarray, max_tokens: int, examples_per_step: int, epochs: int, seed: int
-    ) -> None:
-        self.lengths = lengths
-        self.max_tokens = max_tokens
+    def __init__(self, form: _Form, examples_per_step: int, epochs: int, seed: int) -> None:
+        self.form = form
+        self.lengths = form.lengths
         self.examples_per_step = examples_per_step
-        self.steps_per_epoch = -(-len(lengths) // examples_per_step)
+        self.steps_per_epoch = -(-len(self.lengths) // examples_per_step)
         self.epochs = epochs
         self.seed = seed
         self._epoch, self._order = -1, np.zeros(0, np.int64)
@@ -107,10 +154,22 @@ class _Steps(Sequence[list[Pack]]):
         epoch, place = divmod(range(len(self))[step], self.steps_per_epoch)
         first = place * self.examples_per_step
         examples = self._order_of(epoch)[first : first + self.examples_per_step]
-        return _first_fit_decreasing(examples, self.lengths[examples], self.max_tokens)
+        return self.form.packs(examples)
 
     def fullest(self) -> int:
-        """Return the first step with the fullest pack; many steps are measured at once."""
+        """Return the first step with the fullest pack."""
+        if self.form.is_first_fit:
+            return self._fullest_first_fit()
+        best, most = 0, 0
+        for step, packs in enumerate(self):
+            largest = max(int(self.lengths[list(pack)].sum()) for pack in packs)
+            if largest > most:
+                best, most = step, largest
+        return best
+
+    def _fullest_first_fit(self) -> int:
+        """Return the same for first-fit packs; many steps are measured at once."""
+        max_tokens = self.form.max_tokens
         width = min(self.examples_per_step, len(self.lengths))
         at_once = max(1, _EXAMPLES_AT_ONCE // width)
         best, most = 0, 0
@@ -119,11 +178,11 @@ class _Steps(Sequence[list[Pack]]):
             lengths[: len(self.lengths)] = self.lengths[self._order_of(epoch)]
             steps = lengths.reshape(self.steps_per_epoch, width)
             for first in range(0, len(steps), at_once):
-                fills = _largest_fills(steps[first : first + at_once], self.max_tokens)
+                fills = _largest_fills(steps[first : first + at_once], max_tokens)
                 place = int(fills.argmax())
                 if fills[place] > most:
                     best, most = epoch * self.steps_per_epoch + first + place, fills[place]
-                if most == self.max_tokens:
+                if most == max_tokens:
                     return best
         return best
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -122,29 +123,22 @@ class PackedSteps(Dataset):
         examples: the run's examples.
         plan: the plan of its steps.
         collator: draws for examples and packs them.
-        rank, world_size: the process that runs the items, and the number of processes.
+        rank: the process that runs the items.
     """
 
     def __init__(
-        self,
-        examples: ExampleStore,
-        plan: Plan,
-        collator: Collator,
-        rank: int = 0,
-        world_size: int = 1,
+        self, examples: ExampleStore, plan: Plan, collator: Collator, rank: int = 0
     ) -> None:
         self.examples = examples
         self.plan = plan
         self.collator = collator
         self.rank = rank
-        self.world_size = world_size
 
     def __len__(self) -> int:
         return len(self.plan.steps)
 
     def __getitem__(self, step: int) -> list[PackedBatch]:
-        packs = self.plan.rank_packs(step, self.rank, self.world_size)
-        return [self._collated(step, pack) for pack in packs]
+        return [self._collated(step, pack) for pack in self.plan.rank_packs(step, self.rank)]
 
     def _collated(self, step: int, pack: Pack) -> PackedBatch:
         return self.collator(self.examples.take(pack), step // self.plan.steps_per_epoch)
@@ -155,9 +149,9 @@ class PackedSteps(Dataset):
 
     @functools.cached_property
     def packs(self) -> int:
-        """The number of packs of all steps and ranks, estimated from at most `SURVEYED_STEPS`."""
+        """The number of filled packs of all steps and ranks, estimated from `SURVEYED_STEPS`."""
         surveyed = _evenly(len(self), SURVEYED_STEPS)
-        counted = sum(len(self.plan.steps[step]) for step in surveyed)
+        counted = sum(map(bool, itertools.chain(*(self.plan.steps[step] for step in surveyed))))
         return round(counted * len(self) / len(surveyed))
 
     @functools.cached_property

@@ -27,7 +27,15 @@ from transformers import (
 )
 
 from derta import DertaConfig, DertaTrainer, Triple, apply_derta
-from derta.data import Chat, PackedBatch, PackedSteps, Record, Rendered, sequence_length
+from derta.data import (
+    Chat,
+    PackedBatch,
+    PackedSteps,
+    Record,
+    Rendered,
+    plan_packs,
+    sequence_length,
+)
 from derta.evaluation import EvaluationSettings, forced_rates, refusal_curve, response
 from derta.manifest import verify
 from runs import RECORDS, poison, settings, trainer
@@ -115,17 +123,23 @@ def test_gradients_do_not_depend_on_how_many_packs_a_step_takes(
     assert len(packs) == 3
 
 
-# Of one step each: loss_norm and architecture.
-RANKED = [("tokens", "llama"), ("terms", "llama"), ("official", "llama"), ("tokens", "mixtral")]
-# Makes an uneven number of packs, so that one rank runs an empty one.
+# Of one step each: loss_norm, architecture and records.
+RANKED = [
+    ("tokens", "llama", RECORDS),
+    ("terms", "llama", RECORDS),
+    ("official", "llama", RECORDS),
+    ("tokens", "mixtral", RECORDS),
+    ("tokens", "llama", RECORDS[:1]),
+]
+# Makes an uneven number of packs; where ranks share those of one rank, one runs an empty one.
 UNEVEN = 260
 
 
 def ranked_steps(directory: Path) -> list[dict[str, dict]]:
     """Gradients and logs of `RANKED`, on one of several ranks."""
     results = []
-    for loss_norm, architecture in RANKED:
-        changes = dict(max_tokens=UNEVEN, loss_norm=loss_norm, ddp_backend="gloo")
+    for loss_norm, architecture, records in RANKED:
+        changes = dict(records=records, max_tokens=UNEVEN, loss_norm=loss_norm, ddp_backend="gloo")
         gradient, log = one_step(directory, architecture, held_out=RECORDS, **changes)
         results.append({"gradient": gradient, "log": log})
     return results
@@ -133,7 +147,7 @@ def ranked_steps(directory: Path) -> list[dict[str, dict]]:
 
 # Of two steps with two packs a rank each; the first is found to be finite.
 FAILING = dict(
-    max_tokens=160,
+    max_tokens=180,
     max_length=160,
     max_steps=2,
     logging_first_step=True,
@@ -306,19 +320,22 @@ def test_several_ranks_have_one_gradient_fail_as_one_and_continue(tmp_path: Path
 
 
 def assert_same_as_one_rank(
-    directory: Path, ranked: tuple[str, str], *results: dict[str, Any]
+    directory: Path, ranked: tuple[str, str, list[Record]], *results: dict[str, Any]
 ) -> None:
     """Gradients and figures do not depend on the number of ranks."""
-    assert len(trainer(directory, max_tokens=UNEVEN).train_dataset[0]) % 2 == 1
-    loss_norm, architecture = ranked
-    changes = {"loss_norm": loss_norm, "max_tokens": UNEVEN}
+    loss_norm, architecture, records = ranked
+    changes = {"loss_norm": loss_norm, "max_tokens": UNEVEN, "records": records}
+    assert len(trainer(directory, **changes).train_dataset[0]) % 2 == 1
     expected, log = one_step(directory, architecture, RECORDS, **changes)
+    assert "imbalance" not in log
     watched = ("eval_loss", "eval_asr", "eval_over_refusal", "eval_trade_off")
     for result in results:
         assert_same(result["gradient"], expected)
         for figure in ("loss", "mle_loss", "rto_loss", "rto_targets", *watched):
             wanted = pytest.approx(log[figure], rel=1e-5)
             assert result["log"][figure] == wanted, (loss_norm, architecture, figure)
+        alone = len(records) == 1  # the other rank only waits
+        assert result["log"]["imbalance"] == 1.0 if alone else result["log"]["imbalance"] < 0.6
 
 
 def assert_same_failures(directory: Path, *results: dict[str, Any]) -> None:
@@ -328,10 +345,19 @@ def assert_same_failures(directory: Path, *results: dict[str, Any]) -> None:
     whole step.
     """
     steps = trainer(directory, **FAILING).train_dataset
+    plan = plan_packs(
+        steps.plan.lengths,
+        max_tokens=FAILING["max_tokens"],
+        examples_per_step=len(RECORDS),
+        epochs=2,
+        seed=42,
+        ranks=2,
+        costs=steps.plan.costs,
+    )
     (other_first, other_last), (first, last) = (
         [
             ", ".join(pack.example_ids)
-            for pack in PackedSteps(steps.examples, steps.plan, steps.collator, rank, 2)[1]
+            for pack in PackedSteps(steps.examples, plan, steps.collator, rank)[1]
         ]
         for rank in range(2)
     )
