@@ -11,6 +11,7 @@ from unittest import mock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.modeling.introspection import evaluating
+from derta.modeling.shared_work import ranks
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -45,7 +46,8 @@ def run_tasks(
     """Run tasks at lm-eval's own settings, without the chat template.
 
     For a task by name, lm-eval downloads the data set unless it is in the local cache. A task file
-    may name local data.
+    may name local data. Inside `over_ranks`, the first rank runs all tasks: lm-eval forms batches
+    across them.
 
     Args:
         model: a causal language model, plain or under PEFT.
@@ -63,6 +65,15 @@ def run_tasks(
     if not tasks:
         return {}
     check_tasks(tasks)
+    return ranks().from_first(lambda: _run_tasks(model, tokenizer, tasks, batch_size))
+
+
+def _run_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
     import lm_eval.evaluator
     from lm_eval.models.huggingface import HFLM
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -36,7 +36,10 @@ from derta.data.records.types import Request, naming
 from derta.evaluation.generation.local import SHOWN_AFTER_S
 from derta.modeling.introspection import context_length, evaluating
 from derta.modeling.patch import apply_derta, patch_of, remove_derta
+from derta.modeling.shared_work import ranks
 from derta.objectives.derta import DertaObjective
+
+Reduced = TypeVar("Reduced")
 
 # Responses without branches, the refusal token read at every position.
 TRUNKS = DertaObjective(branches=0, cuts="zero")
@@ -153,7 +156,8 @@ def refusal_curve(
         logits = model(torch.cat([prompt, harmful])[None]).logits[0].float()
         curve = logits.softmax(-1)[len(prompt) - 1 :, refusal_token_id]
 
-    The model may be patched or not, and its state is restored.
+    The model may be patched or not, and its state is restored. Inside `over_ranks`, ranks share the
+    packs.
 
     Args:
         model: a model that `apply_derta` supports.
@@ -174,12 +178,18 @@ def refusal_curve(
     ]
     curves = [np.empty(0, np.float32)] * len(drawn)
     with _reading(model, refusal_token_id):
-        for read in _read(model, drawn, max_tokens):
-            probability = np.exp(-read.rows["rto"][0].float().cpu().numpy())
-            depth, index = read.batch.depth[0].numpy(), read.batch.example_index[0].numpy()
-            for nth, place in enumerate(read.places):
-                curves[place] = probability[(index == nth) & (depth >= 0)]
+        for curve_by_place in _read(model, drawn, max_tokens, _curves_of):
+            for place, curve in curve_by_place.items():
+                curves[place] = curve
     return curves
+
+
+def _curves_of(read: _Read) -> dict[int, np.ndarray]:
+    probability = np.exp(-read.rows["rto"][0].float().cpu().numpy())
+    depth, index = read.batch.depth[0].numpy(), read.batch.example_index[0].numpy()
+    return {
+        place: probability[(index == nth) & (depth >= 0)] for nth, place in enumerate(read.places)
+    }
 
 
 def perplexity(
@@ -188,6 +198,8 @@ def perplexity(
     max_tokens: int = 4096,
 ) -> tuple[float, int]:
     """Return the negative log-likelihood of the assistant's tokens; perplexity is exp(sum / count).
+
+    Inside `over_ranks`, ranks share the packs.
 
     Args:
         model, max_tokens: as for `refusal_curve`.
@@ -201,12 +213,13 @@ def perplexity(
     """
     nothing = np.zeros(0, np.int64)
     drawn = [Drawn(dialogue, nothing, nothing.astype(bool)) for dialogue in dialogues]
-    sums, count = [], 0
     with _reading(model):
-        for read in _read(model, drawn, max_tokens):
-            sums.append(float(read.rows["mle"].double().sum()))
-            count += read.batch.totals["mle"].targets
-    return math.fsum(sums), count
+        read = _read(model, drawn, max_tokens, _likelihood_of)
+    return math.fsum(nll for nll, _ in read), sum(count for _, count in read)
+
+
+def _likelihood_of(read: _Read) -> tuple[float, int]:
+    return float(read.rows["mle"].double().sum()), read.batch.totals["mle"].targets
 
 
 class _Read(NamedTuple):
@@ -217,9 +230,15 @@ class _Read(NamedTuple):
     rows: dict[str, Tensor]
 
 
-def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> Iterator[_Read]:
+def _read(
+    model: PreTrainedModel,
+    drawn: Sequence[Drawn],
+    max_tokens: int,
+    reduce: Callable[[_Read], Reduced],
+) -> list[Reduced]:
+    """Run the model over packs of all examples, and return what `reduce` makes of each."""
     if not drawn:
-        return
+        return []
     examples: list[Encoded] = [one.example for one in drawn]
     context = context_length(model)
     lengths = [packed_length(one, TRUNKS) for one in examples]
@@ -236,10 +255,19 @@ def _read(model: PreTrainedModel, drawn: Sequence[Drawn], max_tokens: int) -> It
         seed=0,
     )
     (packs,) = plan.steps
-    for places in tqdm(packs, desc="read", unit="pack", delay=SHOWN_AFTER_S, leave=False):
+    made = []
+    for places in tqdm(
+        ranks().share(packs),
+        desc="read",
+        unit="pack",
+        delay=SHOWN_AFTER_S,
+        leave=False,
+        disable=ranks().rank > 0,
+    ):
         batch = pack([drawn[place] for place in places], TRUNKS)
         output = model(**batch.to(model.device).model_inputs())
-        yield _Read(places, batch, output.rows)
+        made.append(reduce(_Read(places, batch, output.rows)))
+    return ranks().gather(made)
 
 
 @contextlib.contextmanager

@@ -7,15 +7,29 @@ from pathlib import Path
 from derta.cli.settings.evaluation import CalibrateConfig
 from derta.evaluation.judges.calibration import calibrate, format_agreements, read_labelled
 from derta.evaluation.judges.registry import make_judges
+from derta.modeling.shared_work import over_ranks
 from derta.outputs import compact_json, write_whole
 from derta.terminal import say
 
 
 def run(config: CalibrateConfig) -> None:
-    """Ask every judge about every answer, print the table, and write it to `output_dir`."""
+    """Ask every judge about every answer, print the table, and write it to `output_dir`.
+
+    Several ranks share the work of judges on this machine; the first one writes.
+
+    Raises:
+        ValueError: as `read_labelled`, `make_judges`, `calibrate` and `over_ranks`.
+    """
+    with over_ranks("auto") as ranks:
+        _run(config, is_first=ranks.rank == 0)
+
+
+def _run(config: CalibrateConfig, *, is_first: bool) -> None:
     read = {path: read_labelled(path) for path in config.files}
     judges = make_judges(config.judges, config.output_dir)
     found = calibrate({path: labelled for path, (labelled, _) in read.items()}, judges)
+    if not is_first:
+        return
     result = {
         path: {
             "answers": len(labelled),

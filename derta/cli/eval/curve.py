@@ -16,6 +16,7 @@ from derta.evaluation.measures.curve import CERTAIN
 from derta.evaluation.measures.results import DIGITS
 from derta.evaluation.reporting.plots import draw
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
+from derta.modeling.shared_work import over_ranks
 from derta.outputs import compact_json, write_whole
 from derta.terminal import say
 
@@ -50,10 +51,17 @@ def format_curve(curves: Sequence[np.ndarray]) -> str:
 def run(config: CurveConfig) -> None:
     """Read every response, print the table, and write curves and picture to `output_dir`.
 
+    Several ranks share the packs; the first one writes.
+
     Raises:
         FileNotFoundError: the model or a file does not exist.
-        ValueError: as `read_records` and `refusal_curves`.
+        ValueError: as `read_records`, `refusal_curves` and `over_ranks`.
     """
+    with over_ranks(config.device) as ranks:
+        _run(config, is_first=ranks.rank == 0)
+
+
+def _run(config: CurveConfig, *, is_first: bool) -> None:
     folder = Path(config.model)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such model folder")
@@ -68,6 +76,8 @@ def run(config: CurveConfig) -> None:
     curves = refusal_curves(
         model, tokenizer, records, refusal=refusal_id, max_tokens=config.max_tokens
     )
+    if not is_first:
+        return
     refusal = Chat(tokenizer).text(refusal_id)
     name, kind = folder.resolve().name, KINDS[config.role]
     mean, counts = mean_curve(curves)

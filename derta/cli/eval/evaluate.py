@@ -45,6 +45,7 @@ from derta.modeling.loading import (
     load_tuned,
     weights_dtype,
 )
+from derta.modeling.shared_work import over_ranks
 from derta.settings import build
 from derta.terminal import say
 
@@ -215,6 +216,21 @@ def answers_file(config: EvaluateConfig, name: str) -> Path:
 def run(config: EvaluateConfig) -> None:
     """Evaluate every model, print the table, and write the report to `output_dir`.
 
+    Several ranks share the prompts, the packs and the work of judges on this machine; the first one
+    writes.
+
+    Raises:
+        ValueError: as `evaluate` and `over_ranks`.
+    """
+    with over_ranks(config.device) as ranks:
+        summary = evaluate(config)
+        if ranks.rank == 0:
+            report(config, summary)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the summary of every model.
+
     Raises:
         ValueError: a server is for no model, or as the functions above and `collect_answers`.
     """
@@ -265,21 +281,26 @@ def run(config: EvaluateConfig) -> None:
         answered[name] = collect_answers(model, tokenizer, data, own, generator=generator)
         del model, generator
     results = judge_answers(list(answered.values()), settings)
-    summary = summarize(
+    return summarize(
         {name: [result] for name, result in zip(answered, results, strict=True)},
         seconds=time.perf_counter() - started,
         loss=losses,
     )
-    report = write_report(summary, config.output_dir)
+
+
+def report(config: EvaluateConfig, summary: Mapping[str, Any]) -> None:
+    """Write the report, remove answers that are not to be kept, and print the table."""
+    page = write_report(summary, config.output_dir)
     if not config.keep_answers:
+        kept = answers_folder(config)
         for path in [
-            *(answers_file(config, name) for name in folders),
+            *(answers_file(config, name) for name in summary["variants"]),
             *(verdicts_file(kept, name) for name in config.judges),
         ]:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the folder holds files of the user
             kept.rmdir()
-    parts = (format_table(summary), format_undecided(summary), f"report: {report}")
+    parts = (format_table(summary), format_undecided(summary), f"report: {page}")
     say("\n\n".join(filter(None, parts)))
 
 

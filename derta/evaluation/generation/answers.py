@@ -5,6 +5,7 @@ An interrupted evaluation resumes where it stopped, and another judge needs no n
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from derta.modeling.shared_work import ranks
 
 Prompt = tuple[int, ...]
 
@@ -25,16 +28,17 @@ class Replies:
 
     Args:
         path: the file, created with its folder for the first reply; None: no file.
+        read: if False, replies that the file holds are not read.
 
     Raises:
         ValueError: another line is not a stored reply; names file and line.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, read: bool = True) -> None:
         self.path = path
         self._values: dict[str, Any] = {}
         self._lock = threading.Lock()
-        if path is not None and path.exists():
+        if read and path is not None and path.exists():
             self._load(path)
 
     def __contains__(self, key: str) -> bool:
@@ -54,6 +58,19 @@ class Replies:
             with open(self.path, "ab", opener=_for_owner) as file:
                 os.fchmod(file.fileno(), 0o600)  # another program may have made the file
                 file.write("".join(lines).encode())
+
+    def absorb(self, path: Path) -> None:
+        """Store the replies of another file that are new here, and remove it."""
+        other = Replies(path)
+        new = {key: value for key, value in other._values.items() if key not in self}
+        if new:
+            self.keep(new)
+        other.remove()
+
+    def remove(self) -> None:
+        """Remove the file, if there is one."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
     def _load(self, path: Path) -> None:
         content = path.read_bytes()
@@ -77,6 +94,10 @@ def _for_owner(path: str, flags: int) -> int:
 class AnswerFile:
     """Answers of one model, one per line, in a file that only its owner can read.
 
+    Inside `over_ranks`, each rank adds its answers to a part of its own beside the file, such as
+    base.jsonl.rank1, and the first rank joins the parts. Those that a kill has left are joined by
+    the next start, on any number of ranks.
+
     An answer is found again only for the same prompt, limits and model. Answers can thus be judged
     again without generating them. An incomplete last line, left by a kill, is dropped.
 
@@ -93,14 +114,20 @@ class AnswerFile:
     """
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
-        self._lines = Replies(path)
+        self._part: Replies | None = None
+        if ranks().count > 1:
+            self._part = Replies(path.with_name(f"{path.name}.rank{ranks().rank}"), read=False)
+        self._lines = Replies(path if ranks().rank == 0 else None)
+        if ranks().rank == 0:
+            for part in sorted(path.parent.glob(f"{glob.escape(path.name)}.rank*")):
+                self._lines.absorb(part)
         self._tokenizer = tokenizer
         self._model = model
 
     def find(
         self, prompts: Collection[Prompt], stop_ids: Collection[int], max_new_tokens: int
     ) -> dict[Prompt, list[int]]:
-        """Return the stored answers to `prompts`."""
+        """Return the stored answers to `prompts`; only the first rank knows them."""
         keys = {prompt: self._key(prompt, stop_ids, max_new_tokens) for prompt in prompts}
         return {p: self._lines[key]["ids"] for p, key in keys.items() if key in self._lines}
 
@@ -115,17 +142,43 @@ class AnswerFile:
         Pass the answers of a batch together. If a batch were split, a resumed run would form other
         batches, and answers depend on the batch through rounding.
         """
-        self._lines.keep(
-            {
-                self._key(prompt, stop_ids, max_new_tokens): {
-                    "id": id,
-                    "prompt": self._tokenizer.decode(list(prompt)),
-                    "answer": self._tokenizer.decode(ids, skip_special_tokens=True),
-                    "ids": ids,
-                }
-                for id, prompt, ids in answers
+        (self._part or self._lines).keep(self._entries(answers, stop_ids, max_new_tokens))
+
+    def join(
+        self,
+        batches: Sequence[Sequence[tuple[str, Prompt, list[int]]]],
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+    ) -> None:
+        """Store the answers of all ranks in the order of one process, and remove the parts.
+
+        Args:
+            batches: what all ranks have added, in order.
+            stop_ids, max_new_tokens: as for `add`.
+        """
+        if self._part is None:
+            return
+        if ranks().rank == 0:
+            for answers in batches:
+                self._lines.keep(self._entries(answers, stop_ids, max_new_tokens))
+        ranks().wait()
+        self._part.remove()
+
+    def _entries(
+        self,
+        answers: Sequence[tuple[str, Prompt, list[int]]],
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+    ) -> dict[str, Any]:
+        return {
+            self._key(prompt, stop_ids, max_new_tokens): {
+                "id": id,
+                "prompt": self._tokenizer.decode(list(prompt)),
+                "answer": self._tokenizer.decode(ids, skip_special_tokens=True),
+                "ids": ids,
             }
-        )
+            for id, prompt, ids in answers
+        }
 
     def _key(self, prompt: Prompt, stop_ids: Collection[int], max_new_tokens: int) -> str:
         asked = [self._model, prompt, sorted(stop_ids), max_new_tokens]

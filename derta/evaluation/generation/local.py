@@ -15,6 +15,7 @@ from derta.data import Chat
 from derta.data.records.defaults import SHOWN_AFTER_S as SHOWN_AFTER_S
 from derta.evaluation.generation.answers import AnswerFile
 from derta.modeling.introspection import context_length, evaluating
+from derta.modeling.shared_work import ranks
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def generate(
     """Return the model's greedy answer to each prompt.
 
     Sampling, penalties and beams in `generation_config` are ignored. Prompts run in batches of
-    similar length, padded on the left and masked. Equal prompts run once.
+    similar length, padded on the left and masked. Equal prompts run once. Inside `over_ranks`,
+    ranks share the batches.
 
     Args:
         model: a causal language model, plain or under PEFT, with or without `apply_derta`.
@@ -99,24 +101,38 @@ def generate(
                 f"exceed the model's context of {context}"
             )
     distinct = {tuple(prompt): id for id, prompt in zip(ids, prompts, strict=True)}
-    known = {} if answers is None else answers.find(distinct, stop_ids, max_new_tokens)
+    known = ranks().from_first(
+        lambda: {} if answers is None else answers.find(distinct, stop_ids, max_new_tokens)
+    )
     # The longest prompts come first, to fail early if memory is short.
     missing = sorted(distinct.keys() - known.keys(), key=_longest_first)
+    batches = ranks().share(
+        [missing[first : first + batch_size] for first in range(0, len(missing), batch_size)]
+    )
+    made = []
     with (
         evaluating(model),
         _greedy(model, stop_ids, max_new_tokens),
         tqdm(
-            total=len(missing), desc=title, unit="answer", delay=SHOWN_AFTER_S, leave=False
+            total=sum(map(len, batches)),
+            desc=title,
+            unit="answer",
+            delay=SHOWN_AFTER_S,
+            leave=False,
+            disable=ranks().rank > 0,
         ) as bar,
     ):
-        for first in range(0, len(missing), batch_size):
-            batch = missing[first : first + batch_size]
+        for batch in batches:
             written = _run(model, batch, stop_ids)
+            named = zip((distinct[prompt] for prompt in batch), batch, written, strict=True)
+            made.append(list(named))
             if answers is not None:
-                named = zip((distinct[prompt] for prompt in batch), batch, written, strict=True)
-                answers.add(list(named), stop_ids, max_new_tokens)
-            known.update(zip(batch, written, strict=True))
+                answers.add(made[-1], stop_ids, max_new_tokens)
             bar.update(len(batch))
+    everything = ranks().gather(made)
+    if answers is not None:
+        answers.join(everything, stop_ids, max_new_tokens)
+    known |= {prompt: ids for batch in everything for _, prompt, ids in batch}
     return [known[tuple(prompt)] for prompt in prompts]
 
 

@@ -27,6 +27,7 @@ from derta.data import Chat
 from derta.evaluation.generation.answers import Replies
 from derta.evaluation.generation.bounded import bounded_client, broke_off, fault_of, value_of
 from derta.evaluation.generation.local import SHOWN_AFTER_S, Written
+from derta.modeling.shared_work import ranks
 
 if TYPE_CHECKING:
     import openai
@@ -165,7 +166,7 @@ class Server:
 
     def __init__(self, settings: ServerSettings, kept: Path | None = None) -> None:
         self.settings = settings
-        self.replies = Replies(kept)
+        self.replies = Replies(kept if ranks().rank == 0 else None)
 
     def ask_all(
         self,
@@ -176,6 +177,9 @@ class Server:
         title: str,
     ) -> list[Value]:
         """Send queries, and return what `read` makes of each reply; equal queries are sent once.
+
+        Inside `over_ranks`, the first rank asks for all: it has as many requests in flight as the
+        settings allow.
 
         A reply fails if it is not a completion with text, exceeds 16 MiB or `timeout_s`, is
         compressed, or comes with a status of an error. A query whose replies keep failing is left
@@ -202,6 +206,15 @@ class Server:
                 its id.
             ConnectionError: queries are left open; names their ids and the reasons, no text.
         """
+        return ranks().from_first(lambda: self._ask_all(queries, read, chat, title))
+
+    def _ask_all(
+        self,
+        queries: Sequence[Query],
+        read: Callable[[str, Mapping[str, Any]], Value],
+        chat: bool,
+        title: str,
+    ) -> list[Value]:
         bodies = [self._body(query) for query in queries]
         keys = [self._key(chat, body) for body in bodies]
         missing: dict[str, tuple[str, dict[str, Any]]] = {}

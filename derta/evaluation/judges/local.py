@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from derta.evaluation.generation.local import SHOWN_AFTER_S, generate
 from derta.evaluation.judges.base import SILENT, Exchange, Verdict
 from derta.evaluation.judges.rubrics import Rubric, request_of
 from derta.modeling.introspection import context_length, evaluating
+from derta.modeling.shared_work import ranks
 
 UNDECIDED = Verdict(refused=None)
 _SENTINEL = "sentinel-answer"
@@ -114,7 +116,8 @@ class ModelJudge:
 class ClassifierJudge:
     """A sequence classifier whose likeliest label decides on refusal or harm.
 
-    An answer that does not fit the classifier's context is undecided.
+    An answer that does not fit the classifier's context is undecided. Inside `over_ranks`, ranks
+    share the answers.
 
     Args:
         model: a sequence classifier with one label per answer.
@@ -172,17 +175,28 @@ class ClassifierJudge:
                     read[place] = inputs
         # The longest answers come first, to fail early if memory is short.
         places = sorted(read, key=lambda place: len(read[place]["input_ids"]), reverse=True)
+        size = self.batch_size
+        batches = ranks().share(
+            [places[first : first + size] for first in range(0, len(places), size)]
+        )
+        labelled = []
         with (
             evaluating(self.model),
             tqdm(
-                total=len(places), desc="judge", unit="answer", delay=SHOWN_AFTER_S, leave=False
+                total=sum(map(len, batches)),
+                desc="judge",
+                unit="answer",
+                delay=SHOWN_AFTER_S,
+                leave=False,
+                disable=ranks().rank > 0,
             ) as bar,
         ):
-            for first in range(0, len(places), self.batch_size):
-                batch = places[first : first + self.batch_size]
-                for place, label in zip(batch, self._labels([read[p] for p in batch]), strict=True):
-                    verdicts[place] = self._verdict(label)
+            for batch in batches:
+                labels = self._labels([read[place] for place in batch])
+                labelled.append(list(zip(batch, labels, strict=True)))
                 bar.update(len(batch))
+        for place, label in itertools.chain(*ranks().gather(labelled)):
+            verdicts[place] = self._verdict(label)
         return verdicts
 
     def _inputs(self, exchange: Exchange) -> BatchEncoding:

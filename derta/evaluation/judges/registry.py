@@ -24,6 +24,7 @@ from derta.modeling.loading import (
     load_tokenizer,
     weights_dtype,
 )
+from derta.modeling.shared_work import ranks
 from derta.settings import build
 
 RubricName = Literal["paper", "harmbench", "wildguard", "llama_guard"]
@@ -117,7 +118,7 @@ class LocalJudge:
     """A judge in a local folder that is in memory only while it reads.
 
     A model and its judges therefore need only the memory of the largest. The judge is first loaded
-    once on the host as a check.
+    once on the host as a check, by the first of several ranks.
 
     Args:
         load: function that loads the judge in a dtype.
@@ -129,7 +130,8 @@ class LocalJudge:
     ) -> None:
         self._device = find_device(config.device)
         self._load = functools.partial(load, weights_dtype(config.dtype, self._device))
-        self._load()
+        if ranks().rank == 0:
+            self._load()
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Judge exchanges, see `Judge`."""
