@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from derta.cli import main
+from derta.evaluation.generation import local
 from ranks import launch, run_ranks
 from served import said, serving
 from tiny import tiny_model, tiny_tokenizer
@@ -138,12 +142,39 @@ def prompts(notes: str) -> list[list[str]]:
     return [Path(f"{notes}{rank}").read_text().splitlines() for rank in range(2)]
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], list[str]]]:
+    """Run `derta eval` in this process as the script does, and return the prompts it ran."""
+    clock = SimpleNamespace(perf_counter=lambda: 0.0)
+    monkeypatch.setattr("derta.cli.eval.evaluate.time", clock)
+    monkeypatch.setattr("derta.evaluation.evaluate.time", clock)
+    run, noted = local._run, []
+
+    def note(model: Any, batch: Any, stop_ids: Any) -> Any:
+        noted.extend(map(json.dumps, batch))
+        return run(model, batch, stop_ids)
+
+    def evaluated(arguments: list[str]) -> list[str]:
+        noted.clear()
+        assert main(["eval", *arguments]) == 0
+        return list(noted)
+
+    monkeypatch.setattr(local, "_run", note)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as ranks have
+    yield evaluated
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.promise("Two ranks write the folder of an evaluation that one process writes.")
-def test_two_ranks_write_what_one_process_does(workplace: Path) -> None:
+def test_two_ranks_write_what_one_process_does(
+    workplace: Path, alone: Callable[[list[str]], list[str]]
+) -> None:
+    lm = {"lm_eval": ["fences.yaml"]}
     with serving(lambda path, body: said("HARMFUL: no\nREFUSED: no")) as served:
-        run_ranks(SCRIPT, NEVER, "alone", *evaluate("one", served.base_url), ranks=1)
+        expected = alone(evaluate("one", served.base_url, **lm))
         asked = len(served.asked)
-        shown = run_ranks(SCRIPT, NEVER, "shared", *evaluate("two", served.base_url))
+        shown = run_ranks(SCRIPT, NEVER, "shared", *evaluate("two", served.base_url, **lm))
         assert len(served.asked) == 2 * asked
     assert shown.count("report: two/report.html") == 1
     one, two = files("one"), files("two")
@@ -151,4 +182,36 @@ def test_two_ranks_write_what_one_process_does(workplace: Path) -> None:
     assert [name for name in one if one[name] != two[name]] == []
     together = prompts("shared")
     assert min(map(len, together)) > 10
-    assert sorted(sum(together, [])) == sorted(Path("alone0").read_text().splitlines())
+    assert sorted(sum(together, [])) == sorted(expected)
+
+
+@pytest.mark.promise("An evaluation whose ranks are killed continues on another number of ranks.")
+def test_a_killed_evaluation_continues_on_one_rank(
+    workplace: Path, alone: Callable[[list[str]], list[str]]
+) -> None:
+    short: dict = {"judges": {"keyword": {}}, "helpful": []}
+    expected = alone(evaluate("one", **short))
+    Path("script.py").write_text(SCRIPT)
+    killed = launch("script.py", "3", "killed", *evaluate("two", **short), temporary=workplace)
+    assert killed.returncode != 0
+    parts = {path.name for path in Path("two/answers").iterdir()}
+    assert parts >= {"model.jsonl.rank0", "model.jsonl.rank1"}
+    assert not Path("two/summary.json").exists()
+    done = set(sum(prompts("killed"), []))
+    rest = set(alone(evaluate("two", **short)))
+    assert done | rest == set(expected)
+    # Rank 0 may have been ended in the middle of a batch, which is not stored.
+    assert len(done) > len(done & rest) <= 2
+    one, two = files("one"), files("two")
+    answers = "answers/model.jsonl"
+    assert sorted(two.pop(answers).splitlines()) == sorted(one.pop(answers).splitlines())
+    assert one == two
+
+
+def test_ranks_share_the_packs_of_curves(workplace: Path) -> None:
+    arguments = ["model", "harmful.jsonl", "--max_tokens", "80", "--device", "cpu", "--output_dir"]
+    done = launch("-m", "derta", "eval", "curve", *arguments, "two", temporary=workplace)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("curves: two/curve.json") == 1
+    assert main(["eval", "curve", *arguments, "one"]) == 0
+    assert files("one") == files("two")
