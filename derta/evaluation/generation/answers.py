@@ -153,7 +153,7 @@ class AnswerFile:
         """Store the answers of all ranks in the order of one process, and remove the parts.
 
         Args:
-            batches: what all ranks have added, in order.
+            batches: the additions of all ranks, in order.
             stop_ids, max_new_tokens: as for `add`.
         """
         if self._part is None:
