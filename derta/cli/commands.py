@@ -77,6 +77,7 @@ COMMANDS = {
     "eval": Command(
         "measure attack success, over-refusal and refusal curves of a model",
         "evaluation.EvaluateConfig",
+        on_ranks=True,
     ),
     "merge": Command(
         "fold adapters into the model that they were trained on", "tools.MergeConfig", ("model",)
@@ -124,7 +125,10 @@ COMMANDS = {
         "only. Prints the sources that train on it.",
     ),
     "eval calibrate": Command(
-        "measure how judges agree with people's labels", "evaluation.CalibrateConfig", ("files",)
+        "measure how judges agree with people's labels",
+        "evaluation.CalibrateConfig",
+        ("files",),
+        on_ranks=True,
     ),
     "eval compare": Command(
         "run the paper's analyses over result files of any number of models",
@@ -136,6 +140,7 @@ COMMANDS = {
         "evaluation.CurveConfig",
         ("model", "data"),
         "Generates nothing.",
+        on_ranks=True,
     ),
 }
 

@@ -32,19 +32,19 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("engines")
     engines.write_models(folder)
-    return folder
+    return Alone(folder)
 
 
 @pytest.mark.parametrize("cases", ["SHARDED", "WITH_DEEPSPEED"])
-def test_ranks_train_to_the_weights_of_one_process(folder: Path, cases: str) -> None:
+def test_ranks_train_to_the_weights_of_one_process(one_process: Alone, cases: str) -> None:
     if cases == "WITH_DEEPSPEED" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
+    folder = one_process.folder
     run_ranks(SCRIPT, folder, cases)
     ranks = [torch.load(folder / f"{cases}-{rank}.pt", weights_only=True) for rank in range(2)]
-    one_process = Alone(folder)
     for index, case in enumerate(getattr(engines, cases)):
         alone, expected = one_process.run(case)
         for logs in (rank[index] for rank in ranks):
