@@ -6,7 +6,8 @@
 //
 // The first walk finds the highest logit and the sum of exp(z - highest), from which the losses
 // follow. The second walk overwrites the logits with their gradient. That is two reads and one
-// write of the logits, and no memory but the results.
+// write of the logits, and no memory but the results. Where the vocabulary is sharded, the walks are
+// calls of their own, and between them the summaries of all shards are merged.
 //
 // Invariant: a token's logit, read by itself, must equal the same logit in the walk to the last
 // bit, or a loss could be negative. So sums are fused where multiply_add says so and nowhere else
@@ -242,7 +243,7 @@ DERTA_INLINE Unlikely unlikely(float term, float rest, float log_sum, float weig
 // A team has the type `Logit` and the length `kTile` of a tile. lane() and lanes() number its
 // lanes, load() and store() move the first logits of a tile, merged() merges the summaries of all
 // lanes, and wait() waits for all lanes.
-template <bool kSoftcap, int kColumns, typename Team>
+template <int kStage, bool kSoftcap, int kColumns, typename Team>
 DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
     using Logit = typename Team::Logit;
     constexpr int kTile = Team::kTile;
@@ -253,22 +254,41 @@ DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
     const int64_t *tokens = rows.tokens + kColumns * i_row;
     const float *weight = rows.token_weight + kColumns * i_row;
     float *nll = rows.nll + kColumns * i_row;
-    // The tokens' logits are read before merged(), which waits for all lanes. After it, lanes
-    // overwrite logits that others would still have to read.
+    float *summary = kStage == DERTA_WHOLE ? nullptr : rows.summary + (3 + kColumns) * i_row;
+    const auto is_here = [=](int k) { return kStage == DERTA_WHOLE || tokens[k] >= 0; };
+    // The tokens' logits are read before merged() or wait(), which wait for all lanes. After it,
+    // lanes overwrite logits that others would still have to read.
     FinalLogit of_token[kColumns];
     DERTA_UNROLL
     for (int k = 0; k < kColumns; ++k)
-        of_token[k] = final_logit<kSoftcap>(widened(row[tokens[k]]), rows);
+        of_token[k] = is_here(k) ? final_logit<kSoftcap>(widened(row[tokens[k]]), rows)
+                                 : FinalLogit{-INFINITY, 0.0f};
     alignas(16) Logit tile[kTile];
 
-    // The first walk.
     Summary seen = kNothingSeen;
-    for (int64_t start = first; start < vocabulary; start += step) {
-        const int count = vocabulary - start < kTile ? int(vocabulary - start) : kTile;
-        Team::load(tile, row + start, count);
-        seen = with_tile<kSoftcap, Team>(seen, tile, count, rows);
+    if constexpr (kStage == DERTA_SECOND_WALK) {
+        seen = {summary[0], summary[1], summary[2]};
+        DERTA_UNROLL
+        for (int k = 0; k < kColumns; ++k) of_token[k].z = summary[3 + k];
+        Team::wait();
+    } else {
+        // The first walk.
+        for (int64_t start = first; start < vocabulary; start += step) {
+            const int count = vocabulary - start < kTile ? int(vocabulary - start) : kTile;
+            Team::load(tile, row + start, count);
+            seen = with_tile<kSoftcap, Team>(seen, tile, count, rows);
+        }
+        seen = Team::merged(seen);
     }
-    seen = Team::merged(seen);
+    if constexpr (kStage == DERTA_FIRST_WALK) {
+        if (Team::lane() != 0) return;
+        summary[0] = seen.highest;
+        summary[1] = float(seen.ones);
+        summary[2] = float(seen.rest);
+        DERTA_UNROLL
+        for (int k = 0; k < kColumns; ++k) summary[3 + k] = of_token[k].z;
+        return;
+    }
     const float rest = float((seen.ones - 1) + seen.rest);
     const float log_sum = log1pf(rest);
     Unlikely third = {};
@@ -301,6 +321,7 @@ DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
     if (Team::lane() == 0) {
         DERTA_UNROLL
         for (int k = 0; k < kColumns; ++k) {
+            if (!is_here(k)) continue;
             const float own = (tokens[k] == tokens[0] ? weight[0] : 0.0f) +
                               (tokens[k] == tokens[1] ? weight[1] : 0.0f);
             const float term = exponential(of_token[k].z - seen.highest);
@@ -313,12 +334,21 @@ DERTA_INLINE void row_of_columns(const DertaRows &rows, int64_t i_row) {
     }
 }
 
+template <int kStage, bool kSoftcap, typename Team>
+DERTA_INLINE void row_of_stage(const DertaRows &rows, int64_t i_row) {
+    if (rows.columns == 3)
+        row_of_columns<kStage, kSoftcap, 3, Team>(rows, i_row);
+    else
+        row_of_columns<kStage, kSoftcap, 2, Team>(rows, i_row);
+}
+
 template <bool kSoftcap, typename Team>
 DERTA_INLINE void one_row(const DertaRows &rows, int64_t i_row) {
-    if (rows.columns == 3)
-        row_of_columns<kSoftcap, 3, Team>(rows, i_row);
-    else
-        row_of_columns<kSoftcap, 2, Team>(rows, i_row);
+    switch (rows.stage) {
+        case DERTA_WHOLE: return row_of_stage<DERTA_WHOLE, kSoftcap, Team>(rows, i_row);
+        case DERTA_FIRST_WALK: return row_of_stage<DERTA_FIRST_WALK, kSoftcap, Team>(rows, i_row);
+        case DERTA_SECOND_WALK: return row_of_stage<DERTA_SECOND_WALK, kSoftcap, Team>(rows, i_row);
+    }
 }
 
 }  // namespace

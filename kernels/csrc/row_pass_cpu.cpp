@@ -44,6 +44,7 @@ int64_t derta_row_pass_rows_bytes() { return sizeof(DertaRows); }
 const char *derta_row_pass(const DertaRows *rows, const char *instruction_set, int threads) {
     if (rows->dtype < DERTA_BFLOAT16 || rows->dtype > DERTA_FLOAT32) return "unknown dtype";
     if (rows->columns != 2 && rows->columns != 3) return "rows have two tokens or three";
+    if (rows->stage < DERTA_WHOLE || rows->stage > DERTA_SECOND_WALK) return "unknown stage";
     const auto &sets = instruction_sets();
     auto chosen = std::prev(sets.end());
     if (instruction_set != nullptr) {

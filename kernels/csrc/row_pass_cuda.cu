@@ -60,16 +60,27 @@ struct Block {
     }
 };
 
-template <bool kSoftcap, typename Logit>
+template <int kStage, bool kSoftcap, typename Logit>
 __global__ void __launch_bounds__(kMaxThreads) row_pass(const DertaRows rows) {
-    one_row<kSoftcap, Block<Logit>>(rows, blockIdx.x);
+    row_of_stage<kStage, kSoftcap, Block<Logit>>(rows, blockIdx.x);
 }
 
 using Kernel = void (*)(DertaRows);
 
+template <int kStage, typename Logit>
+Kernel kernel_of_stage(const DertaRows &rows) {
+    return rows.softcap != 0.0f ? row_pass<kStage, true, Logit> : row_pass<kStage, false, Logit>;
+}
+
+// Returns null for an unknown stage.
 template <typename Logit>
 Kernel kernel_of(const DertaRows &rows) {
-    return rows.softcap != 0.0f ? row_pass<true, Logit> : row_pass<false, Logit>;
+    switch (rows.stage) {
+        case DERTA_WHOLE: return kernel_of_stage<DERTA_WHOLE, Logit>(rows);
+        case DERTA_FIRST_WALK: return kernel_of_stage<DERTA_FIRST_WALK, Logit>(rows);
+        case DERTA_SECOND_WALK: return kernel_of_stage<DERTA_SECOND_WALK, Logit>(rows);
+        default: return nullptr;
+    }
 }
 
 const char *message(cudaError_t error) {
@@ -88,6 +99,7 @@ const char *derta_row_pass_cuda(const DertaRows *rows, int device, void *stream)
         case DERTA_FLOAT32: kernel = kernel_of<float>(*rows); break;
         default: return "unknown dtype";
     }
+    if (kernel == nullptr) return "unknown stage";
     if (rows->columns != 2 && rows->columns != 3) return "rows have two tokens or three";
     if (rows->count == 0) return nullptr;
     if (rows->count > INT32_MAX) return "more rows than a grid has blocks";
@@ -102,6 +114,7 @@ const char *derta_row_pass_cuda(const DertaRows *rows, int device, void *stream)
 const char *derta_row_pass_cuda_unavailable(int device) {
     cudaError_t error = cudaSetDevice(device);
     cudaFuncAttributes attributes;  // available only if the kernel can be loaded
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, row_pass<false, float>);
+    if (error == cudaSuccess) error = 
+        error = cudaFuncGetAttributes(&attributes, row_pass<DERTA_WHOLE, false, float>);
     return message(error);
 }

@@ -86,10 +86,63 @@ struct Result {
     std::vector<float> logsumexp, nll;
 };
 
+const char *walk(const DertaRows &rows, const std::string &walker, int threads) {
+    if (walker != "block") return derta_row_pass(&rows, walker.c_str(), threads);
+    for (int64_t i = 0; i < rows.count; ++i) switch (rows.dtype) {
+            case DERTA_BFLOAT16: Block<BFloat16>::row(rows, i); break;
+            case DERTA_FLOAT16: Block<Float16>::row(rows, i); break;
+            case DERTA_FLOAT32: Block<float>::row(rows, i); break;
+        }
+    return nullptr;
+}
+
+// Walks the rows as shards of the vocabulary that begin at `starts`, in turn, as ranks would do at
+// once: all first walks, the merged summary, all second walks.
+template <typename Logit>
+const char *walk_shards(const DertaRows &whole, const std::vector<int64_t> &starts,
+                        const std::string &walker, int threads) {
+    const int64_t width = 3 + whole.columns;
+    std::vector<float> merged_summary(whole.count * width);
+    std::vector<float> of_shard(whole.count * width);
+    for (int32_t stage : {DERTA_FIRST_WALK, DERTA_SECOND_WALK}) {
+        for (size_t i_shard = 0; i_shard < starts.size(); ++i_shard) {
+            const int64_t start = starts[i_shard];
+            const int64_t end = i_shard + 1 < starts.size() ? starts[i_shard + 1] : whole.vocabulary;
+            std::vector<int64_t> tokens;
+            for (int64_t i = 0; i < whole.count * whole.columns; ++i) {
+                const int64_t token = whole.tokens[i];
+                tokens.push_back(token >= start && token < end ? token - start : -1);
+            }
+            DertaRows rows = whole;
+            rows.logits = static_cast<Logit *>(whole.logits) + start;
+            rows.vocabulary = end - start;
+            rows.tokens = tokens.data();
+            rows.stage = stage;
+            rows.summary = stage == DERTA_FIRST_WALK ? of_shard.data() : merged_summary.data();
+            if (const char *error = walk(rows, walker, threads)) return error;
+            if (stage == DERTA_SECOND_WALK) continue;
+            for (int64_t i = 0; i < whole.count; ++i) {
+                float *all = &merged_summary[i * width];
+                const float *mine = &of_shard[i * width];
+                const Summary seen =
+                    i_shard == 0 ? Summary{mine[0], mine[1], mine[2]}
+                                 : ::merged({all[0], all[1], all[2]}, {mine[0], mine[1], mine[2]});
+                all[0] = seen.highest;
+                all[1] = float(seen.ones);
+                all[2] = float(seen.rest);
+                for (int64_t k = 3; k < width; ++k)
+                    all[k] = i_shard == 0 ? mine[k] : std::max(all[k], mine[k]);
+            }
+        }
+    }
+    return nullptr;
+}
+
 template <typename Logit>
 Result run(std::vector<Logit> &logits, int64_t count, int64_t vocabulary, int64_t stride,
            int columns, const std::vector<int64_t> &tokens, const std::vector<float> &weight,
-           float softcap, bool form_gradient, const std::string &walker, int threads) {
+           float softcap, bool form_gradient, const std::string &walker, int threads,
+           const std::vector<int64_t> &shards = {}) {
     Result result{std::vector<float>(count, NAN), std::vector<float>(columns * count, NAN)};
     DertaRows rows{};
     rows.logits = logits.data();
@@ -105,18 +158,16 @@ Result run(std::vector<Logit> &logits, int64_t count, int64_t vocabulary, int64_
     rows.logit_scale = -0.5f;
     rows.dtype = kDtype<Logit>;
     rows.form_gradient = form_gradient;
-    if (walker == "block") {
-        for (int64_t i = 0; i < count; ++i) Block<Logit>::row(rows, i);
-        return result;
-    }
-    const char *error = derta_row_pass(&rows, walker.c_str(), threads);
+    const char *error = shards.empty() ? walk(rows, walker, threads)
+                                       : walk_shards<Logit>(rows, shards, walker, threads);
     check(error == nullptr, error ? error : "");
     return result;
 }
 
 template <typename Logit>
 void rows_are_right(const std::string &walker, int64_t count, int64_t vocabulary, int64_t stride,
-                    int columns, float softcap, double band) {
+                    int columns, float softcap, double band,
+                    const std::vector<int64_t> &shards = {}) {
     std::mt19937 random(0);
     std::normal_distribution<float> normal(0.0f, 8.0f);
     // The memory ends with the last row, without its padding.
@@ -133,11 +184,11 @@ void rows_are_right(const std::string &walker, int64_t count, int64_t vocabulary
         }
     }
     const std::vector<Logit> before = logits;
-    const Result only_read =
-        run(logits, count, vocabulary, stride, columns, tokens, weight, softcap, false, walker, 1);
+    const Result only_read = run(logits, count, vocabulary, stride, columns, tokens, weight,
+                                 softcap, false, walker, 1, shards);
     check(same_bits(logits, before), "logits stay as they are without a gradient");
-    const Result result =
-        run(logits, count, vocabulary, stride, columns, tokens, weight, softcap, true, walker, 3);
+    const Result result = run(logits, count, vocabulary, stride, columns, tokens, weight, softcap,
+                              true, walker, 3, shards);
     check(same_bits(result.nll, only_read.nll), "a gradient and more threads change no loss");
 
     for (int64_t i = 0; i < count; ++i) {
@@ -194,6 +245,12 @@ void every_shape_is_right(const std::string &walker, double band) {
                         rows_are_right<Logit>(walker, count, vocabulary, vocabulary + padding,
                                               columns, softcap, band);
     rows_are_right<Logit>(walker, 64, 4096, 4099, 2, 0.0f, band);  // work for several threads
+    // Shards of any size, empty ones among them.
+    for (const std::vector<int64_t> &shards :
+         {std::vector<int64_t>{0}, {0, 1}, {0, 0, 1500}, {0, 700, 1026, 1026, 2047}})
+        for (float softcap : {0.0f, 20.0f})
+            for (int columns : {2, 3})
+                rows_are_right<Logit>(walker, 3, 2049, 2050, columns, softcap, band, shards);
 }
 
 // Rounding to a 16-bit format is to the nearest, ties to even: tested with each number of the
@@ -271,5 +328,8 @@ int main() {
     rows.columns = 2;
     rows.dtype = 3;
     check(derta_row_pass(&rows, nullptr, 1) != nullptr, "an unknown dtype is refused");
+    rows.dtype = DERTA_FLOAT32;
+    rows.stage = 3;
+    check(derta_row_pass(&rows, nullptr, 1) != nullptr, "an unknown stage is refused");
     return 0;
 }
