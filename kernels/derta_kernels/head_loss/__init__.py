@@ -4,5 +4,6 @@ from derta_kernels.head_loss.choice import choose
 from derta_kernels.head_loss.chunked import working_bytes
 from derta_kernels.head_loss.head import Head
 from derta_kernels.head_loss.op import HeadLoss, head_loss
+from derta_kernels.head_loss.shards import sent_bytes
 
-__all__ = ["Head", "HeadLoss", "choose", "head_loss", "working_bytes"]
+__all__ = ["Head", "HeadLoss", "choose", "head_loss", "sent_bytes", "working_bytes"]

@@ -6,8 +6,12 @@ import torch
 
 from derta_kernels import Choice
 from derta_kernels.head_loss import row_pass_native
-from derta_kernels.head_loss.chunked import RowPass
-from derta_kernels.head_loss.row_pass_torch import row_pass_torch
+from derta_kernels.head_loss.row_pass import RowPass
+from derta_kernels.head_loss.row_pass_torch import (
+    first_walk_torch,
+    row_pass_torch,
+    second_walk_torch,
+)
 from derta_kernels.triton_support import no_triton
 
 ROW_PASSES = ("torch", "native", "triton")
@@ -54,9 +58,17 @@ def unavailable(impl: str, device: torch.device, dtype: torch.dtype) -> str | No
 def row_pass(impl: str) -> RowPass:
     """Return the row pass of a name that `choose` has found to be available."""
     if impl == "native":
-        return row_pass_native.row_pass_native
+        return RowPass(
+            row_pass_native.row_pass_native,
+            row_pass_native.first_walk_native,
+            row_pass_native.second_walk_native,
+        )
     if impl == "triton":
-        from derta_kernels.head_loss.row_pass_triton import row_pass_triton
+        from derta_kernels.head_loss.row_pass_triton import (
+            first_walk_triton,
+            row_pass_triton,
+            second_walk_triton,
+        )
 
-        return row_pass_triton
-    return row_pass_torch
+        return RowPass(row_pass_triton, first_walk_triton, second_walk_triton)
+    return RowPass(row_pass_torch, first_walk_torch, second_walk_torch)

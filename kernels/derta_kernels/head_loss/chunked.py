@@ -5,22 +5,27 @@ them by their gradient, and products take the gradients of hidden and weight fro
 logits never exist at once, and nothing is recomputed in the backward pass. The row pass is an
 argument: every implementation but the reference is this file and one of the `row_pass_*`. The
 mathematics and the costs are in kernels/README.md.
+
+Where ranks share the vocabulary, a chunk waits for the others twice: for their summaries between
+the walks, and for their parts of d_hidden at its end. The next chunk starts before either wait, so
+there are two scratch buffers, which share the budget.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-RowPass = Callable[
-    [Tensor, Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor]
-]  # see `row_pass_torch`
+from derta_kernels.head_loss.row_pass import RowPass
+from derta_kernels.head_loss.shards import Shards
 
 MIB = 2**20
+AHEAD_OF_RANKS = 1  # chunks that start before one ends, where it waits for other ranks
 SCRATCH_MB = {"cpu": 96, "cuda": 256}
 # A chunk reads weight twice and updates its gradient once. From this many rows on, the time of both
 # is hidden by that of the products.
@@ -63,6 +68,7 @@ def head_loss_chunked(
     row_pass: RowPass,
     scratch_mb: float | None,
     forms: tuple[bool, bool, bool],
+    shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Compute logsumexp, nll and gradients of the live rows without holding n x V logits.
 
@@ -73,20 +79,27 @@ def head_loss_chunked(
                        is narrower than the sum
         N d b          gradient of hidden, if required, and 3 C d p more
         w V (d + 1)    gradients of weight and bias, each only if required
+    With `shards`, V is this rank's rows of weight, and two chunks share the scratch's budget:
+        2 C V p        scratch
+        2 C d w        parts of the gradient of hidden, if required, in place of 1 of the 3 C d p
+        2 C (R + 1) (3 + K) w   summaries of R ranks
 
     Numerics: logits and their gradient are rounded to `product_dtype` once each. The gradients of
         weight and bias are summed over chunks in float32 (float64 for float64 inputs), in order:
         deterministic. On a CPU with a matrix unit, and on a GPU below compute capability 8.0, the
-        product of a bfloat16 chunk is rounded first, as no product there gives a wider result.
+        product of a bfloat16 chunk is rounded first, as no product there gives a wider result. So
+        is a rank's part of the gradient of hidden. The parts are added in float32, and rounded.
 
     Args:
         hidden, weight, bias, softcap, logit_scale: see `head_loss`.
-        tokens: (n, K) int64, the tokens of each live row, within [0, V), see `row_pass_torch`.
+        tokens: (n, K) int64, the tokens of each live row, within [0, V), see `row_pass_torch`;
+            with `shards`, as rows of this rank's weight, -1 for a token of another rank.
         token_weight: (n, K) in the dtype to compute in, the weight of each of them.
         rows: (n,) int64, the live rows of hidden; None: all rows.
-        row_pass: one of the `row_pass_*`.
+        row_pass: that of one of the `row_pass_*`.
         scratch_mb: MiB of the scratch; None: see `chunk_rows`.
         forms: for each of hidden, weight and bias, if True, its gradient is formed.
+        shards: what the ranks that share the vocabulary have agreed on; None: it is whole.
 
     Returns:
         logsumexp (n,) and nll (n, K) in token_weight's dtype, and the gradients.
@@ -107,31 +120,79 @@ def head_loss_chunked(
         return logsumexp, nll, gradients
 
     dtype = product_dtype(hidden.dtype, hidden.device.type)
-    step = chunk_rows(count, vocabulary, dtype, hidden.device, scratch_mb)
-    scratch = _scratch(step, vocabulary, dtype, hidden.device)
-    for start in range(0, count, step):
-        chunk = slice(start, min(start + step, count))
-        h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
-        h = h.to(dtype).contiguous()  # libraries read past the rows of a view, see `_scratch`
-        logits = scratch[: len(h)]
-        _put_logits(logits, h, weight, bias)
+    if shards is None:
+        step = chunk_rows(count, vocabulary, dtype, hidden.device, scratch_mb)
+    else:
+        step = min(count, shards.chunk_rows)
+    starts = range(0, count, step)
+    ahead = 0 if shards is None else AHEAD_OF_RANKS
+    scratches = [
+        _scratch(step, vocabulary, dtype, hidden.device) for _ in range(min(1 + ahead, len(starts)))
+    ]
+    started: deque[_Started] = deque()
+    sums: deque[tuple[slice, Callable[[], Tensor]]] = deque()
+    for place in range(len(starts) + ahead):
+        if place < len(starts):
+            chunk = slice(starts[place], min(starts[place] + step, count))
+            h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
+            h = h.to(dtype).contiguous()  # libraries read past the rows of a view, see `_scratch`
+            logits = scratches[place % len(scratches)][: len(h)]
+            _put_logits(logits, h, weight, bias)
+            summary = None
+            if shards is not None:
+                of_shard = row_pass.first_walk(logits, tokens[chunk], softcap, logit_scale)
+                summary = shards.merge(of_shard)
+            started.append(_Started(chunk, h, logits, summary))
+        if place < ahead:
+            continue
 
-        logsumexp[chunk], nll[chunk] = row_pass(
-            logits, tokens[chunk], token_weight[chunk] / unit, softcap, logit_scale, any(forms)
-        )
+        chunk, h, logits, summary = started.popleft()
+        inputs = (logits, tokens[chunk], token_weight[chunk] / unit)
+        options = (softcap, logit_scale, any(forms))
+        if summary is None:
+            logsumexp[chunk], nll[chunk] = row_pass.whole(*inputs, *options)
+        else:
+            logsumexp[chunk], nll[chunk] = row_pass.second_walk(*inputs, summary(), *options)
         gradient = logits
 
         if form_weight:
             _add_product(gradients.weight, gradient, h)
         if form_bias:
             gradients.bias.add_(gradient.sum(0, dtype=wide))
-        if form_hidden:
-            d_hidden = _times_weight(gradient, weight).to(hidden.dtype)
-            if rows is None:
-                gradients.hidden[chunk] = d_hidden
-            else:
-                gradients.hidden.index_copy_(0, rows[chunk], d_hidden)
+        if form_hidden and shards is None:
+            _store(gradients.hidden, chunk, rows, _times_weight(gradient, weight))
+        elif form_hidden and shards is not None:
+            sums.append((chunk, shards.add(_wide_times_weight(gradient, weight, wide))))
+            if len(sums) > ahead:
+                chunk, total = sums.popleft()
+                _store(gradients.hidden, chunk, rows, total())
+    for chunk, total in sums:
+        _store(gradients.hidden, chunk, rows, total())
     return logsumexp, nll, gradients
+
+
+class _Started(NamedTuple):
+    """A chunk whose row pass has not ended.
+
+    Attributes:
+        chunk: its rows of the live ones.
+        hidden: (C, d).
+        logits: (C, V).
+        summary: waits for the merged summary of all shards; None: the vocabulary is whole.
+    """
+
+    chunk: slice
+    hidden: Tensor
+    logits: Tensor
+    summary: Callable[[], Tensor] | None
+
+
+def _store(into: Tensor, chunk: slice, rows: Tensor | None, values: Tensor) -> None:
+    """Set those of the live rows of `into`, (N, d), that are a chunk to values (C, d)."""
+    if rows is None:
+        into[chunk] = values
+    else:
+        into.index_copy_(0, rows[chunk], values.to(into.dtype))
 
 
 def working_bytes(
@@ -173,18 +234,27 @@ def chunk_rows(
     dtype: torch.dtype,
     device: torch.device,
     scratch_mb: float | None,
+    scratches: int = 1,
 ) -> int:
     """Return the rows of a chunk: the multiple of 128 that `scratch_mb` holds, at most `count`.
 
-    The budget is never below 128 rows; `default_scratch` gives its default.
+    The budget is never below 128 rows; `default_scratch` gives its default. `scratches` buffers
+    share it.
     """
-    row_bytes = vocabulary * dtype.itemsize
+    row_bytes = max(1, vocabulary * scratches) * dtype.itemsize  # a shard may be empty
     if scratch_mb is not None:
         budget = int(scratch_mb * MIB)
     else:
         free = _free_bytes(device) if device.type == "cuda" else 0
         budget = default_scratch(device.type, row_bytes, free)
     return min(count, _rows_within(budget, row_bytes))
+
+
+def shard_chunk_rows(hidden: Tensor, weight: Tensor, scratch_mb: float | None) -> int:
+    """Return the rows of a chunk that a rank has memory for, if weight is its shard of the head."""
+    dtype = product_dtype(hidden.dtype, hidden.device.type)
+    buffers = 1 + AHEAD_OF_RANKS
+    return chunk_rows(len(hidden), len(weight), dtype, hidden.device, scratch_mb, buffers)
 
 
 def _rows_within(budget: int, row_bytes: int) -> int:
@@ -238,6 +308,13 @@ def _put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) 
             torch.addmm(bias[part].to(h.dtype), h, weight[part].to(h.dtype).T, out=logits[:, part])
 
 
+def _wide_times_weight(gradient: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
+    """Return gradient (C, V) @ weight (V, d), (C, d) in `wide`, rounded first if it has to be."""
+    if gradient.dtype != wide and _multiplies_wide(gradient.device):
+        return torch.mm(gradient, weight, out_dtype=wide)
+    return _times_weight(gradient, weight).to(wide)
+
+
 def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
     """Return gradient (C, V) @ weight (V, d), (C, d) in gradient's dtype."""
     step = _weight_slice(weight, gradient.dtype)
@@ -253,13 +330,18 @@ def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
     if total.dtype == h.dtype:
         total.addmm_(gradient.T, h)
         return
-    if total.is_cuda and torch.cuda.get_device_capability(total.device) >= WIDE_PRODUCTS_SINCE:
+    if _multiplies_wide(total.device):
         torch.addmm(total, gradient.T, h, out_dtype=total.dtype, out=total)
         return
     dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else total.dtype  # float16 would overflow
     step = max(1, SLICE_ELEMENTS // h.shape[1])
     for part, columns in zip(total.split(step), gradient.split(step, 1), strict=True):
         part += columns.T.to(dtype) @ h.to(dtype)
+
+
+def _multiplies_wide(device: torch.device) -> bool:
+    """Tell whether a product of narrow matrices there may have a float32 result."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= WIDE_PRODUCTS_SINCE
 
 
 def _unit(token_weight: Tensor, logit_scale: float, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from derta_kernels.head_loss.choice import choose, row_pass
-from derta_kernels.head_loss.chunked import SLICE_ELEMENTS, head_loss_chunked
+from derta_kernels.head_loss.chunked import SLICE_ELEMENTS, head_loss_chunked, shard_chunk_rows
 from derta_kernels.head_loss.live_rows import gathered, live_rows, scattered
+from derta_kernels.head_loss.shards import agree
 
 
 def loss_and_gradients(
@@ -32,13 +33,32 @@ def loss_and_gradients(
     form_hidden: bool,
     form_weight: bool,
     form_bias: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, ...]:
     """Return loss (), logsumexp (N,), nll (N, K) and `chunked.Gradients` of all rows, dead ones 0.
 
     The targets of `head_loss` come as columns: K tokens of each row (`live_rows.COLUMNS`), flags of
-    those that are targets, and their weights, 0 without a target.
+    those that are targets, and their weights, 0 without a target. `group` is the name of the
+    process group that shares the vocabulary.
     """
-    rows = live_rows(tokens, has_target, len(weight))
+    shards = None
+    if group is not None:
+        shards = agree(
+            group,
+            hidden,
+            weight,
+            tokens,
+            has_target,
+            token_weight,
+            softcap,
+            logit_scale,
+            form_hidden,
+            shard_chunk_rows(hidden, weight, scratch_mb),
+        )
+    rows = live_rows(tokens, has_target, len(weight) if shards is None else shards.vocabulary)
+    live_tokens = gathered(tokens, rows)
+    if shards is not None:
+        live_tokens = shards.own(live_tokens, len(weight))
     live_weight = gathered(token_weight, rows)
     # The wrapper has already cast as autocast would; float32 products must stay float32.
     with torch.autocast(hidden.device.type, enabled=False):
@@ -46,7 +66,7 @@ def loss_and_gradients(
             hidden,
             weight,
             bias,
-            gathered(tokens, rows),
+            live_tokens,
             live_weight,
             rows,
             softcap,
@@ -54,6 +74,7 @@ def loss_and_gradients(
             row_pass(choose(impl, hidden.device, hidden.dtype).name),
             scratch_mb,
             (form_hidden, form_weight, form_bias),
+            shards,
         )
     losses = live_weight * nll.where(live_weight != 0, 0.0)
     # The third column apart: with it or without, the other two are added in the same order.
@@ -62,13 +83,15 @@ def loss_and_gradients(
     return loss, scattered(logsumexp, rows, count), scattered(nll, rows, count), *gradients
 
 
+FORMS = slice(10, 13)  # form_hidden, form_weight and form_bias among the arguments
+
 head_loss_op = torch.library.custom_op(
     "derta::head_loss",
     loss_and_gradients,
     mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor has_target, "
     "Tensor token_weight, float? softcap, float logit_scale, str impl, float? scratch_mb, "
-    "bool form_hidden, bool form_weight, bool form_bias) "
+    "bool form_hidden, bool form_weight, bool form_bias, str? group=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.cudagraph_unsafe,),  # live rows are counted on the host
 )
@@ -89,6 +112,7 @@ def _(
     form_hidden: bool,
     form_weight: bool,
     form_bias: bool,
+    group: str | None = None,
 ) -> tuple[Tensor, ...]:
     def wide(*shape: Any) -> Tensor:
         return token_weight.new_empty(shape)
@@ -143,16 +167,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # or autograd would make V x d float32 zeros
     ctx.save_for_backward(*gradients)
     ctx.dtype = inputs[0].dtype
-    ctx.forms = inputs[-3:]
+    ctx.inputs = len(inputs)
+    ctx.forms = inputs[FORMS]
 
 
 def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if d_loss is None:  # autograd's value for zero
-        return (None,) * 13
+        return (None,) * ctx.inputs
     hidden, weight, bias, unit = ctx.saved_tensors
     scaled = scale_gradients_op(d_loss * unit, hidden, weight, bias, ctx.dtype)
     formed = (g if form else None for g, form in zip(scaled, ctx.forms, strict=True))
-    return *formed, *(None,) * 10
+    return *formed, *(None,) * (ctx.inputs - 3)
 
 
 def _no_second_derivative(ctx: Any, *_: Tensor) -> None:

@@ -18,7 +18,8 @@ def live_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | N
     Synchronisation: one transfer to the host, of the live count and the count of bad tokens.
 
     Args:
-        tokens: (N, K) int64, the tokens of each row, in the order of `COLUMNS`.
+        tokens: (N, K) int64, the tokens of each row, in the order of `COLUMNS`; those that are no
+            targets have to be tokens too.
         has_target: (N, K) bool, flags of the tokens that are targets.
         vocabulary: V.
 
@@ -26,7 +27,7 @@ def live_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | N
         ValueError: a target outside [0, V).
     """
     live = has_target.any(1)
-    out_of_range = has_target & ((tokens < 0) | (tokens >= vocabulary))
+    out_of_range = (tokens < 0) | (tokens >= vocabulary)
     live_count, bad_count = torch.stack((live.sum(), out_of_range.sum())).tolist()
     if bad_count:
         _, column = out_of_range.nonzero()[0].tolist()

@@ -6,23 +6,25 @@ from math import inf
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from derta_kernels.head_loss.custom_op import head_loss_op
+from derta_kernels.head_loss.head import own_rows
 from derta_kernels.head_loss.live_rows import gathered, live_rows, scattered
 from derta_kernels.head_loss.reference import head_loss_reference
+from derta_kernels.head_loss.shards import FLOATS
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAYOUT: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
-    "hidden": ("(N, d)", _FLOATS),
-    "weight": ("(V, d)", _FLOATS),
-    "bias": ("(V,)", _FLOATS),
+    "hidden": ("(N, d)", FLOATS),
+    "weight": ("(V, d)", FLOATS),
+    "bias": ("(V,)", FLOATS),
     "target": ("(N,)", (torch.int64,)),
     "rto_mask": ("(N,)", (torch.bool,)),
     "unlikely_target": ("(N,)", (torch.int64,)),
-    "next_weight": ("(N,)", _FLOATS),
-    "rto_weight": ("(N,)", _FLOATS),
-    "unlikelihood_weight": ("(N,)", _FLOATS),
+    "next_weight": ("(N,)", FLOATS),
+    "rto_weight": ("(N,)", FLOATS),
+    "unlikelihood_weight": ("(N,)", FLOATS),
 }
 
 
@@ -62,6 +64,7 @@ def head_loss(
     ignore_index: int = -100,
     impl: str = "auto",
     scratch_mb: float | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> HeadLoss:
     """Compute the sum of the weighted losses of a vocabulary projection, without its logits.
 
@@ -83,14 +86,21 @@ def head_loss(
         p = torch.exp(-nll).gather(1, unlikely_target.clamp(min=0)[:, None])[:, 0]
         loss = loss + (unlikelihood_weight * -torch.log1p(-p))[has_unlikely].sum()
 
+    The ranks of `group` may share the vocabulary. Weight and bias are then this rank's rows of it:
+    consecutive blocks in the order of ranks, of any sizes, 0 included. All else is the same on
+    every rank, and so are the results, bit for bit. Gradients of weight and bias are those of this
+    rank's rows, that of hidden is the whole one.
+
     Memory: see `head_loss_chunked`. Under autocast also the cast weight.
     Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
         float32, or float64 for float64 inputs. No row's loss is negative. Deterministic.
-    Synchronisation: on CUDA one transfer to the host, of the live count and the targets' range.
+    Synchronisation: on CUDA one transfer to the host, of the live count and the targets' range;
+        with a group one more, of what the ranks have to agree on.
 
     Args:
         hidden: (N, d) float16, bfloat16, float32 or float64, any strides.
-        weight: (V, d) in hidden's dtype, any strides; under autocast any floating dtype.
+        weight: (V, d) in hidden's dtype, any strides; under autocast any floating dtype. A DTensor
+            must have the placement Shard(0) on a mesh of one dimension.
         target: (N,) int64 in [0, V), or `ignore_index` where the row has no next token.
         rto_mask: (N,) bool, rows with the refusal token as target; None: no such row.
         refusal_token_id: in [0, V); required with rto_mask.
@@ -109,6 +119,7 @@ def head_loss(
             it was built) or "triton" (CUDA from 8.0 on, and CPU tensors in Triton's interpreter).
             `choose` says which one "auto" takes.
         scratch_mb: MiB that a chunk of logits may take; None: see `chunked.chunk_rows`.
+        group: the ranks that share the vocabulary; None: weight is whole, or a DTensor.
 
     Returns:
         `HeadLoss`. Gradients reach hidden, weight and bias, and are formed only for those that
@@ -118,10 +129,12 @@ def head_loss(
         TypeError: an argument is of the wrong Python type.
         ValueError: a wrong shape, dtype, device or range; a target outside [0, V); rto_mask
             without refusal_token_id; weights that require a gradient; an unknown impl, or one
-            that cannot run there.
+            that cannot run there; impl "reference" with a group. On every rank of a group: ranks
+            that differ in d, dtype, N, targets, weights, softcap or logit_scale.
 
     Source: arXiv 2407.09121, equation 2; unlikelihood: arXiv 1908.04319, equation 3.
     """
+    weight, bias, group = own_rows(weight, bias, group)
     optional = dict(
         rto_mask=rto_mask,
         next_weight=next_weight,
@@ -133,8 +146,10 @@ def head_loss(
     tensors = dict(hidden=hidden, weight=weight, target=target) | {
         name: tensor for name, tensor in optional.items() if tensor is not None
     }
-    _check_tensors(tensors)
-    _check_numbers(refusal_token_id, softcap, logit_scale, ignore_index, scratch_mb, len(weight))
+    _check_group(group, impl)
+    _check_tensors(tensors, is_shard=group is not None)
+    vocabulary = len(weight) if group is None else None
+    _check_numbers(refusal_token_id, softcap, logit_scale, ignore_index, scratch_mb, vocabulary)
     if rto_mask is not None and refusal_token_id is None:
         raise ValueError("refusal_token_id is required with rto_mask, got None")
     hidden, weight, bias = _autocast(hidden, weight, bias)
@@ -187,6 +202,7 @@ def head_loss(
                 torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
                 for tensor in (hidden, weight, bias)
             ),
+            None if group is None else group.group_name,
         )
     nothing = torch.zeros_like(logsumexp)
     return HeadLoss(
@@ -221,17 +237,35 @@ def _autocast(
     return hidden, weight, bias
 
 
-def _check_tensors(tensors: dict[str, Tensor]) -> None:
+def _check_group(group: dist.ProcessGroup | None, impl: str) -> None:
+    """Check that a group can share the vocabulary."""
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "group must be a torch.distributed.ProcessGroup that this rank is in, or None, got "
+            f"{type(group).__name__}"
+        )
+    if impl == "reference":
+        raise ValueError(
+            'impl must not be "reference" with a group or a DTensor: it holds all logits of the '
+            "whole vocabulary"
+        )
+
+
+def _check_tensors(tensors: dict[str, Tensor], is_shard: bool) -> None:
     """Check types, shapes, dtypes and devices of the given tensors; no host transfer."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if hasattr(tensor, "placements"):
+            raise ValueError(f"{name} must be a plain tensor, got a DTensor: take its local part")
     hidden, weight = tensors["hidden"], tensors["weight"]
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {_LAYOUT[name][0]}, got {_shape(tensor)}")
     (count, width), vocabulary = hidden.shape, len(weight)
-    if vocabulary == 0:
+    if vocabulary == 0 and not is_shard:
         raise ValueError(f"weight must have at least one row, got shape {_shape(weight)}")
     shapes = {
         "(N, d)": (count, width),
@@ -260,9 +294,12 @@ def _check_numbers(
     logit_scale: float,
     ignore_index: int,
     scratch_mb: float | None,
-    vocabulary: int,
+    vocabulary: int | None,
 ) -> None:
-    """Check types and ranges of the arguments that are not tensors."""
+    """Check types and ranges of the arguments that are not tensors.
+
+    With shards, no rank knows the vocabulary yet; `live_rows` then checks the refusal token.
+    """
     for name, number, kinds in (
         ("refusal_token_id", refusal_token_id, (int, type(None))),
         ("softcap", softcap, (int, float, type(None))),
@@ -273,10 +310,11 @@ def _check_numbers(
         if isinstance(number, bool) or not isinstance(number, kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise TypeError(f"{name} must be {names}, got {type(number).__name__}")
-    if refusal_token_id is not None and not 0 <= refusal_token_id < vocabulary:
-        raise ValueError(
-            f"refusal_token_id must lie in [0, V) = [0, {vocabulary}), got {refusal_token_id}"
-        )
+    if refusal_token_id is not None and vocabulary is not None:
+        if not 0 <= refusal_token_id < vocabulary:
+            raise ValueError(
+                f"refusal_token_id must lie in [0, V) = [0, {vocabulary}), got {refusal_token_id}"
+            )
     if softcap is not None and not 0 < softcap < inf:
         raise ValueError(f"softcap must be finite and > 0, or None, got {softcap}")
     if not 0 < abs(logit_scale) < inf:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent / "_native"
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # row_pass.h has the same
+# row_pass.h has the same
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+WHOLE, FIRST_WALK, SECOND_WALK = range(3)
 
 
 class _Rows(ctypes.Structure):
@@ -33,10 +35,12 @@ class _Rows(ctypes.Structure):
         ("token_weight", ctypes.c_void_p),
         ("logsumexp", ctypes.c_void_p),
         ("nll", ctypes.c_void_p),
+        ("summary", ctypes.c_void_p),
         ("softcap", ctypes.c_float),
         ("logit_scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("form_gradient", ctypes.c_int32),
+        ("stage", ctypes.c_int32),
     ]
 
 
@@ -60,10 +64,71 @@ def row_pass_native(
         ValueError: DERTA_INSTRUCTION_SET names no instruction set that the machine runs.
         RuntimeError: CUDA refused the launch.
     """
-    assert logits.stride(1) == 1 and token_weight.dtype == torch.float32
-    assert tokens.is_contiguous() and token_weight.is_contiguous()
     logsumexp = token_weight.new_empty(len(logits))
     nll = torch.empty_like(token_weight)
+    _walk(
+        WHOLE,
+        logits,
+        tokens,
+        softcap,
+        logit_scale,
+        dict(token_weight=token_weight, logsumexp=logsumexp, nll=nll),
+        form_gradient,
+    )
+    return logsumexp, nll
+
+
+def first_walk_native(
+    logits: Tensor, tokens: Tensor, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """Do what `first_walk_torch` does, for the dtypes of `row_pass_native`, in float32.
+
+    Memory: only the results. Raises what `row_pass_native` raises.
+    """
+    summary = logits.new_empty(len(tokens), 3 + tokens.shape[1], dtype=torch.float32)
+    _walk(FIRST_WALK, logits, tokens, softcap, logit_scale, dict(summary=summary))
+    return summary
+
+
+def second_walk_native(
+    logits: Tensor,
+    tokens: Tensor,
+    token_weight: Tensor,
+    summary: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    form_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Do what `second_walk_torch` does, for the dtypes of `row_pass_native`, in float32.
+
+    Memory: only the results. Raises what `row_pass_native` raises.
+    """
+    logsumexp = token_weight.new_empty(len(logits))
+    nll = torch.empty_like(token_weight)
+    _walk(
+        SECOND_WALK,
+        logits,
+        tokens,
+        softcap,
+        logit_scale,
+        dict(token_weight=token_weight, summary=summary, logsumexp=logsumexp, nll=nll),
+        form_gradient,
+    )
+    return logsumexp, nll
+
+
+def _walk(
+    stage: int,
+    logits: Tensor,
+    tokens: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    numbers: dict[str, Tensor],
+    form_gradient: bool = False,
+) -> None:
+    """Call the library of logits' device, with the float32 tensors that the stage needs."""
+    assert logits.stride(1) == 1 and tokens.is_contiguous()
+    assert all(t.dtype == torch.float32 and t.is_contiguous() for t in numbers.values())
     rows = _Rows(
         logits=logits.data_ptr(),
         count=logits.shape[0],
@@ -71,13 +136,12 @@ def row_pass_native(
         columns=tokens.shape[1],
         row_stride=logits.stride(0),
         tokens=tokens.data_ptr(),
-        token_weight=token_weight.data_ptr(),
-        logsumexp=logsumexp.data_ptr(),
-        nll=nll.data_ptr(),
         softcap=softcap or 0.0,
         logit_scale=logit_scale,
         dtype=DTYPES[logits.dtype],
         form_gradient=form_gradient,
+        stage=stage,
+        **{name: tensor.data_ptr() for name, tensor in numbers.items()},
     )
     if logits.is_cuda:
         with torch.cuda.device_of(logits):
@@ -91,7 +155,6 @@ def row_pass_native(
         )
     if error is not None:
         raise RuntimeError(f"the native row pass failed: {error.decode()}")
-    return logsumexp, nll
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

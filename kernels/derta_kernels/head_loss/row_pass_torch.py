@@ -14,6 +14,9 @@ still exact. Otherwise a float32 row with 1 - p below 6e-8 would have no loss an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,71 +51,183 @@ def row_pass_torch(
     Returns:
         logsumexp (C,) and nll (C, K), in token_weight's dtype.
     """
-    logsumexp = token_weight.new_empty(len(logits))
-    nll = torch.empty_like(token_weight)
-    step = max(1, WIDE_LOGITS // logits.shape[1])
-    for start in range(0, len(logits), step):
-        part = slice(start, start + step)
+    summary = token_weight.new_empty(len(tokens), 3 + tokens.shape[1])
+    for part in _slices(logits):
         z = logits[part].to(token_weight.dtype)
-        logsumexp[part], nll[part] = _in_place(
-            z, tokens[part], token_weight[part], softcap, logit_scale, form_gradient
-        )
-        if form_gradient and z.dtype != logits.dtype:
-            logits[part] = z
-    return logsumexp, nll
+        slope = _finish_logits(z, softcap, logit_scale, form_gradient)
+        summary[part] = _summarise(z, tokens[part])
+        if form_gradient:
+            _differentiate(z, slope, tokens[part], token_weight[part], summary[part], logit_scale)
+            if z.dtype != logits.dtype:
+                logits[part] = z
+    return _losses(summary)
 
 
-def _in_place(
-    z: Tensor,
+def first_walk_torch(
+    logits: Tensor, tokens: Tensor, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """Return the summary (C, 3 + K) of a shard, see `row_pass`; logits (C, V) stay as they are.
+
+    Memory: 2^22 logits (or one row, if that is more) widened.
+
+    Args:
+        tokens: (C, K) int64, within [0, V), or -1 for a token of another shard.
+        logits, softcap, logit_scale: as `row_pass_torch`.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    summary = torch.full(
+        (len(logits), 3 + tokens.shape[1]), -torch.inf, dtype=wide, device=logits.device
+    )
+    summary[:, 0] = torch.finfo(wide).min
+    summary[:, 1:3] = 0
+    for part in _slices(logits):
+        z = logits[part].to(wide, copy=True)
+        _finish_logits(z, softcap, logit_scale, False)
+        summary[part] = _summarise(z, tokens[part])
+    return summary
+
+
+def second_walk_torch(
+    logits: Tensor,
     tokens: Tensor,
     token_weight: Tensor,
+    summary: Tensor,
     softcap: float | None,
     logit_scale: float,
     form_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Do what `row_pass_torch` does, for logits that are as wide as the computation."""
+    """Do what `row_pass_torch` does, for a shard and the merged summary of all shards.
+
+    Memory: as `row_pass_torch`.
+
+    Args:
+        tokens: (C, K) int64, within [0, V), or -1 for a token of another shard.
+        summary: (C, 3 + K) in token_weight's dtype, see `row_pass`.
+        logits, token_weight, ...: as `row_pass_torch`.
+    """
+    for part in _slices(logits) if form_gradient else ():
+        z = logits[part].to(token_weight.dtype)
+        slope = _finish_logits(z, softcap, logit_scale, True)
+        z.sub_(summary[part, :1]).exp_()
+        _differentiate(z, slope, tokens[part], token_weight[part], summary[part], logit_scale)
+        if z.dtype != logits.dtype:
+            logits[part] = z
+    return _losses(summary)
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    """Yield the rows to widen at a time; none of logits (C, 0)."""
+    count, vocabulary = logits.shape
+    if vocabulary > 0:
+        step = max(1, WIDE_LOGITS // vocabulary)
+        yield from (slice(start, start + step) for start in range(0, count, step))
+
+
+def _finish_logits(
+    z: Tensor, softcap: float | None, logit_scale: float, form_slope: bool
+) -> Tensor | None:
+    """Scale and cap z (C, V) in place; return the cap's derivative, or None where it is 1."""
     if logit_scale != 1.0:
         z.mul_(logit_scale)
     slope = None
     if softcap is not None:
         z.div_(softcap).tanh_()
-        if form_gradient:
+        if form_slope:
             slope = z.square().neg_().add_(1)
         z.mul_(softcap)
-    # The highest term is 1 by construction: set it to 0 and sum the rest, which would lose its
-    # digits if it were added to 1.
-    highest, place = z.max(1, keepdim=True)
-    token_logits = z.gather(1, tokens)
-    z.sub_(highest).exp_().scatter_(1, place, 0.0)
-    rest = z.sum(1, keepdim=True)
-    log_total = rest.log1p()
-    nll = (highest - token_logits) + log_total
-    terms = (token_logits - highest).exp()  # (C, K)
-    if tokens.shape[1] == 3:
-        # others / (1 + rest) is 1 - p. For a row that is sure of the token, others is the rest.
-        unlikely = terms[:, 2:]
-        p = unlikely / (1 + rest)
-        others = torch.where(unlikely == 1, rest, (1 + rest) - unlikely)
-        others = others.clamp(min=torch.finfo(z.dtype).tiny)
-        nll[:, 2:] = torch.where(p < 0.5, -torch.log1p(-p), log_total - others.log())
+    return slope
 
-    if form_gradient:
-        # Every logit's gradient is factor * exp(z - highest), but for the tokens' own: those are
-        # computed by themselves, where their first difference is exact, and put in their places.
-        share = token_weight[:, :2].sum(1, keepdim=True)
-        factor = share / (1 + rest)
-        same = tokens[:, :, None] == tokens[:, None, :2]
-        own = (same * token_weight[:, None, :2]).sum(2)
-        token_gradient = ((share * terms - own) - own * rest) / (1 + rest)
-        if tokens.shape[1] == 3:
-            push = token_weight[:, 2:] * p
-            others_push = (push / others).clamp(max=torch.finfo(z.dtype).max)
-            factor = factor - others_push
-            token_gradient += torch.where(tokens == tokens[:, 2:], push, -(others_push * terms))
-        z.scatter_(1, place, 1.0).mul_(factor)
-        z.scatter_(1, tokens, token_gradient)
-        if slope is not None:
-            z.mul_(slope)
-        if logit_scale != 1.0:
-            z.mul_(logit_scale)
-    return (highest + log_total).squeeze(1), nll
+
+def _summarise(z: Tensor, tokens: Tensor) -> Tensor:
+    """Return the summary (C, 3 + K) of z (C, V), and set z to its terms exp(z - highest)."""
+    highest, place = z.max(1, keepdim=True)
+    highest = highest.clamp(min=torch.finfo(z.dtype).min)
+    token_logits = z.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf)
+    # The highest term is 1 by construction (or 0, if all logits are -inf): set it to 0 and sum the
+    # rest, which would lose its digits if it were added to 1.
+    z.sub_(highest).exp_()
+    ones = z.gather(1, place)
+    rest = z.scatter_(1, place, 0.0).sum(1, keepdim=True)
+    z.scatter_(1, place, ones)
+    return torch.cat((highest, ones, rest, token_logits), 1)
+
+
+class _Known(NamedTuple):
+    """What a summary tells of each row; the sum of all terms exp(z - highest) is 1 + rest.
+
+    Attributes:
+        highest, rest: (C, 1).
+        token_logits, terms: (C, K), the tokens' z and exp(z - highest).
+    """
+
+    highest: Tensor
+    rest: Tensor
+    token_logits: Tensor
+    terms: Tensor
+
+    def unlikely(self) -> tuple[Tensor, Tensor]:
+        """Return p of the third token and the sum of the others' terms, both (C, 1)."""
+        term = self.terms[:, 2:]
+        # others / (1 + rest) is 1 - p. For a row that is sure of the token, others is the rest.
+        others = torch.where(term == 1, self.rest, (1 + self.rest) - term)
+        return term / (1 + self.rest), others.clamp(min=torch.finfo(term.dtype).tiny)
+
+
+def _known(summary: Tensor) -> _Known:
+    highest, ones, rest, token_logits = summary.split((1, 1, 1, summary.shape[1] - 3), 1)
+    return _Known(highest, (ones - 1) + rest, token_logits, (token_logits - highest).exp())
+
+
+def _losses(summary: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logsumexp (C,) and nll (C, K)."""
+    row = _known(summary)
+    log_total = row.rest.log1p()
+    nll = (row.highest - row.token_logits) + log_total
+    if nll.shape[1] == 3:
+        p, others = row.unlikely()
+        nll[:, 2:] = torch.where(p < 0.5, -torch.log1p(-p), log_total - others.log())
+    return (row.highest + log_total).squeeze(1), nll
+
+
+def _differentiate(
+    terms: Tensor,
+    slope: Tensor | None,
+    tokens: Tensor,
+    token_weight: Tensor,
+    summary: Tensor,
+    logit_scale: float,
+) -> None:
+    """Replace the terms exp(z - highest), (C, V), by the gradient of their logits."""
+    row = _known(summary)
+    # Every logit's gradient is factor * exp(z - highest), but for the tokens' own: those are
+    # computed by themselves, where their first difference is exact, and put in their places.
+    share = token_weight[:, :2].sum(1, keepdim=True)
+    factor = share / (1 + row.rest)
+    same = tokens[:, :, None] == tokens[:, None, :2]
+    own = (same * token_weight[:, None, :2]).sum(2)
+    token_gradient = ((share * row.terms - own) - own * row.rest) / (1 + row.rest)
+    if tokens.shape[1] == 3:
+        p, others = row.unlikely()
+        push = token_weight[:, 2:] * p
+        others_push = (push / others).clamp(max=torch.finfo(terms.dtype).max)
+        factor = factor - others_push
+        token_gradient += torch.where(tokens == tokens[:, 2:], push, -(others_push * row.terms))
+    terms.mul_(factor)
+    _put(terms, tokens, token_gradient)
+    if slope is not None:
+        terms.mul_(slope)
+    if logit_scale != 1.0:
+        terms.mul_(logit_scale)
+
+
+def _put(rows: Tensor, places: Tensor, values: Tensor) -> None:
+    """Set values (C, K) at their places in rows (C, V); -1 is no place.
+
+    A value without a place is put where another of its row has one, and is then that value. A row
+    without any keeps its first number.
+    """
+    first = (places >= 0).to(torch.int8).argmax(1, keepdim=True)
+    place = places.gather(1, first).clamp(min=0)
+    has_place = places.gather(1, first) >= 0
+    value = values.gather(1, first).where(has_place, rows.gather(1, place))
+    rows.scatter_(1, places.where(places >= 0, place), values.where(places >= 0, value))

@@ -6,6 +6,9 @@ out without FORM_GRADIENT, reads the logits again and writes their gradient in t
 to read them again: no gradient is known before the whole row is summed, and a row of 128k bfloat16
 logits takes 256 KiB, more than the shared memory of a multiprocessor.
 
+A shard of the vocabulary takes two launches, one a walk, since the summaries of all shards are
+merged between them (`row_pass`). STAGE says which part a launch is; a whole row is one launch.
+
 Memory: logsumexp and nll. There are no atomics, so every run gives the same bits.
 
 Invariants:
@@ -30,6 +33,10 @@ from torch import Tensor
 # A running maximum starts from the lowest finite number, since -inf - -inf is NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
+# Values of STAGE. Both walks, or one of them over a shard.
+WHOLE = tl.constexpr(0)
+FIRST_WALK = tl.constexpr(1)
+SECOND_WALK = tl.constexpr(2)
 
 
 class RowLaunch(NamedTuple):
@@ -74,43 +81,102 @@ def row_pass_triton(
 
     Memory: only the results. Deterministic: one program per row, no atomics.
     """
-    rows, vocabulary = logits.shape
-    logsumexp = token_weight.new_empty(rows)
+    logsumexp = token_weight.new_empty(len(logits))
     nll = torch.empty_like(token_weight)
+    _launch(
+        WHOLE.value,
+        logits,
+        (tokens, token_weight, logsumexp, nll, logsumexp),
+        softcap,
+        logit_scale,
+        form_gradient,
+    )
+    return logsumexp, nll
+
+
+def first_walk_triton(
+    logits: Tensor, tokens: Tensor, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """Do what `first_walk_torch` does, for the dtypes of `row_pass_triton`, in float32.
+
+    Memory: only the results.
+    """
+    summary = logits.new_empty(len(tokens), 3 + tokens.shape[1], dtype=torch.float32)
+    unused = (summary, summary, summary)
+    _launch(FIRST_WALK.value, logits, (tokens, *unused, summary), softcap, logit_scale, False)
+    return summary
+
+
+def second_walk_triton(
+    logits: Tensor,
+    tokens: Tensor,
+    token_weight: Tensor,
+    summary: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    form_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Do what `second_walk_torch` does, for the dtypes of `row_pass_triton`, in float32.
+
+    Memory: only the results.
+    """
+    logsumexp = token_weight.new_empty(len(logits))
+    nll = torch.empty_like(token_weight)
+    _launch(
+        SECOND_WALK.value,
+        logits,
+        (tokens, token_weight, logsumexp, nll, summary),
+        softcap,
+        logit_scale,
+        form_gradient,
+    )
+    return logsumexp, nll
+
+
+def _launch(
+    stage: int,
+    logits: Tensor,
+    numbers: tuple[Tensor, ...],
+    softcap: float | None,
+    logit_scale: float,
+    form_gradient: bool,
+) -> None:
+    """Launch the kernel, with the tensors that it takes after the logits."""
+    rows, vocabulary = logits.shape
     if rows == 0:
-        return logsumexp, nll
-    config = launch_config(vocabulary, tokens.shape[1] == 3)
+        return
+    has_unlikely = numbers[0].shape[1] == 3
+    config = launch_config(vocabulary, has_unlikely)
     with torch.cuda.device_of(logits):
         row_pass[(rows,)](
             logits,
-            tokens,
-            token_weight,
-            logsumexp,
-            nll,
+            *numbers,
             vocabulary,
             logits.stride(0),
             softcap or 0.0,
             logit_scale,
+            STAGE=stage,
             HAS_SOFTCAP=softcap is not None,
-            HAS_UNLIKELY=tokens.shape[1] == 3,
+            HAS_UNLIKELY=has_unlikely,
             FORM_GRADIENT=form_gradient,
             BLOCK=config.block,
             num_warps=config.num_warps,
         )
-    return logsumexp, nll
 
 
 @triton.jit
 def row_pass(
     logits,  # (C, V), rows row_stride apart; overwritten by the gradient
-    tokens,  # (C, K) int64, K = 3 with HAS_UNLIKELY, else 2
-    token_weight,  # (C, K) float32
-    logsumexp,  # (C,) float32, out
-    nll,  # (C, K) float32, out
-    vocabulary,  # V
+    tokens,  # (C, K) int64, K = 3 with HAS_UNLIKELY, else 2; -1 for a token of another shard
+    token_weight,  # (C, K) float32; not read in FIRST_WALK
+    logsumexp,  # (C,) float32, out; not written in FIRST_WALK
+    nll,  # (C, K) float32, out; not written in FIRST_WALK
+    summary,  # (C, 3 + K) float32; out in FIRST_WALK, read in SECOND_WALK
+    vocabulary,  # V; of a shard its own logits, may be 0
     row_stride,  # in logits
     softcap,  # > 0, or 0 without HAS_SOFTCAP
     logit_scale,
+    STAGE: tl.constexpr,  # WHOLE, FIRST_WALK or SECOND_WALK
     HAS_SOFTCAP: tl.constexpr,
     HAS_UNLIKELY: tl.constexpr,
     FORM_GRADIENT: tl.constexpr,
@@ -119,6 +185,8 @@ def row_pass(
     COLUMNS: tl.constexpr = 3 if HAS_UNLIKELY else 2
     i_row = tl.program_id(0).to(tl.int64)
     p_row = logits + i_row * row_stride
+    p_tokens = tokens + COLUMNS * i_row
+    p_summary = summary + (3 + COLUMNS) * i_row
     # Each thread owns runs of eight neighbours. Their maximum needs no other thread, and the sum is
     # rescaled once per eight logits instead of once per logit.
     LANES: tl.constexpr = BLOCK // 8
@@ -129,32 +197,58 @@ def row_pass(
     # The first walk: the highest logit, and the sum of exp(z - highest) as a count of ones and the
     # rest. In a row that is sure of its token the sum is 1 and a small rest, which is all that loss
     # and gradient consist of; added to 1 the rest would lose its digits.
-    b_highest = tl.full([LANES], LOWEST, tl.float32)
-    b_ones = tl.zeros([LANES], tl.float32)
-    b_rest = tl.zeros([LANES], tl.float32)
-    for start in range(0, whole, BLOCK):
-        b_logit = tl.load(p_row + start + o_block)
-        b_z, _ = _final_logit(b_logit, softcap, logit_scale, HAS_SOFTCAP)
-        b_highest, b_ones, b_rest = _with_block(b_highest, b_ones, b_rest, b_z)
-    if whole < vocabulary:
-        m_tail = whole + o_block < vocabulary
-        b_logit = tl.load(p_row + whole + o_block, mask=m_tail, other=0.0)
-        b_z, _ = _final_logit(b_logit, softcap, logit_scale, HAS_SOFTCAP)
-        b_z = tl.where(m_tail, b_z, float("-inf"))
-        b_highest, b_ones, b_rest = _with_block(b_highest, b_ones, b_rest, b_z)
-    highest = tl.max(b_highest, 0)
-    b_ones, b_rest = _rescaled(b_ones, b_rest, tl.exp(b_highest - highest))
-    rest = (tl.sum(b_ones, 0) - 1) + tl.sum(b_rest, 0)
-    log_total = _log1p(rest)
+    if STAGE == SECOND_WALK:
+        highest = tl.load(p_summary)
+        ones = tl.load(p_summary + 1)
+        others_rest = tl.load(p_summary + 2)
+    else:
+        b_highest = tl.full([LANES], LOWEST, tl.float32)
+        b_ones = tl.zeros([LANES], tl.float32)
+        b_rest = tl.zeros([LANES], tl.float32)
+        for start in range(0, whole, BLOCK):
+            b_logit = tl.load(p_row + start + o_block)
+            b_z, _ = _final_logit(b_logit, softcap, logit_scale, HAS_SOFTCAP)
+            b_highest, b_ones, b_rest = _with_block(b_highest, b_ones, b_rest, b_z)
+        if whole < vocabulary:
+            m_tail = whole + o_block < vocabulary
+            b_logit = tl.load(p_row + whole + o_block, mask=m_tail, other=0.0)
+            b_z, _ = _final_logit(b_logit, softcap, logit_scale, HAS_SOFTCAP)
+            b_z = tl.where(m_tail, b_z, float("-inf"))
+            b_highest, b_ones, b_rest = _with_block(b_highest, b_ones, b_rest, b_z)
+        highest = tl.max(b_highest, 0)
+        b_ones, b_rest = _rescaled(b_ones, b_rest, tl.exp(b_highest - highest))
+        ones = tl.sum(b_ones, 0)
+        others_rest = tl.sum(b_rest, 0)
 
-    # The losses of the row's tokens. Both terms of a loss are at least 0 as computed.
-    p_tokens = tokens + COLUMNS * i_row
-    p_weight = token_weight + COLUMNS * i_row
-    p_nll = nll + COLUMNS * i_row
+    # The tokens' logits, from the same z as the sum.
     next_token = tl.load(p_tokens)
     refusal_token = tl.load(p_tokens + 1)
-    next_z, _ = _final_logit(tl.load(p_row + next_token), softcap, logit_scale, HAS_SOFTCAP)
-    refusal_z, _ = _final_logit(tl.load(p_row + refusal_token), softcap, logit_scale, HAS_SOFTCAP)
+    next_z = _token_z(p_row, next_token, p_summary + 3, softcap, logit_scale, STAGE, HAS_SOFTCAP)
+    refusal_z = _token_z(
+        p_row, refusal_token, p_summary + 4, softcap, logit_scale, STAGE, HAS_SOFTCAP
+    )
+    unlikely_place = next_token
+    unlikely_z = next_z
+    if HAS_UNLIKELY:
+        unlikely_place = tl.load(p_tokens + 2)
+        unlikely_z = _token_z(
+            p_row, unlikely_place, p_summary + 5, softcap, logit_scale, STAGE, HAS_SOFTCAP
+        )
+    if STAGE == FIRST_WALK:
+        tl.store(p_summary, highest)
+        tl.store(p_summary + 1, ones)
+        tl.store(p_summary + 2, others_rest)
+        tl.store(p_summary + 3, next_z)
+        tl.store(p_summary + 4, refusal_z)
+        if HAS_UNLIKELY:
+            tl.store(p_summary + 5, unlikely_z)
+        return
+
+    # The losses. Both terms of a loss are at least 0 as computed.
+    rest = (ones - 1) + others_rest
+    log_total = _log1p(rest)
+    p_weight = token_weight + COLUMNS * i_row
+    p_nll = nll + COLUMNS * i_row
     tl.store(logsumexp + i_row, highest + log_total)
     tl.store(p_nll, (highest - next_z) + log_total)
     tl.store(p_nll + 1, (highest - refusal_z) + log_total)
@@ -164,11 +258,7 @@ def row_pass(
     unlikely_own = 0.0
     others_push = 0.0
     if HAS_UNLIKELY:
-        unlikely_place = tl.load(p_tokens + 2)
         unlikely_token = unlikely_place.to(tl.int32)
-        unlikely_z, _ = _final_logit(
-            tl.load(p_row + unlikely_place), softcap, logit_scale, HAS_SOFTCAP
-        )
         term = tl.exp(unlikely_z - highest)
         p = term / (1 + rest)
         # others / (1 + rest) is 1 - p. For a row that is sure of the token, others is the rest.
@@ -181,7 +271,8 @@ def row_pass(
         others_push = tl.minimum(unlikely_own / others, -LOWEST)
 
     if FORM_GRADIENT:
-        tl.debug_barrier()  # no thread writes a token's logit before all have read it
+        if STAGE == WHOLE:
+            tl.debug_barrier()  # no thread writes a token's logit before all have read it
         # The second walk: every logit's gradient, in its place.
         next_weight = tl.load(p_weight)
         refusal_weight = tl.load(p_weight + 1)
@@ -270,6 +361,26 @@ def _final_logit(logit, softcap, logit_scale, HAS_SOFTCAP: tl.constexpr):
         z = tl.fma(bounded, softcap, 0.0)
         slope = (1 - bounded * bounded) * logit_scale
     return z, slope
+
+
+@triton.jit
+def _token_z(
+    p_row, token, p_z, softcap, logit_scale, STAGE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """Return a token's z, of another shard -inf in the first walk and the merged one in the second.
+
+    p_z is its place in the summary.
+    """
+    if STAGE == SECOND_WALK:
+        z = tl.load(p_z)
+    elif STAGE == FIRST_WALK:
+        z, _ = _final_logit(
+            tl.load(p_row + token, mask=token >= 0, other=0.0), softcap, logit_scale, HAS_SOFTCAP
+        )
+        z = tl.where(token >= 0, z, float("-inf"))
+    else:
+        z, _ = _final_logit(tl.load(p_row + token), softcap, logit_scale, HAS_SOFTCAP)
+    return z
 
 
 @triton.jit
