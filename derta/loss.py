@@ -7,13 +7,16 @@ for it.
 
 from __future__ import annotations
 
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from derta.labels import IGNORE_INDEX
 from derta_kernels.head_loss import Head, HeadLoss, head_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum")
 
@@ -37,6 +40,7 @@ def derta_loss(
     loss_weight: Tensor | None = None,
     impl: str = "auto",
     scratch_mb: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Compute the next-token and refusal loss of a vocabulary projection, without its logits.
 
@@ -64,7 +68,8 @@ def derta_loss(
 
     Args:
         hidden: (..., d) float16, bfloat16, float32 or float64.
-        weight: (V, d) in hidden's dtype; under autocast any floating dtype.
+        weight: (V, d) in hidden's dtype; under autocast any floating dtype. With a group this
+            rank's rows of it; a DTensor that is sharded by row brings its group itself.
         target: (...) int64 in [0, V), or `ignore_index` where a row has no next token.
         rto_mask: (...) bool, rows that are trained to say the refusal token; None: no row.
         refusal_token_id: in [0, V); required with rto_mask.
@@ -84,7 +89,7 @@ def derta_loss(
             "none", as gradients are formed in the forward pass; `derta_loss_with_rows` returns each
             row's losses as a by-product.
         loss_weight: (...) floating point, factor of all losses of a row; None: ones.
-        impl, scratch_mb: see `derta_kernels.head_loss.head_loss`.
+        impl, scratch_mb, group: see `derta_kernels.head_loss.head_loss`.
 
     Returns:
         (), nats, float32 (float64 for float64 inputs). Without a live row it is 0, with gradients
@@ -99,7 +104,7 @@ def derta_loss(
     """
     return derta_loss_with_rows(
         hidden,
-        Head(weight, bias, softcap, logit_scale),
+        Head(weight, bias, softcap, logit_scale, group),
         target,
         rto_mask,
         refusal_token_id=refusal_token_id,
@@ -185,6 +190,7 @@ def derta_loss_with_rows(
         ignore_index=ignore_index,
         impl=impl,
         scratch_mb=scratch_mb,
+        group=head.group,
     )
     if reduction == "sum":
         loss = found.loss
@@ -213,6 +219,7 @@ class CallOptions(TypedDict, total=False):
     bias: Tensor | None
     num_items: int | Tensor | None
     loss_weight: Tensor | None
+    group: ProcessGroup | None
 
 
 class LossOptions(HeldOptions, CallOptions, total=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from derta.modeling.attention import scope_of
 from derta.modeling.sharding import class_name, whole_shape
 from derta_kernels.head_loss import Head
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
@@ -46,6 +49,8 @@ def context_of(config: PreTrainedConfig) -> int:
 def head_of(model: PreTrainedModel) -> Head:
     """Return the current head: PEFT may have wrapped the model after `apply_derta`.
 
+    A head that tensor parallelism shards by row is this rank's shard, with its group, or a DTensor.
+
     Raises:
         ValueError: the head has an adapter or is quantized.
     """
@@ -68,7 +73,28 @@ def head_of(model: PreTrainedModel) -> Head:
     logit_scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
     logit_scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    return Head(weight, getattr(head, "bias", None), softcap, logit_scale)
+    return Head(weight, getattr(head, "bias", None), softcap, logit_scale, _plain_shard_group(head))
+
+
+def _plain_shard_group(head: nn.Module) -> ProcessGroup | None:
+    """Return the group that shares a head whose tensor-parallel shards are plain tensors.
+
+    Early transformers 5 makes such shards, and leaves their mesh on the module. Later ones make
+    DTensors, which have their mesh themselves.
+    """
+    plan = getattr(head, "_hf_tp_plan", None)
+    if plan is None or "colwise" not in plan or hasattr(head.weight, "device_mesh"):
+        return None
+    mesh: Any = head._hf_device_mesh
+    return mesh.get_group()
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Return the rows of the whole head."""
+    head = head_of(model)
+    if head.group is None:
+        return whole_shape(head.weight)[0]
+    return model.config.get_text_config(decoder=True).vocab_size
 
 
 def run_body(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:

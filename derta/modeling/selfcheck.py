@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from derta.modeling.introspection import evaluating, has_router_loss, head_of, router_loss
-from derta.modeling.sharding import class_name, whole_shape
+from derta.modeling.introspection import evaluating, has_router_loss, router_loss, vocabulary_of
+from derta.modeling.sharding import class_name
 
 TF32_EPS = 2**-10
 
@@ -53,7 +53,7 @@ class Proof:
         """
         self.model, self.run = model, run
         generator = torch.Generator().manual_seed(0)
-        vocabulary = whole_shape(head_of(model).weight)[0]
+        vocabulary = vocabulary_of(model)
         ids, targets = torch.randint(vocabulary, (2, 19), generator=generator).to(device)
         trunk, branch, other = ids.split(self.lengths)
         self.sequences = (trunk, torch.cat((trunk[:7], branch)), other)

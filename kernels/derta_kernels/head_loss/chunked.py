@@ -293,7 +293,7 @@ def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.devic
 
 def _weight_slice(weight: Tensor, dtype: torch.dtype) -> int:
     """Return the rows of weight to multiply at a time: all, or those of one widened slice."""
-    return len(weight) if weight.dtype == dtype else max(1, SLICE_ELEMENTS // weight.shape[1])
+    return max(1, len(weight) if weight.dtype == dtype else SLICE_ELEMENTS // weight.shape[1])
 
 
 def _put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:

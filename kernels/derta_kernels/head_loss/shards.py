@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -141,6 +140,8 @@ def agree(
         ValueError: on every rank, if they differ in what has to be the same, or if no rank has a
             row of weight.
     """
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
     group: dist.ProcessGroup = _resolve_process_group(cast(Any, group_name))  # a str at run time
     known = [
         len(weight),
