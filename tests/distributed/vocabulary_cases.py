@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -279,21 +278,3 @@ def a_compiled_model() -> None:
 
 def sizes_here() -> list[tuple[int, ...]]:
     return SIZES[dist.get_world_size()]
-
-
-CHECKS = (
-    every_head_dtype_and_row_pass,
-    rows_closer_to_1_than_any_float,
-    only_required_gradients,
-    few_rows_and_many_chunks,
-    differences_between_ranks,
-    heads_that_are_dtensors,
-    a_compiled_model,
-)
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    for check in CHECKS:
-        check()
-    dist.barrier()
-    os._exit(0)
