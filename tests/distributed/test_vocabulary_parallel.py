@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from ranks import run_ranks
 
 CASES = """
@@ -18,7 +16,6 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.promise("Ranks that share a head train as one rank with the whole head does.")
 def test_two_ranks_compute_what_one_does() -> None:
     """One test for all promises of an op with a group: starting the ranks takes long."""
     run_ranks(

@@ -96,10 +96,10 @@ def head_loss_chunked(
             with `shards`, as rows of this rank's weight, -1 for a token of another rank.
         token_weight: (n, K) in the dtype to compute in, the weight of each of them.
         rows: (n,) int64, the live rows of hidden; None: all rows.
-        row_pass: that of one of the `row_pass_*`.
+        row_pass: one of the `row_pass_*`, see `choice.row_pass`.
         scratch_mb: MiB of the scratch; None: see `chunk_rows`.
         forms: for each of hidden, weight and bias, if True, its gradient is formed.
-        shards: what the ranks that share the vocabulary have agreed on; None: it is whole.
+        shards: the agreement of the ranks that share the vocabulary; None: it is whole.
 
     Returns:
         logsumexp (n,) and nll (n, K) in token_weight's dtype, and the gradients.

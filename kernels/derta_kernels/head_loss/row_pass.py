@@ -1,4 +1,4 @@
-"""What every implementation of the row pass offers: both walks at once, or each by itself.
+"""The interface of every row pass: both walks at once, or each by itself.
 
 The first walk over a row of logits summarises it; losses and the second walk, which leaves the
 gradient in the logits' place, need nothing else. Where ranks hold the vocabulary in shards, the

@@ -55,9 +55,11 @@ def row_pass_torch(
     for part in _slices(logits):
         z = logits[part].to(token_weight.dtype)
         slope = _finish_logits(z, softcap, logit_scale, form_gradient)
-        summary[part] = _summarise(z, tokens[part])
+        summary[part] = _summarise(z, z.gather(1, tokens[part]))
         if form_gradient:
-            _differentiate(z, slope, tokens[part], token_weight[part], summary[part], logit_scale)
+            gradients = _differentiate(z, tokens[part], token_weight[part], summary[part])
+            z.scatter_(1, tokens[part], gradients)
+            _unfinish_gradient(z, slope, logit_scale)
             if z.dtype != logits.dtype:
                 logits[part] = z
     return _losses(summary)
@@ -83,7 +85,9 @@ def first_walk_torch(
     for part in _slices(logits):
         z = logits[part].to(wide, copy=True)
         _finish_logits(z, softcap, logit_scale, False)
-        summary[part] = _summarise(z, tokens[part])
+        token_logits = z.gather(1, tokens[part].clamp(min=0))
+        token_logits = token_logits.masked_fill(tokens[part] < 0, -torch.inf)
+        summary[part] = _summarise(z, token_logits)
     return summary
 
 
@@ -109,7 +113,9 @@ def second_walk_torch(
         z = logits[part].to(token_weight.dtype)
         slope = _finish_logits(z, softcap, logit_scale, True)
         z.sub_(summary[part, :1]).exp_()
-        _differentiate(z, slope, tokens[part], token_weight[part], summary[part], logit_scale)
+        gradients = _differentiate(z, tokens[part], token_weight[part], summary[part])
+        _put_own(z, tokens[part], gradients)
+        _unfinish_gradient(z, slope, logit_scale)
         if z.dtype != logits.dtype:
             logits[part] = z
     return _losses(summary)
@@ -138,11 +144,10 @@ def _finish_logits(
     return slope
 
 
-def _summarise(z: Tensor, tokens: Tensor) -> Tensor:
+def _summarise(z: Tensor, token_logits: Tensor) -> Tensor:
     """Return the summary (C, 3 + K) of z (C, V), and set z to its terms exp(z - highest)."""
     highest, place = z.max(1, keepdim=True)
     highest = highest.clamp(min=torch.finfo(z.dtype).min)
-    token_logits = z.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, -torch.inf)
     # The highest term is 1 by construction (or 0, if all logits are -inf): set it to 0 and sum the
     # rest, which would lose its digits if it were added to 1.
     z.sub_(highest).exp_()
@@ -153,7 +158,7 @@ def _summarise(z: Tensor, tokens: Tensor) -> Tensor:
 
 
 class _Known(NamedTuple):
-    """What a summary tells of each row; the sum of all terms exp(z - highest) is 1 + rest.
+    """Numbers of each row from its summary; the sum of all terms exp(z - highest) is 1 + rest.
 
     Attributes:
         highest, rest: (C, 1).
@@ -189,15 +194,11 @@ def _losses(summary: Tensor) -> tuple[Tensor, Tensor]:
     return (row.highest + log_total).squeeze(1), nll
 
 
-def _differentiate(
-    terms: Tensor,
-    slope: Tensor | None,
-    tokens: Tensor,
-    token_weight: Tensor,
-    summary: Tensor,
-    logit_scale: float,
-) -> None:
-    """Replace the terms exp(z - highest), (C, V), by the gradient of their logits."""
+def _differentiate(terms: Tensor, tokens: Tensor, token_weight: Tensor, summary: Tensor) -> Tensor:
+    """Replace terms exp(z - highest), (C, V), by the gradient of z; return the tokens' own, (C, K).
+
+    The terms at the tokens' places are still to be replaced by the latter.
+    """
     row = _known(summary)
     # Every logit's gradient is factor * exp(z - highest), but for the tokens' own: those are
     # computed by themselves, where their first difference is exact, and put in their places.
@@ -213,14 +214,18 @@ def _differentiate(
         factor = factor - others_push
         token_gradient += torch.where(tokens == tokens[:, 2:], push, -(others_push * row.terms))
     terms.mul_(factor)
-    _put(terms, tokens, token_gradient)
+    return token_gradient
+
+
+def _unfinish_gradient(gradient: Tensor, slope: Tensor | None, logit_scale: float) -> None:
+    """Turn the gradient of z (C, V) into that of the logits that `_finish_logits` took."""
     if slope is not None:
-        terms.mul_(slope)
+        gradient.mul_(slope)
     if logit_scale != 1.0:
-        terms.mul_(logit_scale)
+        gradient.mul_(logit_scale)
 
 
-def _put(rows: Tensor, places: Tensor, values: Tensor) -> None:
+def _put_own(rows: Tensor, places: Tensor, values: Tensor) -> None:
     """Set values (C, K) at their places in rows (C, V); -1 is no place.
 
     A value without a place is put where another of its row has one, and is then that value. A row

@@ -1,4 +1,4 @@
-"""The vocabulary over the ranks of a group: what they agree on, send, and make of it.
+"""A vocabulary over the ranks of a group: their agreement, messages and merged summaries.
 
 Each rank holds consecutive rows of the head and multiplies them alone, with the same hidden states
 and targets as the others. Between the walks of a chunk the ranks gather their summaries
@@ -20,7 +20,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Shards(NamedTuple):
-    """What a rank knows of the whole vocabulary.
+    """A rank's knowledge of the whole vocabulary.
 
     Attributes:
         group: the process group that shares the vocabulary, in the order of its ranks.
