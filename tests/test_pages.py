@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from derta.cli import main
+from ranks import launch
 from tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -37,12 +38,12 @@ def blocks(page: Path, language: str) -> list[str]:
     return [block for block in found if block not in skipped]
 
 
-def commands(page: Path) -> list[str]:
-    """Return the `derta` commands of a page."""
+def commands(page: Path, program: str = "derta") -> list[str]:
+    """Return the commands of a page that start with a program."""
     lines = [
         line.split("#")[0].strip() for block in blocks(page, "sh") for line in block.splitlines()
     ]
-    return [line for line in lines if line.startswith("derta ")]
+    return [line for line in lines if line.startswith(f"{program} ")]
 
 
 def having(found: Callable[..., list[str]], *options: str) -> list[Path]:
@@ -128,10 +129,21 @@ def test_commands_run(
     """One after the other, in this process: several read what those before them have written."""
     monkeypatch.setenv("PATH", "")
     for command in commands(page):
-        extra = next((more for prefix, more in SMALL.items() if command.startswith(prefix)), "")
+        extra = next((more for prefix, more in SMALL.items() if prefix in command), "")
         monkeypatch.setattr("sys.stdin", io.StringIO())
         status = main(shlex.split(f"{command} {extra}")[1:])
         assert status == 0, f"{command}\n{capsys.readouterr().err[-2000:]}"
+
+
+@pytest.mark.parametrize("page", having(commands, "torchrun"), ids=name)
+def test_commands_of_several_ranks_run(workplace: Path, page: Path) -> None:
+    """Each on two ranks of this machine, one after the other."""
+    for command in commands(page, "torchrun"):
+        assert command.startswith(start := "torchrun --nproc_per_node 2 ")
+        extra = next(more for prefix, more in SMALL.items() if prefix in command)
+        arguments = shlex.split(f"{command.removeprefix(start)} {extra}")
+        done = launch(*arguments, temporary=workplace)
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
 
 
 def test_a_command_runs_in_an_interpreter_of_its_own(workplace: Path) -> None:
