@@ -269,7 +269,7 @@ def check_weights(
                 f"{header.file}: {name} is of {header.dtype}, expected floating-point weights"
             )
     tensors = {name: torch.empty(one.shape, device="meta") for name, one in headers.items()}
-    with loading("the model", folder), without_zero3(), _without_report(), _without_bars():
+    with loading("the model", folder), without_zero3(), _without_report(), without_bars():
         _, found = type(model).from_pretrained(
             None,
             config=config,
@@ -318,7 +318,7 @@ def _without_report() -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Show no progress of a load that reads nothing."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
