@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.integrations import deepspeed
 
 Result = TypeVar("Result")
@@ -105,3 +106,27 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight or buffer whole, in a dtype; all ranks call it together.
+
+    DeepSpeed steps 16-bit weights through float32 ones, which are returned if `dtype` can hold
+    them.
+    """
+    if isinstance(weight, DTensor):
+        # Shards on the host are gathered where the ranks' group is.
+        shards = weight.detach().to(weight.device_mesh.device_type)
+        return shards.to(dtype).full_tensor()
+    if weight.dtype.itemsize < dtype.itemsize and weight.requires_grad:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master = safe_get_full_fp32_param(weight)
+        assert master is not None
+        return master.detach().to(dtype)
+    if hasattr(weight, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([weight]):
+            return weight.detach().to(dtype, copy=True)
+    return weight.detach().to(dtype)

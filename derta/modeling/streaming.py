@@ -98,6 +98,8 @@ def blueprint_of(model: PreTrainedModel) -> PreTrainedModel:
     made.generation_config = model.generation_config
     if hasattr(model, "_weight_conversions"):
         made._weight_conversions = model._weight_conversions
+    # Each rank plans, which transformers leaves to the first one.
+    made.should_save_on_this_rank = lambda is_main_process: is_main_process
     # Early transformers 5 asks for buffers by this name too.
     made.get_parameter = lambda name: attrgetter(name)(made)
     return made

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
@@ -30,6 +30,7 @@ from derta.outputs import remove_folder, sync, sync_files, told, unfinished, unf
 from derta.training import checkpoints
 from derta.training.config import DertaConfig
 from derta.training.fingerprint import FIXED, differences
+from derta.training.saving import SavingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -68,7 +69,7 @@ class _Epoch(TrainerCallback):
         self.ended = True
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(SavingTrainer):
     """transformers' trainer with checkpoints that verify, see `DertaTrainer`."""
 
     args: DertaConfig
@@ -332,7 +333,7 @@ class ResumableTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         target = Path(output_dir or str(self.args.output_dir))
-        with self._shared(target / "model") as folder, self._gathered():
+        with self._shared(target / "model") as folder:
             super().save_model(str(folder))
             if self.args.should_save:
                 self._describe(folder, finished=self._ended)
@@ -375,20 +376,6 @@ class ResumableTrainer(Trainer):
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         tensors += [one for state in states for one in state.values() if isinstance(one, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    @contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """Let FSDP save whole weights inside, even if its checkpoints are sharded."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None:
-            yield
-            return
-        former = plugin.state_dict_type
-        plugin.set_state_dict_type("FULL_STATE_DICT")
-        try:
-            yield
-        finally:
-            plugin.set_state_dict_type(former)
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
