@@ -125,8 +125,8 @@ def whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
         assert master is not None
         return master.detach().to(dtype)
     if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([weight]):
+        with deepspeed.zero.GatheredParameters([weight]):
             return weight.detach().to(dtype, copy=True)
     return weight.detach().to(dtype)
