@@ -25,10 +25,38 @@ MANIFEST = "manifest.json"
 # A model within its folder whose files are all written, and on their way to their places.
 COMPLETE = ".model.complete"
 # Names of a checkpoint's files that no model is read from.
-STATES = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "running_*", "pytorch_model_fsdp*")
+STATES = (
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    "running_*",
+    "pytorch_model_fsdp*",
+    "global_step*",
+    "latest",
+    "zero_to_*.py",
+)
 # Names of files that loaders read where they find them, whether or not they belong there.
-LOADED = ("*model*.safetensors", "*model*.bin", "*model*.index.json", "optimizer*", "rng_state*")
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "bitsandbytes", "torchao")
+LOADED = (
+    "*model*.safetensors",
+    "*model*.bin",
+    "*model*.index.json",
+    "pytorch_model_fsdp*",
+    "global_step*",
+    "latest",
+    "optimizer*",
+    "rng_state*",
+)
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "bitsandbytes",
+    "torchao",
+    "deepspeed",
+)
 
 
 class DamagedError(ValueError):
@@ -45,6 +73,7 @@ class Manifest:
         step: optimizer steps done; None: not the result of a run.
         finished: True if the run ended with it.
         world_size: number of processes of the run.
+        engine: what a checkpoint consists of, see `SavingTrainer.engine`; None: not told.
         run: the fingerprint of the run, see `derta.training.fingerprint`.
         versions: versions of derta and the packages that wrote it.
     """
@@ -54,6 +83,7 @@ class Manifest:
     step: int | None = None
     finished: bool = False
     world_size: int = 1
+    engine: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

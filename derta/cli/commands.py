@@ -80,7 +80,9 @@ COMMANDS = {
         on_ranks=True,
     ),
     "merge": Command(
-        "fold adapters into the model that they were trained on", "tools.MergeConfig", ("model",)
+        "fold adapters into their model, or join the shards of a checkpoint",
+        "tools.MergeConfig",
+        ("model",),
     ),
     "chat": Command(
         "ask a model, and see where it refuses",

@@ -116,8 +116,9 @@ def whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if isinstance(weight, DTensor):
         # Shards on the host are gathered where the ranks' group is.
-        shards = weight.detach().to(weight.device_mesh.device_type)
-        return shards.to(dtype).full_tensor()
+        shards: Any = weight.detach().to(weight.device_mesh.device_type, dtype)
+        gathered: Tensor = shards.full_tensor()
+        return gathered
     if weight.dtype.itemsize < dtype.itemsize and weight.requires_grad:
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -125,8 +126,8 @@ def whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
         assert master is not None
         return master.detach().to(dtype)
     if hasattr(weight, "ds_id"):
-        import deepspeed
+        from deepspeed.runtime.zero import GatheredParameters
 
-        with deepspeed.zero.GatheredParameters([weight]):
+        with GatheredParameters([weight]):
             return weight.detach().to(dtype, copy=True)
     return weight.detach().to(dtype)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import get_torch_storage_size, split_state_dict_into_shards_factory
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -28,7 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from derta.modeling.folders import listed
 from derta.modeling.loading import without_bars
-from derta.modeling.sharding import whole_shape
+from derta.modeling.sharding import whole_shape, without_zero3
 from derta.modeling.tensor_file import TensorFile
 
 Fetch = Callable[[str], Tensor]
@@ -66,23 +66,26 @@ class Plan:
     pieces: list[Piece]
 
 
-def without_storage(model: nn.Module) -> dict[str, Tensor]:
-    """Return all weights and saved buffers of a model by name, on the meta device."""
-    return {
-        name: torch.empty(whole_shape(one), dtype=one.dtype, device="meta")
-        for name, one in model.state_dict(keep_vars=True).items()
-    }
-
-
-def blueprint_of(model: PreTrainedModel) -> PreTrainedModel:
+def blueprint_of(
+    model: PreTrainedModel, dtypes: Mapping[str, torch.dtype] | None = None
+) -> PreTrainedModel:
     """Return a copy of a model without storage, made before its engine shards it.
+
+    Args:
+        model: the model.
+        dtypes: dtypes to save its weights in; None: their own.
 
     Raises:
         ValueError: its weights are not those that its configuration describes.
     """
-    weights = without_storage(model)
+    weights = {
+        name: torch.empty(
+            whole_shape(one), dtype=one.dtype if dtypes is None else dtypes[name], device="meta"
+        )
+        for name, one in model.state_dict(keep_vars=True).items()
+    }
     made: Any
-    with torch.device("meta"):
+    with without_zero3(), torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config))
     shapes, described = (
         {name: one.shape for name, one in state.items()} for state in (weights, made.state_dict())
@@ -105,9 +108,7 @@ def blueprint_of(model: PreTrainedModel) -> PreTrainedModel:
     return made
 
 
-def plan_save(
-    blueprint: PreTrainedModel, folder: Path, max_shard_size: int | None = None
-) -> Plan:
+def plan_save(blueprint: PreTrainedModel, folder: Path, max_shard_size: int | None = None) -> Plan:
     """Write all but the weights to a folder, and return how these are to be written.
 
     Args:
@@ -119,7 +120,7 @@ def plan_save(
         ValueError: transformers converts a weight otherwise when it has not all of them.
     """
     state = blueprint.state_dict()
-    limit = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    limit: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     files: dict[str, dict[str, Tensor]] = {}
     texts: dict[str, Mapping[str, str]] = {}
 

@@ -165,7 +165,8 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         if isinstance(self.fsdp_config, str):
             self.fsdp_config = read_object(Path(self.fsdp_config))
         offload = self.offload_parameters and not self.use_cpu
-        vars(self).update(engine_keys(self.shard, offload, self.fsdp_config))
+        keys = engine_keys(self.shard, offload, self.fsdp_config, only_model=self.save_only_model)
+        vars(self).update(keys)
 
     def _check_checkpointing(self) -> None:
         """Check the keywords of torch's checkpoint, which hands unknown ones on to the layers."""

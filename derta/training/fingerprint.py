@@ -11,6 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from derta.modeling.sharding import whole, whole_shape
+
 # Keys of settings that decide the weights after a step. Those of the tuning method are known to
 # the command line only. Others (packages, kernels, the number of ranks) change no more than
 # rounding, or no weight at all.
@@ -79,7 +81,7 @@ SAMPLED = 64
 def fingerprint(
     settings: Any, model: nn.Module, data: str, held_out: str | None, refusal_id: int
 ) -> dict[str, Any]:
-    """Return the fingerprint, as plain values.
+    """Return the fingerprint, as plain values. All ranks call it together.
 
     Args:
         settings: the run's settings, resolved.
@@ -124,10 +126,11 @@ def _described(model: nn.Module) -> str:
     adapted = isinstance(model, PeftModel)
     hashed, size = blake2b(digest_size=8), 0
     for name, value in model.named_parameters():
-        hashed.update(f"{name} {tuple(value.shape)}".encode())
-        size += value.numel()
+        shape = whole_shape(value)
+        hashed.update(f"{name} {tuple(shape)}".encode())
+        size += shape.numel()
         if not (adapted and value.requires_grad):
-            hashed.update(_sample(value))
+            hashed.update(_sample(whole(value, value.dtype)))
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     return f"{type(base).__name__} of {size:,} weights ({hashed.hexdigest()})"
 

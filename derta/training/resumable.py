@@ -26,11 +26,12 @@ from transformers.utils import logging
 
 from derta.manifest import COMPLETE, DamagedError, Manifest, verify, write_manifest
 from derta.modeling.folders import ADAPTER_CONFIG
+from derta.modeling.sharding import whole_shape
 from derta.outputs import remove_folder, sync, sync_files, told, unfinished, unfinished_name
 from derta.training import checkpoints
 from derta.training.config import DertaConfig
 from derta.training.fingerprint import FIXED, differences
-from derta.training.saving import SavingTrainer
+from derta.training.saving import ENGINES, SavingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -133,6 +134,7 @@ class ResumableTrainer(SavingTrainer):
             else:
                 self._begin_in(folder)
                 return Start()
+            self._check_engine(path, manifest)
             changed = self._compared(path, manifest)
             if asked:
                 self._check_unfinished(folder, manifest)
@@ -177,6 +179,24 @@ class ResumableTrainer(SavingTrainer):
             raise RunFinished(
                 f"the run is finished: {folder} holds its model of step {end.step:,}, nothing was "
                 "changed"
+            )
+
+    def _check_engine(self, path: Path, manifest: Manifest) -> None:
+        """Check that this run's engine reads what another start's engine has written.
+
+        Raises:
+            ValueError: it does not.
+        """
+        then, now = manifest.engine, self.engine
+        if then is not None and then != now:
+            raise ValueError(
+                f"{path}: was written with {ENGINES.get(then, then)}, and {ENGINES.get(now, now)} "
+                "cannot read its files: continue with the engine it was written with"
+            )
+        if now.startswith("zero") and manifest.world_size != self.args.world_size:
+            raise ValueError(
+                f"{path}: holds DeepSpeed's shards of {manifest.world_size} processes, which "
+                f"{self.args.world_size} cannot read: continue with as many as it was written with"
             )
 
     def _compared(self, path: Path, manifest: Manifest) -> bool:
@@ -352,6 +372,7 @@ class ResumableTrainer(SavingTrainer):
             kind or ("adapters" if adapted else "model"),
             step=self.state.global_step,
             world_size=self.args.world_size,
+            engine=self.engine,
             run=self.fingerprint(),
             **about,
         )
@@ -370,12 +391,16 @@ class ResumableTrainer(SavingTrainer):
                 yield unfinished_name(target)
 
     def _bytes(self) -> int:
-        """Return about how many bytes a checkpoint takes."""
+        """Return about how many bytes a checkpoint takes, those of all ranks together."""
         assert self.model is not None
-        tensors: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [one for one in self.model.parameters() if one.requires_grad]
         states = self.optimizer.state.values() if self.optimizer is not None else ()
-        tensors += [one for state in states for one in state.values() if isinstance(one, Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        tensors = [one for state in states for one in state.values() if isinstance(one, Tensor)]
+        # FSDP tells the sizes of whole tensors, DeepSpeed those of this rank's shards.
+        shards = self.args.world_size if self.is_deepspeed_enabled else 1
+        return sum(whole_shape(one).numel() * one.element_size() for one in trained) + shards * sum(
+            one.numel() * one.element_size() for one in tensors
+        )
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

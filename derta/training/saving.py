@@ -21,8 +21,18 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from transformers import PreTrainedModel, Trainer
 
 from derta.modeling.folders import INDEX
-from derta.modeling.sharding import whole, whole_shape
+from derta.modeling.sharding import whole
 from derta.modeling.streaming import Fetch, Plan, blueprint_of, plan_save, write_weights
+
+# Engines by the files of their checkpoints, and how they are asked for.
+ENGINES = {
+    "whole": "shard: none or ddp",
+    "fsdp sharded": "shard: fsdp with state_dict_type: SHARDED_STATE_DICT in fsdp_config",
+    "fsdp full": "shard: fsdp with state_dict_type: FULL_STATE_DICT in fsdp_config",
+    "zero1": "DeepSpeed's ZeRO-1",
+    "zero2": "shard: zero2",
+    "zero3": "shard: zero3",
+}
 
 
 class SavingTrainer(Trainer):
@@ -34,18 +44,14 @@ class SavingTrainer(Trainer):
     _adapters: list[str]  # the names of what PEFT saves of the others
 
     @property
-    def checkpoint_kind(self) -> str:
-        """The kind of files that a checkpoint of this run consists of.
-
-        "whole": those of one process; "zero1" to "zero3": DeepSpeed's; "fsdp full" and "fsdp
-        sharded": those of FSDP, by `state_dict_type`.
-        """
+    def engine(self) -> str:
+        """The engine of the run, as far as its checkpoints depend on it: one of `ENGINES`."""
         state = self.accelerator.state
         if state.deepspeed_plugin is not None:
             return f"zero{state.deepspeed_plugin.zero_stage}"
-        if not self.is_fsdp_enabled:
-            return "whole"
-        return f"fsdp {state.fsdp_plugin.state_dict_type.name.split('_')[0].lower()}"
+        if self.is_fsdp_enabled:
+            return f"fsdp {state.fsdp_plugin.state_dict_type.name.split('_')[0].lower()}"
+        return "whole"
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self._dtypes is None and (self.accelerator.is_fsdp2 or self.is_deepspeed_enabled):
@@ -59,15 +65,20 @@ class SavingTrainer(Trainer):
             ValueError: it could not be saved in the end.
         """
         weights = _weights(model)
+        dtypes = {
+            # ZeRO-3 reads weights in the dtype of its passes, which may be another one.
+            name: model.config.dtype if hasattr(one, "ds_id") else one.dtype
+            for name, one in weights.items()
+        }
         if isinstance(model, PeftModel):
             saved = get_peft_model_state_dict(model, state_dict=weights).values()
             ids = set(map(id, saved))
             self._adapters = [name for name, one in weights.items() if id(one) in ids]
         else:
-            self._blueprint = blueprint_of(model)
+            self._blueprint = blueprint_of(model, dtypes)
             with tempfile.TemporaryDirectory() as folder:
                 plan_save(self._blueprint, Path(folder))
-        self._dtypes = {name: one.dtype for name, one in weights.items()}
+        self._dtypes = dtypes
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer.save_model`; every rank writes its share of a sharded model.
@@ -92,7 +103,7 @@ class SavingTrainer(Trainer):
             plan = plan_save(self._blueprint, folder if self.args.should_save else Path(aside))
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
-        if not (_internal_call and self.checkpoint_kind == "fsdp sharded"):
+        if not (_internal_call and self.engine == "fsdp sharded"):
             self._write(plan, folder, fetch)
         elif self.args.should_save:
             (folder / INDEX).unlink(missing_ok=True)

@@ -23,12 +23,15 @@ LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpe
 LAUNCHED = {name: os.environ.get(name) for name in LAUNCHERS}
 
 
-def engine_keys(shard: Shard, offload: bool, fsdp_config: dict[str, Any] | None) -> dict[str, Any]:
+def engine_keys(
+    shard: Shard, offload: bool, fsdp_config: dict[str, Any] | None, *, only_model: bool
+) -> dict[str, Any]:
     """Return transformers' keys for an engine.
 
     Args:
         shard, offload: `shard` and `offload_parameters` of `ShardSettings`.
         fsdp_config: transformers' own keys of FSDP, which take precedence.
+        only_model: if True, checkpoints hold a model, without what a run continues with.
     """
     if shard == "fsdp":
         ours = {
@@ -36,7 +39,7 @@ def engine_keys(shard: Shard, offload: bool, fsdp_config: dict[str, Any] | None)
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "reshard_after_forward": True,
             "cpu_ram_efficient_loading": True,
-            "state_dict_type": "SHARDED_STATE_DICT",
+            "state_dict_type": "FULL_STATE_DICT" if only_model else "SHARDED_STATE_DICT",
             "cpu_offload": offload,
         }
         return {"fsdp": True, "fsdp_config": {**ours, **(fsdp_config or {})}}

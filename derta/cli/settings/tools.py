@@ -20,7 +20,9 @@ class MergeConfig:
         ValueError: output_dir is not empty, or cannot be a folder.
     """
 
-    model: str = setting(help="Folder of the adapters, which names their base model.")
+    model: str = setting(
+        help="Folder of adapters, which names their base model, or a sharded checkpoint of FSDP."
+    )
     output_dir: str = setting(
         help="Folder for the whole model, in safetensors, and its tokenizer. Must be new or empty."
     )

@@ -186,7 +186,8 @@ def test_running_out_of_memory_ends_with_the_plan(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model", "--output_dir", "new"], "model: no adapters to merge, expected adapter_config"),
+        (["model", "--output_dir", "new"], "model: holds a whole model already, there is nothing"),
+        ([".", "--output_dir", "new"], ".: nothing to merge, expected adapter_config.json or"),
         (["model", "--output_dir", "model"], "output_dir: model is not empty, choose another"),
         (["model", "--output_dir", "rows.jsonl"], "output_dir: rows.jsonl: rows.jsonl is a file"),
     ],

@@ -25,9 +25,7 @@ def streamed(model: PreTrainedModel, folder: Path, *, writers: int = 1) -> Plan:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "mixtral", "gpt_neox"])
-def test_every_file_is_that_of_save_pretrained(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_every_file_is_that_of_save_pretrained(architecture: str, tmp_path: Path) -> None:
     """With conversions, tied weights, buffers, the index and two dtypes."""
     model = tiny_model(architecture, dtype=torch.bfloat16)
     model.get_input_embeddings().to(torch.float32)
@@ -57,5 +55,7 @@ def test_a_file_is_laid_out_as_safetensors_does_it(tmp_path: Path) -> None:
 def test_a_model_that_its_config_does_not_describe_is_refused_before_training() -> None:
     model = tiny_model("llama")
     model.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="LlamaForCausalLM with the model.s config .*extra.bias, extra.weight"):
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM with the model.s config .*extra.bias, extra.weight"
+    ):
         blueprint_of(model)
