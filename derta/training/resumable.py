@@ -195,8 +195,8 @@ class ResumableTrainer(SavingTrainer):
             )
         if now.startswith("zero") and manifest.world_size != self.args.world_size:
             raise ValueError(
-                f"{path}: holds DeepSpeed's shards of {manifest.world_size} processes, which "
-                f"{self.args.world_size} cannot read: continue with as many as it was written with"
+                f"{path}: DeepSpeed wrote it with a world size of {manifest.world_size} and reads it "
+                f"with no other, got {self.args.world_size}: continue with as many processes"
             )
 
     def _compared(self, path: Path, manifest: Manifest) -> bool:
