@@ -20,6 +20,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARDS = "pytorch_model_fsdp_0"  # a folder in a sharded checkpoint of FSDP
 TOKENIZER_JSON = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -116,7 +117,9 @@ def adapter_headers(folder: Path) -> dict[str, Header]:
 
 
 def _instead(folder: Path) -> str:
-    """Return the end of a sentence that names pickles, empty if there are none."""
+    """Return the end of a sentence that names what is there instead, empty if nothing is."""
+    if (folder / SHARDS).is_dir():
+        return f"; {SHARDS} holds its shards, of which derta merge makes one"
     for pattern in PICKLES:
         for path in sorted(folder.glob(pattern)):
             if path.stem.startswith(("pytorch_model", "adapter_model", "model", "consolidated")):

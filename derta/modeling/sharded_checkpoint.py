@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from derta.modeling.folders import SHARDS, listed
 from derta.modeling.streaming import Fetch
 
-SHARDS = "pytorch_model_fsdp_0"
 DESCRIPTION = ".metadata"
 # Modules and the classes in them that PyTorch's description of a checkpoint consists of.
 KNOWN = {
@@ -57,14 +57,16 @@ class _Reader(dcp.FileSystemReader):
         return self._description
 
 
-def sharded_weights(checkpoint: Path) -> tuple[dict[str, Tensor], Fetch]:
+def sharded_weights(checkpoint: Path, model: nn.Module) -> tuple[dict[str, Tensor], Fetch]:
     """Return the weights of a checkpoint without storage, by name, and how to read one.
 
     Args:
         checkpoint: the folder of a checkpoint, verified by its manifest.
+        model: the model that its configuration describes.
 
     Raises:
-        ValueError: its description holds anything but what PyTorch writes there.
+        ValueError: the checkpoint's description holds anything but what PyTorch writes there, or
+            its weights are not the model's.
     """
     folder = checkpoint / SHARDS
     path = folder / DESCRIPTION
@@ -83,6 +85,13 @@ def sharded_weights(checkpoint: Path) -> tuple[dict[str, Tensor], Fetch]:
         for name, one in held.items()
         if isinstance(one, TensorStorageMetadata)
     }
+    expected = dict(model.named_parameters())
+    if misfits := [
+        name
+        for name, one in expected.items()
+        if name not in weights or weights[name].shape != one.shape
+    ]:
+        raise ValueError(f"{folder}: lacks {listed(misfits)} of the shape that its model has")
 
     def fetch(name: str) -> Tensor:
         value = torch.empty_like(weights[name], device="cpu")

@@ -16,6 +16,7 @@ from derta.modeling.adapters import put_adapters, read_adapters
 from derta.modeling.folders import (
     ADAPTER_CONFIG,
     CONFIG,
+    SHARDS,
     Header,
     adapter_headers,
     listed,
@@ -31,6 +32,7 @@ from derta.modeling.loading import (
     load_config,
     load_tokenizer,
 )
+from derta.modeling.sharded_checkpoint import sharded_weights
 
 
 def verify(folder: Path) -> list[tuple[str, str]]:
@@ -72,13 +74,16 @@ def verify(folder: Path) -> list[tuple[str, str]]:
 
 
 def _model(folder: Path, config: PreTrainedConfig) -> str:
-    headers = check_weights(str(folder), config)
+    in_shards = (folder / SHARDS).is_dir()
+    headers = {} if in_shards else check_weights(str(folder), config)
     model = empty_model(str(folder), config)
+    if in_shards:
+        sharded_weights(folder, model)
     quantized: Any = getattr(config, "quantization_config", None)
     parts = [
         type(model).__name__,
         f"{sum(one.numel() for one in model.parameters()):,} parameters",
-        _weights(headers),
+        "in shards, which derta merge joins" if in_shards else _weights(headers),
     ]
     if quantized is not None:
         parts.append("quantized, so that only the files were checked")

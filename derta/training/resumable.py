@@ -195,7 +195,7 @@ class ResumableTrainer(SavingTrainer):
             )
         if now.startswith("zero") and manifest.world_size != self.args.world_size:
             raise ValueError(
-                f"{path}: DeepSpeed wrote it with a world size of {manifest.world_size} and reads it "
+                f"{path}: DeepSpeed wrote it with world size {manifest.world_size} and reads it "
                 f"with no other, got {self.args.world_size}: continue with as many processes"
             )
 

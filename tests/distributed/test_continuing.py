@@ -99,7 +99,7 @@ def test_a_run_continues_on_another_number_of_ranks(tmp_path: Path) -> None:
         losses = [row["loss"] for row in state["log_history"] if "loss" in row]
         if name == "zero2":
             assert first[name] == (
-                f"{one}/{name}/checkpoint-1: DeepSpeed wrote it with a world size of 1 and reads it "
+                f"{one}/{name}/checkpoint-1: DeepSpeed wrote it with world size 1 and reads it "
                 "with no other, got 2: continue with as many processes"
             )
             assert (one / name / "checkpoint-3").is_dir() and not list((two / name).iterdir())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +22,7 @@ from derta.manifest import verify
 from derta.modeling.adapters import Method, adapt
 from derta.modeling.loading import load_model
 from ranks import run_ranks
-from runs import RECORDS, settings
+from runs import RECORDS, settings, trainer
 from tiny import tiny_model, tiny_tokenizer
 
 # A large epsilon keeps Adam from making much of gradients that are only rounding.
@@ -192,3 +194,47 @@ def test_a_sharded_run_saves_what_one_process_saves(engine: str, tmp_path: Path)
         assert main(["merge", str(shards / "checkpoint-3"), "--output_dir", str(merged)]) == 0
         for file in ("model.safetensors", "config.json", "generation_config.json"):
             assert (merged / file).read_bytes() == (shards / file).read_bytes()
+
+
+def measure(folder: Path, engine: str) -> None:
+    """Save a model of 400 MB after a step; write the bytes that this took of the host's memory."""
+    model = tiny_model(
+        "llama",
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    run = trainer(folder, model, shard=engine, ddp_backend="gloo", max_length=160, max_tokens=160)
+    run.train()
+    ctypes.CDLL(None).malloc_trim(0)  # or what training has freed would be used first
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    run.save_model()
+    took = resident("VmHWM") - before
+    (folder / f"took-{run.args.process_index}").write_text(str(took))
+
+
+def resident(kind: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "fsdp",
+        pytest.param("zero3", marks=ENGINES[1].marks),  # type: ignore[attr-defined]
+    ],
+)
+def test_no_rank_holds_the_model_that_is_saved(engine: str, tmp_path: Path) -> None:
+    """Each holds a few weights at a time, of 4 MB here."""
+    run_ranks(SCRIPT, "measure", tmp_path, engine)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    for rank in range(2):
+        took = int((tmp_path / f"took-{rank}").read_text())
+        print(f"{engine}, rank {rank}: {took / 2**20:.0f} MiB to save {size / 2**20:.0f} MiB")
+        assert took < size / 8

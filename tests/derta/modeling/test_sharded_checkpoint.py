@@ -1,0 +1,54 @@
+"""Shards are read one weight at a time, and their description runs no code."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from derta.modeling.folders import SHARDS
+from derta.modeling.sharded_checkpoint import DESCRIPTION, sharded_weights
+from tiny import tiny_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> nn.Module:
+    made = tiny_model("llama", dtype=torch.bfloat16)
+    with warnings.catch_warnings(action="ignore"):
+        dcp.save({"model": made.state_dict()}, checkpoint_id=tmp_path / SHARDS, no_dist=True)
+    return made
+
+
+def test_each_weight_is_read_by_itself(tmp_path: Path, model: nn.Module) -> None:
+    weights, fetch = sharded_weights(tmp_path, model)
+    assert weights.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert weights[name].is_meta
+        assert torch.equal(fetch(name), value)
+
+
+class Intruder:
+    def __reduce__(self) -> object:
+        return Path.touch, (Path("ran"),)
+
+
+def test_a_foreign_description_is_refused_and_runs_nothing(
+    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / SHARDS / DESCRIPTION
+    for content in (pickle.dumps(Intruder()), pickle.dumps([1]), b"", path.read_bytes()[:-20]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not the description of a checkpoint"):
+            sharded_weights(tmp_path, model)
+    assert not Path("ran").exists()
+
+
+def test_shards_of_another_model_are_refused(tmp_path: Path, model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="lacks model.embed_tokens.weight, lm_head.weight of the"):
+        sharded_weights(tmp_path, tiny_model("llama", vocab_size=500))
