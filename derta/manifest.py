@@ -73,7 +73,7 @@ class Manifest:
         step: optimizer steps done; None: not the result of a run.
         finished: True if the run ended with it.
         world_size: number of processes of the run.
-        engine: what a checkpoint consists of, see `SavingTrainer.engine`; None: not told.
+        engine: engine whose files a checkpoint holds, see `SavingTrainer.engine`; None: unknown.
         run: the fingerprint of the run, see `derta.training.fingerprint`.
         versions: versions of derta and the packages that wrote it.
     """

@@ -57,7 +57,7 @@ class Plan:
         blueprint: the model without storage.
         files: the tensors of each file, without storage.
         metadata: the texts of each file's header.
-        pieces: what is fetched at a time, in the order of the files.
+        pieces: weights that are fetched at a time, in the order of the files.
     """
 
     blueprint: PreTrainedModel
@@ -219,10 +219,10 @@ def write_weights(
     Memory: two pieces on the host, the one that is written and the next one.
 
     Args:
-        plan: what is to be written.
+        plan: the files and their tensors.
         folder: the folder of the plan's other files.
         fetch: returns a weight by its name, whole, on any device.
-        writer: which of the writers this process is; None: it only fetches.
+        writer: index of this process among the writers; None: it only fetches.
         writers: the number of processes that write.
 
     Raises:

@@ -19,7 +19,7 @@ class TensorFile:
 
     Args:
         path: path of the file; one that is there is replaced.
-        tensors: what it will hold, by name. Only shapes and dtypes are read.
+        tensors: its future tensors by name. Only shapes and dtypes are read.
         metadata: texts of its header.
     """
 
