@@ -11,6 +11,7 @@ checkpoints verify, and if nothing half-written is left.
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -85,6 +86,7 @@ RUNS = (
         (*_ALL, *_LORA, "--method", "qlora", "--optim", "adamw_bnb_8bit"),
     ),
     Run("two ranks", (*_ALL, *_WATCHED, "--ddp_backend", "gloo"), ranks=2),
+    Run("FSDP", (*_ALL, *_WATCHED, "--ddp_backend", "gloo", "--shard", "fsdp"), ranks=2),
 )
 
 
@@ -172,12 +174,17 @@ def _start(run: Run, folder: Path, output: str, rank: int, port: int, until: Mom
     torch.set_num_threads(1)
     counted = _Counted(until if until is not None and until.rank == rank else None)
     counted.install()
+
+    @atexit.register
+    def tell() -> None:
+        if rank == 0:
+            Path(f"{output}.moments.json").write_text(json.dumps(counted.seen), encoding="utf-8")
+
     sources = ("--sources", "{path: data/tuning.jsonl, role: safety}")
     status = main(["train", "--model", "model", *sources, "--output_dir", output, *run.options])
-    sys.stdout.flush()
-    if rank == 0:
-        Path(f"{output}.moments.json").write_text(json.dumps(counted.seen), encoding="utf-8")
-    os._exit(status)  # a thread of gloo now and then aborts Python's own ending
+    sys.stdout.flush()  # of a process that is alone; one of several ranks has ended by now
+    tell()
+    os._exit(status)
 
 
 def start(run: Run, folder: Path, output: str, until: Moment | None = None) -> list[int | None]:
@@ -219,7 +226,8 @@ def moments(run: Run, folder: Path, output: str) -> Counter[str]:
 def draw(run: Run, met: Counter[str], rng: random.Random) -> Moment:
     """Draw a moment: its kind first, of those that the run has."""
     kind = rng.choice([kind for kind in KINDS if met[kind]])
-    rank = rng.randrange(run.ranks) if kind in ("step", "evaluation") else 0
+    all_write = "--shard" in run.options
+    rank = rng.randrange(run.ranks) if all_write or kind in ("step", "evaluation") else 0
     return Moment(kind, rng.randrange(met[kind]), rank)
 
 

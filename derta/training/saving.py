@@ -54,7 +54,14 @@ class SavingTrainer(Trainer):
         return "whole"
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self._dtypes is None and (self.accelerator.is_fsdp2 or self.is_deepspeed_enabled):
+        """Prepare as transformers does, once it is known that the model can be saved.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("fsdp_config: expected version: 2, got the first version of FSDP")
+        if self._dtypes is None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._take_down(self.model)
         return super()._prepare_for_training(*args, **kwargs)
 

@@ -120,6 +120,7 @@ def on_ranks(folder: Path, engine: str) -> None:
             run.save_model()
             logs.append(figures(run))
         (folder / f"{name}-{run.args.process_index}.json").write_text(json.dumps(logs))
+        (folder / name / f"bytes-{run.args.process_index}").write_text(str(run._bytes()))
     if engine == "zero":
         run = run_of("zero3", folder / "zero3" / "poisoned", callbacks=[LargeShard()])
         with pytest.raises(FloatingPointError) as error:
@@ -146,7 +147,7 @@ def kinds(files: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, Any]:
     }
 
 
-@pytest.mark.promise("Sharded runs save one process's model, and continue bit for bit.")
+@pytest.mark.promise("Two ranks continue a run bit for bit, with sharded checkpoints too.")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_sharded_run_saves_what_one_process_saves(engine: str, tmp_path: Path) -> None:
     for architecture in ("llama", "mixtral", "qwen2"):
@@ -179,6 +180,12 @@ def test_a_sharded_run_saves_what_one_process_saves(engine: str, tmp_path: Path)
         for path in (unbroken, *unbroken.glob("checkpoint-*")):
             verify(path)
         assert not list(tmp_path.rglob("*.unfinished"))
+        count = sum(one.numel() for held in saved.values() for one in held.values())
+        # Weights and two states of Adam, in float32; DeepSpeed's passes may be in bfloat16.
+        needed = count * (10 if name == "zero3" else 12)
+        for rank in range(2):
+            told = int((tmp_path / name / f"bytes-{rank}").read_text())
+            assert told == pytest.approx(needed, rel=1e-2), name
         kept = 2 if one.args.save_total_limit else 3
         assert len(list(unbroken.glob("checkpoint-*"))) == kept
         if "lora" in name:
@@ -203,6 +210,13 @@ def test_a_sharded_run_saves_what_one_process_saves(engine: str, tmp_path: Path)
         assert main(["merge", str(shards / "checkpoint-3"), "--output_dir", str(merged)]) == 0
         for file in ("model.safetensors", "config.json", "generation_config.json"):
             assert (merged / file).read_bytes() == (shards / file).read_bytes()
+
+
+def test_the_first_version_of_fsdp_is_refused_before_training(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="expected version: 2, got the first version of FSDP"):
+        run.train()
 
 
 def measure(folder: Path, engine: str) -> None:
