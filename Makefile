@@ -1,11 +1,11 @@
-# make setup | test | slow | isa | reliability | native-test | aot | demo | docs | bench | bench-check | lint : each works
+# make setup | test | ranks | slow | isa | reliability | native-test | aot | demo | docs | bench | bench-check | lint : each works
 # on a clean clone with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test slow isa reliability native-test aot demo docs bench bench-check lint clean
+.PHONY: setup test ranks slow isa reliability native-test aot demo docs bench bench-check lint clean
 
 setup: $(INSTALLED)
 
@@ -19,7 +19,11 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard 
 # A thread a process: they share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: setup
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not ranks'
+
+# What takes several processes, two of them at a time.
+ranks: setup
+	$(PYTEST) -m 'ranks and not slow'
 
 # What is long, and what draws its examples, with ten times as many of them.
 slow: setup

@@ -135,6 +135,7 @@ def test_commands_run(
         assert status == 0, f"{command}\n{capsys.readouterr().err[-2000:]}"
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("page", having(commands, "torchrun"), ids=name)
 def test_commands_of_several_ranks_run(workplace: Path, page: Path) -> None:
     """Each on two ranks of this machine, one after the other."""

@@ -74,15 +74,17 @@ def test_an_earlier_run_of_the_process_does_not_choose_the_engine(
 
 
 def test_own_keys_of_fsdp_take_precedence(tmp_path: Path) -> None:
-    keys = engine_keys("fsdp", False, {"state_dict_type": "FULL_STATE_DICT"})
+    keys = engine_keys("fsdp", False, {"version": 3}, only_model=False)
     assert keys["fsdp"] is True
-    assert keys["fsdp_config"]["state_dict_type"] == "FULL_STATE_DICT"
-    assert keys["fsdp_config"]["version"] == 2
+    assert keys["fsdp_config"]["version"] == 3
+    assert keys["fsdp_config"]["state_dict_type"] == "SHARDED_STATE_DICT"
 
 
 def test_settings_of_deepspeed_are_json() -> None:
     for shard in ("zero2", "zero3"):
-        stage = json.loads(json.dumps(engine_keys(shard, True, None)))["deepspeed"]
+        stage = json.loads(json.dumps(engine_keys(shard, True, None, only_model=False)))[
+            "deepspeed"
+        ]
         assert stage["zero_optimization"]["stage"] == int(shard[-1])
 
 
