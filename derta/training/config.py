@@ -27,6 +27,8 @@ from derta.training.sharding import check_launch, engine_keys, forget_earlier_ru
 
 # Optimizers that read optim_target_modules.
 LOW_RANK = re.compile("galore|apollo")
+# Backends of FSDP's process group: shards may lie on the host, as states of a checkpoint do.
+GPU_AND_HOST = "cuda:nccl,cpu:gloo"
 # Figures that `RefusalWatch` reads from refusal curves; lower is better.
 WATCHED = ("asr", "over_refusal", "over_refusal_borderline", "trade_off")
 
@@ -167,6 +169,8 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         offload = self.offload_parameters and not self.use_cpu
         keys = engine_keys(self.shard, offload, self.fsdp_config, only_model=self.save_only_model)
         vars(self).update(keys)
+        if self.shard == "fsdp" and not self.use_cpu and torch.cuda.is_available():
+            self.ddp_backend = self.ddp_backend or GPU_AND_HOST
 
     def _check_checkpointing(self) -> None:
         """Check the keywords of torch's checkpoint, which hands unknown ones on to the layers."""
