@@ -393,7 +393,9 @@ class DertaTrainer(ResumableTrainer):
             last = index == len(inputs) - 1
             # DeepSpeed steps its optimizer when this flag says that the gradients are complete.
             self.accelerator.gradient_state._set_sync_gradients(last)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+            # FSDP would keep whole gradients until the last pack: it reduces those of every pack.
+            reduces = last or self.is_fsdp_enabled
+            with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model):
                 loss = self._pack_loss(model, batch, totals)
                 self.accelerator.backward(loss)
             self._watch_finite(batch, loss, averaged=last)
