@@ -108,16 +108,17 @@ def table(machine: dict[str, Any], records: Sequence[Record]) -> str:
     """Return a Markdown table: a row for each plan, a column for each part."""
     from derta.memory.plan import GIB, WHAT
 
+    parts = [part for part in WHAT if any(part in r.parts for r in records)]
     lines = [
         "# What known models take of small GPUs\n",
         "Projected; what the columns mean is in [the benchmarks' page](../../README.md). "
         "![tokens](plans.png)\n",
         f"{machine['date']}, commit {machine['commit']}, torch {machine['versions']['torch']}.\n",
-        "| model | method | GiB | longest pack | " + " | ".join(WHAT) + " | in all |",
-        "| --- | --- |" + " ---: |" * (len(WHAT) + 3),
+        "| model | method | GiB | longest pack | " + " | ".join(parts) + " | in all |",
+        "| --- | --- |" + " ---: |" * (len(parts) + 3),
     ]
     for r in records:
-        sizes = [r.parts.get(part, 0) for part in WHAT]
+        sizes = [r.parts.get(part, 0) for part in parts]
         cells = [f"{size / GIB:.2f}" for size in (*sizes, sum(sizes))]
         longest = f"{r.tokens:,}" if r.tokens else "none"
         lines.append(

@@ -37,7 +37,7 @@ def read_config(model: str, *, local_files_only: bool = False) -> PreTrainedConf
 
 
 def planned_step(model_config: PreTrainedConfig, config: PlanConfig) -> StepSettings:
-    """Return the step of a plan, on a GPU."""
+    """Return the step of a plan, on each of its GPUs."""
     return make_step(
         model_config,
         config,
@@ -45,6 +45,7 @@ def planned_step(model_config: PreTrainedConfig, config: PlanConfig) -> StepSett
         checkpointing=config.checkpoints_layers,
         device_type="cuda",
         memory=int(config.gpu * GIB),
+        gpus=config.gpus,
     )
 
 

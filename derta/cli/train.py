@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from derta.training.progress import Progress
 from derta.training.refusal_watch import check_watched
 from derta.training.rehearsal import check_optimized, rehearse
 from derta.training.resumable import RunFinished
+from derta.training.sharding import running_engine
 from derta.training.trainer import DertaTrainer
 
 
@@ -174,7 +175,9 @@ def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
         checkpointing=config.checkpoints_layers,
         device_type=config.device.type,
         memory=physical_memory(config.device),
+        gpus=config.world_size,
     )
+    step = replace(step, shard=running_engine(trainer.accelerator))
     tokens = trainer.train_dataset.largest().input_ids.shape[1]
     triples = plan.Triples(config.branches, config.rto_keep)
     return f"out of memory; {plan.describe(step, tokens, triples)}"

@@ -53,7 +53,12 @@ STATE_BYTES: dict[str, Callable[[Tensor, bool], int]] = {
 }
 
 
-def state_bytes(model: nn.Module, optim: str, device_type: str) -> int:
+def state_bytes(
+    model: nn.Module,
+    optim: str,
+    device_type: str,
+    stepped: Callable[[Tensor], Tensor] = lambda parameter: parameter,
+) -> int:
     """Return the device memory of an optimizer's states, in bytes.
 
     Paged states take no memory of a GPU: they move to the host when the GPU is full.
@@ -63,11 +68,14 @@ def state_bytes(model: nn.Module, optim: str, device_type: str) -> int:
         optim: transformers' name of the optimizer; names outside `STATE_BYTES` count as
             "adamw_torch".
         device_type: "cuda" or "cpu".
+        stepped: function from a parameter to the part of it that is stepped on this device.
     """
     if optim.startswith("paged") and device_type != "cpu":
         return 0
     of_one = STATE_BYTES.get(optim, _as_weights)
-    return sum(of_one(parameter, is_embedding) for parameter, is_embedding in _trained(model))
+    return sum(
+        of_one(stepped(parameter), is_embedding) for parameter, is_embedding in _trained(model)
+    )
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[Tensor, bool]]:

@@ -28,10 +28,14 @@ TOKENS_STEP = 128
 GUESSES = 6
 LONGEST = 2**20
 MLP_TILE = 1024
+SHARDED = ("fsdp", "zero2", "zero3")
 WHAT = {
     "weights": "model and adapters",
     "gradients": "gradients of the trained parameters",
     "optimizer": "optimizer states",
+    "gathered": "layers gathered for a pass: the running one and the next",
+    "embeddings": "gathered head, and input embedding",
+    "buckets": "gradients on their way to other GPUs",
     "checkpoints": "layer inputs kept for the backward pass",
     "layers": "other activations of the layers",
     "attention": "activations of the attention",
@@ -141,7 +145,8 @@ def turns(step: StepSettings) -> Iterator[tuple[str, Callable[[StepSettings], St
     if step.method.method == "full":
         yield "method: lora", adapted(method="lora")
         yield "method: qlora", adapted(method="qlora")
-        if step.optim.startswith("adamw_torch"):
+        # bitsandbytes steps whole weights only
+        if step.optim.startswith("adamw_torch") and step.shard not in SHARDED:
             yield "optim: adamw_8bit", turned(optim="adamw_8bit")
     else:
         if step.method.method == "lora":
@@ -154,6 +159,10 @@ def turns(step: StepSettings) -> Iterator[tuple[str, Callable[[StepSettings], St
         yield f"mlp_tile: {MLP_TILE}", turned(mlp_tile=MLP_TILE)
     if step.checkpointing and not step.offload:
         yield "offload_checkpoints: true", turned(offload=True)
+    if step.gpus > 1 and step.shard not in ("fsdp", "zero3"):
+        yield "shard: fsdp", turned(shard="fsdp")
+    if step.shard in ("fsdp", "zero3") and not step.offload_parameters:
+        yield "offload_parameters: true", turned(offload_parameters=True)
     if not step.liger and step.device_type == "cuda" and is_liger_kernel_available():
         yield "use_liger_kernel: true", turned(liger=True)
 
@@ -172,9 +181,10 @@ def describe(step: StepSettings, tokens: int, triples: Triples) -> str:
     memory = StepMemory(step)
     peak = needed(memory, tokens, triples)
     fits = peak.total() <= step.capacity
+    each = " on each GPU" if step.gpus > 1 else ""
     lines = [
-        f"a step with packs of {tokens:,} tokens takes {peak.total() / GIB:.2f} GiB at its peak, "
-        f"of {step.capacity / GIB:.2f} GiB: {'it fits' if fits else 'it does not fit'}",
+        f"a step with packs of {tokens:,} tokens takes {peak.total() / GIB:.2f} GiB{each} at its "
+        f"peak, of {step.capacity / GIB:.2f} GiB: {'it fits' if fits else 'it does not fit'}",
         table(peak),
         _longest(longest_pack(memory, triples), triples, step),
     ]

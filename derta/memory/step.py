@@ -2,7 +2,8 @@
 
 The model is the one that the config describes, with its adapters, its checkpointing, its tiled MLPs
 and the ops' own shape functions. No layer is modelled by a formula, so every family is counted as
-it is. Memory outside of tensors is added: the ops' working memory and the optimizer's states.
+it is. On several GPUs it runs on one of them, with the allocations of its engine. Memory outside of
+tensors is added: the ops' working memory and the optimizer's states.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -29,15 +30,17 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from derta.loss import derta_loss
+from derta.memory.engines import LAYERS, Engine, engine_of, stepped
 from derta.memory.optimizer import state_bytes
 from derta.memory.tracking import MemoryTracker
 from derta.modeling.adapters import Method, adapt
+from derta.modeling.introspection import transformers_model
 from derta.modeling.liger import liger_layers
 from derta.modeling.mlp_tiling import layers_of, tile_mlp
 from derta.modeling.offloading import Lane, Offloading
 from derta.modeling.patch import checkpoint_layers
 from derta.modeling.quantization import layers_for_4_bits, widths
-from derta.modeling.sharding import without_zero3
+from derta.modeling.sharding import call, without_zero3
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.head_loss import working_bytes
 
@@ -50,7 +53,8 @@ PARTS = {
 }
 Peaks = dict[str, Counter[str]]
 FAR = 16384
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, its block's scale, and the scale's scale
+NF4_BYTES = 0.5  # a code of four bits
+SCALE_BYTES = 1 / 64 + 4 / (64 * 256)  # of its block's scale, and of that scale's own
 
 
 @dataclass(kw_only=True)
@@ -67,8 +71,11 @@ class StepSettings:
         offload: if True, these inputs are offloaded to the host.
         mlp_tile: see `tile_mlp`.
         liger: if True, Liger's layers replace the model's (`use_liger_kernel: true`).
+        gpus: number of GPUs, each of which runs its own packs.
+        shard: engine over them, see `ShardSettings`; "none" is "ddp" if there are several.
+        offload_parameters: if True, shards lie on the host.
         device_type: "cuda" or "cpu".
-        capacity: memory of the device in bytes.
+        capacity: memory of a device in bytes.
     """
 
     config: PreTrainedConfig
@@ -80,6 +87,9 @@ class StepSettings:
     offload: bool = False
     mlp_tile: int | None = None
     liger: bool = False
+    gpus: int = 1
+    shard: str = "none"
+    offload_parameters: bool = False
     device_type: str = "cuda"
     capacity: int = 0
 
@@ -92,6 +102,7 @@ def make_step(
     checkpointing: bool,
     device_type: str,
     memory: int,
+    gpus: int,
 ) -> StepSettings:
     """Build a step from the settings that a training run and `derta plan` share.
 
@@ -99,7 +110,8 @@ def make_step(
         model_config: config of the model.
         config: a `Method` with these settings.
         dtype, checkpointing, device_type: see `StepSettings`.
-        memory: memory of the device in bytes.
+        memory: memory of a device in bytes.
+        gpus: see `StepSettings`.
     """
     return StepSettings(
         config=model_config,
@@ -111,6 +123,9 @@ def make_step(
         offload=config.offload_checkpoints,
         mlp_tile=config.mlp_tile,
         liger=config.use_liger_kernel,
+        gpus=gpus,
+        shard=config.shard,
+        offload_parameters=config.offload_parameters and device_type != "cpu",
         device_type=device_type,
         capacity=memory,
     )
@@ -127,17 +142,27 @@ class StepMemory:
     def __init__(self, step: StepSettings) -> None:
         self.step = step
         self.far = max(FAR, 8 * (step.mlp_tile or 0))
-        whole = _without_storage(step)
+        plain = step if _may_single_out(step.method) else replace(step, method=Method())
+        whole = _without_storage(plain)
         layers = layers_of(whole)
         self.layers = len(layers)
         alike = len({_shapes(layer) for layer in layers}) == 1 and self.layers > 3
-        self._models = [_without_storage(step, count) for count in (2, 3)] if alike else [whole]
-        self._optimizer = state_bytes(whole, step.optim, step.device_type)
+        counts = [2, 3] if alike else [None]
+        self._models = [_without_storage(step, count) for count in counts]
+        self._optimizer = 0
+        if not step.offload_parameters:
+            part = stepped(step)
+            sizes = [state_bytes(m, step.optim, step.device_type, part) for m in self._models]
+            self._optimizer = sizes[-1] + (self.layers - 3) * (sizes[-1] - sizes[0])
         self._whole = functools.cache(self._run_models)
         self._mode = FakeTensorMode()
         with self._mode:
             for model in self._models:
                 _on_cpu(model)
+            self._engines = [engine_of(step, model) for model in self._models]
+            for engine in self._engines:
+                if engine.learns:
+                    _run(step, engine, 1, 1.0, self.loss)
 
     def peak(self, tokens: int, live: float = 1.0) -> Counter[str]:
         """Return the peak memory of a step whose packs have that many tokens, in bytes by part.
@@ -147,7 +172,8 @@ class StepMemory:
 
         Returns:
             "weights", "gradients", "optimizer", "checkpoints" (layer inputs kept for the backward
-            pass), "attention" and "head" (memory of the two ops), "layers" (all other memory).
+            pass), "attention" and "head" (memory of the two ops), "layers" (all other memory); on
+            several GPUs also the parts of `derta.memory.engines`.
         """
         if tokens <= self.far:
             peaks = self._whole(tokens, live)
@@ -168,19 +194,24 @@ class StepMemory:
         ids = torch.zeros(1, tokens, dtype=torch.long)
         with offloading:
             body = model.base_model(input_ids=ids, position_ids=ids, use_cache=False)
-        return derta_loss(
-            body.last_hidden_state,
-            model.get_output_embeddings().weight,
-            ids,
-            torch.ones_like(ids, dtype=torch.bool),
-            refusal_token_id=0,
-            num_items=1,
-        )
+        head = model.get_output_embeddings()
+
+        def loss_of(hidden: Tensor) -> Tensor:
+            rto = torch.ones_like(ids, dtype=torch.bool)
+            return derta_loss(hidden, head.weight, ids, rto, refusal_token_id=0, num_items=1)
+
+        return call(head, body.last_hidden_state, loss_of)
 
     def _run_models(self, tokens: int, live: float) -> Peaks:
         with self._mode:
-            runs = [_run(self.step, model, tokens, live, self.loss) for model in self._models]
-        return runs[0] if len(runs) == 1 else _beyond(runs[0], runs[1], self.layers - 3)
+            runs = [_run(self.step, engine, tokens, live, self.loss) for engine in self._engines]
+        if len(runs) == 1:
+            return runs[0]
+        peaks = _beyond(runs[0], runs[1], self.layers - 3)
+        for peak in peaks.values():
+            if peak[LAYERS] > self._engines[-1].most_gathered:
+                peak[LAYERS] = int(self._engines[-1].most_gathered)
+        return peaks
 
 
 def _beyond(less: Peaks, more: Peaks, steps: float) -> Peaks:
@@ -190,9 +221,13 @@ def _beyond(less: Peaks, more: Peaks, steps: float) -> Peaks:
     """
     return {
         running: Counter(
-            {part: peak[part] + int(steps * (peak[part] - less[running][part])) for part in peak}
+            {
+                part: peak[part] + int(steps * (peak[part] - less[running][part]))
+                for part in peak | less[running]
+            }
         )
         for running, peak in more.items()
+        if running in less  # two layers have none between them
     }
 
 
@@ -222,19 +257,30 @@ def prepared(model: PreTrainedModel, step: StepSettings) -> PreTrainedModel | Pe
     return adapted.train()
 
 
+def _may_single_out(method: Method) -> bool:
+    """Return True if the method may treat layers differently, by patterns or numbers of layers."""
+    targets = method.lora_target_modules
+    if method.method == "full":
+        return False
+    names = [] if targets == "all-linear" else targets
+    if isinstance(names, str):
+        return True
+    return any(char.isdigit() for char in "".join([*names, *method.lora_modules_to_save]))
+
+
 def _shapes(layer: nn.Module) -> tuple[Any, ...]:
     return tuple((name, x.shape, x.dtype) for name, x in layer.named_parameters())
 
 
 def _run(
     step: StepSettings,
-    adapted: nn.Module,
+    engine: Engine,
     tokens: int,
     live: float,
     loss_of: Callable[[Any, int, AbstractContextManager[None]], Tensor],
 ) -> Peaks:
     """Run a pack after an earlier one has left gradients; return the peaks of `MemoryTracker`."""
-    model: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
+    model: Any = transformers_model(engine.model)
 
     def working(name: str, *args: Any) -> int:
         if name == "derta::head_loss":
@@ -248,11 +294,6 @@ def _run(
 
     tracker = MemoryTracker(lambda name: PARTS.get(name, "layers"), working)
     with contextlib.ExitStack() as hooks:
-        tracker.count((*model.parameters(), *model.buffers()), "weights")
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)
-                tracker.count([parameter.grad], "gradients")
 
         def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             tracker.count(args[:1], "checkpoints")
@@ -263,10 +304,10 @@ def _run(
         if step.liger:
             hooks.enter_context(liger_layers(model))
         offloading = Offloading(model, _Lane(tracker)) if step.offload else contextlib.nullcontext()
-        with tracker:
-            with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast):
+        with tracker, engine.running(tracker):
+            with torch.autocast("cpu", torch.bfloat16, enabled=engine.autocast):
                 loss = loss_of(model, tokens, offloading)
-            loss.backward()
+            engine.backward(loss)
             del loss
     return tracker.peaks
 
@@ -330,8 +371,12 @@ class _Nf4Linear(nn.Linear):
     def __init__(self, linear: nn.Linear | Conv1D) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = widths(linear)
-        codes = torch.empty(int(linear.weight.numel() * NF4_BYTES), dtype=torch.uint8)
+        codes, scales = (
+            torch.empty(int(linear.weight.numel() * size), dtype=torch.uint8)
+            for size in (NF4_BYTES, SCALE_BYTES)
+        )
         self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scales", scales)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,8 +35,9 @@ class MemoryTracker(TorchDispatchMode):
 
     Attributes:
         now: bytes by part.
-        peaks: for each part, the bytes by part at the moment of their largest sum while an
-            operation of that part ran.
+        moment: name of the part of the pass that runs; an engine sets it.
+        peaks: for each part, and moment if it has a name, the bytes by part when their sum was
+            largest while an operation of that part ran.
     """
 
     def __init__(self, part: Callable[[str], str], working: Callable[..., int]) -> None:
@@ -43,8 +45,10 @@ class MemoryTracker(TorchDispatchMode):
         self.part = part
         self.working = working
         self.now: Counter[str] = Counter()
+        self.moment = ""
         self.peaks: dict[str, Counter[str]] = {}
         self._counts = True
+        self._override: str | None = None
         self._known: weakref.WeakKeyDictionary[UntypedStorage, _Allocation] = (
             weakref.WeakKeyDictionary()
         )
@@ -57,6 +61,14 @@ class MemoryTracker(TorchDispatchMode):
             yield
         finally:
             self._counts = True
+
+    def allocate(self, values: int, dtype: torch.dtype, part: str) -> Tensor:
+        """Allocate a tensor of that many values, which belongs to a part."""
+        self._override = part
+        try:
+            return torch.empty(values, dtype=dtype)
+        finally:
+            self._override = None
 
     def count(self, tensors: Iterable[Tensor], part: str) -> None:
         """Count the tensors' storages under a part, also if they were counted under another."""
@@ -78,10 +90,11 @@ class MemoryTracker(TorchDispatchMode):
     ) -> Any:
         results = func(*args, **(kwargs or {}))
         name = func.name().partition(".")[0]
-        part = self.part(name)
+        part = self._override or self.part(name)
         made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
         self.count([x for x in made if x.untyped_storage() not in self._known], part)
         working = self.working(name, *args)
-        if part not in self.peaks or self.now.total() + working > self.peaks[part].total():
-            self.peaks[part] = self.now + Counter({part: working})
+        running = f"{part} {self.moment}".strip()
+        if running not in self.peaks or self.now.total() + working > self.peaks[running].total():
+            self.peaks[running] = self.now + Counter({part: working})
         return results

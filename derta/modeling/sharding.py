@@ -60,9 +60,14 @@ def inside(module: Any, hidden: Tensor, compute: Callable[[Tensor], Result]) -> 
         hidden: its input.
         compute: takes the place of the module's forward.
     """
+    if isinstance(module, FSDPModule) or hasattr(module.weight, "ds_id"):
+        return call(module, hidden, compute)
+    return compute(hidden)
+
+
+def call(module: Any, hidden: Tensor, compute: Callable[[Tensor], Result]) -> Result:
+    """Call a module, or a wrapper of one, with compute(hidden) in the place of its forward."""
     weight = module.weight
-    if not (isinstance(module, FSDPModule) or hasattr(weight, "ds_id")):
-        return compute(hidden)
     owner: Any = next(one for one in module.modules() if one._parameters.get("weight") is weight)
     former = vars(owner).get("forward")
     owner.forward = compute

@@ -152,6 +152,7 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
 
     def _choose_engine(self) -> None:
         """Set transformers' keys of the engine that `shard` names."""
+        self.check_engine()
         self.check_sharding()
         forget_earlier_runs()
         if self.fsdp_config and not self.fsdp and self.shard != "fsdp":

@@ -303,15 +303,22 @@ class ShardSettings:
     )
 
     def check_sharding(self) -> None:
-        """Check what sharding needs.
+        """Check that there are shards to offload.
 
         Raises:
-            ValueError: DeepSpeed is not installed, or there are no shards to offload.
+            ValueError: there are none.
+        """
+        if self.offload_parameters and self.shard not in ("fsdp", "zero3"):
+            raise ValueError(f"offload_parameters needs shard: fsdp or zero3, got {self.shard}")
+
+    def check_engine(self) -> None:
+        """Check that the engine is installed.
+
+        Raises:
+            ValueError: DeepSpeed is not.
         """
         if self.shard in ("zero2", "zero3") and find_spec("deepspeed") is None:
             raise ValueError(f"shard: {self.shard} needs DeepSpeed: pip install 'derta[deepspeed]'")
-        if self.offload_parameters and self.shard not in ("fsdp", "zero3"):
-            raise ValueError(f"offload_parameters needs shard: fsdp or zero3, got {self.shard}")
 
 
 @dataclass(kw_only=True)

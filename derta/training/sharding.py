@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -75,6 +75,15 @@ def forget_earlier_runs() -> None:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+def running_engine(accelerator: Accelerator) -> Shard:
+    """Return the engine that runs, also if `accelerate launch` or a file of keys chose it."""
+    if accelerator.state.fsdp_plugin is not None:
+        return "fsdp"
+    if accelerator.state.deepspeed_plugin is not None:
+        return "zero3" if accelerator.state.deepspeed_plugin.zero_stage == 3 else "zero2"
+    return "ddp" if accelerator.num_processes > 1 else "none"
 
 
 def check_launch(shard: Shard) -> None:

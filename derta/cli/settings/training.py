@@ -11,7 +11,13 @@ from derta.modeling.method import Method
 from derta.objectives.defaults import PROMPT_TOKENS, SAFE_TOKENS
 from derta.outputs import check_file, check_new_file
 from derta.settings import check_ranges, setting
-from derta.training.settings import DertaSettings, MemorySettings, PackSettings, RecipeSettings
+from derta.training.settings import (
+    DertaSettings,
+    MemorySettings,
+    PackSettings,
+    RecipeSettings,
+    ShardSettings,
+)
 
 
 @dataclass(kw_only=True)
@@ -31,18 +37,26 @@ class TrainSettings(Method, TemplateSettings, DtypeSettings, DertaSettings):
 
 
 @dataclass(kw_only=True)
-class PlanConfig(Method, DtypeSettings, RecipeSettings, PackSettings, MemorySettings):
+class PlanConfig(
+    Method, DtypeSettings, RecipeSettings, PackSettings, MemorySettings, ShardSettings
+):
     """A plan of a step's memory.
 
     Raises:
-        ValueError: a value is out of its range, contradicts the recipe, or asks for a package that
-            is not installed.
+        ValueError: a value is out of its range, contradicts the recipe, asks for a package that is
+            not installed, or the engine or the probe needs another number of GPUs.
     """
 
     model: str = setting(
         help="Folder of a model, its config.json, or a name on the model hub. No weights are read."
     )
-    gpu: float = setting(help="Memory of the GPU in GiB: 24 for a 24 GB card.", gt=0, le=100_000)
+    gpu: float = setting(help="Memory of a GPU in GiB: 24 for a 24 GB card.", gt=0, le=100_000)
+    gpus: int = setting(
+        1,
+        "Number of GPUs. The plan is that of each one. Several without shard are planned as ddp.",
+        ge=1,
+        le=100_000,
+    )
     prompt_tokens: int = setting(PROMPT_TOKENS, "Mean length of a prompt, in tokens.", ge=1)
     safe_tokens: int = setting(SAFE_TOKENS, "Mean length of a safe response, in tokens.", ge=1)
     probe: bool = setting(
@@ -56,6 +70,11 @@ class PlanConfig(Method, DtypeSettings, RecipeSettings, PackSettings, MemorySett
         super().__post_init__()
         self.follow_recipe()
         self.check_memory()
+        self.check_sharding()
+        if self.shard != "none" and self.gpus == 1:
+            raise ValueError(f"gpus must be at least 2 with shard: {self.shard}, got 1")
+        if self.probe and self.gpus > 1:
+            raise ValueError(f"gpus must be 1 with probe, which runs on one GPU, got {self.gpus}")
 
 
 @dataclass(kw_only=True)

@@ -415,6 +415,10 @@ def test_a_plan_is_probed_only_on_request(
         (["--gpu", "8", "--mlp_tile", "0"], "mlp_tile must be at least 1 token, got 0"),
         (["--gpu", "8", "--lora_r", "0"], "lora_r must lie in [1, 8192], got 0"),
         (["--gpu", "8", "--lora_dropout", "1"], "lora_dropout must lie in [0, 1), got 1.0"),
+        (["--gpu", "8", "--gpus", "0"], "gpus must lie in [1, 100000], got 0"),
+        (["--gpu", "8", "--shard", "fsdp"], "gpus must be at least 2 with shard: fsdp, got 1"),
+        (["--gpu", "8", "--gpus", "2", "--probe"], "gpus must be 1 with probe, which runs on one"),
+        (["--gpu", "8", "--offload_parameters"], "offload_parameters needs shard: fsdp or zero3"),
     ],
 )
 def test_impossible_plans_are_refused_with_the_reason(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from derta.training import sharding
 from derta.training.config import DertaConfig
-from derta.training.sharding import engine_keys, forget_earlier_runs, with_exact_sums
+from derta.training.sharding import (
+    engine_keys,
+    forget_earlier_runs,
+    running_engine,
+    with_exact_sums,
+)
 
 
 def config(folder: Path, **keys: Any) -> DertaConfig:
@@ -94,3 +100,21 @@ def test_mixed_precision_of_fsdp_rounds_no_sums() -> None:
     assert wide.param_dtype == torch.bfloat16
     assert wide.reduce_dtype == torch.float32
     assert wide.output_dtype is None and not wide.cast_forward_inputs
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fsdp", "zero_stage", "engine"),
+    [
+        (1, None, None, "none"),
+        (2, None, None, "ddp"),
+        (2, "plugin", None, "fsdp"),
+        (2, None, 2, "zero2"),
+        (2, None, 3, "zero3"),
+    ],
+)
+def test_the_engine_that_runs_is_known(
+    ranks: int, fsdp: str | None, zero_stage: int | None, engine: str
+) -> None:
+    deepspeed = None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
+    state = SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=deepspeed)
+    assert running_engine(SimpleNamespace(state=state, num_processes=ranks)) == engine
