@@ -206,7 +206,10 @@ def working_bytes(
     """
     size = product_dtype(dtype, device_type).itemsize
     rows = _rows_within(default_scratch(device_type, vocabulary * size, free), vocabulary * size)
-    return min(count, rows) * (vocabulary + 3 * width) * size
+    # On a CPU no product of narrow matrices has a float32 result.
+    slices = device_type == "cpu" and dtype.itemsize < 4
+    sliced = 4 * min(SLICE_ELEMENTS, vocabulary * width) if slices else 0
+    return min(count, rows) * (vocabulary + 3 * width) * size + sliced
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
