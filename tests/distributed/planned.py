@@ -41,7 +41,7 @@ STEPS = 3  # ZeRO-3 learns the order of modules in the first ones
 CASES: dict[str, dict[str, Any]] = {
     "ddp": dict(shard="ddp"),
     "fsdp": dict(shard="fsdp"),
-    "fsdp, bfloat16": dict(shard="fsdp", bf16=True, gradient_checkpointing=True),
+    "fsdp, bfloat16": dict(shard="fsdp", bf16=True),
     "fsdp, lora": dict(shard="fsdp", method="lora", gradient_checkpointing=True),
     "zero3": dict(shard="zero3"),
 }
