@@ -158,8 +158,11 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         if self.fsdp_config and not self.fsdp and self.shard != "fsdp":
             raise ValueError("fsdp_config needs shard: fsdp, or fsdp: true")
         if self.shard == "none":
+            for name in ("fsdp", "deepspeed"):
+                if getattr(self, name):
+                    check_launch(name)
             return
-        check_launch(self.shard)
+        check_launch(f"shard: {self.shard}")
         if self.deepspeed is not None or (self.fsdp and self.shard != "fsdp"):
             raise ValueError(
                 f"shard: {self.shard} and {'fsdp' if self.fsdp else 'deepspeed'} name two engines: "

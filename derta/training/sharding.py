@@ -20,6 +20,7 @@ from derta.training.settings import Shard
 # Variables by which `accelerate launch` chooses an engine, and their values then. Accelerate sets
 # them too, and they would decide over the next run of this process.
 LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+ENGINES = {"shard: fsdp": "FSDP", "shard: zero2": "DeepSpeed", "shard: zero3": "DeepSpeed"}
 LAUNCHED = {name: os.environ.get(name) for name in LAUNCHERS}
 
 
@@ -79,29 +80,31 @@ def forget_earlier_runs() -> None:
 
 def running_engine(accelerator: Accelerator) -> Shard:
     """Return the engine that runs, also if `accelerate launch` or a file of keys chose it."""
-    if accelerator.state.fsdp_plugin is not None:
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:  # it may have none
         return "fsdp"
     if accelerator.state.deepspeed_plugin is not None:
         return "zero3" if accelerator.state.deepspeed_plugin.zero_stage == 3 else "zero2"
     return "ddp" if accelerator.num_processes > 1 else "none"
 
 
-def check_launch(shard: Shard) -> None:
+def check_launch(engine: str) -> None:
     """Check that processes were launched for an engine, and for no other one.
+
+    Args:
+        engine: the key that asks for it, as "shard: fsdp".
 
     Raises:
         ValueError: there is one process only, or `accelerate launch` chose another engine.
     """
     chosen = [LAUNCHERS[name] for name, value in LAUNCHED.items() if value == "true"]
-    ours = {"fsdp": ["FSDP"], "zero2": ["DeepSpeed"], "zero3": ["DeepSpeed"]}.get(shard, [])
-    if chosen and chosen != ours:
+    if engine.startswith("shard: ") and chosen and ENGINES.get(engine) != chosen[0]:
         raise ValueError(
-            f"shard: {shard}, but accelerate launch chose {chosen[0]}: leave shard out, or launch "
-            "with torchrun"
+            f"{engine}, but accelerate launch chose {chosen[0]}: leave shard out, or launch with "
+            "torchrun"
         )
     if "LOCAL_RANK" not in os.environ:
         raise ValueError(
-            f"shard: {shard} needs a process for each GPU, got one that was started by itself: "
+            f"{engine} needs a process for each GPU, got one that was started by itself: "
             "torchrun --nproc_per_node 8 -m derta train ..."
         )
 
