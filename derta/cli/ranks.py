@@ -86,7 +86,7 @@ def run(
         work: this rank's part.
         sentence_of: returns an error's sentence; None: its traceback is shown.
     """
-    ranks = Ranks(title)
+    ranks = FailureWatch(title)
     status = 0
     try:
         ranks.watch()
@@ -103,7 +103,7 @@ def run(
     ranks.leave(status)
 
 
-class Ranks:
+class FailureWatch:
     """The ranks of a run, seen by one of them.
 
     Args:

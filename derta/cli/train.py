@@ -216,7 +216,8 @@ def run(config: TrainConfig) -> None:
         color = sys.stdout.isatty()
         refusal_id = trainer.refusal_token.id
         shown = render_pack(batch, trainer.objective, tokenizer, refusal_id, color=color)
-        say(shown, colors=color)
+        if trainer.is_world_process_zero():
+            say(shown, colors=color)
         return
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging as std_logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -126,10 +127,7 @@ def load_model(
             folder,
             dtype=dtype,
             quantization_config=quantization,
-            # ZeRO-3 places the weights itself.
-            device_map=None
-            if quantization is None or is_deepspeed_zero3_enabled()
-            else {"": device},
+            device_map=_placed(device, quantization is not None),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=local_files_only,
@@ -137,7 +135,22 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are refused below, in one sentence
         )
     refuse_misfits(found, f"{folder}: its weights do", CONFIG)
+    if quantization is None and model.device.type == "meta":
+        # Accelerate tells parameters by their addresses. Memory that nobody writes is not taken.
+        model._apply(lambda one: torch.empty_like(one, device="cpu") if one.is_meta else one)
+        model.tie_weights()
     return model
+
+
+def _placed(device: torch.device | None, is_quantized: bool) -> dict[str, Any] | None:
+    """Return the device map of a load; None leaves the place to transformers, or to ZeRO-3.
+
+    FSDP broadcasts weights from the first rank of a machine: no other one has to hold them.
+    """
+    if is_quantized:
+        return None if is_deepspeed_zero3_enabled() else {"": device}
+    receives = is_fsdp_enabled() and int(os.environ.get("LOCAL_RANK", 0)) > 0
+    return {"": "meta"} if receives else None
 
 
 def load_config(

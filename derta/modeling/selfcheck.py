@@ -18,16 +18,22 @@ from derta.modeling.sharding import class_name
 TF32_EPS = 2**-10
 
 
+class MisreadError(ValueError):
+    """One pass over a pack differs from separate passes, all of which have run."""
+
+
 class Passes(NamedTuple):
     """Results to compare: hidden (n, d) and logits (n, V), row by row of the pack.
 
     logits_dtype is the dtype in which the head computed the logits. Inside an autocast that
-    Accelerate wraps around the forward, it is coarser than the dtype of the result.
+    Accelerate wraps around the forward, it is coarser than the dtype of the result. routers are the
+    model's router loss and ours, () each, if it has one.
     """
 
     hidden: Tensor
     logits: Tensor
     logits_dtype: torch.dtype
+    routers: tuple[Tensor, Tensor] | None
 
 
 class Proof:
@@ -68,11 +74,7 @@ class Proof:
         )
 
     def separate_passes(self) -> Passes:
-        """Run each sequence separately through the unpatched model; keep the pack's rows.
-
-        Raises:
-            ValueError: the model's router loss is not the one that its modeling file names.
-        """
+        """Run each sequence separately through the unpatched model; keep the pack's rows."""
         head: Any = self.model.get_output_embeddings()
         hidden, logits, dtypes = [], [], [head.weight.dtype]
         hook = head.register_forward_hook(lambda head, args, made: dtypes.append(made.dtype))
@@ -81,18 +83,23 @@ class Proof:
                 body, whole = self._pass(input_ids=sequence[None], use_cache=False)
                 hidden.append(body.last_hidden_state[0, -rows:])
                 logits.append(whole.logits[0, -rows:])
+        routers = None
         if has_router_loss(self.model):
-            own, ours = whole.aux_loss, router_loss(self.model, body)
-            self._judge("router loss", (own - ours).abs() / own.abs(), ours.dtype)
-        return Passes(torch.cat(hidden), torch.cat(logits), dtypes[-1])
+            routers = whole.aux_loss, router_loss(self.model, body)
+        return Passes(torch.cat(hidden), torch.cat(logits), dtypes[-1], routers)
 
     def check(self, refusal_token_id: int, expected: Passes) -> None:
         """Run the pack through the patched model and compare.
 
         Raises:
-            ValueError: the results differ, or the model cannot run a pack.
+            MisreadError: the results differ, or the model's router loss is not the one that its
+                modeling file names.
+            ValueError: the model cannot run a pack.
         """
         body, output = self._pass(**self.pack)
+        if expected.routers is not None:
+            own, ours = expected.routers
+            self._judge("router loss", (own - ours).abs() / own.abs(), ours.dtype)
         hidden = body.last_hidden_state[0]
         error = (hidden - expected.hidden).norm(dim=1) / _size(expected.hidden.norm(dim=1))
         self._judge("hidden states", error, hidden.dtype)
@@ -138,7 +145,7 @@ class Proof:
             eps = max(eps, TF32_EPS)
         tolerance = eps**0.5
         if not worst <= tolerance:
-            raise ValueError(
+            raise MisreadError(
                 f"{class_name(self.model)} cannot be trained on packs: {what} of one pass "
                 f"differ from those of separate passes by {worst:.1e} of their size; {dtype} "
                 f"allows {tolerance:.1e}"

@@ -23,7 +23,13 @@ from derta.settings.blame import LIBRARY_ERRORS, blame
 from derta.training.checkpoints import newest
 from derta.training.ranges import RANGES
 from derta.training.settings import RECIPES as RECIPES, DertaSettings
-from derta.training.sharding import check_launch, engine_keys, forget_earlier_runs, shard_on_cpus
+from derta.training.sharding import (
+    announce_fsdp,
+    check_launch,
+    engine_keys,
+    forget_earlier_runs,
+    shard_on_cpus,
+)
 
 # Optimizers that read optim_target_modules.
 LOW_RANK = re.compile("galore|apollo")
@@ -111,7 +117,7 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
                 f"label_smoothing_factor must be 0, got {self.label_smoothing_factor}: the head "
                 "loss has hard targets only"
             )
-        if self.probe and self.deepspeed is not None:
+        if self.probe and self.deepspeed_plugin is not None:
             raise ValueError("probe: DeepSpeed would add its gradients to those of the first step")
         if self.use_liger_kernel:
             asked = self.liger_kernel_config or {}
@@ -161,7 +167,15 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
             for name in ("fsdp", "deepspeed"):
                 if getattr(self, name):
                     check_launch(name)
-            return
+        else:
+            self._shard()
+        if self.fsdp:
+            announce_fsdp()
+            if not self.use_cpu and torch.cuda.is_available():
+                self.ddp_backend = self.ddp_backend or GPU_AND_HOST
+
+    def _shard(self) -> None:
+        """Set the keys of `shard`."""
         check_launch(f"shard: {self.shard}")
         if self.deepspeed is not None or (self.fsdp and self.shard != "fsdp"):
             raise ValueError(
@@ -173,8 +187,6 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
         offload = self.offload_parameters and not self.use_cpu
         keys = engine_keys(self.shard, offload, self.fsdp_config, only_model=self.save_only_model)
         vars(self).update(keys)
-        if self.shard == "fsdp" and not self.use_cpu and torch.cuda.is_available():
-            self.ddp_backend = self.ddp_backend or GPU_AND_HOST
 
     def _check_checkpointing(self) -> None:
         """Check the keywords of torch's checkpoint, which hands unknown ones on to the layers."""

@@ -104,7 +104,9 @@ class SavingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         fetch = self._fetch()
         if self._blueprint is None:
-            self._save(str(folder), {name: fetch(name).cpu() for name in self._adapters})
+            adapters = {name: fetch(name).cpu() for name in self._adapters}
+            if self.args.should_save:
+                self._save(str(folder), adapters)
             return
         with tempfile.TemporaryDirectory() as aside:
             plan = plan_save(self._blueprint, folder if self.args.should_save else Path(aside))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, str_to_bool
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from derta.training.settings import Shard
@@ -21,7 +21,7 @@ from derta.training.settings import Shard
 # them too, and they would decide over the next run of this process.
 LAUNCHERS = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 ENGINES = {"shard: fsdp": "FSDP", "shard: zero2": "DeepSpeed", "shard: zero3": "DeepSpeed"}
-LAUNCHED = {name: os.environ.get(name) for name in LAUNCHERS}
+AT_LAUNCH = {name: os.environ.get(name) for name in LAUNCHERS}
 
 
 def engine_keys(
@@ -72,10 +72,18 @@ def _deepspeed(stage: int, offload: bool) -> dict[str, Any]:
 
 def forget_earlier_runs() -> None:
     """Let the launch alone say which engine runs, and no earlier run of this process."""
-    for name, value in LAUNCHED.items():
+    for name, value in AT_LAUNCH.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+def announce_fsdp() -> None:
+    """Let transformers load weights on one rank of a machine, if FSDP is asked to do so.
+
+    It reads the variable that Accelerate sets, but only once there is an accelerator.
+    """
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
 def running_engine(accelerator: Accelerator) -> Shard:
@@ -96,7 +104,7 @@ def check_launch(engine: str) -> None:
     Raises:
         ValueError: there is one process only, or `accelerate launch` chose another engine.
     """
-    chosen = [LAUNCHERS[name] for name, value in LAUNCHED.items() if value == "true"]
+    chosen = [LAUNCHERS[name] for name, value in AT_LAUNCH.items() if str_to_bool(value or "0")]
     if engine.startswith("shard: ") and chosen and ENGINES.get(engine) != chosen[0]:
         raise ValueError(
             f"{engine}, but accelerate launch chose {chosen[0]}: leave shard out, or launch with "
@@ -110,10 +118,11 @@ def check_launch(engine: str) -> None:
 
 
 def with_exact_sums(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
-    """Return a policy that rounds no more than autocast does.
+    """Return a policy that rounds weights and activations, but no sums.
 
-    Weights are gathered in the policy's dtype. Gradients are summed over ranks in float32, and
-    counts and weights of targets come in, and losses go out, as they are.
+    Weights are gathered in the policy's dtype, and so are the embedding's outputs and the residual
+    stream, which autocast alone keeps in the dtype of the weights. Gradients are summed over ranks
+    in float32, and counts and weights of targets come in, and losses go out, as they are.
     """
     return replace(policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False)
 

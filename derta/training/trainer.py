@@ -47,7 +47,8 @@ from derta.data import (
 from derta.modeling.costs import forward_operations
 from derta.modeling.introspection import context_length, has_router_loss, transformers_model
 from derta.modeling.mlp_tiling import tile_mlp
-from derta.modeling.patch import apply_derta, check_derta
+from derta.modeling.patch import apply_derta, check_derta, patch_of
+from derta.modeling.selfcheck import MisreadError
 from derta.modeling.sharding import gather_no_more_than_needed, reshard
 from derta.objectives.base import Objective
 from derta.training.config import DertaConfig
@@ -255,12 +256,16 @@ class DertaTrainer(ResumableTrainer):
         return prepared
 
     def _check_sharded(self) -> None:
-        """Run the self-check through the engine; all ranks pass or fail together."""
+        """Run the self-check through the engine; all ranks pass or fail together.
+
+        Only what is found once all passes are done is gathered: a pass that fails leaves the others
+        within a collective of its own.
+        """
         assert self.model is not None
         errors = []
         try:
             check_derta(self.model, self.model_wrapped, self.args.device)
-        except ValueError as error:
+        except MisreadError as error:
             errors = [str(error)]
         reshard(self.model)
         if errors := gather_object(errors):
@@ -440,7 +445,11 @@ class DertaTrainer(ResumableTrainer):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.args.device)
         devices = [self.args.device] if on_gpu else []
-        with torch.random.fork_rng(devices), self.accelerator.no_sync(model):
+        # FSDP would keep whole gradients, which zero_grad does not see.
+        reduces = (
+            contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
+        )
+        with torch.random.fork_rng(devices), reduces:
             inputs = batch.to(self.args.device).model_inputs()
             self.accelerator.backward(model(**inputs).loss)
         model.zero_grad()
@@ -519,6 +528,10 @@ class DertaTrainer(ResumableTrainer):
         else:
             raise ValueError("evaluate needs records: eval_dataset is None here and in the trainer")
         model = self.model_wrapped
+        assert self.model is not None
+        patch = patch_of(self.model)
+        if patch is not None and not patch.is_checked:
+            raise ValueError("evaluate needs the engine of a sharded model: call train first")
         model.eval()
         metrics, watch = StepMetrics(self.objective, self.args.device), RefusalWatch()
         for step in range(held_out.losses.plan.steps_per_epoch):

@@ -58,7 +58,9 @@ def write_models(folder: Path) -> None:
 def make(folder: Path, case: Case, output: Path, **changes: Any) -> DertaTrainer:
     """Return the trainer of a case."""
     shard, tuned, name = case
-    args = settings(output, shard=shard, **{**RUN, **changes})
+    # DeepSpeed takes no probe, which must leave no mark on the others.
+    probe = dict(probe=shard in ("ddp", "fsdp"))
+    args = settings(output, shard=shard, **{**RUN, **probe, **changes})
     method = Method(method=tuned, lora_dropout=0.0)
     storage = torch.uint8 if shard == "none" else torch.float32
     model = load_model(
@@ -67,6 +69,9 @@ def make(folder: Path, case: Case, output: Path, **changes: Any) -> DertaTrainer
         quantization=quantization(method, torch.float32, storage),
         device=args.device,
     )
+    if shard == "fsdp" and tuned != "qlora":  # one rank of a machine reads the weights
+        read = torch.equal(model.model.norm.weight, weights(folder / name)["model.norm.weight"])
+        assert read == (args.process_index == 0)
     torch.manual_seed(0)
     trainer = DertaTrainer(
         model=adapt(model, method),
@@ -83,7 +88,7 @@ def run(folder: Path, case: Case, output: Path) -> list[dict[str, float]]:
     trainer = make(folder, case, output)
     trainer.train()
     trainer.save_model()
-    return trainer.state.log_history[:-1]
+    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ for case in [("fsdp", "full", "llama"), ("fsdp", "lora", "llama")]:
     except ValueError as error:
         refused.append(str(error))
 
-trainer = engines.make(folder, ("fsdp", "lora", "llama"), folder / "head", max_steps=1)
+trainer = engines.make(folder, ("fsdp", "lora", "llama"), folder / "head", max_steps=1, probe=False)
 model = transformers_model(trainer.model)
 released = []
 model.register_forward_hook(

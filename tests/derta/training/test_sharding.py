@@ -66,7 +66,7 @@ def test_another_engine_of_the_launcher_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setitem(sharding.LAUNCHED, "ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sharding.AT_LAUNCH, "ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match="shard: fsdp, but accelerate launch chose DeepSpeed"):
         config(tmp_path, shard="fsdp")
 
