@@ -26,6 +26,7 @@ LAYERS = [
     {
         "derta._lazy",
         "derta._version",
+        "derta.launch",
         "derta.outputs",
         "derta.manifest",
         "derta.settings",

@@ -28,6 +28,7 @@ from types import FrameType
 from typing import NoReturn
 
 from derta.cli.board import Board, Place, hosted_by_agent, until
+from derta.launch import RENDEZVOUS, several_processes
 from derta.terminal import say
 
 # Seconds that ranks may take to meet the same error.
@@ -47,7 +48,6 @@ _CONSEQUENCE = re.compile(
 )
 _TIMED_OUT = re.compile(r"(?i)tim(?:ed |e)out\D*(\d+) ?ms")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HOST_ENDED = "rank 0 ended without a word, as a killed process does"
 _stage = ""
 
@@ -65,9 +65,9 @@ def several() -> bool:
             sys.exit(1)
         raise ValueError(
             f"srun has started {tasks} tasks without RANK: start torchrun in one task of each "
-            f"node, or export {', '.join(_REQUIRED)} and LOCAL_RANK"
+            f"node, or export {', '.join(RENDEZVOUS)} and LOCAL_RANK"
         )
-    return all(name in os.environ for name in _REQUIRED) and int(os.environ["WORLD_SIZE"]) > 1
+    return several_processes()
 
 
 def enter(stage: str) -> None:

@@ -105,6 +105,17 @@ class _Ends(torch.autograd.Function):
         return None, d_out
 
 
+def _ending(inputs: Any, end: Callable[[], None]) -> Any:
+    """Return a call's inputs such that `end` runs where their gradients are known."""
+    if not torch.is_grad_enabled():
+        return inputs
+
+    def one(x: Any) -> Any:
+        return _Ends.apply(end, x) if isinstance(x, Tensor) and x.requires_grad else x
+
+    return tree_map(one, inputs)
+
+
 class Fsdp:
     """FSDP2, wrapped as Accelerate does it.
 
@@ -190,7 +201,7 @@ class Fsdp:
             self.tracker.moment = group.moment
             if not group.calls:
                 group.calls = set(group.modules)
-                args, kwargs = self._ending(group, (args, kwargs))
+                args, kwargs = _ending((args, kwargs), lambda: self._end_backward(group))
             self._gather(group)
             self._wait(group, forward=True)
             return args, kwargs
@@ -210,19 +221,6 @@ class Fsdp:
                     tensor.register_hook(lambda _: self._begin_backward(group))
 
         return module.register_forward_hook(release)
-
-    def _ending(self, group: _Group, inputs: Any) -> Any:
-        """Let a group's backward pass end where the gradients of its inputs are known."""
-        if not torch.is_grad_enabled():
-            return inputs
-        return tree_map(
-            lambda x: (
-                _Ends.apply(lambda: self._end_backward(group), x)
-                if isinstance(x, Tensor) and x.requires_grad
-                else x
-            ),
-            inputs,
-        )
 
     def _gather(self, group: _Group) -> None:
         """Allocate the buffer of an all-gather."""
@@ -509,16 +507,7 @@ class Zero3(Zero2):
 
     def _before(self, module: nn.Module, args: Any) -> Any:
         self._call(module)
-        if not torch.is_grad_enabled():
-            return args
-        return tree_map(
-            lambda x: (
-                _Ends.apply(lambda: self._release(module), x)
-                if isinstance(x, Tensor) and x.requires_grad
-                else x
-            ),
-            args,
-        )
+        return _ending(args, lambda: self._release(module))
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._release(module)

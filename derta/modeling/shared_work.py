@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
+from derta.launch import several_processes
+
 Unit = TypeVar("Unit")
 
-# Variables of launchers, from which torch finds the other ranks.
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Ranks may wait long for one with longer answers, or with tasks that only the first one runs.
 TIMEOUT = timedelta(days=2)
 
@@ -89,8 +89,7 @@ def over_ranks(device: str) -> Iterator[Ranks]:
     Raises:
         ValueError: the device names one GPU for several processes, or a process lacks one.
     """
-    launched = all(name in os.environ for name in LAUNCHED)
-    if not launched or os.environ["WORLD_SIZE"] == "1":
+    if not several_processes():
         yield _ALONE
         return
     _take_gpu(device)

@@ -32,6 +32,7 @@ from derta.training import checkpoints
 from derta.training.config import DertaConfig
 from derta.training.fingerprint import FIXED, differences
 from derta.training.saving import ENGINES, SavingTrainer
+from derta.training.together import failing_together
 
 logger = logging.get_logger(__name__)
 
@@ -404,14 +405,12 @@ class ResumableTrainer(SavingTrainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
-        errors = []
-        if self.is_world_process_zero():
-            try:
-                verify(best)
-            except DamagedError as error:
-                errors = [f"load_best_model_at_end: {error}"]
-        if errors := gather_object(errors):
-            raise ValueError(errors[0])
+        with failing_together(ValueError):
+            if self.is_world_process_zero():
+                try:
+                    verify(best)
+                except DamagedError as error:
+                    raise ValueError(f"load_best_model_at_end: {error}") from error
         super()._load_best_model()
 
     def _running_file(self, folder: Path) -> Path:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Trainer
 from derta.modeling.folders import INDEX
 from derta.modeling.sharding import whole
 from derta.modeling.streaming import Fetch, Plan, blueprint_of, plan_save, write_weights
+from derta.training.together import failing_together
 
 # Engines by the files of their checkpoints, and how they are asked for.
 ENGINES = {
@@ -123,14 +124,9 @@ class SavingTrainer(Trainer):
         nodes = gather_object([node if folder.is_dir() else None])
         before = nodes[: self.args.process_index].count(node)
         writers = min(Counter(filter(None, nodes)).values())
-        errors = []
-        try:
-            writer = before if folder.is_dir() and before < writers else None
+        writer = before if folder.is_dir() and before < writers else None
+        with failing_together(OSError):
             write_weights(plan, folder, fetch, writer=writer, writers=writers)
-        except OSError as error:
-            errors = [str(error)]
-        if errors := gather_object(errors):
-            raise OSError(errors[0])
 
     def _fetch(self) -> Fetch:
         """Return how a weight is fetched by all ranks together: whole, in its former dtype."""

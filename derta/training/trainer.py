@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -57,7 +56,8 @@ from derta.training.finite_watch import FiniteWatch
 from derta.training.metrics import StepMetrics
 from derta.training.refusal_watch import RefusalWatch, check_watched, trunk_steps
 from derta.training.resumable import ResumableTrainer
-from derta.training.sharding import with_exact_sums
+from derta.training.sharding import running_engine, with_exact_sums
+from derta.training.together import failing_together
 
 logger = logging.get_logger(__name__)
 
@@ -242,8 +242,7 @@ class DertaTrainer(ResumableTrainer):
     @property
     def _shards_weights(self) -> bool:
         """True if the engine holds weights in shards: FSDP, or DeepSpeed's ZeRO-3."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        return running_engine(self.accelerator) in ("fsdp", "zero3")
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare as transformers does; a sharded model proves itself once its engine runs it."""
@@ -258,18 +257,13 @@ class DertaTrainer(ResumableTrainer):
     def _check_sharded(self) -> None:
         """Run the self-check through the engine; all ranks pass or fail together.
 
-        Only what is found once all passes are done is gathered: a pass that fails leaves the others
-        within a collective of its own.
+        That is so once all passes are done. The error of a pass is this rank's own, since the
+        others may be within a collective.
         """
         assert self.model is not None
-        errors = []
-        try:
+        with failing_together(MisreadError):
             check_derta(self.model, self.model_wrapped, self.args.device)
-        except MisreadError as error:
-            errors = [str(error)]
         reshard(self.model)
-        if errors := gather_object(errors):
-            raise ValueError(errors[0])
 
     def _encoder(self, args: DertaConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder(
