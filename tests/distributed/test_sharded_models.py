@@ -89,6 +89,8 @@ def test_a_frozen_head_is_gathered_once_and_released_after_the_loss(ranks: list[
 
 def test_a_pack_is_refused_before_the_self_check_that_was_put_off() -> None:
     model = tiny_model("llama")
+    with pytest.raises(ValueError, match="check_derta needs apply_derta, which this model has not"):
+        check_derta(model)
     apply_derta(model, 1, check=False)
     ids = torch.arange(4)[None]
     pack = dict(

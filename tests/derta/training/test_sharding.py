@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from derta import apply_derta
 from derta.training import sharding
 from derta.training.config import DertaConfig
 from derta.training.sharding import (
@@ -19,6 +20,7 @@ from derta.training.sharding import (
     running_engine,
     with_exact_sums,
 )
+from runs import RECORDS, trainer
 
 
 def config(folder: Path, **keys: Any) -> DertaConfig:
@@ -29,6 +31,12 @@ def config(folder: Path, **keys: Any) -> DertaConfig:
 def test_an_engine_needs_processes(tmp_path: Path, shard: str) -> None:
     with pytest.raises(ValueError, match=f"shard: {shard} needs a process for each GPU, got one"):
         config(tmp_path, shard=shard)
+
+
+@pytest.mark.parametrize("keys", [dict(fsdp=True), dict(deepspeed={"zero_optimization": {}})])
+def test_transformers_own_keys_need_processes_too(tmp_path: Path, keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(keys))} needs a process for each GPU, got"):
+        config(tmp_path, **keys)
 
 
 REFUSED = {
@@ -62,11 +70,12 @@ def test_keys_that_contradict_each_other_are_refused(
         config(tmp_path, **keys)
 
 
+@pytest.mark.parametrize("value", ["true", "True", "1"])
 def test_another_engine_of_the_launcher_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setitem(sharding.AT_LAUNCH, "ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sharding.AT_LAUNCH, "ACCELERATE_USE_DEEPSPEED", value)
     with pytest.raises(ValueError, match="shard: fsdp, but accelerate launch chose DeepSpeed"):
         config(tmp_path, shard="fsdp")
 
@@ -118,3 +127,10 @@ def test_the_engine_that_runs_is_known(
     deepspeed = None if zero_stage is None else SimpleNamespace(zero_stage=zero_stage)
     state = SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=deepspeed)
     assert running_engine(SimpleNamespace(state=state, num_processes=ranks)) == engine
+
+
+def test_a_model_that_awaits_its_self_check_is_not_evaluated(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    apply_derta(run.model, 1, check=False)  # as under an engine that train prepares
+    with pytest.raises(ValueError, match="evaluate needs the engine of a sharded model: call tra"):
+        run.evaluate(RECORDS)
