@@ -185,7 +185,6 @@ def row_pass(
     COLUMNS: tl.constexpr = 3 if HAS_UNLIKELY else 2
     i_row = tl.program_id(0).to(tl.int64)
     p_row = logits + i_row * row_stride
-    p_tokens = tokens + COLUMNS * i_row
     p_summary = summary + (3 + COLUMNS) * i_row
     # Each thread owns runs of eight neighbours. Their maximum needs no other thread, and the sum is
     # rescaled once per eight logits instead of once per logit.
@@ -220,7 +219,12 @@ def row_pass(
         ones = tl.sum(b_ones, 0)
         others_rest = tl.sum(b_rest, 0)
 
-    # The tokens' logits, from the same z as the sum.
+    rest = (ones - 1) + others_rest
+    log_total = _log1p(rest)
+
+    # The tokens' logits, from the same z as the sum. Had the walk begun with this address, it would
+    # hold registers throughout, and ptxas would spill with a softcap on compute capability 12.0.
+    p_tokens = tokens + COLUMNS * i_row
     next_token = tl.load(p_tokens)
     refusal_token = tl.load(p_tokens + 1)
     next_z = _token_z(p_row, next_token, p_summary + 3, softcap, logit_scale, STAGE, HAS_SOFTCAP)
@@ -245,8 +249,6 @@ def row_pass(
         return
 
     # The losses. Both terms of a loss are at least 0 as computed.
-    rest = (ones - 1) + others_rest
-    log_total = _log1p(rest)
     p_weight = token_weight + COLUMNS * i_row
     p_nll = nll + COLUMNS * i_row
     tl.store(logsumexp + i_row, highest + log_total)
