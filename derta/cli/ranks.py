@@ -278,16 +278,15 @@ class FailureWatch:
         if not silent:
             return ""
         names = ", ".join(self._name(rank, hosts.get(rank, "")) for rank in silent)
-        return f"{names} ended without a word, as a killed process does"
+        return f"{_stage_prefix()}{names} ended without a word, as a killed process does"
 
     def _consequence(self, board: Board, error: str, frames: list[FrameType]) -> str:
         """Describe the cause of a collective's error: ranks that have ended, or have not come."""
         places = board.call_roll()
-        stage = f"{_stage}: " if _stage else ""
         if silent := self._silent(board, places):
-            return stage + silent
+            return silent
         if not (waited := _TIMED_OUT.search(error)):
-            return f"{self._name(self.rank)}: {stage}{error}"
+            return f"{self._name(self.rank)}: {_stage_prefix()}{error}"
         collective = next((f.f_code.co_name for f in frames if _is_torch_distributed(f)), "")
         hosts = board.hosts()
         absent = [
@@ -296,7 +295,7 @@ class FailureWatch:
             if not place.waits
         ]
         return (
-            f"{stage}{collective or 'a collective'} of all ranks timed out after "
+            f"{_stage_prefix()}{collective or 'a collective'} of all ranks timed out after "
             f"{int(waited[1]) / 1000:g} s (ddp_timeout): "
             + (", ".join(absent) or "all ranks wait, for different collectives")
         )
@@ -329,6 +328,10 @@ class FailureWatch:
             extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
             with open(file, "w", encoding="utf-8") as stream:
                 json.dump({"message": {"message": message, "extraInfo": extra}}, stream)
+
+
+def _stage_prefix() -> str:
+    return f"{_stage}: " if _stage else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -136,8 +136,11 @@ def shard_on_cpus(*, with_deepspeed: bool) -> None:
     if PartialState().distributed_type != DistributedType.MULTI_CPU:
         return
     if with_deepspeed:
-        from deepspeed import comm
+        from deepspeed import comm, ops
 
+        # A sum for inference, which each first start compiles. A start that is killed meanwhile
+        # leaves a lock that all later ones would wait for.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
         comm.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     else:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

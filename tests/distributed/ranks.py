@@ -30,6 +30,7 @@ def environment(temporary: Path, **changes: str) -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "CXX": "false",  # no start compiles anything
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "TMPDIR": str(temporary),
         **changes,
