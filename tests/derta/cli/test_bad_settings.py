@@ -219,5 +219,5 @@ def test_a_setting_runs_or_ends_in_one_line_that_names_it(
         if not right or seconds > SECONDS:
             faults.append((values, status, said[-300:], f"{seconds:.1f} s"))
     assert not faults, "\n".join(map(str, faults))
-    assert len(cases) == count and count // 20 < ran < count // 2
+    assert len(cases) == count and count // 30 < ran < count // 2
     record_property("cases", count)
