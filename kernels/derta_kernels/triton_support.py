@@ -1,4 +1,4 @@
-"""A check that Triton runs on a device; importing this module does not import Triton."""
+"""Checks of what Triton does on a device; importing this module does not import Triton."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch.torch_version import TorchVersion
 
 MIN_CAPABILITY = (8, 0)
+FIRST_FENCED = TorchVersion("3.7.1")
 
 
 @cache
@@ -18,6 +20,9 @@ def no_triton(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cuda":
+        if torch.version.hip is not None:
+            rocm = f"PyTorch is built for ROCm {torch.version.hip}"
+            return f"its launches are chosen for NVIDIA's GPUs, and {rocm}"
         capability = torch.cuda.get_device_capability(device)
         if capability < MIN_CAPABILITY:
             return "Triton needs compute capability 8.0, this is {}.{}".format(*capability)
@@ -32,3 +37,16 @@ def no_triton(device: torch.device) -> str | None:
         f"Triton runs on {device.type} tensors only in its interpreter: set TRITON_INTERPRET=1 "
         "before Python starts"
     )
+
+
+def omits_fence(capability: int) -> bool:
+    """Tell if Triton's code for a compute capability (90 for 9.0) reads copies too early.
+
+    Before 3.7.1 no fence orders the writes of cp.async before the reads of wgmma (9.0) and tcgen05
+    (10.x, 11.x), which go through another proxy. mma.sync, on 8.x and 12.x, needs none.
+
+    Source: https://github.com/triton-lang/triton/pull/10537.
+    """
+    import triton
+
+    return 90 <= capability < 120 and TorchVersion(triton.__version__) < FIRST_FENCED

@@ -84,6 +84,20 @@ for launch in aot.launches():
     assert run(code) == "kept apart\n" * 4
 
 
+def test_a_compiler_that_omits_fences_is_given_nothing_to_copy() -> None:
+    code = r"""
+import triton
+triton.__version__ = "3.6.0"
+from derta_kernels import aot
+for name, capability, product in ("sm_90", 90, "wgmma"), ("sm_100", 100, "tcgen05.mma"):
+    name = f"attention backward keys, bf16, D 64, {name}"
+    launch = next(launch for launch in aot.launches() if launch.name == name)
+    ptx = aot.kernel_of(launch, capability).asm["ptx"]
+    print("cp.async" in ptx, product in ptx, "fence.proxy.async" in ptx)
+"""
+    assert run(code) == "False True True\n" * 2
+
+
 def test_every_launch_has_a_unique_name() -> None:
     launches = aot.launches()
     assert len({launch.name for launch in launches}) == len(launches) >= 36

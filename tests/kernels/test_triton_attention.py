@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
 import triton.language as tl
 
+from derta_kernels import head_loss
 from derta_kernels.attention import (
     choose,
     interval_attention,
@@ -343,6 +346,65 @@ def test_auto_takes_triton_on_gpus_where_it_runs(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(ValueError, match="cannot be used: Triton needs a C compiler .*, and fo"):
         choose("triton", torch.device("cuda:10"))
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "dtype", "trusted"),
+    [
+        ("3.6.0", (9, 0), torch.bfloat16, False),
+        ("3.7.0", (10, 3), torch.float16, False),
+        ("3.7.1", (9, 0), torch.bfloat16, True),
+        ("3.6.0", (9, 0), torch.float32, True),
+        ("3.6.0", (8, 0), torch.bfloat16, True),
+        ("3.6.0", (12, 0), torch.bfloat16, True),
+    ],
+)
+def test_a_compiler_that_omits_fences_is_asked_for_by_name(
+    version, capability, dtype, trusted, monkeypatch
+) -> None:
+    major, minor = capability
+    kib = 99 if major == 12 else 163
+    properties = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=kib << 10)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    launch_configs._chip_of.cache_clear()
+    device = torch.device("cuda:8")
+    chosen = choose("auto", device, dtype)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert choose("triton", device, dtype) == ("triton", "asked for by name")
+    stages = [
+        launch_configs.launch_config(kernel, dtype, 64, False, device).num_stages
+        for kernel in ("forward", "backward_queries", "backward_keys")
+    ]
+    launch_configs._chip_of.cache_clear()
+    if trusted:
+        assert chosen.name == "triton" and not warned
+        assert dtype == torch.float32 or min(stages) > 1
+        return
+    flaw = (
+        f"Triton {version} omits fences between copies and products on compute capability "
+        f"{major}.{minor}: 3.7.1 has them"
+    )
+    assert chosen.name == "sdpa" and chosen.reason.endswith(f"; not triton, as {flaw}")
+    assert [str(one.message) for one in warned] == [
+        f"impl 'triton' runs without asynchronous copies, slower: {flaw}"
+    ]
+    assert stages == [1, 1, 1]
+
+
+def test_auto_leaves_rocm_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gfx942, an MI300, says that it is of compute capability 9.4."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.2")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 4))
+    device = torch.device("cuda:11")
+    why = "its launches are chosen for NVIDIA's GPUs, and PyTorch is built for ROCm 6.4.2"
+    for room, fallback in ((choose, "sdpa"), (head_loss.choose, "torch")):
+        chosen = room("auto", device)
+        assert chosen.name == fallback and f"not triton, as {why}" in chosen.reason
+        with pytest.raises(ValueError, match=f"impl 'triton' cannot be used: {why}"):
+            room("triton", device)
 
 
 @pytest.mark.parametrize(

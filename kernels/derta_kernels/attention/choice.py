@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from derta_kernels import Choice
 from derta_kernels.attention import flash_attn
 from derta_kernels.attention.launch_configs import MAX_HEAD_DIM
-from derta_kernels.triton_support import no_triton
+from derta_kernels.triton_support import no_triton, omits_fence
 
 IMPLEMENTATIONS = ("reference", "sdpa", "triton", "flash_attn")
 
@@ -27,12 +29,16 @@ def choose(
         head_dim: D.
         value_dim: Dv; None: D.
 
+    Warns:
+        UserWarning: Triton is asked for by name where "auto" does not trust its compiler.
+
     Raises:
         ValueError: there is no implementation of that name, or it cannot run there.
     """
     if impl == "auto":
         # flash-attn has not been measured to be faster anywhere.
         why_not = unavailable("triton", device, dtype, head_dim, value_dim)
+        why_not = why_not or _unfenced(device, dtype)
         if device.type == "cuda" and why_not is None:
             return Choice("triton", "one launch for all packed examples")
         reason = "torch's kernels, one packed example at a time"
@@ -42,6 +48,11 @@ def choose(
     why_not = unavailable(impl, device, dtype, head_dim, value_dim)
     if why_not is not None:
         raise ValueError(f"impl {impl!r} cannot be used: {why_not}")
+    flaw = _unfenced(device, dtype) if impl == "triton" else None
+    if flaw is not None:
+        warnings.warn(
+            f"impl 'triton' runs without asynchronous copies, slower: {flaw}", stacklevel=2
+        )
     return Choice(impl, "asked for by name")
 
 
@@ -63,3 +74,18 @@ def unavailable(
             f"its kernels take {name} head dimensions up to {MAX_HEAD_DIM[dtype]}, not {head_dim}"
         )
     return no_triton(device)
+
+
+def _unfenced(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why Triton's compiler is not trusted with products there, in a clause; None: it is."""
+    if device.type != "cuda" or dtype == torch.float32:  # no tensor cores, no copies
+        return None
+    import triton
+
+    major, minor = torch.cuda.get_device_capability(device)
+    if not omits_fence(10 * major + minor):
+        return None
+    return (
+        f"Triton {triton.__version__} omits fences between copies and products on compute "
+        f"capability {major}.{minor}: 3.7.1 has them"
+    )

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from derta_kernels.triton_support import omits_fence
+
 MIN_BLOCK_D = 32
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
@@ -99,9 +101,15 @@ def chip(capability: int, shared_bytes: int) -> int:
 def launch_config(
     kernel: str, dtype: torch.dtype, head_dim: int, has_softcap: bool, device: torch.device
 ) -> AttentionLaunch:
-    """Return the row of `LAUNCH_CONFIGS` for a kernel; Triton's interpreter counts as an 80."""
+    """Return the launch of a kernel; Triton's interpreter counts as an 80."""
     target = Target(kernel, dtype.itemsize, block_d(head_dim), _chip_of(device), has_softcap)
-    return LAUNCH_CONFIGS.get(target) or LAUNCH_CONFIGS[target._replace(has_softcap=False)]
+    config = LAUNCH_CONFIGS.get(target) or LAUNCH_CONFIGS[target._replace(has_softcap=False)]
+    return fenced(config, target.chip)
+
+
+def fenced(config: AttentionLaunch, chip: int) -> AttentionLaunch:
+    """Return the configuration without the copies that Triton leaves unfenced (`omits_fence`)."""
+    return config._replace(num_stages=1) if omits_fence(chip) else config
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from derta_kernels.attention.launch_configs import LAUNCH_CONFIGS, chip
+from derta_kernels.attention.launch_configs import LAUNCH_CONFIGS, chip, fenced
 from derta_kernels.attention.triton_backward import backward_keys, backward_queries
 from derta_kernels.attention.triton_common import constants
 from derta_kernels.attention.triton_forward import forward
@@ -26,7 +26,8 @@ def attention_launches() -> Iterator[Launch]:
     bfloat16 stands for float16, which takes the same resources. Head dimension 96 stands for those
     that do not fill their tiles.
     """
-    for target, config in LAUNCH_CONFIGS.items():
+    for target, row in LAUNCH_CONFIGS.items():
+        config = fenced(row, target.chip)
         kernel = KERNELS[target.kernel]
         dtype = {2: "bf16", 4: "fp32"}[target.itemsize]
         pointers = dict.fromkeys(TENSORS, f"*{dtype}") | dict.fromkeys(TABLES, "*i32")
