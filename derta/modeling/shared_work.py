@@ -92,7 +92,9 @@ def over_ranks(device: str) -> Iterator[Ranks]:
     if not several_processes():
         yield _ALONE
         return
-    _take_gpu(device)
+    check_device_of_each(device)
+    if device != "cpu":
+        _take_gpu()
     distributed.init_process_group("gloo", timeout=TIMEOUT)
     shared = Ranks(distributed.get_rank(), distributed.get_world_size())
     token = _RANKS.set(shared)
@@ -104,13 +106,19 @@ def over_ranks(device: str) -> Iterator[Ranks]:
         _RANKS.reset(token)
 
 
-def _take_gpu(device: str) -> None:
-    if device not in ("auto", "cuda"):
-        if device != "cpu":
-            raise ValueError(
-                f"device must be auto, a GPU for each process, or cpu with several, got {device!r}"
-            )
-        return
+def check_device_of_each(device: str) -> None:
+    """Refuse a device that each of several processes would take.
+
+    Raises:
+        ValueError: it names one GPU.
+    """
+    if several_processes() and device not in ("auto", "cuda", "cpu"):
+        raise ValueError(
+            f"device must be auto, a GPU for each process, or cpu with several, got {device!r}"
+        )
+
+
+def _take_gpu() -> None:
     place, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if torch.cuda.is_available():
         if place >= count:

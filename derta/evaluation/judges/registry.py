@@ -24,7 +24,7 @@ from derta.modeling.loading import (
     load_tokenizer,
     weights_dtype,
 )
-from derta.modeling.shared_work import ranks
+from derta.modeling.shared_work import check_device_of_each, ranks
 from derta.settings import build
 
 RubricName = Literal["paper", "harmbench", "wildguard", "llama_guard"]
@@ -128,6 +128,7 @@ class LocalJudge:
     def __init__(
         self, load: Callable[[torch.dtype], ModelJudge | ClassifierJudge], config: LocalConfig
     ) -> None:
+        check_device_of_each(config.device)
         self._device = find_device(config.device)
         self._load = functools.partial(load, weights_dtype(config.dtype, self._device))
         if ranks().rank == 0:

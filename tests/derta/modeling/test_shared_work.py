@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from derta.evaluation.judges.local import ModelJudge
+from derta.evaluation.judges.registry import LocalConfig, LocalJudge
 from derta.modeling.shared_work import Ranks, over_ranks, ranks
+from tiny import tiny_model
 
 
 def test_a_process_that_was_started_by_itself_works_alone() -> None:
@@ -16,6 +21,10 @@ def test_a_process_that_was_started_by_itself_works_alone() -> None:
         assert shared.from_first(lambda: 3) == 3
 
 
+def no_judge(dtype: torch.dtype) -> ModelJudge:
+    pytest.fail("loaded before its device was checked")
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [
@@ -24,7 +33,7 @@ def test_a_process_that_was_started_by_itself_works_alone() -> None:
     ],
 )
 def test_every_process_needs_a_gpu_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, device: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, message: str
 ) -> None:
     for name, value in dict(RANK=2, WORLD_SIZE=3, LOCAL_RANK=2, MASTER_PORT=1).items():
         monkeypatch.setenv(name, str(value))
@@ -33,3 +42,7 @@ def test_every_process_needs_a_gpu_of_its_own(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=message), over_ranks(device):
         pass
+    if device != "auto":
+        tiny_model("llama").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            LocalJudge(no_judge, LocalConfig(path=str(tmp_path), device=device))
