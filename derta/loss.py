@@ -289,7 +289,9 @@ def linear_cross_entropy(
         linear_weight: (C, in_features) in input's dtype; under autocast any floating dtype.
         target: (...) int64 class indices in [0, C), or `ignore_index`.
         linear_bias: (C,) in input's dtype, or None.
-        weight, label_smoothing, options: only their defaults are supported.
+        weight, label_smoothing: only their defaults are supported.
+        options: None, or torch's `LinearCrossEntropyOptions`, which has no effect: it chooses
+            chunks and what is accumulated in a wider dtype, and here all of it always is.
         reduction: "mean" over the targets that are not ignored, or "sum".
         ignore_index: the value that means "no target"; None: -100.
         impl: see `derta_kernels.head_loss.head_loss`.
@@ -298,19 +300,20 @@ def linear_cross_entropy(
         (), nats, float32 (float64 for float64 inputs).
 
     Raises:
+        TypeError: options of another class.
         ValueError: a wrong shape, dtype, device or range, or anything of torch's that is not
             supported here.
     """
     for name, value, supported in (
         ("weight", weight, None),
         ("label_smoothing", label_smoothing, 0.0),
-        ("options", options, None),
     ):
         if value != supported:
             raise ValueError(
                 f"{name} must be {supported}, got {value!r}: use torch's own linear_cross_entropy"
             )
     _check_rows(input, name="input", target=target)
+    _check_options(options, torch.promote_types(input.dtype, torch.float32))
     autocast = torch.is_autocast_enabled(input.device.type)
     for name, parameter, shape in (
         ("linear_weight", linear_weight, (len(linear_weight), input.shape[-1])),
@@ -460,6 +463,24 @@ def _check_weights(target: Tensor, loss_weight: Tensor | None, **factors: float 
                 raise ValueError(f"{name} must be floating point, got {values.dtype}")
             if values.requires_grad:
                 raise ValueError(f"{name} must not require a gradient, none is formed: detach it")
+
+
+def _check_options(options: object | None, computed_in: torch.dtype) -> None:
+    """Check that torch's options are such, and ask for no dtype wider than the one computed in."""
+    if options is None:
+        return
+    kind = getattr(nn, "LinearCrossEntropyOptions", None)  # torch has it from 2.13 on
+    if kind is None or not isinstance(options, kind):
+        raise TypeError(
+            "options must be None or torch.nn.LinearCrossEntropyOptions, got "
+            f"{type(options).__name__}"
+        )
+    asked = getattr(options, "acc_dtype", None)
+    if asked is not None and torch.promote_types(asked, computed_in) != computed_in:
+        raise ValueError(
+            f"options.acc_dtype must be at most {computed_in}, got {asked}: use torch's own "
+            "linear_cross_entropy"
+        )
 
 
 def _check_normalisation(reduction: str, num_items: int | Tensor | None) -> None:

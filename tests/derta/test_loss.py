@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from derta.labels import derta_labels
@@ -297,6 +297,27 @@ def test_linear_cross_entropy_is_torchs(
         assert_equal(actual, loss_and_gradients(torchs, *leaves))
 
 
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="new in torch 2.13")
+def test_linear_cross_entropy_takes_torchs_options_unless_they_ask_for_a_wider_dtype() -> None:
+    hidden, weight = (batch()[name].detach().float() for name in ("hidden", "weight"))
+    target = torch.arange(24).reshape(3, 8) % 11
+    plain = linear_cross_entropy(hidden, weight, target)
+    for chosen in (
+        dict(batch_chunk_size=2),
+        dict(chunking_method="aspect_ratio:4", allow_retain_graph=True),
+        dict(acc_policy="compact", acc_dtype=torch.float32),
+    ):
+        options = nn.LinearCrossEntropyOptions(**chosen)
+        assert torch.equal(linear_cross_entropy(hidden, weight, target, options=options), plain)
+    wider = nn.LinearCrossEntropyOptions(acc_dtype=torch.float64)
+    with pytest.raises(ValueError, match="acc_dtype must be at most torch.float32, got torch.floa"):
+        linear_cross_entropy(hidden, weight, target, options=wider)
+    doubles = hidden.double(), weight.double(), target
+    linear_cross_entropy(*doubles, options=wider)
+    with pytest.raises(TypeError, match="options must be None or torch.nn.LinearCross.*got dict"):
+        linear_cross_entropy(*doubles, options=dict(batch_chunk_size=2))
+
+
 def test_linear_cross_entropy_without_a_target_is_zero_and_not_nan() -> None:
     loss = linear_cross_entropy(batch()["hidden"], batch()["weight"], torch.full((3, 8), -100))
     assert loss == 0 and loss.requires_grad
@@ -382,7 +403,6 @@ def test_rto_loss_names_its_mask_when_the_shape_is_wrong() -> None:
     [
         (dict(weight=torch.ones(11)), "weight must be None, got"),
         (dict(label_smoothing=0.1), "label_smoothing must be 0.0, got 0.1: use torch's own"),
-        (dict(options=object()), "options must be None, got"),
         (dict(reduction="none"), 'reduction must be "mean" or "sum"'),
         (dict(target=torch.rand(3, 11)), r"target must have shape \(3,\), that of input"),
         (dict(target=torch.rand(3)), "target must be int64, got torch.float32"),
