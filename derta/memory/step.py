@@ -287,7 +287,8 @@ def _run(
             hidden, weight = args[:2]
             free = step.capacity - tracker.now.total()
             (vocabulary, width), rows = weight.shape, int(len(hidden) * live)
-            return working_bytes(rows, vocabulary, width, hidden.dtype, step.device_type, free)
+            dtypes = hidden.dtype, weight.dtype
+            return working_bytes(rows, vocabulary, width, *dtypes, step.device_type, free)
         if name == "derta::interval_attention_backward":
             return 4 * args[1].shape[:3].numel()  # a float32 for each row and head
         return 0

@@ -605,7 +605,8 @@ def test_the_operators_pass_the_checks_of_torch_library(
     torch.library.opcheck(custom_op.head_loss_op, (*arguments, *required, False))
     gradients = [torch.ones(3, 4) for _ in range(3)]
     torch.library.opcheck(
-        custom_op.scale_gradients_op, (torch.ones(()), *gradients, torch.bfloat16)
+        custom_op.scale_gradients_op,
+        (torch.ones(()), *gradients, torch.bfloat16, torch.float32, torch.bfloat16),
     )
 
 
@@ -673,9 +674,18 @@ def test_autocast_computes_in_its_dtype_and_gradients_keep_that_of_the_parameter
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         actual = results(case, impl)
     for name, value in actual.items():
-        assert torch.equal(value, cast[name].to(value.dtype)), name
+        assert torch.equal(value.to(cast[name].dtype), cast[name]), name
     assert actual["d_weight"].dtype == actual["d_bias"].dtype == torch.float32
     assert actual["d_hidden"].dtype == hidden_dtype
+
+
+def test_autocast_does_not_round_the_gradients_of_float32_parameters() -> None:
+    """They are float32 sums over chunks, which hardly any bfloat16 number equals."""
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        actual = results(head_case(bias=True, dtype=torch.float32), "torch")
+    for name in ("d_weight", "d_bias"):
+        gradient = actual[name]
+        assert (gradient != gradient.bfloat16()).float().mean() > 0.9, name
 
 
 # float16
@@ -787,7 +797,7 @@ def test_live_count_and_range_check_share_the_one_host_transfer(
     gradients = [torch.ones(3, 4) for _ in range(3)]
     with HostTransfers() as transfers:
         head_loss(**case.arguments(), impl=impl)
-        custom_op.scale_gradients(torch.ones(()), *gradients, torch.float32)
+        custom_op.scale_gradients(torch.ones(()), *gradients, *[torch.float32] * 3)
     assert transfers.count == 1
 
 

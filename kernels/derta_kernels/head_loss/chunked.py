@@ -196,12 +196,19 @@ def _store(into: Tensor, chunk: slice, rows: Tensor | None, values: Tensor) -> N
 
 
 def working_bytes(
-    count: int, vocabulary: int, width: int, dtype: torch.dtype, device_type: str, free: int
+    count: int,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    device_type: str,
+    free: int,
 ) -> int:
     """Estimate the peak bytes for `count` live rows, beyond inputs and results.
 
     Args:
         dtype: dtype of hidden.
+        weight_dtype: dtype of weight, which is cast to hidden's under autocast.
         free: free bytes of the device, see `default_scratch`.
     """
     size = product_dtype(dtype, device_type).itemsize
@@ -209,7 +216,8 @@ def working_bytes(
     # On a CPU no product of narrow matrices has a float32 result.
     slices = device_type == "cpu" and dtype.itemsize < 4
     sliced = 4 * min(SLICE_ELEMENTS, vocabulary * width) if slices else 0
-    return min(count, rows) * (vocabulary + 3 * width) * size + sliced
+    cast = vocabulary * width * dtype.itemsize if weight_dtype != dtype else 0
+    return min(count, rows) * (vocabulary + 3 * width) * size + sliced + cast
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:

@@ -39,8 +39,10 @@ def loss_and_gradients(
 
     The targets of `head_loss` come as columns: K tokens of each row (`live_rows.COLUMNS`), flags of
     those that are targets, and their weights, 0 without a target. `group` is the name of the
-    process group that shares the vocabulary.
+    process group that shares the vocabulary. Weight and bias are cast to hidden's dtype.
     """
+    weight = weight.to(hidden.dtype)
+    bias = None if bias is None else bias.to(hidden.dtype)
     shards = None
     if group is not None:
         shards = agree(
@@ -129,10 +131,20 @@ def _(
 
 
 def scale_gradients(
-    factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+    factor: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Multiply the stored gradients by `factor` () in its dtype and round once to `dtype`."""
-    return tuple(_scaled(gradient, factor, dtype) for gradient in (hidden, weight, bias))
+    """Multiply the stored gradients by `factor` () in its dtype and round each once."""
+    return (
+        _scaled(hidden, factor, hidden_dtype),
+        _scaled(weight, factor, weight_dtype),
+        _scaled(bias, factor, bias_dtype),
+    )
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,16 +161,19 @@ scale_gradients_op = torch.library.custom_op(
     "derta::scale_gradients",
     scale_gradients,
     mutates_args=(),
-    schema="(Tensor factor, Tensor hidden, Tensor weight, Tensor bias, ScalarType dtype) "
-    "-> (Tensor, Tensor, Tensor)",
+    schema="(Tensor factor, Tensor hidden, Tensor weight, Tensor bias, ScalarType hidden_dtype, "
+    "ScalarType weight_dtype, ScalarType bias_dtype) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @scale_gradients_op.register_fake
 def _(
-    factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+    factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, *dtypes: torch.dtype
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(gradient, dtype=dtype) for gradient in (hidden, weight, bias))
+    return tuple(
+        torch.empty_like(gradient, dtype=dtype)
+        for gradient, dtype in zip((hidden, weight, bias), dtypes, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -166,7 +181,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(logsumexp, nll)
     ctx.set_materialize_grads(False)  # or autograd would make V x d float32 zeros
     ctx.save_for_backward(*gradients)
-    ctx.dtype = inputs[0].dtype
+    hidden, weight, bias = inputs[:3]
+    ctx.dtypes = [tensor.dtype for tensor in (hidden, weight, hidden if bias is None else bias)]
     ctx.inputs = len(inputs)
     ctx.forms = inputs[FORMS]
 
@@ -175,7 +191,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None,
     if d_loss is None:  # autograd's value for zero
         return (None,) * ctx.inputs
     hidden, weight, bias, unit = ctx.saved_tensors
-    scaled = scale_gradients_op(d_loss * unit, hidden, weight, bias, ctx.dtype)
+    scaled = scale_gradients_op(d_loss * unit, hidden, weight, bias, *ctx.dtypes)
     formed = (g if form else None for g, form in zip(scaled, ctx.forms, strict=True))
     return *formed, *(None,) * (ctx.inputs - 3)
 

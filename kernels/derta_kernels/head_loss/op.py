@@ -93,7 +93,8 @@ def head_loss(
 
     Memory: see `head_loss_chunked`. Under autocast also the cast weight.
     Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
-        float32, or float64 for float64 inputs. No row's loss is negative. Deterministic.
+        float32, or float64 for float64 inputs. Under autocast, the gradients of a float32 weight
+        and bias are not rounded. No row's loss is negative. Deterministic.
     Synchronisation: on CUDA one transfer to the host, of the live count and the targets' range;
         with a group one more, of what the ranks have to agree on.
 
@@ -152,7 +153,7 @@ def head_loss(
     _check_numbers(refusal_token_id, softcap, logit_scale, ignore_index, scratch_mb, vocabulary)
     if rto_mask is not None and refusal_token_id is None:
         raise ValueError("refusal_token_id is required with rto_mask, got None")
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden = _autocast(hidden, weight, bias)
 
     has_next = target != ignore_index
     is_rto = torch.zeros_like(has_next) if rto_mask is None else rto_mask
@@ -177,8 +178,8 @@ def head_loss(
         rows = live_rows(tokens, has_target, len(weight))
         loss, logsumexp, nll = head_loss_reference(
             gathered(hidden, rows),
-            weight,
-            bias,
+            weight.to(hidden.dtype),
+            None if bias is None else bias.to(hidden.dtype),
             gathered(tokens, rows),
             gathered(token_weight, rows),
             softcap,
@@ -220,21 +221,22 @@ def _target_weight(row_weight: Tensor | None, has_target: Tensor, dtype: torch.d
     return weight.to(dtype)
 
 
-def _autocast(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the arguments as `F.linear` would see them: in autocast's dtype where it is on."""
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return hidden as `F.linear` would see it: in autocast's dtype where it is on.
+
+    Weight and bias are cast to hidden's dtype later, beside their history, or their gradients would
+    be rounded to that dtype.
+    """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        return hidden.to(torch.get_autocast_dtype(device_type))
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(
                 f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}: cast one of "
                 "them, or use torch.autocast"
             )
-    return hidden, weight, bias
+    return hidden
 
 
 def _check_group(group: dist.ProcessGroup | None, impl: str) -> None:
