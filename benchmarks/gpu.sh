@@ -14,7 +14,8 @@
 #
 #   DERTA_MACHINE   name of the folder of results; h200 by default
 #   DERTA_PEERS     folder of wheels to compare with, dependencies included; none by default.
-#                   `tests` takes hypothesis from it, and skips its tests without
+#                   `tests` takes hypothesis from it, and skips its tests without. `tests` and
+#                   `attention` take Triton from it: Hopper needs 3.7.1, other parts the torch's own
 #   DERTA_COMMIT    name of the commit in the records, for a copy without its history
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,6 +37,7 @@ bring_peers() {
     if [ -n "${DERTA_PEERS:-}" ] && [ ! -d "$peers" ]; then
         mkdir -p "$peers"
         for wheel in "$DERTA_PEERS"/*.whl; do
+            if [[ $(basename "$wheel") == triton-* ]]; then continue; fi
             # Apart: pip would replace a folder that several wheels have a part of.
             apart=$(mktemp -d)
             if python3 -m pip install -q --no-index --no-deps --no-compile --target "$apart" \
@@ -46,6 +48,15 @@ bring_peers() {
             fi
             rm -rf "$apart"
         done
+    fi
+}
+
+# The Triton among the peers, in place of the machine's.
+bring_triton() {
+    local wheels=("${DERTA_PEERS:-}"/triton-*.whl)
+    if [ -e "${wheels[0]}" ]; then
+        python3 -m pip install -q --no-index --no-deps --upgrade --target build/triton "${wheels[0]}"
+        export PYTHONPATH="$PYTHONPATH:$PWD/build/triton"
     fi
 }
 
@@ -68,6 +79,7 @@ ask() {
 case $part in
 tests)
     bring_peers
+    bring_triton
     export PYTHONPATH="$PYTHONPATH:$peers"
     workers=()
     if python3 -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
@@ -75,7 +87,10 @@ tests)
         --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log"
     ;;
 loss) ask head_loss ;;
-attention) ask attention ;;
+attention)
+    bring_triton
+    ask attention
+    ;;
 step) ask step ;;
 memory)
     bring_peers
