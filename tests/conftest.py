@@ -1,7 +1,8 @@
 """What holds for all tests: Triton's interpreter without a GPU, and poisoned allocations.
 
 Triton asks for its interpreter at its first import, so this stands before every test module.
-Ahead-of-time compilation, which the interpreter excludes, is tested in processes of its own.
+Ahead-of-time compilation, which the interpreter excludes, is tested in processes of its own. With
+DERTA_PTX=90 the kernels are compiled for compute capability 9.0 and run by `ptx` instead.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ if find_spec("hypothesis"):
     settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True)
     settings.register_profile("thorough", max_examples=1000, deadline=None, derandomize=True)
     settings.load_profile("quick")
-if not torch.cuda.is_available():
+if "DERTA_PTX" in os.environ:
+    pytest_plugins = ["ptx.plugin"]
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if find_spec("triton"):
         import quick_interpreter

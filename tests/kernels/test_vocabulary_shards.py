@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Sequence
 
 import pytest
@@ -104,7 +105,7 @@ def eager(
 def test_shards_are_within_the_budget_of_whole_rows(
     impl: str, dtype: torch.dtype, softcap: float | None, logit_scale: float, columns: int
 ) -> None:
-    if impl == "triton" and DEVICE.type == "cpu" and dtype == torch.bfloat16:
+    if impl == "triton" and "TRITON_INTERPRET" in os.environ and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest")
     logits, tokens, weight = sure_rows(dtype, columns)
     head = (softcap, logit_scale)

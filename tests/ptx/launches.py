@@ -1,0 +1,284 @@
+"""Launches of Triton kernels on CPU tensors: compiled for a GPU, run by the interpreter.
+
+`execute` runs any PTX of one entry, that of nvcc included. `Compiled` compiles a `triton.jit`
+function and stands in for it. Both append a `Run` to a list.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ptx.blackwell import Blackwell
+from ptx.hopper import Hopper
+from ptx.machine import Machine
+from ptx.memory import GlobalMemory
+from ptx.parse import Kernel, parse
+
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+NUMBERS = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
+MACHINES: dict[int, type[Machine]] = {90: Hopper, 100: Blackwell}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the interpreter runs a kernel.
+
+    Attributes:
+        checks: look for hazards; they are half of the time.
+        stats: count bytes, sectors and wavefronts.
+        contract: fuse products without a rounding mode into the sums that they go into, as ptxas
+            may.
+        approx_ulp: by so many units ex2, lg2, rcp and div.full are off, always by the same for the
+            same result.
+        seed: of those errors.
+        late_copies: an asynchronous copy lands at its wait, and is NaN before; else at its issue.
+        edit: a change of the PTX before it is parsed.
+    """
+
+    checks: bool = True
+    stats: bool = False
+    contract: bool = False
+    approx_ulp: int = 0
+    seed: int = 0
+    late_copies: bool = True
+    edit: Callable[[str], str] | None = None
+
+
+@dataclass
+class Run:
+    """One launch.
+
+    Attributes:
+        kernel: its parsed PTX.
+        capability: 90 for 9.0.
+        grid: number of CTAs.
+        executed: (instructions,) int64, by how many warps each was executed.
+        hazards: how often, by (what, instruction, source line).
+        unwritten: elements of outputs, in units of two bytes, that nobody wrote, by argument.
+        traffic: bytes, sectors, wavefronts, tensor-core operations.
+        shared_bytes: of a CTA.
+    """
+
+    kernel: Kernel
+    capability: int
+    grid: int
+    executed: np.ndarray
+    hazards: Counter[tuple[str, str, str]]
+    unwritten: dict[str, int]
+    traffic: Counter[str]
+    shared_bytes: int
+
+    @property
+    def coverage(self) -> float:
+        """Return the share of the kernel's instructions that a warp executed."""
+        return float((self.executed > 0).mean())
+
+    def faults(self) -> list[str]:
+        """Return everything that is wrong, in a line each."""
+        found = [
+            f"{what}, {n} times: {text} ({line})" for (what, text, line), n in self.hazards.items()
+        ]
+        found += [f"{n} units of {name} are not written" for name, n in self.unwritten.items() if n]
+        return [f"{self.kernel.name}, sm_{self.capability}: {one}" for one in found]
+
+
+_parsed = cache(parse)
+
+
+def execute(
+    ptx: str,
+    capability: int,
+    grid: int,
+    shared_bytes: int,
+    arguments: Mapping[str, Tensor | np.generic],
+    outputs: Collection[str],
+    options: Options,
+) -> Run:
+    """Run a kernel on CPU tensors, which it changes as it would on a GPU.
+
+    Args:
+        ptx: with one entry.
+        capability: 80, 86, 89, 90, 100 or 120.
+        grid: number of CTAs.
+        shared_bytes: dynamic shared memory of a CTA.
+        arguments: in the order of the kernel's parameters; parameters after them are null pointers.
+        outputs: names of tensors that the kernel writes in full and reads nothing of.
+
+    Raises:
+        Fault: a GPU would stop, or never end.
+        NotImplementedError: an instruction that the interpreter does not know.
+    """
+    kernel = _parsed(options.edit(ptx) if options.edit else ptx)
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    memory = GlobalMemory(tensors.values())
+    for tensor in tensors.values():
+        memory.load(tensor)
+    written = {name: memory.units(tensors[name]) for name in outputs}
+    for units in written.values():
+        memory.data.view(np.uint16)[units] = 0xFFFF
+        memory.written[units] = False
+    values = [
+        np.uint64(memory.address(x)) if isinstance(x, Tensor) else x for x in arguments.values()
+    ]
+    names = [name for name, _ in kernel.params]
+    params = dict.fromkeys(names, bytes(8)) | {
+        name: value.tobytes() for name, value in zip(names, values, strict=False)
+    }
+    machine = MACHINES.get(capability, Machine)(
+        kernel,
+        grid,
+        shared_bytes,
+        params,
+        memory,
+        checks=options.checks,
+        stats=options.stats,
+        contract=options.contract,
+        late_copies=options.late_copies,
+        approx_ulp=options.approx_ulp,
+        seed=options.seed,
+    )
+    with np.errstate(all="ignore"):
+        machine.run()
+    for tensor in tensors.values():
+        memory.store(tensor)
+    return Run(
+        kernel,
+        capability,
+        grid,
+        machine.executed,
+        machine.hazards,
+        {name: int((~memory.written[units]).sum()) for name, units in written.items()},
+        machine.traffic,
+        shared_bytes,
+    )
+
+
+class Compiled:
+    """A Triton kernel's place, `kernel[grid](...)`; launches are compiled and executed."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        outputs: Callable[[Mapping[str, Any]], Collection[str]],
+        capability: int,
+        options: Options,
+        runs: list[Run],
+    ) -> None:
+        """Stand in for `kernel`; `outputs` names what it writes, given its arguments."""
+        self.kernel, self.outputs = kernel, outputs
+        self.capability, self.options, self.runs = capability, options, runs
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        """Return the function that launches `grid[0]` programs."""
+        (programs,) = grid
+
+        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
+            bound = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+            signature, constants, attributes = _specialised(self.kernel, bound)
+            ptx, shared = _compiled(
+                self.kernel,
+                tuple(signature.items()),
+                tuple(constants.items()),
+                tuple(attributes),
+                self.capability,
+                num_warps,
+                num_stages,
+            )
+            arguments = {
+                name: bound[name] if kind[0] == "*" else NUMBERS[kind](bound[name])
+                for name, kind in signature.items()
+                if kind != "constexpr"
+            }
+            self.runs.append(
+                execute(
+                    ptx,
+                    self.capability,
+                    programs,
+                    shared,
+                    arguments,
+                    self.outputs(bound),
+                    self.options,
+                )
+            )
+
+        return launch
+
+
+def _specialised(
+    kernel: Any, bound: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], list[int]]:
+    """Return signature, constants and places of multiples of 16, as Triton's launcher does."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    divisible = []
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, bound[parameter.name]
+        free = not parameter.do_not_specialize
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                divisible.append(place)
+        elif parameter.is_constexpr or (free and type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if free and value % 16 == 0:
+                divisible.append(place)
+    return signature, constants, divisible
+
+
+@cache
+def _compiled(
+    kernel: Any,
+    signature: tuple[tuple[str, str], ...],
+    constants: tuple[tuple[str, Any], ...],
+    divisible: tuple[int, ...],
+    capability: int,
+    num_warps: int,
+    num_stages: int,
+) -> tuple[str, int]:
+    """Return PTX and bytes of shared memory. Triton keeps them in its cache."""
+    attributes = {(place,): [["tt.divisibility", 16]] for place in divisible}
+    with _no_machine_code():
+        made = triton.compile(
+            ASTSource(kernel, dict(signature), dict(constants), attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": num_warps, "num_stages": num_stages},
+        )
+    return made.asm["ptx"], made.metadata.shared
+
+
+@contextmanager
+def _no_machine_code() -> Iterator[None]:
+    """Leave out ptxas, which takes half of the time to compile; cached apart from what has it."""
+
+    def hook(*arguments: Any) -> tuple[str, str] | None:
+        if not arguments:
+            return "no machine code", "no machine code"
+        _, stages, *_ = arguments
+        stages["cubin"] = lambda *_: b""
+        return None
+
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.add_stages_inspection_hook = hook
+        yield
