@@ -1,176 +1,235 @@
-"""Tensor memory and its products, of compute capability 10.0."""
+"""The machine of compute capability 10.0: tensor memory and its products (`tcgen05`).
+
+A CTA has 128 rows (called lanes) of 512 columns of 32 bits beside its shared memory. One thread
+issues a product; an mbarrier tells when it has finished. Products are computed when they are
+issued, here, and races within tensor memory are not looked for.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from ptx.floats import bf16_or_f16
-from ptx.hopper import Hopper
-from ptx.machine import SHARED_BASE, WARP
+from ptx.floats import widened
+from ptx.hopper import DEPTH, Hopper, element_places
+from ptx.machine import Machine
 from ptx.memory import Fault
+from ptx.parse import Address, Instruction, Operand
+from ptx.processor import WARP, Mask
+
+ROWS, COLUMNS = 128, 512
+# The layouts of a descriptor (bits 61 to 63) that have a swizzle, in bytes.
+WIDTHS = {2: 128, 4: 64, 6: 32}
+
+
+class Barrier:
+    """An mbarrier: a phase ends with as many arrivals as it was made for."""
+
+    def __init__(self, count: int) -> None:
+        self.count = self.missing = count
+        self.phase = 0
+
+    def arrive(self) -> bool:
+        """Count an arrival; tell if it ends the phase."""
+        self.missing -= 1
+        if self.missing:
+            return False
+        self.missing, self.phase = self.count, self.phase + 1
+        return True
 
 
 class Blackwell(Hopper):
-    """Tensor memory and its products, of sm_100; products are done when they are issued."""
+    """One launch; see `Processor`."""
 
-    def __init__(self, *args, **kwargs):
+    forms = {
+        **Machine.forms,
+        "fence": Hopper.forms["fence"],
+        "mbarrier": {
+            r"init\.shared::cta\.b64": "ai",
+            r"inval\.shared::cta\.b64": "a",
+            r"try_wait\.parity\.shared::cta\.b64": "dav",
+        },
+        "tcgen05": {
+            r"alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32": "ai",
+            r"dealloc\.cta_group::1\.sync\.aligned\.b32": "vi",
+            r"relinquish_alloc_permit\.cta_group::1\.sync\.aligned": "",
+            r"ld\.sync\.aligned\.(32x32b|16x32bx2)\.x\d+\.b32": "Da?i",
+            r"st\.sync\.aligned\.32x32b\.x\d+\.b32": "aV",
+            r"st\.sync\.aligned\.16x32bx2\.x\d+\.b32": "aiV",
+            r"wait::(ld|st)\.sync\.aligned": "",
+            r"commit\.cta_group::1\.mbarrier::arrive::one\.shared::cluster\.b64": "a",
+            r"mma\.cta_group::1\.kind::f16": "aMvvp",
+        },
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare a launch; see `Processor`."""
         super().__init__(*args, **kwargs)
-        self.tensor = np.full((self.grid, 128, 512), 0xFFFFFFFF, np.uint32)
-        self.phases: dict[tuple[int, int], list[int]] = {}  # (CTA, address): phase, missing, count
+        self.tensor = np.full((self.grid, ROWS, COLUMNS), 0xFFFFFFFF, np.uint32)
+        self.columns = np.zeros(self.grid, np.int64)  # of each CTA, allocated
+        self.barriers: dict[tuple[int, int], Barrier] = {}  # by CTA and offset
 
-    def op_elect(self, ins, mask):
-        warps = self._whole_warps(ins, mask)
-        first = np.zeros((self.warps, WARP), np.bool_)
-        first[warps, 0] = True
-        d, p = ins.args[0].split("|")
-        self.put(p, first.reshape(-1), mask)
+    # mbarriers
 
-    def _barrier(self, ins, arg, mask):
-        a = self._shared_address(arg)
-        lanes = np.arange(self.lanes) if mask is None else np.nonzero(mask)[0]
-        return sorted({(int(self.cta[x]), int(a[x])) for x in lanes})
-
-    def op_mbarrier(self, ins, mask):
-        if "init" in ins.mods:
-            number = int(ins.args[1])
-            for key in self._barrier(ins, ins.args[0], mask):
-                self.phases[key] = [0, number, number]
-        elif "inval" in ins.mods:
-            for key in self._barrier(ins, ins.args[0], mask):
-                if key not in self.phases:
-                    raise Fault(f"invalidates what is no barrier: {ins.text}")
-                del self.phases[key]
-        elif "try_wait" in ins.mods:
-            a = self._shared_address(ins.args[1])
-            parity = np.broadcast_to(self.get(ins.args[2], "u32"), self.lanes)
-            done = np.zeros(self.lanes, np.bool_)
-            for x in np.nonzero(np.ones(self.lanes, np.bool_) if mask is None else mask)[0]:
-                phase = self.phases.get((int(self.cta[x]), int(a[x])))
-                if phase is None:
-                    raise Fault(f"waits for what is no barrier: {ins.text} ({ins.line})")
-                done[x] = phase[0] % 2 != parity[x]
-            waiting = ~done if mask is None else ~done & mask
-            if self.stalled is None:
-                self.stalled = np.zeros(self.lanes, np.bool_)
-            self.stalled |= waiting
-            self.put(ins.args[0], done, mask)
+    def op_mbarrier(self, ins: Instruction, mask: Mask) -> None:
+        """Make a barrier, end it, or try to wait for the end of a phase."""
+        kind = ins.modifiers[0]
+        if kind == "init":
+            address, count = ins.operands
+            for key in self._barriers_at(address, mask):
+                self.barriers[key] = Barrier(int(str(count)))
+        elif kind == "inval":
+            for key in self._barriers_at(ins.operands[0], mask):
+                self._barrier(ins, key)
+                del self.barriers[key]
         else:
-            raise NotImplementedError(ins.text)
+            to, address, parity = ins.operands
+            offset, parities = self.shared_address(address), self.full(parity, "u32")
+            done = np.ones(self.lanes, np.bool_)
+            for lane in self.lanes_of(mask):
+                barrier = self._barrier(ins, (int(self.cta[lane]), int(offset[lane])))
+                done[lane] = barrier.phase % 2 != parities[lane]
+            self.stalled |= ~done
+            self.put(to, done, mask)
 
-    def _column(self, arg, warps):
-        a = self._per_warp(self.get(arg[1], "u32"), warps)
-        if (a != a[:, :1]).any():
-            raise Fault("threads of a warp give different tensor addresses")
-        a = a[:, 0].astype(np.int64)
-        return (a >> 16) & 0xFFFF, (a & 0xFFFF) + arg[2]
+    def _barriers_at(self, address: Operand, mask: Mask) -> list[tuple[int, int]]:
+        offset = self.shared_address(address)
+        return sorted({(int(self.cta[x]), int(offset[x])) for x in self.lanes_of(mask)})
 
-    def _tensor_index(self, ins, arg, offset, number, warps):
-        row, column = self._column(arg, warps)
-        lane, r = np.arange(WARP)[:, None], np.arange(number)[None, :]
-        if "32x32b" in ins.mods:
-            rows, columns = lane + 0 * r, r + 0 * lane
-        elif "16x32bx2" in ins.mods:
-            rows, columns = lane % 16 + 0 * r, r + lane // 16 * int(offset)
-        else:
-            raise NotImplementedError(ins.text)
-        slab = warps % (self.threads // WARP) % 4
-        if (row // 32 != slab).any():
-            raise Fault(f"a warp reaches lanes of another: {ins.text} ({ins.line})")
-        cta = warps * WARP // self.threads
-        return cta[:, None, None], row[:, None, None] + rows, column[:, None, None] + columns
+    def _barrier(self, ins: Instruction, key: tuple[int, int]) -> Barrier:
+        if key not in self.barriers:
+            raise Fault(f"no mbarrier was made there: {ins}")
+        return self.barriers[key]
 
-    def op_tcgen05(self, ins, mask):
-        kind = ins.mods[0]
+    # Tensor memory
+
+    def op_tcgen05(self, ins: Instruction, mask: Mask) -> None:
+        """Allocate, load, store, multiply, or let an mbarrier tell when products are done."""
+        kind = ins.modifiers[0]
         if kind == "alloc":
-            address = self._shared_address(ins.args[0])
-            lanes = np.arange(self.lanes) if mask is None else np.nonzero(mask)[0]
-            self.columns = int(ins.args[1])
-            one = np.zeros(self.lanes, np.bool_)
-            one[lanes[lanes % WARP == 0]] = True
-            _, a = self._gather(self.shared, ins, address, 4, one, True, self.cta * self.stride)
-            self.shared.data.view(np.uint32)[a // 4] = 0
-        elif kind in ("dealloc", "relinquish_alloc_permit") or kind.startswith("wait"):
-            return
+            self._allocate(ins, mask)
+        elif kind == "dealloc":
+            self.columns[np.unique(self.cta[self.lanes_of(mask)])] = 0
         elif kind in ("ld", "st"):
-            warps = self._whole_warps(ins, mask)
-            names = ins.args[0] if kind == "ld" else ins.args[-1]
-            place = ins.args[1] if kind == "ld" else ins.args[0]
-            offset = ins.args[2 if kind == "ld" else 1] if "16x32bx2" in ins.mods else 0
-            index = self._tensor_index(ins, place, offset, len(names), warps)
-            if kind == "ld":
-                got = self.tensor[index]
-                for i, name in enumerate(names):
-                    self._put_warps(name, np.ascontiguousarray(got[:, :, i]), warps, mask)
-            else:
-                values = [self._per_warp(self.get(n, "b32"), warps) for n in names]
-                self.tensor[index] = np.stack(values, 2)
+            self._move(ins, mask)
         elif kind == "commit":
-            for key in self._barrier(ins, ins.args[0], mask):
-                phase = self.phases[key]
-                phase[1] -= 1
-                if phase[1] == 0:
-                    phase[0], phase[1] = phase[0] + 1, phase[2]
-                    if self.stalled is not None:
-                        self.stalled[:] = False
+            for key in self._barriers_at(ins.operands[0], mask):
+                if self._barrier(ins, key).arrive():
+                    self.stalled[self.cta == key[0]] = False
         elif kind == "mma":
-            lanes = np.nonzero(np.ones(self.lanes, np.bool_) if mask is None else mask)[0]
-            for x in lanes:
-                self._product(ins, int(x))
+            for lane in self.lanes_of(mask):
+                self._product(ins, int(lane))
+
+    def _allocate(self, ins: Instruction, mask: Mask) -> None:
+        """Allocate columns from 0 on, and store that address in shared memory."""
+        address, count = ins.operands
+        warps = self.whole_warps(ins, mask)
+        first = np.zeros(self.lanes, np.bool_)
+        first[warps * WARP] = True
+        _, places = self.access(ins, address, 4, first, True, shared=True)
+        self.shared.data.view(np.uint32)[places // 4] = 0
+        ctas = warps // self.warps_of_cta
+        if len(ctas) != len(np.unique(ctas)) or self.columns[ctas].any():
+            raise NotImplementedError(f"several allocations of a CTA: {ins}")
+        self.columns[ctas] = int(str(count), 0)
+
+    def _move(self, ins: Instruction, mask: Mask) -> None:
+        """Load or store: register r of lane l is column r of a row of its warp's 32.
+
+        With 16x32bx2 lanes 0 to 15 and 16 to 31 share 16 rows, and the latter's columns are so
+        many further on as a number says.
+        """
+        warps = self.whole_warps(ins, mask)
+        load, halves = ins.modifiers[0] == "ld", ins.modifiers[3] == "16x32bx2"
+        operands = list(ins.operands)
+        names = operands.pop(0 if load else -1)
+        place, *further = operands
+        names = names if isinstance(names, list) else [names]
+        if f"x{len(names)}" != ins.modifiers[4] or len(further) != halves:
+            raise NotImplementedError(f"{len(names)} registers, {len(operands)} operands: {ins}")
+        row, column = self._tensor_address(ins, place, warps)
+        lane, r = np.arange(WARP)[:, None], np.arange(len(names))[None, :]
+        rows, columns = lane + 0 * r, r + 0 * lane
+        if halves:
+            rows, columns = lane % 16 + 0 * r, r + lane // 16 * int(str(further[0]), 0)
+        if (row // WARP != warps % self.warps_of_cta % 4).any():
+            raise Fault(f"a warp reaches rows of another: {ins}")
+        cta = warps // self.warps_of_cta
+        columns = column[:, None, None] + columns
+        if (columns >= self.columns[cta][:, None, None]).any():
+            raise Fault(f"columns that are not allocated: {ins}")
+        index = cta[:, None, None], row[:, None, None] + rows, columns
+        if load:
+            values = self.tensor[index]
+            for i, name in enumerate(names):
+                self.put_warps(name, np.ascontiguousarray(values[:, :, i]), warps, mask)
         else:
-            raise NotImplementedError(ins.text)
+            self.tensor[index] = np.stack([self.per_warp(x, "b32", warps) for x in names], 2)
 
-    def _one(self, arg, kind, lane):
-        v = self.get(arg, kind)
-        return int(v if np.ndim(v) == 0 else v[lane])
+    def _tensor_address(
+        self, ins: Instruction, place: Operand, warps: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return row and column of an address, (warps,) each."""
+        assert isinstance(place, Address), ins.text
+        address = self.per_warp(place.base, "u32", warps).astype(np.int64)
+        if (address != address[:, :1]).any():
+            raise Fault(f"threads of a warp give different addresses: {ins}")
+        return address[:, 0] >> 16, (address[:, 0] & 0xFFFF) + place.offset
 
-    def _operand(self, ins, descriptor, length, transposed, cta, lane, kind):
-        start, lbo, sbo = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-        width, bits = {2: (128, 7), 4: (64, 3), 6: (32, 1)}[descriptor >> 61 & 7]
-        r, k = np.arange(length)[:, None], np.arange(16)[None, :]
-        if transposed:
-            each = width // 2
-            a = start + r // each * lbo + k // 8 * sbo + k % 8 * width + r % each * 2
-        else:
-            a = start + r // 8 * sbo + r % 8 * width + k * 2
-        a = (a ^ ((a >> 7 & bits) << 4)) - SHARED_BASE
-        if (a < 0).any() or (a + 2 > self.shared_bytes).any():
-            raise Fault(f"out of bounds: {ins.text} ({ins.line})")
-        a = a + cta * self.stride
-        if self.checks:
-            units = a.ravel() // 2
-            self._read(ins, units, np.full(len(units), lane // WARP, np.int32))
-            if not self.shared.written[units].all():
-                self.report("reads what nobody wrote", ins, 1)
-            if self.unfenced[units].any():
-                self.report(
-                    "an asynchronous product reads what no fence.proxy.async made visible", ins, 1
-                )
-        return bf16_or_f16(self.shared.data.view(np.uint16)[a // 2], kind).astype(np.float64)
+    # Products
 
-    def _product(self, ins, lane):
-        d, a, b, idesc, keep = ins.args
+    def _number(self, operand: Operand, kind: str, lane: int) -> int:
+        return int(self.full(operand, kind)[lane])
+
+    def _product(self, ins: Instruction, lane: int) -> None:
+        """Multiply m x 16 by 16 x n elements into m x n float32 of tensor memory.
+
+        The instruction descriptor holds types (bits 4 to 12), transpositions (15, 16), n / 8 (17 to
+        22) and m / 16 (24 to 28). With m = 64 the rows are the first 16 of each 32.
+        """
+        d, a, b, descriptor, keep = ins.operands
+        assert isinstance(d, Address), ins.text
         cta = int(self.cta[lane])
-        word = self._one(idesc, "u32", lane)
-        assert word >> 4 & 3 == 1 and word >> 7 & 7 == word >> 10 & 7, ins.text
-        kind = "bf16" if word >> 7 & 7 == 1 else "f16"
+        word = self._number(descriptor, "u32", lane)
+        types = {0: "f16", 1: "bf16"}
+        known = 0x1F7F9C90 | 1 << 15 | 1 << 16
+        left_type, right_type = types.get(word >> 7 & 7), types.get(word >> 10 & 7)
+        if word & ~known or word >> 4 & 3 != 1 or None in (left_type, right_type):
+            raise NotImplementedError(f"the instruction descriptor {word:#x}: {ins}")
+        if left_type != right_type:
+            raise NotImplementedError(f"factors of two types: {ins}")
+        kind = str(left_type)
         n, m = (word >> 17 & 63) * 8, (word >> 24 & 31) * 16
-        rows = np.arange(m) if m == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16
-        if isinstance(a, tuple):
-            at = self._one(a[1], "u32", lane)
-            half = self.tensor[cta, rows + (at >> 16), :]
-            half = np.ascontiguousarray(half[:, (at & 0xFFFF) + a[2] : (at & 0xFFFF) + a[2] + 8])
-            left = bf16_or_f16(half.view(np.uint16), kind).astype(np.float64)
+        if m not in (64, 128):
+            raise NotImplementedError(f"a product of {m} rows: {ins}")
+        rows = np.arange(m) if m == ROWS else np.arange(m) // 16 * WARP + np.arange(m) % 16
+        if isinstance(a, Address):
+            at = self._number(a.base, "u32", lane)
+            column = (at & 0xFFFF) + a.offset
+            bits = self.tensor[cta, rows + (at >> 16), column : column + DEPTH // 2]
+            left = widened(np.ascontiguousarray(bits).view(np.uint16), kind).astype(np.float64)
         else:
-            left = self._operand(ins, self._one(a, "u64", lane), m, word >> 15 & 1, cta, lane, kind)
-        right = self._operand(ins, self._one(b, "u64", lane), n, word >> 16 & 1, cta, lane, kind)
+            left = self._operand(ins, self._number(a, "u64", lane), m, word >> 15 & 1, lane, kind)
+        right = self._operand(ins, self._number(b, "u64", lane), n, word >> 16 & 1, lane, kind)
+        at = self._number(d.base, "u32", lane)
+        column = (at & 0xFFFF) + d.offset
+        if column + n > self.columns[cta]:
+            raise Fault(f"columns that are not allocated: {ins}")
+        index = cta, rows + (at >> 16), slice(column, column + n)
         out = left @ right.T
-        at = self._one(d[1], "u32", lane)
-        columns = slice((at & 0xFFFF) + d[2], (at & 0xFFFF) + d[2] + n)
-        assert columns.stop <= self.columns
-        if self._one(keep, "pred", lane):
-            old = np.ascontiguousarray(self.tensor[cta, rows + (at >> 16), columns]).view(
-                np.float32
-            )
-            out = out + old
-        self.tensor[cta, rows + (at >> 16), columns] = out.astype(np.float32).view(np.uint32)
-        self.traffic["tensor-core flops"] += 2 * m * n * 16
+        if self._number(keep, "pred", lane):
+            out = out + np.ascontiguousarray(self.tensor[index]).view(np.float32)
+        self.tensor[index] = out.astype(np.float32).view(np.uint32)
+        self.traffic["tensor-core operations"] += 2 * m * n * DEPTH
+
+    def _operand(
+        self, ins: Instruction, descriptor: int, length: int, transposed: int, lane: int, kind: str
+    ) -> np.ndarray:
+        """Return a matrix in shared memory, (length, 16) float64."""
+        width = WIDTHS.get(descriptor >> 61 & 7)
+        if width is None or descriptor >> 46 & 7 != 1 or descriptor >> 49 & 7:
+            raise NotImplementedError(f"the matrix descriptor {descriptor:#x}: {ins}")
+        one = np.array([descriptor & (1 << 46) - 1])
+        places = element_places(one, length, width, bool(transposed))
+        return self.read_matrix(ins, places, self.warp[lane : lane + 1], kind)[0]

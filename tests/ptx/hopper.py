@@ -1,147 +1,261 @@
-"""Products of warpgroups, of compute capability 9.0."""
+"""The machine of compute capability 9.0: matrix products of warpgroups (`wgmma`).
+
+A product reads shared memory through the asynchronous proxy, for which generic writes need a
+`fence.proxy.async` by those who made them, and then a barrier. Sums that it increases are set
+before a `wgmma.fence`, and until a `wgmma.wait_group` they may not be touched, nor operands in
+shared memory changed. Factors in registers are not held to the fence: LLVM moves their arithmetic
+across it, and ptxas orders what reads a register after what sets it.
+
+Products are computed when they are issued, here.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from ptx.floats import bf16_or_f16
-from ptx.machine import SHARED_BASE, WARP, Machine
-from ptx.memory import Fault
+from ptx.floats import widened
+from ptx.machine import Machine
+from ptx.memory import BEFORE, SEVERAL, UNIT, Fault
+from ptx.parse import Instruction, Operand
+from ptx.processor import SHARED_BASE, WARP, Mask
+
+GROUP = 4  # warps of a warpgroup
+DEPTH = 16  # of a product of 16-bit elements
+# Bytes of a row of a swizzled block of eight rows.
+WIDTHS = {1: 128, 2: 64, 3: 32}
+# By that width: as many bits of the row's number are added to that of the 16 bytes, without carry.
+SWIZZLED_BITS = {128: 7, 64: 3, 32: 1}
+
+
+@dataclass
+class Product:
+    """A product under way.
+
+    Attributes:
+        group: number of groups committed before it.
+        sums: registers that it will set.
+        operands: (warps, units) that it reads of shared memory.
+    """
+
+    group: int
+    sums: list[Operand]
+    operands: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
 class Hopper(Machine):
-    """Warpgroup matrix products of sm_90."""
+    """One launch; see `Processor`."""
 
-    def __init__(self, *args, **kwargs):
+    forms = {
+        **Machine.forms,
+        "fence": {r"proxy\.async(\.shared::cta)?": ""},
+        "wgmma": {
+            r"(fence|commit_group)\.sync\.aligned": "",
+            r"wait_group\.sync\.aligned": "i",
+            r"mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(bf16\.bf16|f16\.f16)": "DVvviii?i",
+        },
+    }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare a launch; see `Processor`."""
         super().__init__(*args, **kwargs)
-        self.unfenced = np.zeros(len(self.shared.writer), np.bool_)
-        self.busy = np.zeros(len(self.shared.writer), np.bool_)
-        self.flying: list = []  # [group number, registers, warps by unit, units]
+        units = len(self.shared.writer)
+        self.unfenced = np.zeros(units, np.bool_)  # written, and no fence.proxy.async since
+        self.busy = np.zeros(units, np.bool_)  # read by a product under way
+        self.flying: list[Product] = []
         self.committed = 0
-        self.unready: set[str] = set()
+        self.unready: set[Operand] = set()  # sums of products under way
+        self.changed: set[Operand] = set()  # registers set since the last wgmma.fence
 
-    def get(self, arg, kind):
-        if arg in self.unready:
-            self.hazards[("reads a register that a product under way will write", arg, "")] += 1
-        return super().get(arg, kind)
+    def get(self, operand: Operand, kind: str) -> np.ndarray:
+        """Return the value of an operand, which no product under way may set."""
+        if isinstance(operand, str) and operand in self.unready:
+            self.hazards[("reads a register that a product under way will set", operand, "")] += 1
+        return super().get(operand, kind)
 
-    def note(self, space, ins, a, size, warp, cta, write):
-        super().note(space, ins, a, size, warp, cta, write)
-        if write and space is self.shared:
-            units = (a[:, None] // 2 + np.arange(max(1, size // 2))).ravel()
+    def put(self, register: Operand, value: np.ndarray, mask: Mask) -> None:
+        """Set a register, which is then news to products until a `wgmma.fence`."""
+        assert isinstance(register, str)
+        if register in self.unready:
+            self.hazards[("sets a register that a product under way will set", register, "")] += 1
+        self.changed.add(register)
+        super().put(register, value, mask)
+
+    def touch(
+        self, shared: bool, ins: Instruction, units: np.ndarray, lanes: np.ndarray, write: bool
+    ) -> None:
+        """Note accesses; writes need a fence before products may read them."""
+        super().touch(shared, ins, units, lanes, write)
+        if write and shared:
             self.unfenced[units] = True
-            if self.busy[units].any():
-                self.report("writes what a product under way reads", ins, self.busy[units].sum())
+            if (busy := self.busy[units]).any():
+                self.report("writes what a product under way reads", ins, busy.sum())
 
-    def op_fence(self, ins, mask):
-        if "proxy" in ins.mods:
-            warps = np.arange(self.warps) if mask is None else np.unique(self.warp[mask])
-            self.unfenced &= ~np.isin(self.shared.writer, warps)
+    def op_fence(self, ins: Instruction, mask: Mask) -> None:
+        """Make writes of these warps visible to the asynchronous proxy."""
+        warps = np.unique(self.warp[self.lanes_of(mask)])
+        self.unfenced &= ~np.isin(self.shared.writer, warps)
 
-    def _matrix(self, ins, name, length, transposed, groups):
-        d = np.broadcast_to(self.get(name, "u64"), self.lanes).reshape(-1, 4 * WARP)[groups]
-        if (d != d[:, :1]).any():
-            raise Fault(f"threads of a warpgroup give different descriptors: {ins.text}")
-        d = d[:, 0].astype(np.int64)
-        start, lbo, sbo = ((d >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-        mode = d >> 62 & 3
-        assert (mode == mode[0]).all() and mode[0] in (1, 2, 3), ins.text
-        width, bits = {1: (128, 7), 2: (64, 3), 3: (32, 1)}[int(mode[0])]
-        start, lbo, sbo = (x[:, None, None] for x in (start, lbo, sbo))
-        r, k = np.arange(length)[:, None], np.arange(16)[None, :]
-        if transposed:
-            each = width // 2
-            a = start + r // each * lbo + k // 8 * sbo + k % 8 * width + r % each * 2
-        else:
-            a = start + r // 8 * sbo + r % 8 * width + k * 2
-        a = a ^ ((a >> 7 & bits) << 4)
-        a -= SHARED_BASE
-        if (a < 0).any() or (a + 2 > self.shared_bytes).any():
-            raise Fault(f"out of bounds: {ins.text} ({ins.line})")
-        cta = self.cta.reshape(-1, 4 * WARP)[groups, 0]
-        a = a + (cta * self.stride)[:, None, None]
-        flat = a.reshape(len(groups), -1)
+    # Operands of products
+
+    def read_matrix(
+        self, ins: Instruction, places: np.ndarray, warps: np.ndarray, kind: str
+    ) -> np.ndarray:
+        """Return elements at offsets into the memory of CTAs, (products, length, 16) float64.
+
+        Args:
+            places: (products, length, 16) offsets in bytes.
+            warps: (products,) who asks for them.
+        """
+        if (places < 0).any() or (places + UNIT > self.shared_bytes).any():
+            raise Fault(f"outside of the shared memory: {ins}")
+        cta = warps // self.warps_of_cta
+        units = (places + (cta * self.stride)[:, None, None]) // UNIT
         if self.checks:
-            warp = np.repeat(groups * 4, flat.shape[1]).astype(np.int32)
-            units = flat.ravel() // 2
-            self._read(ins, units, warp)
-            if not self.shared.written[units].all():
-                self.report("reads what nobody wrote", ins, 1)
-            if self.unfenced[units].any():
+            flat = units.reshape(len(warps), -1)
+            self.check_read(ins, flat.ravel(), warps.repeat(flat.shape[1]))
+            if (unwritten := ~self.shared.written[flat]).any():
+                self.report("reads what nobody wrote", ins, unwritten.sum())
+            if (unfenced := self.unfenced[flat]).any():
                 self.report(
-                    "an asynchronous product reads what no fence.proxy.async made visible", ins, 1
+                    "a product reads what no fence.proxy.async made visible to it",
+                    ins,
+                    unfenced.sum(),
                 )
+        return widened(self.shared.data.view(np.uint16)[units], kind).astype(np.float64)
+
+    def check_read(self, ins: Instruction, units: np.ndarray, warp: np.ndarray) -> None:
+        """Note that products read; only a barrier orders other warps' writes before that."""
+        space = self.shared
+        epoch = self.epoch[warp // self.warps_of_cta]
+        writer = space.writer[units]
+        race = (writer != BEFORE) & (writer != warp) & (space.write_epoch[units] == epoch)
+        if race.any():
+            self.report("write, then read", ins, race.sum())
+        if (pending := space.pending[units]).any():
+            self.report("touches an asynchronous copy under way", ins, pending.sum())
+        space.reader[units], space.read_epoch[units] = SEVERAL, epoch
+
+    def _matrix(
+        self, ins: Instruction, operand: Operand, length: int, transposed: bool, groups: np.ndarray
+    ) -> np.ndarray:
+        """Return the matrix that a descriptor describes, (groups, length, 16) float64."""
+        descriptor = self.full(operand, "u64").reshape(-1, GROUP * WARP)[groups]
+        if (descriptor != descriptor[:, :1]).any():
+            raise Fault(f"threads of a warpgroup give different descriptors: {ins}")
+        one = descriptor[:, 0].astype(np.int64)
+        width = WIDTHS.get(int(one[0] >> 62 & 3))
+        if width is None or (one >> 62 != one[0] >> 62).any() or (one >> 49 & 7).any():
+            raise NotImplementedError(f"a matrix without a swizzle, or with an offset: {ins}")
+        places = element_places(one, length, width, transposed)
+        warps = groups * GROUP
+        values = self.read_matrix(ins, places, warps, ins.type)
+        if self.checks:
+            cta = warps // self.warps_of_cta
+            units = ((places + (cta * self.stride)[:, None, None]) // UNIT).reshape(len(warps), -1)
             self.busy[units] = True
-            self.flying.append([self.committed, [], warp, units, ins])
-        return bf16_or_f16(self.shared.data.view(np.uint16)[a // 2], ins.type).astype(np.float64)
+            self.flying[-1].operands.append((warps.repeat(units.shape[1]), units.ravel()))
+        return values
 
-    def _read(self, ins, units, warp):
-        """A warpgroup reads: any of its four warps counts as the first."""
-        s, per = self.shared, self.threads // WARP
-        e = self.epoch[warp // per]
-        bad = (s.writer[units] >= 0) & (s.writer[units] != warp) & (s.write_epoch[units] == e)
-        if bad.any():
-            self.report("write, then read", ins, bad.sum())
-        if s.pending[units].any():
-            self.report("touches an asynchronous copy under way", ins, s.pending[units].sum())
-        s.reader[units], s.read_epoch[units] = -2, e
+    def _fragments(self, ins: Instruction, names: list[Operand], groups: np.ndarray) -> np.ndarray:
+        """Return a left matrix held in registers as `op_mma` has it, (groups, 64, 16) float64."""
+        bits = np.stack([self.full(x, "b32").reshape(-1, GROUP, WARP)[groups] for x in names])
+        parts = widened(bits.view(np.uint16), ins.type).reshape(2, 2, len(groups), GROUP, 8, 4, 2)
+        return parts.transpose(2, 3, 1, 4, 0, 5, 6).reshape(-1, 64, DEPTH).astype(np.float64)
 
-    def op_wgmma(self, ins, mask):
-        groups = self._whole_warps(ins, mask).reshape(-1, 4)[:, 0] // 4
-        if "fence" in ins.mods:
-            return
-        if "commit_group" in ins.mods:
+    # Products
+
+    def op_wgmma(self, ins: Instruction, mask: Mask) -> None:
+        """Multiply, order registers, commit products to a group, or wait for groups."""
+        kind = ins.modifiers[0]
+        warps = self.whole_warps(ins, mask).reshape(-1, GROUP)
+        if kind == "mma_async":
+            self._multiply(ins, warps[:, 0] // GROUP, mask)
+        elif kind == "fence":
+            self.changed.clear()
+        elif kind == "commit_group":
             self.committed += 1
-            return
-        if "wait_group" in ins.mods:
-            keep = int(ins.args[0], 0)
-            left = []
-            for one in self.flying:
-                if one[0] < self.committed - keep:
-                    self.busy[one[3]] = False
-                    if len(one[3]):
-                        self._read(ins, one[3], one[2])
-                else:
-                    left.append(one)
-            self.flying = left
-            self.unready = {r for one in left for r in one[1]}
-            return
-        m = re.match(r"m64n(\d+)k16", ins.mods[3])
-        n = int(m[1])
-        assert ins.mods[4:] in (["f32", "bf16", "bf16"], ["f32", "f16", "f16"]), ins.text
-        d, a, b, keep = ins.args[:4]
-        if isinstance(a, list):
-            scale, flips = ins.args[4:6], [0, int(ins.args[6])]
-            parts = []
-            for name in a:
-                x = np.ascontiguousarray(np.broadcast_to(self.get(name, "b32"), self.lanes))
-                x = x.reshape(-1, 4, WARP)[groups].reshape(-1, WARP).copy().view(np.uint16)
-                parts.append(bf16_or_f16(x, ins.type).reshape(-1, 8, 4, 2))
-            left = np.stack(parts).reshape(2, 2, -1, 8, 4, 2).transpose(2, 1, 3, 0, 4, 5)
-            left = left.reshape(len(groups), 64, 16).astype(np.float64)
         else:
-            scale, flips = ins.args[4:6], [int(x) for x in ins.args[6:8]]
-            left = self._matrix(ins, a, 64, flips[0], groups)
-        right = self._matrix(ins, b, n, flips[1], groups)
-        assert [int(s) for s in scale] == [1, 1]
+            self._wait(ins, int(str(ins.operands[0])))
+
+    def _wait(self, ins: Instruction, keep: int) -> None:
+        done = [one for one in self.flying if one.group < self.committed - keep]
+        self.flying = [one for one in self.flying if one.group >= self.committed - keep]
+        for _, units in (part for one in done for part in one.operands):
+            self.busy[units] = False
+        for warp, units in (part for one in done for part in one.operands):
+            # They read until now: whoever writes needs a barrier after this wait.
+            self.shared.reader[units] = SEVERAL
+            self.shared.read_epoch[units] = self.epoch[warp // self.warps_of_cta]
+        for _, units in (part for one in self.flying for part in one.operands):
+            self.busy[units] = True
+        self.unready = {name for one in self.flying for name in one.sums}
+
+    def _multiply(self, ins: Instruction, groups: np.ndarray, mask: Mask) -> None:
+        """Set or increase 64 x n sums, spread over the lanes as those of `op_mma` are."""
+        d, a, b, keep, *scales = ins.operands
+        found = re.fullmatch(r"m64n(\d+)k16", ins.modifiers[3])
+        assert found and isinstance(d, list)
+        n = int(found[1])
+        in_registers = isinstance(a, list)
+        flips = [int(str(x)) for x in scales[2:]]
+        if (
+            n % 8
+            or len(d) != n // 2
+            or scales[:2] != ["1", "1"]
+            or len(flips) != (1 if in_registers else 2)
+            or (in_registers and len(a) != 4)
+        ):
+            raise NotImplementedError(f"operands of another form: {ins}")
+        # Sums of earlier products are in order for this one.
+        unready, self.unready = self.unready, set()
+        self.flying.append(Product(self.committed, d))
+        if isinstance(a, list):
+            left = self._fragments(ins, a, groups)
+        else:
+            left = self._matrix(ins, a, 64, bool(flips[0]), groups)
+        right = self._matrix(ins, b, n, bool(flips[-1]), groups)
         out = left @ right.transpose(0, 2, 1)
-        ready, self.unready = self.unready, set()
         if keep != "0":
-            keep = np.broadcast_to(self.get(keep, "pred"), self.lanes).reshape(-1, 4 * WARP)[
-                groups, 0
-            ]
-            start = np.stack([self.get(x, "f32").reshape(-1, 4, 8, 4)[groups] for x in d]).reshape(
-                n // 8, 2, 2, len(groups), 4, 8, 4
-            )
-            start = start.transpose(3, 4, 1, 5, 0, 6, 2).reshape(len(groups), 64, n)
-            out = out + np.where(keep[:, None, None], start, 0)
-        out = out.astype(np.float32).reshape(len(groups), 4, 2, 8, n // 8, 4, 2)
-        warps = (groups[:, None] * 4 + np.arange(4)).ravel()
+            keeps = self.full(keep, "pred").reshape(-1, GROUP * WARP)[groups, 0]
+            sums = np.stack([self.full(x, "f32").reshape(-1, GROUP, 8, 4)[groups] for x in d])
+            sums = sums.reshape(n // 8, 2, 2, len(groups), GROUP, 8, 4)
+            sums = sums.transpose(3, 4, 1, 5, 0, 6, 2).reshape(len(groups), 64, n)
+            out = out + np.where(keeps[:, None, None], sums, 0)
+            if keeps.any() and (late := self.changed.intersection(d)):
+                self.report("sums were set after the last wgmma.fence", ins, len(late))
+        out = out.astype(np.float32).reshape(len(groups), GROUP, 2, 8, n // 8, 4, 2)
+        warps = (groups[:, None] * GROUP + np.arange(GROUP)).ravel()
         for i, name in enumerate(d):
             value = out[:, :, i // 2 % 2, :, i // 4, :, i % 2].reshape(-1, WARP)
-            self._put_warps(name, np.ascontiguousarray(value), warps, mask)
-        self.unready = ready | set(d)
-        self.flying.append([self.committed, d, np.zeros(0, np.int32), np.zeros(0, np.int64), ins])
-        self.traffic["tensor-core flops"] += len(groups) * 2 * 64 * n * 16
+            self.put_warps(name, np.ascontiguousarray(value), warps, mask)
+        self.changed.difference_update(d)
+        self.unready = unready | set(d)
+        self.traffic["tensor-core operations"] += len(groups) * 2 * 64 * n * DEPTH
+
+
+def element_places(
+    descriptors: np.ndarray, length: int, width: int, transposed: bool
+) -> np.ndarray:
+    """Return offsets into shared memory of a matrix's elements, (descriptors, length, 16).
+
+    A matrix of 16-bit elements is cut into blocks of eight rows of `width` bytes, one after the
+    other. Within a block the 16 bytes at row r and column c of them lie at column c ^ r (the
+    swizzle). Descriptors hold, in units of 16 bytes: where the matrix starts (bits 0 to 13), and
+    how far apart blocks are along the rows (bits 16 to 29) and across them (32 to 45). A
+    transposed matrix has the depth of the product across the rows.
+    """
+    start, along, across = (
+        ((descriptors >> at & 0x3FFF) << 4)[:, None, None] for at in (0, 16, 32)
+    )
+    i, k = np.arange(length)[:, None], np.arange(DEPTH)[None, :]
+    if transposed:
+        per_row = width // 2
+        place = start + i // per_row * along + k // 8 * across + k % 8 * width + i % per_row * 2
+    else:
+        place = start + i // 8 * across + i % 8 * width + k * 2
+    # Blocks start at multiples of their size, so the address itself holds the row.
+    return (place ^ (place >> 7 & SWIZZLED_BITS[width]) << 4) - SHARED_BASE

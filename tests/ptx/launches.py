@@ -111,6 +111,9 @@ def execute(
     arguments: Mapping[str, Tensor | np.generic],
     outputs: Collection[str],
     options: Options,
+    *,
+    threads: int | None = None,
+    structure: Callable[[dict[str, int]], bytes] | None = None,
 ) -> Run:
     """Run a kernel on CPU tensors, which it changes as it would on a GPU.
 
@@ -121,6 +124,8 @@ def execute(
         shared_bytes: dynamic shared memory of a CTA.
         arguments: in the order of the kernel's parameters; parameters after them are null pointers.
         outputs: names of tensors that the kernel writes in full and reads nothing of.
+        threads: of a CTA; None: as the PTX says.
+        structure: where the kernel has one parameter, its bytes from the tensors' addresses.
 
     Raises:
         Fault: a GPU would stop, or never end.
@@ -135,19 +140,23 @@ def execute(
     for units in written.values():
         memory.data.view(np.uint16)[units] = 0xFFFF
         memory.written[units] = False
-    values = [
-        np.uint64(memory.address(x)) if isinstance(x, Tensor) else x for x in arguments.values()
-    ]
+    addresses = {name: memory.address(x) for name, x in tensors.items()}
+    if structure is None:
+        values = [
+            np.uint64(addresses[name]).tobytes() if name in addresses else x.tobytes()
+            for name, x in arguments.items()
+        ]
+    else:
+        values = [structure(addresses)]
     names = [name for name, _ in kernel.params]
-    params = dict.fromkeys(names, bytes(8)) | {
-        name: value.tobytes() for name, value in zip(names, values, strict=False)
-    }
+    params = dict.fromkeys(names, bytes(8)) | dict(zip(names, values, strict=False))
     machine = MACHINES.get(capability, Machine)(
         kernel,
         grid,
         shared_bytes,
         params,
         memory,
+        threads=threads,
         checks=options.checks,
         stats=options.stats,
         contract=options.contract,

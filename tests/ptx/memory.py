@@ -6,6 +6,7 @@ that a tensor whose strides span gigabytes costs no more than its elements.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -47,6 +48,43 @@ class Space:
         self.reader = np.full(units, BEFORE, np.int32)
         self.read_epoch = np.full(units, -1, np.int32)
         self.pending = np.zeros(units, np.bool_)
+
+    def touch(
+        self, units: np.ndarray, warp: np.ndarray, epoch: np.ndarray, warps_of_cta: int, write: bool
+    ) -> Counter[str]:
+        """Note accesses, and return what is wrong with them and of how many units.
+
+        Two accesses of which one writes are a race, unless one warp makes both or their CTA has a
+        barrier between them.
+
+        Args:
+            units: (accesses,) that are touched.
+            warp: (accesses,) by whom.
+            epoch: (accesses,) barriers of its CTA so far.
+            warps_of_cta: number of warps of a CTA.
+        """
+        found = Counter({"touches an asynchronous copy under way": self.pending[units].sum()})
+        cta = warp // warps_of_cta
+        writer, reader = self.writer[units], self.reader[units]
+        unordered = (writer // warps_of_cta != cta) | (self.write_epoch[units] == epoch)
+        race = (writer != BEFORE) & (writer != warp) & unordered
+        found["write, then write" if write else "write, then read"] = race.sum()
+        if write:
+            unordered = (self.read_epoch[units] == epoch) | (
+                (reader != SEVERAL) & (reader // warps_of_cta != cta)
+            )
+            found["read, then write"] = ((reader != BEFORE) & (reader != warp) & unordered).sum()
+            self.writer[units], self.write_epoch[units] = warp, epoch
+            self.reader[units] = BEFORE
+            self.written[units] = True
+        else:
+            found["reads what nobody wrote"] = (~self.written[units]).sum()
+            others = (reader != BEFORE) & (reader != warp) & (self.read_epoch[units] == epoch)
+            self.reader[units] = warp
+            others |= self.reader[units] != warp  # several in this access
+            self.reader[units[others]] = SEVERAL
+            self.read_epoch[units] = epoch
+        return found
 
 
 class GlobalMemory(Space):
