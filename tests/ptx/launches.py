@@ -133,8 +133,9 @@ def execute(
     """
     kernel = _parsed(options.edit(ptx) if options.edit else ptx)
     tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-    memory = GlobalMemory(tensors.values())
-    for tensor in tensors.values():
+    full = [x for x in tensors.values() if x.numel()]
+    memory = GlobalMemory(full)
+    for tensor in full:
         memory.load(tensor)
     written = {name: memory.units(tensors[name]) for name in outputs}
     for units in written.values():
@@ -166,7 +167,7 @@ def execute(
     )
     with np.errstate(all="ignore"):
         machine.run()
-    for tensor in tensors.values():
+    for tensor in full:
         memory.store(tensor)
     return Run(
         kernel,

@@ -92,7 +92,7 @@ class GlobalMemory(Space):
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._start: dict[int, int] = {}  # of a storage, by its data pointer
-        tensors = list(tensors)
+        tensors = [tensor for tensor in tensors if tensor.numel()]
         end = PAGE
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -108,7 +108,9 @@ class GlobalMemory(Space):
             self.allowed[self.units(tensor)] = True
 
     def address(self, tensor: Tensor) -> int:
-        """Return the address of a tensor's first element."""
+        """Return the address of a tensor's first element; a null pointer if it has none."""
+        if tensor.numel() == 0:
+            return 0
         offset = tensor.storage_offset() * tensor.element_size()
         return GLOBAL_BASE + self._start[tensor.untyped_storage().data_ptr()] + offset
 
@@ -124,12 +126,12 @@ class GlobalMemory(Space):
         return self._placed(tensor) // UNIT
 
     def load(self, tensor: Tensor) -> None:
-        """Copy a tensor's elements here."""
+        """Copy the elements of a tensor, which has some, here."""
         self.data.view(np.uint16)[self.units(tensor)] = _host(tensor)
         self.written[self.units(tensor)] = True
 
     def store(self, tensor: Tensor) -> None:
-        """Copy a tensor's elements back."""
+        """Copy the elements of a tensor, which has some, back."""
         values = torch.from_numpy(self.data.view(np.int16)[self.units(tensor)])
         tensor.detach().copy_(values.view(tensor.dtype).view(tensor.shape))
 
