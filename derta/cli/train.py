@@ -43,6 +43,7 @@ from derta.training.rehearsal import check_optimized, rehearse
 from derta.training.resumable import RunFinished
 from derta.training.sharding import running_engine
 from derta.training.trainer import DertaTrainer
+from derta_kernels.head_loss import chip_of
 
 
 @dataclass(kw_only=True)
@@ -177,7 +178,11 @@ def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
         memory=physical_memory(config.device),
         gpus=config.world_size,
     )
-    step = replace(step, shard=running_engine(trainer.accelerator))
+    step = replace(
+        step,
+        shard=running_engine(trainer.accelerator),
+        processors=chip_of(config.device).processors,
+    )
     tokens = trainer.train_dataset.largest().input_ids.shape[1]
     triples = plan.Triples(config.branches, config.rto_keep)
     return f"out of memory; {plan.describe(step, tokens, triples)}"

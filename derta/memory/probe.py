@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import resource
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from derta.modeling.liger import LIGER_LOSSES_OFF
 from derta.modeling.offloading import ran_out_of_memory
 from derta.modeling.patch import apply_derta
 from derta.modeling.quantization import layers_for_4_bits, widths
+from derta_kernels.head_loss import chip_of
 
 REFUSAL = 0  # any token
 NOT_TENSORS = ("optimizer", "context")
@@ -96,6 +98,8 @@ def probe(step: StepSettings, tokens: int, triples: Triples, device: torch.devic
         ValueError: a package that the method needs is not installed.
         MemoryError: the pass does not fit the device.
     """
+    if device.type == "cuda":
+        step = replace(step, processors=chip_of(device).processors)
     batch = full_pack(tokens, triples, context_of(step.config))
     planned = needed(StepMemory(step), tokens, triples)
     of_tensors = sum(size for part, size in planned.items() if part not in NOT_TENSORS)

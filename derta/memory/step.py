@@ -42,7 +42,8 @@ from derta.modeling.patch import checkpoint_layers
 from derta.modeling.quantization import layers_for_4_bits, widths
 from derta.modeling.sharding import call, without_zero3
 from derta_kernels.attention.custom_op import attention_op
-from derta_kernels.head_loss import working_bytes
+from derta_kernels.head_loss import Chip, working_bytes
+from derta_kernels.head_loss.custom_op import FORMS
 
 ATTENTION = "derta_without_storage"
 PARTS = {
@@ -53,6 +54,7 @@ PARTS = {
 }
 Peaks = dict[str, Counter[str]]
 FAR = 16384
+H100_PROCESSORS = 132
 NF4_BYTES = 0.5  # a code of four bits
 SCALE_BYTES = 1 / 64 + 4 / (64 * 256)  # of its block's scale, and of that scale's own
 
@@ -76,6 +78,7 @@ class StepSettings:
         offload_parameters: if True, shards lie on the host.
         device_type: "cuda" or "cpu".
         capacity: memory of a device in bytes.
+        processors: multiprocessors of a GPU, which decide the chunks of the head loss.
     """
 
     config: PreTrainedConfig
@@ -92,6 +95,11 @@ class StepSettings:
     offload_parameters: bool = False
     device_type: str = "cuda"
     capacity: int = 0
+    processors: int = H100_PROCESSORS
+
+    @property
+    def chip(self) -> Chip:
+        return Chip(self.device_type, self.processors, self.capacity)
 
 
 def make_step(
@@ -285,10 +293,10 @@ def _run(
     def working(name: str, *args: Any) -> int:
         if name == "derta::head_loss":
             hidden, weight = args[:2]
-            free = step.capacity - tracker.now.total()
+            form_weight = args[FORMS][1]
             (vocabulary, width), rows = weight.shape, int(len(hidden) * live)
             dtypes = hidden.dtype, weight.dtype
-            return working_bytes(rows, vocabulary, width, *dtypes, step.device_type, free)
+            return working_bytes(rows, vocabulary, width, *dtypes, step.chip, form_weight)
         if name == "derta::interval_attention_backward":
             return 4 * args[1].shape[:3].numel()  # a float32 for each row and head
         return 0

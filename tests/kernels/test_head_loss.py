@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from allocated import peak_bytes
 from derta_kernels.head_loss import (
+    Chip,
     HeadLoss,
     choose,
     chunked,
@@ -22,8 +23,10 @@ from derta_kernels.head_loss import (
     head_loss,
     op,
     row_pass_torch,
+    working_bytes,
 )
 from derta_kernels.head_loss.choice import ROW_PASSES, unavailable
+from derta_kernels.head_loss.chunks import Problem
 from derta_kernels.testing import (
     PROBABILITIES,
     HeadCase,
@@ -761,13 +764,23 @@ def test_the_scratch_keeps_to_its_budget_and_a_chunk_to_whole_tiles(
 ) -> None:
     monkeypatch.undo()  # chunks of their real size
 
-    def rows(scratch_mb: float | None, count: int = 10**6) -> int:
-        return chunked.chunk_rows(count, 128256, torch.bfloat16, torch.device("cpu"), scratch_mb)
+    def rows(scratch_mb: float | None) -> int:
+        return chunked.chunk_rows(10**6, Problem(128256, 4096, 2, True), Chip("cpu"), scratch_mb)
 
     assert rows(128) == 512 and rows(256) == 1024 and rows(300) == 1152
     assert rows(None) == 384
     assert rows(1) == 128  # fewer would leave the machine idle
-    assert rows(256, count=77) == 77
+
+
+def test_the_plan_knows_the_memory_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # chunks of their real size, 256 rows and 204
+    hidden, weight = torch.randn(460, 8), torch.randn(80_003, 8)
+    target = torch.randint(len(weight), (460,))
+    shape = (460, *weight.shape, torch.float32, torch.float32)
+    planned = working_bytes(*shape, Chip("cpu"), trainable=False)
+    assert planned == pytest.approx(256 * 4 * 80_003, rel=0.01)
+    peak = peak_bytes(lambda: head_loss(hidden, weight, target, impl="torch"))
+    assert peak == pytest.approx(planned, rel=0.01)
 
 
 def test_every_row_of_the_scratch_is_aligned_for_wide_loads() -> None:

@@ -2,8 +2,18 @@
 
 from derta_kernels.head_loss.choice import choose
 from derta_kernels.head_loss.chunked import working_bytes
+from derta_kernels.head_loss.chunks import Chip, chip_of
 from derta_kernels.head_loss.head import Head
 from derta_kernels.head_loss.op import HeadLoss, head_loss
 from derta_kernels.head_loss.shards import sent_bytes
 
-__all__ = ["Head", "HeadLoss", "choose", "head_loss", "sent_bytes", "working_bytes"]
+__all__ = [
+    "Chip",
+    "Head",
+    "HeadLoss",
+    "chip_of",
+    "choose",
+    "head_loss",
+    "sent_bytes",
+    "working_bytes",
+]

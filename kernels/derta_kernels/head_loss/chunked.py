@@ -21,16 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from derta_kernels.head_loss.chunks import Chip, Problem, chip_of, chunk_rows, split
 from derta_kernels.head_loss.row_pass import RowPass
 from derta_kernels.head_loss.shards import Shards
 
-MIB = 2**20
 AHEAD_OF_RANKS = 1  # chunks that start before one ends, where it waits for other ranks
-SCRATCH_MB = {"cpu": 96, "cuda": 256}
-# A chunk reads weight twice and updates its gradient once. From this many rows on, the time of both
-# is hidden by that of the products.
-WIDE_CHUNK_ROWS = 1024
-ROW_MULTIPLE = 128
 # cuBLAS uses its fast kernels only if rows start on 16 bytes; 128 starts them on cache lines.
 ROW_ALIGNMENT_BYTES = 128
 # The first compute capability on which torch multiplies bfloat16 into a float32 sum.
@@ -97,7 +92,7 @@ def head_loss_chunked(
         token_weight: (n, K) in the dtype to compute in, the weight of each of them.
         rows: (n,) int64, the live rows of hidden; None: all rows.
         row_pass: one of the `row_pass_*`, see `choice.row_pass`.
-        scratch_mb: MiB of the scratch; None: see `chunk_rows`.
+        scratch_mb: MiB of the scratch; None: see `chunks.chunk_rows`.
         forms: for each of hidden, weight and bias, if True, its gradient is formed.
         shards: the agreement of the ranks that share the vocabulary; None: it is whole.
 
@@ -121,19 +116,21 @@ def head_loss_chunked(
 
     dtype = product_dtype(hidden.dtype, hidden.device.type)
     if shards is None:
-        step = chunk_rows(count, vocabulary, dtype, hidden.device, scratch_mb)
+        problem = Problem(vocabulary, width, dtype.itemsize, form_weight)
+        most = chunk_rows(count, problem, chip_of(hidden.device), scratch_mb)
     else:
-        step = min(count, shards.chunk_rows)
-    starts = range(0, count, step)
+        most = shards.chunk_rows
+    chunks = split(count, most)
     ahead = 0 if shards is None else AHEAD_OF_RANKS
     scratches = [
-        _scratch(step, vocabulary, dtype, hidden.device) for _ in range(min(1 + ahead, len(starts)))
+        _scratch(_longest(chunks), vocabulary, dtype, hidden.device)
+        for _ in range(min(1 + ahead, len(chunks)))
     ]
     started: deque[_Started] = deque()
     sums: deque[tuple[slice, Callable[[], Tensor]]] = deque()
-    for place in range(len(starts) + ahead):
-        if place < len(starts):
-            chunk = slice(starts[place], min(starts[place] + step, count))
+    for place in range(len(chunks) + ahead):
+        if place < len(chunks):
+            chunk = chunks[place]
             h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
             h = h.to(dtype).contiguous()  # libraries read past the rows of a view, see `_scratch`
             logits = scratches[place % len(scratches)][: len(h)]
@@ -201,23 +198,29 @@ def working_bytes(
     width: int,
     dtype: torch.dtype,
     weight_dtype: torch.dtype,
-    device_type: str,
-    free: int,
+    chip: Chip,
+    trainable: bool,
 ) -> int:
     """Estimate the peak bytes for `count` live rows, beyond inputs and results.
 
     Args:
         dtype: dtype of hidden.
         weight_dtype: dtype of weight, which is cast to hidden's under autocast.
-        free: free bytes of the device, see `default_scratch`.
+        chip: the device, see `chunks.chip_of`.
+        trainable: if True, the gradient of weight is formed.
     """
-    size = product_dtype(dtype, device_type).itemsize
-    rows = _rows_within(default_scratch(device_type, vocabulary * size, free), vocabulary * size)
+    size = product_dtype(dtype, chip.device_type).itemsize
+    most = chunk_rows(count, Problem(vocabulary, width, size, trainable), chip, None)
+    rows = _longest(split(count, most))
     # On a CPU no product of narrow matrices has a float32 result.
-    slices = device_type == "cpu" and dtype.itemsize < 4
+    slices = chip.device_type == "cpu" and dtype.itemsize < 4
     sliced = 4 * min(SLICE_ELEMENTS, vocabulary * width) if slices else 0
     cast = vocabulary * width * dtype.itemsize if weight_dtype != dtype else 0
-    return min(count, rows) * (vocabulary + 3 * width) * size + sliced + cast
+    return rows * (_padded(vocabulary, size) + 3 * width) * size + sliced + cast
+
+
+def _longest(chunks: list[slice]) -> int:
+    return max((chunk.stop - chunk.start for chunk in chunks), default=0)
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -239,54 +242,13 @@ def _multiplies_in_a_matrix_unit() -> bool:
     return torch.cpu._is_amx_tile_supported() and (limit == "DEFAULT" or "AMX" in limit)
 
 
-def chunk_rows(
-    count: int,
-    vocabulary: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    scratch_mb: float | None,
-    scratches: int = 1,
+def shard_chunk_rows(
+    hidden: Tensor, weight: Tensor, scratch_mb: float | None, form_weight: bool
 ) -> int:
-    """Return the rows of a chunk: the multiple of 128 that `scratch_mb` holds, at most `count`.
-
-    The budget is never below 128 rows; `default_scratch` gives its default. `scratches` buffers
-    share it.
-    """
-    row_bytes = max(1, vocabulary * scratches) * dtype.itemsize  # a shard may be empty
-    if scratch_mb is not None:
-        budget = int(scratch_mb * MIB)
-    else:
-        free = _free_bytes(device) if device.type == "cuda" else 0
-        budget = default_scratch(device.type, row_bytes, free)
-    return min(count, _rows_within(budget, row_bytes))
-
-
-def shard_chunk_rows(hidden: Tensor, weight: Tensor, scratch_mb: float | None) -> int:
-    """Return the rows of a chunk that a rank has memory for, if weight is its shard of the head."""
-    dtype = product_dtype(hidden.dtype, hidden.device.type)
-    buffers = 1 + AHEAD_OF_RANKS
-    return chunk_rows(len(hidden), len(weight), dtype, hidden.device, scratch_mb, buffers)
-
-
-def _rows_within(budget: int, row_bytes: int) -> int:
-    return max(1, budget // row_bytes // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def default_scratch(device_type: str, row_bytes: int, free: int) -> int:
-    """Return the bytes of the scratch on a device with `free` bytes left.
-
-    It takes 96 MiB on a CPU. On a GPU it takes 256 MiB or 1024 rows, the larger of the two, but no
-    more than a quarter of the free memory.
-    """
-    if device_type != "cuda":
-        return SCRATCH_MB["cpu"] * MIB
-    return min(max(SCRATCH_MB["cuda"] * MIB, WIDE_CHUNK_ROWS * row_bytes), free // 4)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Return the bytes left for allocations: the device's free memory and the allocator's own."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    """Return the rows of a chunk that a rank would take, if weight is its shard of the head."""
+    size = product_dtype(hidden.dtype, hidden.device.type).itemsize
+    problem = Problem(len(weight), weight.shape[1], size, form_weight)
+    return chunk_rows(len(hidden), problem, chip_of(hidden.device), scratch_mb, 1 + AHEAD_OF_RANKS)
 
 
 def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -295,11 +257,16 @@ def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.devic
     A CPU's matrix unit takes bfloat16 in blocks of 32. Where a row ends within a block, oneDNN
     reads past its end and multiplies by zero, and NaN times zero is NaN.
     """
-    multiple = ROW_ALIGNMENT_BYTES // dtype.itemsize
-    padded = -(-vocabulary // multiple) * multiple
+    padded = _padded(vocabulary, dtype.itemsize)
     scratch = torch.empty(rows, padded, dtype=dtype, device=device)
     scratch[:, vocabulary:] = 0
     return scratch[:, :vocabulary]
+
+
+def _padded(vocabulary: int, size: int) -> int:
+    """Return the logits of a row of the scratch, `size` bytes each, with its padding."""
+    multiple = ROW_ALIGNMENT_BYTES // size
+    return -(-vocabulary // multiple) * multiple
 
 
 def _weight_slice(weight: Tensor, dtype: torch.dtype) -> int:

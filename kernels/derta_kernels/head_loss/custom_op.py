@@ -55,7 +55,7 @@ def loss_and_gradients(
             softcap,
             logit_scale,
             form_hidden,
-            shard_chunk_rows(hidden, weight, scratch_mb),
+            shard_chunk_rows(hidden, weight, scratch_mb, form_weight),
         )
     rows = live_rows(tokens, has_target, len(weight) if shards is None else shards.vocabulary)
     live_tokens = gathered(tokens, rows)

@@ -119,7 +119,7 @@ def head_loss(
             the forward pass, with a row pass in "torch" (everywhere), "native" (C++ and CUDA, where
             it was built) or "triton" (CUDA from 8.0 on, and CPU tensors in Triton's interpreter).
             `choose` says which one "auto" takes.
-        scratch_mb: MiB that a chunk of logits may take; None: see `chunked.chunk_rows`.
+        scratch_mb: MiB that a chunk of logits may take; None: see `chunks.chunk_rows`.
         group: the ranks that share the vocabulary; None: weight is whole, or a DTensor.
 
     Returns:
