@@ -38,6 +38,7 @@ def derta_loss(
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
+    live_rows: Tensor | None = None,
     impl: str = "auto",
     scratch_mb: float | None = None,
     group: ProcessGroup | None = None,
@@ -89,6 +90,8 @@ def derta_loss(
             "none", as gradients are formed in the forward pass; `derta_loss_with_rows` returns each
             row's losses as a by-product.
         loss_weight: (...) floating point, factor of all losses of a row; None: ones.
+        live_rows: (n,) int64, the rows with any target, of (...) as one dimension, ascending, where
+            the caller knows them.
         impl, scratch_mb, group: see `derta_kernels.head_loss.head_loss`.
 
     Returns:
@@ -115,6 +118,7 @@ def derta_loss(
         num_items=num_items,
         reduction=reduction,
         loss_weight=loss_weight,
+        live_rows=live_rows,
         impl=impl,
         scratch_mb=scratch_mb,
     ).loss
@@ -134,6 +138,7 @@ def derta_loss_with_rows(
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
     loss_weight: Tensor | None = None,
+    live_rows: Tensor | None = None,
     impl: str = "auto",
     scratch_mb: float | None = None,
 ) -> HeadLoss:
@@ -184,6 +189,7 @@ def derta_loss_with_rows(
         unlikelihood_weight=(
             None if unlikely_target is None else flat(wide_weight * unlikelihood_weight)
         ),
+        live_rows=live_rows,
         bias=head.bias,
         softcap=head.softcap,
         logit_scale=head.logit_scale,

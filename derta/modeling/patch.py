@@ -103,8 +103,8 @@ def apply_derta(
     columns as keywords, see `Objective.columns`. Further keywords: loss_weight, rto_weight,
     num_items and reduction as in `derta_loss`; term_weights, factors of terms by their names (by
     default the objective's own; that of the main term stays); example_bounds as in
-    `interval_attention`, which saves a transfer from the device; router_weight, a factor of the
-    router loss for steps of several packs.
+    `interval_attention` and live_rows as in `head_loss`, each of which saves a transfer from the
+    device; router_weight, a factor of the router loss for steps of several packs.
     Without a column of the objective the model returns its own output, logits included; without
     visible_until it is as it was, bit for bit.
 
@@ -345,6 +345,7 @@ def _forward_packed(
     *,
     position_ids: Tensor | None = None,
     loss_weight: Tensor | None = None,
+    live_rows: Tensor | None = None,
     term_weights: Mapping[str, Number] | None = None,
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
@@ -382,6 +383,7 @@ def _forward_packed(
             columns,
             refusal_token_id=patch.refusal_token_id,
             loss_weight=loss_weight,
+            live_rows=live_rows,
             term_weights=factors,
             num_items=num_items,
             reduction=reduction,

@@ -181,6 +181,7 @@ class Objective(ABC):
         *,
         refusal_token_id: int,
         loss_weight: Tensor | None,
+        live_rows: Tensor | None,
         term_weights: Mapping[str, Number],
         num_items: int | Tensor | None,
         reduction: str,
@@ -194,6 +195,7 @@ class Objective(ABC):
             columns: those of `columns` that were given, (1, N) each.
             refusal_token_id: the token that refusals start with.
             loss_weight: (1, N) weight of each row's example; None: ones.
+            live_rows: (n,) int64, the rows with a target; None: the loss counts them.
             term_weights: factor of each term by its name.
             num_items: the divisor of "mean"; None: the number of targets.
             reduction: "mean" or "sum".

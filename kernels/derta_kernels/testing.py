@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PROBABILITIES = (0.5, 0.9, 0.99, 0.9999, 0.99999)
 
@@ -206,6 +207,46 @@ class HostTransfers(TorchFunctionMode):
     ) -> Any:
         by_mask = func is Tensor.__getitem__ and getattr(args[1], "dtype", None) == torch.bool
         self.count += by_mask or func.__name__ in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+class HostReads(TorchDispatchMode):
+    """The operations, while active, whose results the host reads, as it would wait for a device.
+
+    It sees what C++ asks for, the backward pass included, and looks into the given operators.
+    `HostTransfers` counts what Python asks for.
+
+    Args:
+        within: Python functions of operators to look into, by the operators.
+    """
+
+    WAITING = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.is_nonzero.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten._unique2.default,
+        torch.ops.aten.equal.default,
+    )
+
+    def __init__(self, within: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.within = within
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in self.within:
+            with self, HostTransfers() as transfers:
+                results = self.within[func](*args, **(kwargs or {}))
+            self.found += [f"{func}"] * transfers.count
+            return results
+        by_mask = func is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or func in self.WAITING:
+            self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
 

@@ -30,6 +30,7 @@ from derta_kernels.head_loss.chunks import Problem
 from derta_kernels.testing import (
     PROBABILITIES,
     HeadCase,
+    HostReads,
     HostTransfers,
     equals_snippet,
     error_budget,
@@ -607,6 +608,8 @@ def test_the_operators_pass_the_checks_of_torch_library(
     )
     arguments = (hidden, weight, case.bias, tokens, has_target, weights, None, 1.0, "torch", None)
     torch.library.opcheck(custom_op.head_loss_op, (*arguments, *required, False))
+    rows = has_target.any(1).nonzero().squeeze(1)
+    torch.library.opcheck(custom_op.head_loss_of_rows_op, (*arguments, *required, False, rows))
     gradients = [torch.ones(3, 4) for _ in range(3)]
     torch.library.opcheck(
         custom_op.scale_gradients_op,
@@ -632,6 +635,7 @@ def test_cuda_graphs_do_not_capture_decisions_of_the_host() -> None:
     """Rows are counted anew for every batch; scaling the stored gradients may be captured."""
     unsafe = torch.Tag.cudagraph_unsafe
     assert unsafe in torch.ops.derta.head_loss.default.tags
+    assert unsafe not in torch.ops.derta.head_loss_of_rows.default.tags
     assert unsafe not in torch.ops.derta.scale_gradients.default.tags
 
 
@@ -815,6 +819,49 @@ def test_live_count_and_range_check_share_the_one_host_transfer(
     assert transfers.count == 1
 
 
+def live(case: HeadCase) -> Tensor:
+    return ((case.target != -100) | case.rto_mask).nonzero().squeeze(1)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_known_live_rows_give_the_same_bits_without_a_host_transfer(impl: str) -> None:
+    case = head_case(bias=True, softcap=50.0, dtype=torch.float32)
+    counted, rows = results(case, impl), live(case)
+    within = {
+        torch.ops.derta.head_loss_of_rows.default: custom_op.loss_and_gradients_of_rows,
+        torch.ops.derta.scale_gradients.default: custom_op.scale_gradients,
+    }
+    case = case.requiring_gradients()
+    with HostReads(within) as reads, HostTransfers() as transfers:
+        out = head_loss(**case.arguments(), live_rows=rows, impl=impl)
+        out.loss.backward()
+    assert transfers.count == 0 and reads.found == []
+    assert torch.equal(out.loss, counted["loss"])
+    assert case.weight.grad is not None and torch.equal(case.weight.grad, counted["d_weight"])
+    everyone = replace(case, rto_mask=torch.ones_like(case.rto_mask))
+    all_rows = results(everyone, impl)
+    given = head_loss(**everyone.arguments(), live_rows=torch.arange(60), impl=impl)
+    assert torch.equal(given.loss, all_rows["loss"])
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_given_rows_that_are_not_the_live_ones_are_refused(impl: str) -> None:
+    case = head_case()
+    right, (first_dead, *_) = live(case), torch.arange(60)[case.target.eq(-100) & ~case.rto_mask]
+    wrong_rows = (
+        right[1:],
+        right.flip(0),
+        torch.cat((right[:1], right[:-1])),
+        torch.cat((first_dead[None], right[1:])).sort().values,
+    )
+    for rows in wrong_rows:
+        with pytest.raises(RuntimeError, match="live_rows must be the rows with a target, ascend"):
+            head_loss(**case.arguments(), live_rows=rows, impl=impl)
+    beyond = case.arguments() | dict(target=case.target + 97)
+    with pytest.raises(RuntimeError, match=r"targets must lie in \[0, V\) = \[0, 97\)"):
+        head_loss(**beyond, live_rows=torch.arange(60), impl=impl)
+
+
 # Errors
 
 
@@ -863,6 +910,8 @@ def test_live_count_and_range_check_share_the_one_host_transfer(
         (dict(target=torch.full((5,), -100), ignore_index=-1), ValueError, "target must lie in"),
         (dict(rto_mask=torch.zeros(5)), ValueError, "rto_mask must be bool, got torch.float32"),
         (dict(rto_mask=torch.zeros(6).bool()), ValueError, r"rto_mask must have shape \(N,\)"),
+        (dict(live_rows=torch.ones(5)), ValueError, "live_rows must be int64, got torch.float32"),
+        (dict(live_rows=torch.arange(5)[None]), ValueError, r"live_rows must have shape \(n,\)"),
         (dict(refusal_token_id=None), ValueError, "refusal_token_id is required with rto_mask"),
         (dict(refusal_token_id=11), ValueError, r"refusal_token_id must lie in \[0, V\) = \[0, 11"),
         (dict(refusal_token_id=-1), ValueError, "refusal_token_id must lie in"),

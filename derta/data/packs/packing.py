@@ -45,6 +45,7 @@ class PackedBatch:
         depth_tenth: (1, N) int64, floor(10 * depth / (|h| + 1)); -1 where depth is.
         loss_weight: (1, N) float32, weight of the row's example.
         benign: (1, N) bool, rows with a target in answers to harmless requests.
+        live_rows: (n,) int64, the rows with a target of any term, ascending.
         example_ids: ids of the packed examples.
         example_roles: role of each example, "safety", "helpful" or "borderline", see
             `EncodedDialogue`.
@@ -62,6 +63,7 @@ class PackedBatch:
     depth_tenth: Tensor
     loss_weight: Tensor
     benign: Tensor
+    live_rows: Tensor
     example_ids: tuple[str, ...]
     example_roles: tuple[str, ...]
     example_bounds: Bounds
@@ -90,6 +92,7 @@ class PackedBatch:
             "position_ids": self.position_ids,
             "visible_until": self.visible_until,
             "loss_weight": self.loss_weight,
+            "live_rows": self.live_rows,
             "example_bounds": (self.example_bounds,),  # one batch row
             **self.columns,
         }
@@ -232,6 +235,7 @@ def pack(examples: Sequence[Drawn], objective: Objective | None = None) -> Packe
         depth_tenth=row([layout.depth_tenth for layout in layouts], torch.int64),
         loss_weight=weight,
         benign=each([role != "safety" for role in roles] or [False], torch.bool) & has_target,
+        live_rows=has_target[0].nonzero().squeeze(1),
         example_ids=tuple(drawn.example.id for drawn in examples),
         example_roles=roles,
         example_bounds=tuple(zip(starts.tolist(), ends.tolist(), strict=True)),

@@ -1,9 +1,10 @@
 """The head loss as PyTorch operators, for autograd, `torch.compile` and export.
 
-There are two. `derta::head_loss` forms loss and gradients together, and `derta::scale_gradients` is
-its backward pass. The stored gradients are outputs of the first, so that they have a history.
-Without one, a gradient penalty through them would silently have no gradient. With it, autograd
-differentiates the second operator, which raises.
+`derta::head_loss` forms loss and gradients together, and `derta::scale_gradients` is its backward
+pass. The stored gradients are outputs of the first, so that they have a history. Without one, a
+gradient penalty through them would silently have no gradient. With it, autograd differentiates
+the second operator, which raises. `derta::head_loss_of_rows` is the first, given the live rows: the
+host decides nothing there, so a CUDA graph may capture it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from derta_kernels.head_loss.choice import choose, row_pass
 from derta_kernels.head_loss.chunked import SLICE_ELEMENTS, head_loss_chunked, shard_chunk_rows
-from derta_kernels.head_loss.live_rows import gathered, live_rows, scattered
+from derta_kernels.head_loss.live_rows import checked_rows, counted_rows, gathered, scattered
 from derta_kernels.head_loss.shards import agree
 
 
@@ -34,12 +35,14 @@ def loss_and_gradients(
     form_weight: bool,
     form_bias: bool,
     group: str | None = None,
+    live_rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return loss (), logsumexp (N,), nll (N, K) and `chunked.Gradients` of all rows, dead ones 0.
 
     The targets of `head_loss` come as columns: K tokens of each row (`live_rows.COLUMNS`), flags of
     those that are targets, and their weights, 0 without a target. `group` is the name of the
-    process group that shares the vocabulary. Weight and bias are cast to hidden's dtype.
+    process group that shares the vocabulary. Weight and bias are cast to hidden's dtype. Live
+    rows that are not given are counted on the host.
     """
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
@@ -57,7 +60,12 @@ def loss_and_gradients(
             form_hidden,
             shard_chunk_rows(hidden, weight, scratch_mb, form_weight),
         )
-    rows = live_rows(tokens, has_target, len(weight) if shards is None else shards.vocabulary)
+    vocabulary = len(weight) if shards is None else shards.vocabulary
+    rows = (
+        counted_rows(tokens, has_target, vocabulary)
+        if live_rows is None
+        else checked_rows(live_rows, tokens, has_target, vocabulary)
+    )
     live_tokens = gathered(tokens, rows)
     if shards is not None:
         live_tokens = shards.own(live_tokens, len(weight))
@@ -85,21 +93,38 @@ def loss_and_gradients(
     return loss, scattered(logsumexp, rows, count), scattered(nll, rows, count), *gradients
 
 
+def loss_and_gradients_of_rows(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return `loss_and_gradients`, given the live rows in the place of the group."""
+    *others, live_rows = arguments
+    function: Any = loss_and_gradients
+    return function(*others, group=None, live_rows=live_rows)
+
+
 FORMS = slice(10, 13)  # form_hidden, form_weight and form_bias among the arguments
+ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor has_target, "
+    "Tensor token_weight, float? softcap, float logit_scale, str impl, float? scratch_mb, "
+    "bool form_hidden, bool form_weight, bool form_bias"
+)
+RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 head_loss_op = torch.library.custom_op(
     "derta::head_loss",
     loss_and_gradients,
     mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor has_target, "
-    "Tensor token_weight, float? softcap, float logit_scale, str impl, float? scratch_mb, "
-    "bool form_hidden, bool form_weight, bool form_bias, str? group=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({ARGUMENTS}, str? group=None, Tensor? live_rows=None) -> {RESULTS}",
     tags=(torch.Tag.cudagraph_unsafe,),  # live rows are counted on the host
+)
+head_loss_of_rows_op = torch.library.custom_op(
+    "derta::head_loss_of_rows",
+    loss_and_gradients_of_rows,
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, Tensor live_rows) -> {RESULTS}",
 )
 
 
 @head_loss_op.register_fake
+@head_loss_of_rows_op.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -114,7 +139,7 @@ def _(
     form_hidden: bool,
     form_weight: bool,
     form_bias: bool,
-    group: str | None = None,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     def wide(*shape: Any) -> Tensor:
         return token_weight.new_empty(shape)
@@ -203,5 +228,6 @@ def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
     )
 
 
-head_loss_op.register_autograd(_backward, setup_context=_setup_context)
+for op in (head_loss_op, head_loss_of_rows_op):
+    op.register_autograd(_backward, setup_context=_setup_context)
 scale_gradients_op.register_autograd(_no_second_derivative)

@@ -10,7 +10,7 @@ from torch import Tensor
 COLUMNS = ("target", "refusal_token_id", "unlikely_target")
 
 
-def live_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | None:
+def counted_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | None:
     """Return the indices of the rows with a target, ascending, or None for all rows.
 
     Checks that targets are tokens of the vocabulary.
@@ -38,6 +38,30 @@ def live_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor | N
     if live_count == len(live):
         return None
     return torch.nonzero_static(live, size=live_count).squeeze(1)
+
+
+def checked_rows(rows: Tensor, tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor:
+    """Return rows (n,), those with a target as the caller knows them, checked on the device.
+
+    No transfer to the host: a failed check on a CUDA device is a device-side assertion, which a
+    later call reports.
+
+    Args:
+        rows: (n,) int64.
+        tokens, has_target, vocabulary: see `counted_rows`.
+
+    Raises:
+        RuntimeError: rows are not those with a target, ascending; a target outside [0, V).
+    """
+    live = has_target.any(1)
+    are_live = (live.sum() == len(rows)) & live[rows].all() & (rows.diff() > 0).all()
+    in_range = ((tokens >= 0) & (tokens < vocabulary)).all()
+    torch._assert_async(
+        are_live & in_range,
+        f"live_rows must be the rows with a target, ascending, and targets must lie in [0, V) = "
+        f"[0, {vocabulary})",
+    )
+    return rows
 
 
 def gathered(values: Tensor, rows: Tensor | None) -> Tensor:

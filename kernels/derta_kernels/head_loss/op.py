@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from derta_kernels.head_loss.custom_op import head_loss_op
+from derta_kernels.head_loss.custom_op import head_loss_of_rows_op, head_loss_op
 from derta_kernels.head_loss.head import own_rows
-from derta_kernels.head_loss.live_rows import gathered, live_rows, scattered
+from derta_kernels.head_loss.live_rows import checked_rows, counted_rows, gathered, scattered
 from derta_kernels.head_loss.reference import head_loss_reference
 from derta_kernels.head_loss.shards import FLOATS
 
@@ -25,6 +25,7 @@ _LAYOUT: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "next_weight": ("(N,)", FLOATS),
     "rto_weight": ("(N,)", FLOATS),
     "unlikelihood_weight": ("(N,)", FLOATS),
+    "live_rows": ("(n,)", (torch.int64,)),
 }
 
 
@@ -58,6 +59,7 @@ def head_loss(
     rto_weight: Tensor | None = None,
     unlikely_target: Tensor | None = None,
     unlikelihood_weight: Tensor | None = None,
+    live_rows: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -95,8 +97,9 @@ def head_loss(
     Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
         float32, or float64 for float64 inputs. Under autocast, the gradients of a float32 weight
         and bias are not rounded. No row's loss is negative. Deterministic.
-    Synchronisation: on CUDA one transfer to the host, of the live count and the targets' range;
-        with a group one more, of what the ranks have to agree on.
+    Synchronisation: on CUDA one transfer to the host, of the live count and the targets' range,
+        and none if live_rows are given: a CUDA graph may then capture it. With a group one more, of
+        what the ranks have to agree on.
 
     Args:
         hidden: (N, d) float16, bfloat16, float32 or float64, any strides.
@@ -110,6 +113,8 @@ def head_loss(
         unlikely_target: (N,) int64 in [0, V), the token that the row is trained not to say, or
             `ignore_index`; None: no row has one. Its loss is -log(1 - p), exact where p is near 1.
         unlikelihood_weight: (N,) floating point, factor of that loss; None: ones.
+        live_rows: (n,) int64, the rows with any target, ascending, where the caller knows them;
+            None: they are counted. Given rows and their targets are checked on the device.
         bias: (V,) in hidden's dtype, added to the logits; None: no bias.
         softcap: > 0, logits become softcap * tanh(logits / softcap) (Gemma 2); None: no cap.
         logit_scale: factor of the logits, before the cap (Cohere, Granite).
@@ -132,6 +137,8 @@ def head_loss(
             without refusal_token_id; weights that require a gradient; an unknown impl, or one
             that cannot run there; impl "reference" with a group. On every rank of a group: ranks
             that differ in d, dtype, N, targets, weights, softcap or logit_scale.
+        RuntimeError: live_rows are not the rows with a target, or a target lies outside [0, V);
+            on CUDA as a device-side assertion.
 
     Source: arXiv 2407.09121, equation 2; unlikelihood: arXiv 1908.04319, equation 3.
     """
@@ -142,6 +149,7 @@ def head_loss(
         rto_weight=rto_weight,
         unlikely_target=unlikely_target,
         unlikelihood_weight=unlikelihood_weight,
+        live_rows=live_rows,
         bias=bias,
     )
     tensors = dict(hidden=hidden, weight=weight, target=target) | {
@@ -175,7 +183,11 @@ def head_loss(
         [_target_weight(row_weight, has, wide) for _, has, row_weight in columns], 1
     )
     if impl == "reference":
-        rows = live_rows(tokens, has_target, len(weight))
+        rows = (
+            counted_rows(tokens, has_target, len(weight))
+            if live_rows is None
+            else checked_rows(live_rows, tokens, has_target, len(weight))
+        )
         loss, logsumexp, nll = head_loss_reference(
             gathered(hidden, rows),
             weight.to(hidden.dtype),
@@ -188,7 +200,7 @@ def head_loss(
         logsumexp = scattered(logsumexp, rows, len(target))
         nll = scattered(nll, rows, len(target))
     else:
-        loss, logsumexp, nll, *_ = head_loss_op(
+        arguments = (
             hidden,
             weight,
             bias,
@@ -203,8 +215,12 @@ def head_loss(
                 torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
                 for tensor in (hidden, weight, bias)
             ),
-            None if group is None else group.group_name,
         )
+        if live_rows is None or group is not None:
+            name = None if group is None else group.group_name
+            loss, logsumexp, nll, *_ = head_loss_op(*arguments, name, live_rows)
+        else:
+            loss, logsumexp, nll, *_ = head_loss_of_rows_op(*arguments, live_rows)
     nothing = torch.zeros_like(logsumexp)
     return HeadLoss(
         loss=loss,
@@ -274,6 +290,7 @@ def _check_tensors(tensors: dict[str, Tensor], is_shard: bool) -> None:
         "(V, d)": (vocabulary, width),
         "(V,)": (vocabulary,),
         "(N,)": (count,),
+        "(n,)": tuple(tensors["live_rows"].shape[:1]) if "live_rows" in tensors else (),
     }
     for name, tensor in tensors.items():
         letters, dtypes = _LAYOUT[name]
@@ -300,7 +317,7 @@ def _check_numbers(
 ) -> None:
     """Check types and ranges of the arguments that are not tensors.
 
-    With shards, no rank knows the vocabulary yet; `live_rows` then checks the refusal token.
+    With shards, no rank knows the vocabulary yet; `counted_rows` then checks the refusal token.
     """
     for name, number, kinds in (
         ("refusal_token_id", refusal_token_id, (int, type(None))),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -33,6 +34,9 @@ from derta.data import (
     sequence_length,
 )
 from derta.evaluation import EvaluationSettings, forced_rates, refusal_curve, response
+from derta_kernels.attention.layout import Layout
+from derta_kernels.head_loss import custom_op
+from derta_kernels.testing import HostReads, HostTransfers
 from runs import RECORDS, poison, settings, trainer
 from tiny import tiny_model, tiny_tokenizer
 
@@ -320,6 +324,32 @@ def assert_same_failures(directory: Path, *results: dict[str, Any]) -> None:
             f"examples ({other_first}), ({first}){end}",
             f"the norm of model.norm.weight is not finite after step 2{end}",
         ]
+
+
+def test_a_step_never_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = trainer(tmp_path, max_tokens=260)
+    packs = tuned.train_dataset[0]
+    assert len(packs) > 1
+    reads = HostReads(
+        {
+            torch.ops.derta.head_loss.default: custom_op.loss_and_gradients,
+            torch.ops.derta.head_loss_of_rows.default: custom_op.loss_and_gradients_of_rows,
+            torch.ops.derta.scale_gradients.default: custom_op.scale_gradients,
+        }
+    )
+    read_examples = Layout._read_examples
+
+    def uncounted(*arguments: Any) -> Any:
+        """Read the mask's values, which attention does on a CPU alone if it has the bounds."""
+        assert arguments[1] is not None
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return read_examples(*arguments)
+
+    monkeypatch.setattr(Layout, "_read_examples", uncounted)
+    with reads, HostTransfers() as transfers:
+        tuned.training_step(tuned.model, packs)
+    assert transfers.count == 0 and reads.found == []
+    assert all(weight.grad is not None for weight in tuned.model.parameters())
 
 
 def test_official_norm_is_the_mean_of_pack_means(tmp_path: Path) -> None:

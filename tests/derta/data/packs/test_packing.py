@@ -282,12 +282,22 @@ def test_dtypes_are_those_that_models_and_kernels_expect() -> None:
         "loss_weight": torch.float32,
         "rto_weight": torch.float32,
         "benign": torch.bool,
+        "live_rows": torch.int64,
     }
     for batch in (pack(()), DertaCollator()([example_triple()])):
         tensors = {name: t for name, t in vars(batch).items() if isinstance(t, torch.Tensor)}
         tensors |= batch.columns
         assert {name: tensor.dtype for name, tensor in tensors.items()} == expected
+        del tensors["live_rows"]
         assert {tensor.shape for tensor in tensors.values()} == {batch.input_ids.shape}
+
+
+@given(draws())
+def test_live_rows_are_those_with_a_target(drawn: list[Drawn]) -> None:
+    batch = pack(drawn)
+    labels, mask = batch.columns["shift_labels"][0], batch.columns["rto_mask"][0]
+    expected = [row for row in range(len(mask)) if mask[row] or labels[row] != -100]
+    assert batch.live_rows.tolist() == expected
 
 
 @given(draws(), st.sampled_from(["uniform", "growing"]))
@@ -350,6 +360,7 @@ def test_a_pack_moves_as_one(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> N
         "rto_mask",
         "loss_weight",
         "rto_weight",
+        "live_rows",
         "example_bounds",
     }
 
