@@ -105,14 +105,15 @@ def head_loss_chunked(
     unit = _unit(token_weight, logit_scale, hidden.dtype)
     gradients = Gradients(
         hidden=hidden.new_zeros(hidden.shape if form_hidden else 0),
-        weight=token_weight.new_zeros((vocabulary, width) if form_weight else 0),
+        weight=token_weight.new_empty((vocabulary, width) if form_weight else 0),
         bias=token_weight.new_zeros(vocabulary if form_bias else 0),
         unit=unit,
     )
-    logsumexp = token_weight.new_empty(count)
-    nll = torch.empty_like(token_weight)
     if count == 0:
-        return logsumexp, nll, gradients
+        gradients.weight.zero_()
+        return token_weight.new_empty(0), torch.empty_like(token_weight), gradients
+    if hidden.dtype == torch.float16:
+        token_weight = token_weight / unit
 
     dtype = product_dtype(hidden.dtype, hidden.device.type)
     if shards is None:
@@ -126,6 +127,7 @@ def head_loss_chunked(
         _scratch(_longest(chunks), vocabulary, dtype, hidden.device)
         for _ in range(min(1 + ahead, len(chunks)))
     ]
+    found: list[tuple[Tensor, Tensor]] = []
     started: deque[_Started] = deque()
     sums: deque[tuple[slice, Callable[[], Tensor]]] = deque()
     for place in range(len(chunks) + ahead):
@@ -144,20 +146,23 @@ def head_loss_chunked(
             continue
 
         chunk, h, logits, summary = started.popleft()
-        inputs = (logits, tokens[chunk], token_weight[chunk] / unit)
+        inputs = (logits, tokens[chunk], token_weight[chunk])
         options = (softcap, logit_scale, any(forms))
         if summary is None:
-            logsumexp[chunk], nll[chunk] = row_pass.whole(*inputs, *options)
+            found.append(row_pass.whole(*inputs, *options))
         else:
-            logsumexp[chunk], nll[chunk] = row_pass.second_walk(*inputs, summary(), *options)
+            found.append(row_pass.second_walk(*inputs, summary(), *options))
         gradient = logits
 
         if form_weight:
-            _add_product(gradients.weight, gradient, h)
+            _add_product(gradients.weight, gradient, h, is_first=chunk.start == 0)
         if form_bias:
             gradients.bias.add_(gradient.sum(0, dtype=wide))
         if form_hidden and shards is None:
-            _store(gradients.hidden, chunk, rows, _times_weight(gradient, weight))
+            in_place = rows is None and dtype == hidden.dtype
+            part = _times_weight(gradient, weight, gradients.hidden[chunk] if in_place else None)
+            if not in_place:
+                _store(gradients.hidden, chunk, rows, part)
         elif form_hidden and shards is not None:
             sums.append((chunk, shards.add(_wide_times_weight(gradient, weight, wide))))
             if len(sums) > ahead:
@@ -165,6 +170,7 @@ def head_loss_chunked(
                 _store(gradients.hidden, chunk, rows, total())
     for chunk, total in sums:
         _store(gradients.hidden, chunk, rows, total())
+    logsumexp, nll = (torch.cat(parts) for parts in zip(*found, strict=True))
     return logsumexp, nll, gradients
 
 
@@ -293,28 +299,33 @@ def _wide_times_weight(gradient: Tensor, weight: Tensor, wide: torch.dtype) -> T
     return _times_weight(gradient, weight).to(wide)
 
 
-def _times_weight(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Return gradient (C, V) @ weight (V, d), (C, d) in gradient's dtype."""
+def _times_weight(gradient: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
+    """Return gradient (C, V) @ weight (V, d), (C, d) in gradient's dtype, in `into` if given."""
     step = _weight_slice(weight, gradient.dtype)
-    product = gradient[:, :step] @ weight[:step].to(gradient.dtype)
+    product = torch.mm(gradient[:, :step], weight[:step].to(gradient.dtype), out=into)
     for start in range(step, len(weight), step):
         part = slice(start, start + step)
         product.addmm_(gradient[:, part], weight[part].to(gradient.dtype))
     return product
 
 
-def _add_product(total: Tensor, gradient: Tensor, h: Tensor) -> None:
-    """Add gradient (C, V)^T @ h (C, d) to total (V, d), the sum in total's dtype."""
+def _add_product(total: Tensor, gradient: Tensor, h: Tensor, *, is_first: bool) -> None:
+    """Add gradient (C, V)^T @ h (C, d) to total (V, d), the sum in total's dtype.
+
+    The first product is stored: what total holds is not read.
+    """
+    beta = 0 if is_first else 1
     if total.dtype == h.dtype:
-        total.addmm_(gradient.T, h)
+        total.addmm_(gradient.T, h, beta=beta)
         return
     if _multiplies_wide(total.device):
-        torch.addmm(total, gradient.T, h, out_dtype=total.dtype, out=total)
+        torch.addmm(total, gradient.T, h, out_dtype=total.dtype, beta=beta, out=total)
         return
     dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else total.dtype  # float16 would overflow
     step = max(1, SLICE_ELEMENTS // h.shape[1])
     for part, columns in zip(total.split(step), gradient.split(step, 1), strict=True):
-        part += columns.T.to(dtype) @ h.to(dtype)
+        product = columns.T.to(dtype) @ h.to(dtype)
+        part.copy_(product) if is_first else part.add_(product)
 
 
 def _multiplies_wide(device: torch.device) -> bool:

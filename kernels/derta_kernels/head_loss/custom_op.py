@@ -173,10 +173,12 @@ def scale_gradients(
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale in slices, as torch on a CPU holds the product in factor's dtype before it rounds."""
+    """Scale in one launch, on a CPU in slices: there torch holds the product before it rounds."""
     scaled = torch.empty_like(gradient, dtype=dtype)
     one_factor = factor.reshape(1)  # a factor () would first be rounded to the gradient's dtype
-    step = max(1, SLICE_ELEMENTS // max(1, gradient[:1].numel()))
+    step = max(1, len(gradient))
+    if gradient.device.type == "cpu":
+        step = max(1, SLICE_ELEMENTS // max(1, gradient[:1].numel()))
     for source, destination in zip(gradient.split(step), scaled.split(step), strict=True):
         torch.mul(source, one_factor, out=destination)
     return scaled
