@@ -28,6 +28,7 @@ HEADS = {
     "512x32000": Head(512, 32000),
     "1024x64000": Head(1024, 64000),
     "llama-3-8b": Head(4096, 128256),
+    # An odd vocabulary, whose last token ours multiplies by itself on a GPU.
     "llama-3-8b + 1 token": Head(4096, 128257),
     "gemma-2-2b": Head(2304, 256000, 30.0),
     "qwen2.5-7b": Head(3584, 152064),

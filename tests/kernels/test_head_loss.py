@@ -819,6 +819,21 @@ def test_live_count_and_range_check_share_the_one_host_transfer(
     assert transfers.count == 1
 
 
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("vocabulary", [5, 96, 97, 103])
+def test_tokens_that_fill_no_vector_of_a_gpu_are_products_of_their_own(
+    vocabulary: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = chunked._vocabulary_parts
+    monkeypatch.setattr(chunked, "_vocabulary_parts", lambda n, dtype, _: split(n, dtype, "cuda"))
+    of_vector = 16 // dtype.itemsize
+    first, *rest = split(vocabulary, dtype, "cuda")
+    assert [first, *rest][-1].stop == vocabulary
+    if vocabulary >= of_vector:
+        assert first.stop % of_vector == 0 and len(rest) == (vocabulary % of_vector > 0)
+    assert_within_budget(head_case(vocabulary=vocabulary, bias=True), "torch", dtype)
+
+
 def live(case: HeadCase) -> Tensor:
     return ((case.target != -100) | case.rto_mask).nonzero().squeeze(1)
 

@@ -30,6 +30,8 @@ AHEAD_OF_RANKS = 1  # chunks that start before one ends, where it waits for othe
 ROW_ALIGNMENT_BYTES = 128
 # The first compute capability on which torch multiplies bfloat16 into a float32 sum.
 WIDE_PRODUCTS_SINCE = (8, 0)
+# The longest vector that a kernel loads: libraries ask for dimensions that are multiples of it.
+VECTOR_BYTES = 16
 SLICE_ELEMENTS = 2**21
 
 
@@ -275,16 +277,30 @@ def _padded(vocabulary: int, size: int) -> int:
     return -(-vocabulary // multiple) * multiple
 
 
-def _weight_slice(weight: Tensor, dtype: torch.dtype) -> int:
-    """Return the rows of weight to multiply at a time: all, or those of one widened slice."""
-    return max(1, len(weight) if weight.dtype == dtype else SLICE_ELEMENTS // weight.shape[1])
+def _weight_parts(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Return the rows of weight to multiply at a time, widened slices or `_vocabulary_parts`."""
+    if weight.dtype == dtype:
+        return _vocabulary_parts(len(weight), dtype, weight.device.type)
+    return _cut(len(weight), max(1, SLICE_ELEMENTS // weight.shape[1]))
+
+
+def _vocabulary_parts(count: int, dtype: torch.dtype, device_type: str) -> list[slice]:
+    """Return all tokens; on a GPU those that fill whole vectors, and then the others.
+
+    The weight cannot be padded without a copy, so its last few rows are products of their own, and
+    all dimensions of the other products are multiples of `VECTOR_BYTES`.
+    """
+    whole = count // (VECTOR_BYTES // dtype.itemsize) * (VECTOR_BYTES // dtype.itemsize)
+    return _cut(count, whole if device_type == "cuda" and whole else max(1, count))
+
+
+def _cut(count: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Set logits (C, V) = h (C, d) @ weight (V, d)^T + bias (V,), in the dtype of h and logits."""
-    step = _weight_slice(weight, h.dtype)
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
+    for part in _weight_parts(weight, h.dtype):
         # The widened slice has no name, or it would outlive its product and two would exist.
         if bias is None:
             torch.mm(h, weight[part].to(h.dtype).T, out=logits[:, part])
@@ -295,16 +311,22 @@ def _put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) 
 def _wide_times_weight(gradient: Tensor, weight: Tensor, wide: torch.dtype) -> Tensor:
     """Return gradient (C, V) @ weight (V, d), (C, d) in `wide`, rounded first if it has to be."""
     if gradient.dtype != wide and _multiplies_wide(gradient.device):
-        return torch.mm(gradient, weight, out_dtype=wide)
+        last, *others = reversed(_weight_parts(weight, gradient.dtype) or [slice(0)])
+        product = torch.mm(gradient[:, last], weight[last], out_dtype=wide)
+        for part in others:
+            torch.addmm(product, gradient[:, part], weight[part], out_dtype=wide, out=product)
+        return product
     return _times_weight(gradient, weight).to(wide)
 
 
 def _times_weight(gradient: Tensor, weight: Tensor, into: Tensor | None = None) -> Tensor:
-    """Return gradient (C, V) @ weight (V, d), (C, d) in gradient's dtype, in `into` if given."""
-    step = _weight_slice(weight, gradient.dtype)
-    product = torch.mm(gradient[:, :step], weight[:step].to(gradient.dtype), out=into)
-    for start in range(step, len(weight), step):
-        part = slice(start, start + step)
+    """Return gradient (C, V) @ weight (V, d), (C, d) in gradient's dtype, in `into` if given.
+
+    Where tokens are left over, theirs is the product that is rounded before the other is added.
+    """
+    last, *others = reversed(_weight_parts(weight, gradient.dtype) or [slice(0)])
+    product = torch.mm(gradient[:, last], weight[last].to(gradient.dtype), out=into)
+    for part in others:
         product.addmm_(gradient[:, part], weight[part].to(gradient.dtype))
     return product
 
@@ -315,11 +337,13 @@ def _add_product(total: Tensor, gradient: Tensor, h: Tensor, *, is_first: bool) 
     The first product is stored: what total holds is not read.
     """
     beta = 0 if is_first else 1
-    if total.dtype == h.dtype:
-        total.addmm_(gradient.T, h, beta=beta)
-        return
-    if _multiplies_wide(total.device):
-        torch.addmm(total, gradient.T, h, out_dtype=total.dtype, beta=beta, out=total)
+    if total.dtype == h.dtype or _multiplies_wide(total.device):
+        for part in _vocabulary_parts(len(total), h.dtype, h.device.type):
+            rows, columns = total[part], gradient[:, part].T
+            if total.dtype == h.dtype:
+                rows.addmm_(columns, h, beta=beta)
+            else:
+                torch.addmm(rows, columns, h, out_dtype=total.dtype, beta=beta, out=rows)
         return
     dtype = torch.bfloat16 if h.dtype == torch.bfloat16 else total.dtype  # float16 would overflow
     step = max(1, SLICE_ELEMENTS // h.shape[1])
