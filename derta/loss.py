@@ -42,6 +42,7 @@ def derta_loss(
     impl: str = "auto",
     scratch_mb: float | None = None,
     group: ProcessGroup | None = None,
+    sparse_backward: float = 0.0,
 ) -> Tensor:
     """Compute the next-token and refusal loss of a vocabulary projection, without its logits.
 
@@ -92,7 +93,7 @@ def derta_loss(
         loss_weight: (...) floating point, factor of all losses of a row; None: ones.
         live_rows: (n,) int64, the rows with any target, of (...) as one dimension, ascending, where
             the caller knows them.
-        impl, scratch_mb, group: see `derta_kernels.head_loss.head_loss`.
+        impl, scratch_mb, group, sparse_backward: see `derta_kernels.head_loss.head_loss`.
 
     Returns:
         (), nats, float32 (float64 for float64 inputs). Without a live row it is 0, with gradients
@@ -121,6 +122,7 @@ def derta_loss(
         live_rows=live_rows,
         impl=impl,
         scratch_mb=scratch_mb,
+        sparse_backward=sparse_backward,
     ).loss
 
 
@@ -141,6 +143,7 @@ def derta_loss_with_rows(
     live_rows: Tensor | None = None,
     impl: str = "auto",
     scratch_mb: float | None = None,
+    sparse_backward: float = 0.0,
 ) -> HeadLoss:
     """Compute `derta_loss` together with every row's own, unweighted losses.
 
@@ -151,6 +154,7 @@ def derta_loss_with_rows(
     Returns:
         `HeadLoss`: loss as `derta_loss` returns it; logsumexp, next_nll, refusal_nll and
         unlikelihood in target's shape, nats, detached. refusal_nll is there for every live row.
+        gradient_mass and skipped_mass in target's shape, of the sum before it is divided.
 
     Raises:
         TypeError, ValueError: as `derta_loss`.
@@ -197,6 +201,7 @@ def derta_loss_with_rows(
         impl=impl,
         scratch_mb=scratch_mb,
         group=head.group,
+        sparse_backward=sparse_backward,
     )
     if reduction == "sum":
         loss = found.loss
@@ -217,6 +222,7 @@ class HeldOptions(TypedDict, total=False):
     logit_scale: float
     reduction: str
     impl: str
+    sparse_backward: float
 
 
 class CallOptions(TypedDict, total=False):

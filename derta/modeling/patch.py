@@ -49,7 +49,8 @@ class DertaOutput(ModelOutput):
         loss: (), nats, the router loss included where the model adds one.
         rows: the losses of each term by its name, (1, N) each, nats, unweighted and detached; 0 on
             rows without a target. Those of DeRTa are "mle", -log p(next token), and "rto", -log
-            p(refusal token), which is there for every row with a target of any term.
+            p(refusal token), which is there for every row with a target of any term. Beside them
+            are "gradient_mass" and "skipped_mass", see `derta_kernels.head_loss.HeadLoss`.
         aux_loss: (), the router loss without its weights, or None.
         logits: always None; logits are never formed.
     """
@@ -79,6 +80,7 @@ class Patch:
     objective: Objective
     impl: str
     offload: bool
+    sparse_backward: float
     twins: tuple[Twin, ...]
     is_checked: bool = False
 
@@ -91,6 +93,7 @@ def apply_derta(
     impl: str = "auto",
     attention: str = "auto",
     offload: bool = False,
+    sparse_backward: float = 0.0,
     check: bool = True,
 ) -> nn.Module:
     """Make a decoder-only model train on packs, in place.
@@ -130,6 +133,8 @@ def apply_derta(
         offload: if True, what the body keeps for the backward pass of a pack waits on the host,
             see `derta.modeling.offloading`. With gradient checkpointing those are the layers'
             inputs. Changes nothing on a CPU.
+        sparse_backward: tolerance of the head's backward pass, see
+            `derta_kernels.head_loss.head_loss`.
         check: if False, the self-check is left to `check_derta`, for a model whose weights are
             about to be sharded. Until then a pack is refused.
 
@@ -154,7 +159,7 @@ def apply_derta(
     with contextlib.ExitStack() as undo:
         undo.callback(remove_derta, patched)
         vars(patched)["_derta_unpacked"] = forbid_packing(patched)
-        _install(patched, refusal_token_id, impl, attention, offload)
+        _install(patched, refusal_token_id, impl, attention, offload, sparse_backward)
         if check:
             check_derta(patched)
         if objective is not None:
@@ -286,7 +291,12 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
 
 
 def _install(
-    model: PreTrainedModel, refusal_token_id: int, impl: str, attention: str, offload: bool
+    model: PreTrainedModel,
+    refusal_token_id: int,
+    impl: str,
+    attention: str,
+    offload: bool,
+    sparse_backward: float,
 ) -> None:
     configs: dict[int, Any] = {
         id(module.config): module.config
@@ -300,7 +310,9 @@ def _install(
         config._attn_implementation_internal = twin
         twins.append(Twin(config, own, twin))
     state = vars(model)
-    state["_derta_patch"] = Patch(refusal_token_id, DertaObjective(), impl, offload, tuple(twins))
+    state["_derta_patch"] = Patch(
+        refusal_token_id, DertaObjective(), impl, offload, sparse_backward, tuple(twins)
+    )
     ours = state.get("_derta_forward")
     reached = inspect.unwrap(model.forward, stop=lambda wrapper: _function(wrapper) is ours)
     if _function(reached) is not ours:
@@ -388,6 +400,7 @@ def _forward_packed(
             num_items=num_items,
             reduction=reduction,
             impl=patch.impl,
+            sparse_backward=patch.sparse_backward,
         )
 
     loss, rows = inside(model.get_output_embeddings(), body.last_hidden_state, loss_of)

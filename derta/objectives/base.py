@@ -186,6 +186,7 @@ class Objective(ABC):
         num_items: int | Tensor | None,
         reduction: str,
         impl: str,
+        sparse_backward: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a pack.
 
@@ -199,10 +200,11 @@ class Objective(ABC):
             term_weights: factor of each term by its name.
             num_items: the divisor of "mean"; None: the number of targets.
             reduction: "mean" or "sum".
-            impl: see `derta_kernels.head_loss.head_loss`.
+            impl, sparse_backward: see `derta_kernels.head_loss.head_loss`.
 
         Returns:
-            The loss (), and each term's unweighted losses by row, (1, N), nats, detached.
+            The loss (), and by row, (1, N), detached: each term's unweighted losses, nats, and
+            other figures that `means` reads.
         """
 
     @abstractmethod

@@ -109,6 +109,7 @@ class DertaObjective(DrawSettings, Objective):
         num_items: int | Tensor | None,
         reduction: str,
         impl: str,
+        sparse_backward: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         labels = columns.get("shift_labels")
         if labels is None:
@@ -125,9 +126,11 @@ class DertaObjective(DrawSettings, Objective):
             num_items=num_items,
             reduction=reduction,
             impl=impl,
+            sparse_backward=sparse_backward,
             **self._further_targets(columns, term_weights),
         )
-        return rows.loss, self._row_losses(rows)
+        masses = {"gradient_mass": rows.gradient_mass, "skipped_mass": rows.skipped_mass}
+        return rows.loss, self._row_losses(rows) | masses
 
     def _further_targets(
         self, columns: Mapping[str, Tensor], term_weights: Mapping[str, Number]
@@ -140,10 +143,11 @@ class DertaObjective(DrawSettings, Objective):
         return {"mle": rows.next_nll, "rto": rows.refusal_nll}
 
     def means(self, batch: Any, rows: Mapping[str, Tensor]) -> dict[str, Mean]:
-        """Return the mean probability of the refusal token.
+        """Return the mean probability of the refusal token, and what a sparse backward pass lost.
 
         `refusal_p`: at RTO targets, by tenths of the harmful response. `benign_refusal_p`: in
-        answers to harmless requests.
+        answers to harmless requests. `skipped_gradient`: the share of sum |dloss / dlogit| that was
+        skipped.
         """
         probability = torch.exp(-rows["rto"])
         rto = batch.columns["rto_mask"].float()
@@ -156,11 +160,13 @@ class DertaObjective(DrawSettings, Objective):
         return {
             "refusal_p": Mean(*tenths),
             "benign_refusal_p": Mean((probability * batch.benign).sum(), batch.benign.sum()),
+            "skipped_gradient": Mean(rows["skipped_mass"].sum(), rows["gradient_mass"].sum()),
         }
 
     @property
     def figures(self) -> tuple[str, ...]:
-        return *(f"refusal_p_{tenth + 1}" for tenth in range(TENTHS)), "benign_refusal_p"
+        tenths = (f"refusal_p_{tenth + 1}" for tenth in range(TENTHS))
+        return *tenths, "benign_refusal_p", "skipped_gradient"
 
     def notes(
         self, row: Mapping[str, Any], quote: Callable[[list[int]], str]

@@ -22,6 +22,8 @@ def format_figures(step: int, logs: dict[str, float]) -> str:
         parts.append(f"p(refusal) {tenths[0]:.2f} first tenth, {tenths[-1]:.2f} last")
     if "benign_refusal_p" in logs:
         parts.append(f"{logs['benign_refusal_p']:.2f} harmless")
+    if "skipped_gradient" in logs:
+        parts.append(f"{logs['skipped_gradient']:.2%} of the head's gradient skipped")
     parts.append(f"lr {logs['learning_rate']:.2e}")
     parts.append(f"{logs['tokens_per_s']:,.0f} tok/s")
     return "  ".join(parts)

@@ -344,6 +344,14 @@ class RuntimeSettings:
     attention_impl: str = setting(
         "auto", "Implementation of the attention, see derta_kernels.interval_attention."
     )
+    sparse_backward: float = setting(
+        0.0,
+        "Tolerance of the head's backward pass: tiles of 128 rows by 128 tokens are skipped if no "
+        "gradient in them exceeds this share of its row's weight. Saves time, and changes the "
+        "gradients: skipped_gradient is logged. 0: exact. Not with a head in vocabulary shards.",
+        ge=0,
+        lt=1,
+    )
 
 
 @dataclass(kw_only=True)

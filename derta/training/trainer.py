@@ -124,10 +124,11 @@ class DertaTrainer(ResumableTrainer):
     Logged: `loss`; `mle_loss` and `rto_loss`, and `unlikelihood_loss` if it has a weight (means
     over their own targets); `refusal_p_1` .. `refusal_p_10` (mean probability of the refusal token
     in each tenth of the harmful responses); `benign_refusal_p` (the same in answers to harmless
-    requests); `live_rows` (share of rows with a target); `rto_targets` (share of RTO in the weight
-    of all targets); `tokens_per_s` (packed tokens over all ranks). On several ranks also
-    `imbalance`: how much longer than the mean the costliest rank takes, by the plan's costs, as a
-    mean over steps. `evaluate` adds the figures of `RefusalWatch`.
+    requests); with sparse_backward `skipped_gradient` (share of the sum of |dloss / dlogit| that
+    the head's backward pass skipped); `live_rows` (share of rows with a target); `rto_targets`
+    (share of RTO in the weight of all targets); `tokens_per_s` (packed tokens over all ranks). On
+    several ranks also `imbalance`: how much longer than the mean the costliest rank takes, by the
+    plan's costs, as a mean over steps. `evaluate` adds the figures of `RefusalWatch`.
 
     Several ranks share the examples of a step such that they finish together. The packs are then
     others than those of one rank, unless the loss depends on them: under loss_norm "official", and
@@ -213,6 +214,7 @@ class DertaTrainer(ResumableTrainer):
             impl=args.head_impl,
             attention=args.attention_impl,
             offload=args.offload_checkpoints,
+            sparse_backward=args.sparse_backward,
             check=not self._shards_weights,
         )
         self._fingerprint = fingerprint(

@@ -15,7 +15,11 @@ from derta_kernels.attention import (
     triton_backward,
     triton_forward,
 )
-from derta_kernels.head_loss import choice as head_choice, row_pass_triton
+from derta_kernels.head_loss import (
+    choice as head_choice,
+    row_pass_triton,
+    tile_product_triton,
+)
 from derta_kernels.launch import SHARED_KIB
 from ptx.launches import Compiled, Options, Run
 
@@ -28,10 +32,14 @@ OUTPUTS = {
 
 def outputs(kernel: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the arguments that a launch writes in full and reads nothing of."""
+    if kernel == "tile_product":
+        return () if arguments["IS_WEIGHT"] else ("product",)
     if kernel != "row_pass":
         return OUTPUTS[kernel]
     first = arguments["STAGE"] == row_pass_triton.FIRST_WALK.value
-    return ("summary",) if first else ("logsumexp", "nll")
+    if first:
+        return ("summary",)
+    return ("logsumexp", "nll", "blocks") if arguments["FORM_BLOCKS"] else ("logsumexp", "nll")
 
 
 @contextmanager
@@ -44,7 +52,10 @@ def kernels(capability: int, **options: Any) -> Iterator[list[Run]]:
         raise ValueError("TRITON_INTERPRET is set, so there is nothing to compile: unset it")
     runs: list[Run] = []
     chip = launch_configs.chip(capability, SHARED_KIB[capability] * 1024)
-    with mock.patch.multiple(launch_configs, _chip_of=lambda device: chip):
+    with (
+        mock.patch.multiple(launch_configs, _chip_of=lambda device: chip),
+        mock.patch.multiple(tile_product_triton, _capability=lambda device: capability),
+    ):
         with mock.patch.multiple(attention_choice, no_triton=lambda device: None):
             with mock.patch.multiple(head_choice, no_triton=lambda device: None):
                 with _swapped(capability, Options(**options), runs):
@@ -55,6 +66,7 @@ def kernels(capability: int, **options: Any) -> Iterator[list[Run]]:
 def _swapped(capability: int, options: Options, runs: list[Run]) -> Iterator[None]:
     places = (
         (row_pass_triton, "row_pass"),
+        (tile_product_triton, "tile_product"),
         (triton_forward, "forward"),
         (triton_backward, "backward_queries"),
         (triton_backward, "backward_keys"),

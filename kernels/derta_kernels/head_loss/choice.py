@@ -6,7 +6,7 @@ import torch
 
 from derta_kernels import Choice
 from derta_kernels.head_loss import row_pass_native
-from derta_kernels.head_loss.row_pass import RowPass
+from derta_kernels.head_loss.row_pass import RowPass, then_blocks
 from derta_kernels.head_loss.row_pass_torch import (
     first_walk_torch,
     row_pass_torch,
@@ -62,13 +62,17 @@ def row_pass(impl: str) -> RowPass:
             row_pass_native.row_pass_native,
             row_pass_native.first_walk_native,
             row_pass_native.second_walk_native,
+            then_blocks(row_pass_native.row_pass_native),
         )
     if impl == "triton":
         from derta_kernels.head_loss.row_pass_triton import (
             first_walk_triton,
             row_pass_triton,
+            row_pass_with_blocks_triton,
             second_walk_triton,
         )
 
-        return RowPass(row_pass_triton, first_walk_triton, second_walk_triton)
-    return RowPass(row_pass_torch, first_walk_torch, second_walk_torch)
+        return RowPass(
+            row_pass_triton, first_walk_triton, second_walk_triton, row_pass_with_blocks_triton
+        )
+    return RowPass(row_pass_torch, first_walk_torch, second_walk_torch, then_blocks(row_pass_torch))

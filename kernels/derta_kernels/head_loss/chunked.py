@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from torch import Tensor
 from derta_kernels.head_loss.chunks import Chip, Problem, chip_of, chunk_rows, split
 from derta_kernels.head_loss.row_pass import RowPass
 from derta_kernels.head_loss.shards import Shards
+
+if TYPE_CHECKING:
+    from derta_kernels.head_loss.sparse import SparseBackward
 
 AHEAD_OF_RANKS = 1  # chunks that start before one ends, where it waits for other ranks
 # cuBLAS uses its fast kernels only if rows start on 16 bytes; 128 starts them on cache lines.
@@ -66,6 +69,7 @@ def head_loss_chunked(
     scratch_mb: float | None,
     forms: tuple[bool, bool, bool],
     shards: Shards | None = None,
+    sparse: SparseBackward | None = None,
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Compute logsumexp, nll and gradients of the live rows without holding n x V logits.
 
@@ -97,6 +101,8 @@ def head_loss_chunked(
         scratch_mb: MiB of the scratch; None: see `chunks.chunk_rows`.
         forms: for each of hidden, weight and bias, if True, its gradient is formed.
         shards: the agreement of the ranks that share the vocabulary; None: it is whole.
+        sparse: forms the products of a whole vocabulary, and keeps the masses; None: they are
+            dense.
 
     Returns:
         logsumexp (n,) and nll (n, K) in token_weight's dtype, and the gradients.
@@ -111,8 +117,9 @@ def head_loss_chunked(
         bias=token_weight.new_zeros(vocabulary if form_bias else 0),
         unit=unit,
     )
-    if count == 0:
+    if count == 0 or sparse is not None:
         gradients.weight.zero_()
+    if count == 0:
         return token_weight.new_empty(0), torch.empty_like(token_weight), gradients
     if hidden.dtype == torch.float16:
         token_weight = token_weight / unit
@@ -150,17 +157,23 @@ def head_loss_chunked(
         chunk, h, logits, summary = started.popleft()
         inputs = (logits, tokens[chunk], token_weight[chunk])
         options = (softcap, logit_scale, any(forms))
-        if summary is None:
+        if sparse is not None:
+            found.append(sparse.row_pass(chunk, *inputs, unit, softcap, logit_scale))
+        elif summary is None:
             found.append(row_pass.whole(*inputs, *options))
         else:
             found.append(row_pass.second_walk(*inputs, summary(), *options))
         gradient = logits
 
-        if form_weight:
-            _add_product(gradients.weight, gradient, h, is_first=chunk.start == 0)
+        if form_weight and sparse is not None:
+            sparse.add_product(gradients.weight, gradient, h)
+        elif form_weight:
+            add_product(gradients.weight, gradient, h, is_first=chunk.start == 0)
         if form_bias:
             gradients.bias.add_(gradient.sum(0, dtype=wide))
-        if form_hidden and shards is None:
+        if form_hidden and sparse is not None:
+            _store(gradients.hidden, chunk, rows, sparse.times_weight(gradient, weight))
+        elif form_hidden and shards is None:
             in_place = rows is None and dtype == hidden.dtype
             part = _times_weight(gradient, weight, gradients.hidden[chunk] if in_place else None)
             if not in_place:
@@ -331,7 +344,7 @@ def _times_weight(gradient: Tensor, weight: Tensor, into: Tensor | None = None) 
     return product
 
 
-def _add_product(total: Tensor, gradient: Tensor, h: Tensor, *, is_first: bool) -> None:
+def add_product(total: Tensor, gradient: Tensor, h: Tensor, *, is_first: bool) -> None:
     """Add gradient (C, V)^T @ h (C, d) to total (V, d), the sum in total's dtype.
 
     The first product is stored: what total holds is not read.

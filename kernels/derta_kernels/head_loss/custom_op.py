@@ -18,6 +18,7 @@ from derta_kernels.head_loss.choice import choose, row_pass
 from derta_kernels.head_loss.chunked import SLICE_ELEMENTS, head_loss_chunked, shard_chunk_rows
 from derta_kernels.head_loss.live_rows import checked_rows, counted_rows, gathered, scattered
 from derta_kernels.head_loss.shards import agree
+from derta_kernels.head_loss.sparse import Masses, SparseBackward
 
 
 def loss_and_gradients(
@@ -36,8 +37,11 @@ def loss_and_gradients(
     form_bias: bool,
     group: str | None = None,
     live_rows: Tensor | None = None,
+    sparse_backward: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Return loss (), logsumexp (N,), nll (N, K) and `chunked.Gradients` of all rows, dead ones 0.
+
+    Last come `sparse.Masses`, (N,) each, empty unless products were sparse.
 
     The targets of `head_loss` come as columns: K tokens of each row (`live_rows.COLUMNS`), flags of
     those that are targets, and their weights, 0 without a target. `group` is the name of the
@@ -70,6 +74,17 @@ def loss_and_gradients(
     if shards is not None:
         live_tokens = shards.own(live_tokens, len(weight))
     live_weight = gathered(token_weight, rows)
+    name = choose(impl, hidden.device, hidden.dtype).name
+    sparse = None
+    if sparse_backward and (form_hidden or form_weight):
+        sparse = SparseBackward(
+            sparse_backward,
+            row_pass(name),
+            name == "triton",
+            live_weight,
+            logit_scale,
+            hidden.shape[1],
+        )
     # The wrapper has already cast as autocast would; float32 products must stay float32.
     with torch.autocast(hidden.device.type, enabled=False):
         logsumexp, nll, gradients = head_loss_chunked(
@@ -81,16 +96,20 @@ def loss_and_gradients(
             rows,
             softcap,
             logit_scale,
-            row_pass(choose(impl, hidden.device, hidden.dtype).name),
+            row_pass(name),
             scratch_mb,
             (form_hidden, form_weight, form_bias),
             shards,
+            sparse,
         )
     losses = live_weight * nll.where(live_weight != 0, 0.0)
     # The third column apart: with it or without, the other two are added in the same order.
     loss = losses[:, :2].contiguous().sum() + losses[:, 2:].sum()
     count = len(tokens)
-    return loss, scattered(logsumexp, rows, count), scattered(nll, rows, count), *gradients
+    by_row = [scattered(values, rows, count) for values in (logsumexp, nll)]
+    masses = [scattered(mass, rows, count) for mass in (sparse.masses if sparse else ())]
+    masses = masses or [live_weight.new_empty(0) for _ in Masses._fields]
+    return loss, *by_row, *gradients, *masses
 
 
 def loss_and_gradients_of_rows(*arguments: Any) -> tuple[Tensor, ...]:
@@ -106,13 +125,14 @@ ARGUMENTS = (
     "Tensor token_weight, float? softcap, float logit_scale, str impl, float? scratch_mb, "
     "bool form_hidden, bool form_weight, bool form_bias"
 )
-RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+RESULTS = f"({', '.join(['Tensor'] * 9)})"
 
 head_loss_op = torch.library.custom_op(
     "derta::head_loss",
     loss_and_gradients,
     mutates_args=(),
-    schema=f"({ARGUMENTS}, str? group=None, Tensor? live_rows=None) -> {RESULTS}",
+    schema=f"({ARGUMENTS}, str? group=None, Tensor? live_rows=None, "
+    f"float sparse_backward=0.0) -> {RESULTS}",
     tags=(torch.Tag.cudagraph_unsafe,),  # live rows are counted on the host
 )
 head_loss_of_rows_op = torch.library.custom_op(
@@ -139,8 +159,12 @@ def _(
     form_hidden: bool,
     form_weight: bool,
     form_bias: bool,
-    *_: Any,
+    group: Any = None,  # the live rows of `head_loss_of_rows`
+    live_rows: Tensor | None = None,
+    sparse_backward: float = 0.0,
 ) -> tuple[Tensor, ...]:
+    is_sparse = sparse_backward and (form_hidden or form_weight)
+
     def wide(*shape: Any) -> Tensor:
         return token_weight.new_empty(shape)
 
@@ -152,6 +176,7 @@ def _(
         wide(*weight.shape) if form_weight else wide(0),
         wide(len(weight)) if form_bias else wide(0),
         wide(),
+        *(wide(len(tokens) if is_sparse else 0) for _ in Masses._fields),
     )
 
 
@@ -204,8 +229,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    loss, logsumexp, nll, *gradients = output
-    ctx.mark_non_differentiable(logsumexp, nll)
+    loss, logsumexp, nll, *gradients, gradient_mass, skipped_mass = output
+    ctx.mark_non_differentiable(logsumexp, nll, gradient_mass, skipped_mass)
     ctx.set_materialize_grads(False)  # or autograd would make V x d float32 zeros
     ctx.save_for_backward(*gradients)
     hidden, weight, bias = inputs[:3]

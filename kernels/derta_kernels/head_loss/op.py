@@ -39,6 +39,9 @@ class HeadLoss(NamedTuple):
         refusal_nll: (N,), nats, -log p(refusal token) of every live row, in rto_mask or not;
             detached; 0 on dead rows, and everywhere if no refusal token was given.
         unlikelihood: (N,), nats, -log(1 - p(unlikely target)); detached; 0 where the row has none.
+        gradient_mass: (N,), the sum of |dloss / dlogit| over a row's logits, before cap and scale;
+            detached; 0 unless a sparse backward pass formed gradients.
+        skipped_mass: (N,), the part of it that the sparse backward pass skipped; detached.
     """
 
     loss: Tensor
@@ -46,6 +49,8 @@ class HeadLoss(NamedTuple):
     next_nll: Tensor
     refusal_nll: Tensor
     unlikelihood: Tensor
+    gradient_mass: Tensor
+    skipped_mass: Tensor
 
 
 def head_loss(
@@ -67,6 +72,7 @@ def head_loss(
     impl: str = "auto",
     scratch_mb: float | None = None,
     group: dist.ProcessGroup | None = None,
+    sparse_backward: float = 0.0,
 ) -> HeadLoss:
     """Compute the sum of the weighted losses of a vocabulary projection, without its logits.
 
@@ -93,13 +99,19 @@ def head_loss(
     every rank, and so are the results, bit for bit. Gradients of weight and bias are those of this
     rank's rows, that of hidden is the whole one.
 
+    With sparse_backward, products of the backward pass leave out tiles of 128 rows by 128 tokens in
+    which no |dloss / dlogit| exceeds sparse_backward x |logit_scale| x the row's total weight.
+    Gradients of hidden and weight are then approximate; skipped_mass says by how much. The loss and
+    the gradient of bias stay exact.
+
     Memory: see `head_loss_chunked`. Under autocast also the cast weight.
     Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
         float32, or float64 for float64 inputs. Under autocast, the gradients of a float32 weight
         and bias are not rounded. No row's loss is negative. Deterministic.
     Synchronisation: on CUDA one transfer to the host, of the live count and the targets' range,
         and none if live_rows are given: a CUDA graph may then capture it. With a group one more, of
-        what the ranks have to agree on.
+        what the ranks have to agree on. With sparse_backward one a chunk, of the live tiles, but
+        for "triton".
 
     Args:
         hidden: (N, d) float16, bfloat16, float32 or float64, any strides.
@@ -126,6 +138,7 @@ def head_loss(
             `choose` says which one "auto" takes.
         scratch_mb: MiB that a chunk of logits may take; None: see `chunks.chunk_rows`.
         group: the ranks that share the vocabulary; None: weight is whole, or a DTensor.
+        sparse_backward: in [0, 1), see above; 0: gradients are exact.
 
     Returns:
         `HeadLoss`. Gradients reach hidden, weight and bias, and are formed only for those that
@@ -135,8 +148,9 @@ def head_loss(
         TypeError: an argument is of the wrong Python type.
         ValueError: a wrong shape, dtype, device or range; a target outside [0, V); rto_mask
             without refusal_token_id; weights that require a gradient; an unknown impl, or one
-            that cannot run there; impl "reference" with a group. On every rank of a group: ranks
-            that differ in d, dtype, N, targets, weights, softcap or logit_scale.
+            that cannot run there; impl "reference" with a group; sparse_backward with either of
+            them. On every rank of a group: ranks that differ in d, dtype, N, targets, weights,
+            softcap or logit_scale.
         RuntimeError: live_rows are not the rows with a target, or a target lies outside [0, V);
             on CUDA as a device-side assertion.
 
@@ -156,6 +170,7 @@ def head_loss(
         name: tensor for name, tensor in optional.items() if tensor is not None
     }
     _check_group(group, impl)
+    _check_sparse(sparse_backward, group, impl)
     _check_tensors(tensors, is_shard=group is not None)
     vocabulary = len(weight) if group is None else None
     _check_numbers(refusal_token_id, softcap, logit_scale, ignore_index, scratch_mb, vocabulary)
@@ -182,6 +197,8 @@ def head_loss(
     token_weight = torch.stack(
         [_target_weight(row_weight, has, wide) for _, has, row_weight in columns], 1
     )
+    nothing = torch.zeros(len(target), dtype=wide, device=hidden.device)
+    masses = (nothing, nothing)
     if impl == "reference":
         rows = (
             counted_rows(tokens, has_target, len(weight))
@@ -216,18 +233,22 @@ def head_loss(
                 for tensor in (hidden, weight, bias)
             ),
         )
-        if live_rows is None or group is not None:
+        if live_rows is None or group is not None or sparse_backward:
             name = None if group is None else group.group_name
-            loss, logsumexp, nll, *_ = head_loss_op(*arguments, name, live_rows)
+            results = head_loss_op(*arguments, name, live_rows, sparse_backward)
         else:
-            loss, logsumexp, nll, *_ = head_loss_of_rows_op(*arguments, live_rows)
-    nothing = torch.zeros_like(logsumexp)
+            results = head_loss_of_rows_op(*arguments, live_rows)
+        loss, logsumexp, nll, *_ = results
+        if len(results[-1]):
+            masses = results[-2:]
     return HeadLoss(
         loss=loss,
         logsumexp=logsumexp,
         next_nll=nll[:, 0].where(has_next, 0.0),
         refusal_nll=nothing if refusal_token_id is None else nll[:, 1],
         unlikelihood=nothing if unlikely_target is None else nll[:, 2].where(is_unlikely, 0.0),
+        gradient_mass=masses[0],
+        skipped_mass=masses[1],
     )
 
 
@@ -268,6 +289,24 @@ def _check_group(group: dist.ProcessGroup | None, impl: str) -> None:
         raise ValueError(
             'impl must not be "reference" with a group or a DTensor: it holds all logits of the '
             "whole vocabulary"
+        )
+
+
+def _check_sparse(tolerance: float, group: dist.ProcessGroup | None, impl: str) -> None:
+    """Check the tolerance of a sparse backward pass, and that there can be one."""
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+        raise TypeError(f"sparse_backward must be int or float, got {type(tolerance).__name__}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"sparse_backward must lie in [0, 1), got {tolerance}")
+    if tolerance and group is not None:
+        raise ValueError(
+            f"sparse_backward must be 0 with a group or a DTensor, got {tolerance}: ranks that "
+            "share a vocabulary form whole gradients"
+        )
+    if tolerance and impl == "reference":
+        raise ValueError(
+            f'sparse_backward must be 0 with impl "reference", got {tolerance}: autograd forms '
+            "whole gradients"
         )
 
 

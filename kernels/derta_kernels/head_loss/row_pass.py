@@ -9,6 +9,9 @@ dtype computed in:
     ones        how many terms exp(z - highest) are 1
     rest        the sum of the other terms
     z           of each of the row's K tokens; -inf for a token of another shard
+
+A sparse backward pass (`sparse`) needs two figures of each row's blocks of `TILE` columns, the last
+of which may be narrower: the largest |gradient| and the sum of |gradient|.
 """
 
 from __future__ import annotations
@@ -16,7 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+TILE = 128  # columns of a block; as many rows make a tile
+SIZES = 2**20  # of the gradient, that are formed at a time
 
 
 class RowPass(NamedTuple):
@@ -29,6 +36,8 @@ class RowPass(NamedTuple):
             logits stay as they are.
         second_walk: (logits, tokens, token_weight, summary, softcap, logit_scale, form_gradient) ->
             logsumexp, nll; of a shard, given the merged summary.
+        with_blocks: (logits, tokens, token_weight, softcap, logit_scale) -> logsumexp, nll, blocks
+            (C, 2, ceil(V / TILE)); `whole` with the gradient, and the figures of its blocks.
     """
 
     whole: Callable[[Tensor, Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor]]
@@ -36,3 +45,45 @@ class RowPass(NamedTuple):
     second_walk: Callable[
         [Tensor, Tensor, Tensor, Tensor, float | None, float, bool], tuple[Tensor, Tensor]
     ]
+    with_blocks: Callable[
+        [Tensor, Tensor, Tensor, float | None, float], tuple[Tensor, Tensor, Tensor]
+    ]
+
+
+def then_blocks(
+    whole: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[[Tensor, Tensor, Tensor, float | None, float], tuple[Tensor, Tensor, Tensor]]:
+    """Return a `with_blocks` that reads the gradient once more after a row pass.
+
+    Memory: 2^20 numbers in the dtype of the logits, or one row of them if that is more.
+    """
+
+    def with_blocks(
+        logits: Tensor,
+        tokens: Tensor,
+        token_weight: Tensor,
+        softcap: float | None,
+        logit_scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logsumexp, nll = whole(logits, tokens, token_weight, softcap, logit_scale, True)
+        return logsumexp, nll, _figures_of_blocks(logits, token_weight.dtype)
+
+    return with_blocks
+
+
+def _figures_of_blocks(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest |gradient| (C, V) of each block and their sum, (C, 2, ceil(V / TILE))."""
+    count, vocabulary = gradient.shape
+    whole = vocabulary - vocabulary % TILE
+    blocks = gradient.new_empty(count, 2, -(-vocabulary // TILE), dtype=dtype)
+    step = max(1, SIZES // vocabulary)
+    for part in (slice(start, start + step) for start in range(0, count, step)):
+        size = gradient[part].abs()
+        for columns, place in (
+            (size[:, :whole].unflatten(1, (whole // TILE, TILE)), slice(None, whole // TILE)),
+            (size[:, None, whole:], slice(whole // TILE, None)),
+        ):
+            if columns.numel():
+                blocks[part, 0, place] = columns.amax(2).to(dtype)
+                blocks[part, 1, place] = columns.sum(2, dtype=dtype)
+    return blocks

@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from derta_kernels.head_loss.row_pass import TILE
+
 # A running maximum starts from the lowest finite number, since -inf - -inf is NaN.
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -37,6 +39,7 @@ SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 WHOLE = tl.constexpr(0)
 FIRST_WALK = tl.constexpr(1)
 SECOND_WALK = tl.constexpr(2)
+TILE_COLUMNS = tl.constexpr(TILE)
 
 
 class RowLaunch(NamedTuple):
@@ -94,6 +97,33 @@ def row_pass_triton(
     return logsumexp, nll
 
 
+def row_pass_with_blocks_triton(
+    logits: Tensor,
+    tokens: Tensor,
+    token_weight: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `row_pass.then_blocks` does, in the same pass over the logits.
+
+    Memory: only the results. Deterministic: as `row_pass_triton`.
+    """
+    logsumexp = token_weight.new_empty(len(logits))
+    nll = torch.empty_like(token_weight)
+    count, vocabulary = logits.shape
+    blocks = token_weight.new_empty(count, 2, triton.cdiv(vocabulary, TILE))
+    _launch(
+        WHOLE.value,
+        logits,
+        (tokens, token_weight, logsumexp, nll, logsumexp),
+        softcap,
+        logit_scale,
+        form_gradient=True,
+        blocks=blocks,
+    )
+    return logsumexp, nll, blocks
+
+
 def first_walk_triton(
     logits: Tensor, tokens: Tensor, softcap: float | None, logit_scale: float
 ) -> Tensor:
@@ -140,6 +170,7 @@ def _launch(
     softcap: float | None,
     logit_scale: float,
     form_gradient: bool,
+    blocks: Tensor | None = None,
 ) -> None:
     """Launch the kernel, with the tensors that it takes after the logits."""
     rows, vocabulary = logits.shape
@@ -151,6 +182,7 @@ def _launch(
         row_pass[(rows,)](
             logits,
             *numbers,
+            numbers[2] if blocks is None else blocks,
             vocabulary,
             logits.stride(0),
             softcap or 0.0,
@@ -159,6 +191,7 @@ def _launch(
             HAS_SOFTCAP=softcap is not None,
             HAS_UNLIKELY=has_unlikely,
             FORM_GRADIENT=form_gradient,
+            FORM_BLOCKS=blocks is not None,
             BLOCK=config.block,
             num_warps=config.num_warps,
         )
@@ -172,6 +205,7 @@ def row_pass(
     logsumexp,  # (C,) float32, out; not written in FIRST_WALK
     nll,  # (C, K) float32, out; not written in FIRST_WALK
     summary,  # (C, 3 + K) float32; out in FIRST_WALK, read in SECOND_WALK
+    blocks,  # (C, 2, ceil(V / TILE)) float32, out; written with FORM_BLOCKS only
     vocabulary,  # V; of a shard its own logits, may be 0
     row_stride,  # in logits
     softcap,  # > 0, or 0 without HAS_SOFTCAP
@@ -180,6 +214,7 @@ def row_pass(
     HAS_SOFTCAP: tl.constexpr,
     HAS_UNLIKELY: tl.constexpr,
     FORM_GRADIENT: tl.constexpr,
+    FORM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,  # logits a round
 ):
     COLUMNS: tl.constexpr = 3 if HAS_UNLIKELY else 2
@@ -292,8 +327,10 @@ def row_pass(
             if HAS_UNLIKELY:
                 b_unlikely = -(others_push * b_term)
                 b_gradient += tl.where(o_logit == unlikely_token, unlikely_own, b_unlikely)
-            b_gradient = (b_gradient * b_slope).to(logits.dtype.element_ty)
-            tl.store(p_row + o_logit, b_gradient)
+            b_gradient *= b_slope
+            tl.store(p_row + o_logit, b_gradient.to(logits.dtype.element_ty))
+            if FORM_BLOCKS:
+                _store_blocks(blocks, i_row, vocabulary, start, b_gradient, BLOCK)
         # One round at most. With an `if`, offsets from the first walk would stay live until here,
         # and ptxas 12.9, of Triton 3.6, spills them.
         for start in range(whole, vocabulary, BLOCK):
@@ -309,8 +346,11 @@ def row_pass(
             if HAS_UNLIKELY:
                 b_unlikely = -(others_push * b_term)
                 b_gradient += tl.where(o_logit == unlikely_token, unlikely_own, b_unlikely)
-            b_gradient = (b_gradient * b_slope).to(logits.dtype.element_ty)
-            tl.store(p_row + o_logit, b_gradient, mask=m_tail)
+            b_gradient *= b_slope
+            tl.store(p_row + o_logit, b_gradient.to(logits.dtype.element_ty), mask=m_tail)
+            if FORM_BLOCKS:
+                b_gradient = tl.where(m_tail, b_gradient, 0.0)
+                _store_blocks(blocks, i_row, vocabulary, start, b_gradient, BLOCK)
 
 
 @triton.jit
@@ -331,6 +371,21 @@ def _rescaled(b_ones, b_rest, b_factor):
         tl.where(b_factor == 1, b_ones, 0.0),
         tl.where(b_factor == 1, b_rest, (b_ones + b_rest) * b_factor),
     )
+
+
+@triton.jit
+def _store_blocks(blocks, i_row, vocabulary, start, b_gradient, BLOCK: tl.constexpr):
+    """Store the largest |gradient| of each block of a round's columns, and their sum."""
+    ROUND: tl.constexpr = BLOCK // TILE_COLUMNS
+    # First the eight of a thread, then the threads of a block.
+    b_size = tl.abs(b_gradient)
+    b_peak = tl.max(tl.reshape(tl.max(b_size, 1), (ROUND, TILE_COLUMNS // 8)), 1)
+    b_mass = tl.sum(tl.reshape(tl.sum(b_size, 1), (ROUND, TILE_COLUMNS // 8)), 1)
+    count = tl.cdiv(vocabulary, TILE_COLUMNS)
+    o_block = start // TILE_COLUMNS + tl.arange(0, ROUND)
+    p_peak = blocks + i_row * (2 * count) + o_block
+    tl.store(p_peak, b_peak, mask=o_block < count)
+    tl.store(p_peak + count, b_mass, mask=o_block < count)
 
 
 @triton.jit

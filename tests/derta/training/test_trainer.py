@@ -34,6 +34,7 @@ from derta.data import (
     sequence_length,
 )
 from derta.evaluation import EvaluationSettings, forced_rates, refusal_curve, response
+from derta.training.progress import format_figures
 from derta_kernels.attention.layout import Layout
 from derta_kernels.head_loss import custom_op
 from derta_kernels.testing import HostReads, HostTransfers
@@ -364,6 +365,20 @@ def test_official_norm_is_the_mean_of_pack_means(tmp_path: Path) -> None:
 def test_terms_are_weighed_by_their_own_means(tmp_path: Path) -> None:
     log = one_step(tmp_path, loss_norm="terms", rto_weight=0.5)[1]
     assert log["loss"] == pytest.approx(log["mle_loss"] + 0.5 * log["rto_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("tolerance", "share"), [(1 - 1e-9, 1.0), (1e-30, 0.0)])
+def test_a_sparse_backward_pass_says_what_it_skipped(
+    tmp_path: Path, tolerance: float, share: float
+) -> None:
+    exact, log = one_step(tmp_path / "exact")
+    assert "skipped_gradient" not in log
+    sparse, log = one_step(tmp_path / "sparse", sparse_backward=tolerance)
+    assert log["skipped_gradient"] == share
+    assert f"{share:.2%} of the head's gradient skipped" in format_figures(1, log)
+    for name, gradient in sparse.items():
+        expected = exact[name] * (1 - share)
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
 def answers(pack: PackedBatch) -> list[tuple[int, int]]:
