@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 UNIT = 2  # bytes; no kernel here reads or writes single ones
-PAGE = 256  # bytes
+PAGE = 4096  # bytes
 GLOBAL_BASE = 1 << 32
 BEFORE = -1  # in place of a warp: whoever wrote before the launch, or nobody
 SEVERAL = -2  # in place of a warp: several warps
@@ -88,11 +88,11 @@ class Space:
 
 
 class GlobalMemory(Space):
-    """The elements of tensors, at addresses as far apart as in the tensors' own storages."""
+    """The elements of tensors that have some, as far apart as in the tensors' own storages."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._start: dict[int, int] = {}  # of a storage, by its data pointer
-        tensors = [tensor for tensor in tensors if tensor.numel()]
+        tensors = list(tensors)
         end = PAGE
         for tensor in tensors:
             storage = tensor.untyped_storage()

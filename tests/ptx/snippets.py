@@ -1,0 +1,108 @@
+"""Small kernels for tests of the interpreter, written in PTX by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ptx.launches import Options, Run, execute
+
+KINDS: dict[str, Any] = {
+    "s16": np.int16,
+    "u16": np.uint16,
+    "s32": np.int32,
+    "u32": np.uint32,
+    "s64": np.int64,
+    "u64": np.uint64,
+    "f32": np.float32,
+    "f16": np.float16,
+}
+REGISTERS = {2: "%rs", 4: "%r", 8: "%rd"}
+TEXT = """
+.version 8.7
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry snippet({params})
+.reqntid {threads}
+{{
+    .reg .pred %p<32>;
+    .reg .b16 %rs<64>;
+    .reg .b32 %r<512>;
+    .reg .b64 %rd<64>;
+    mov.u32 %r0, %tid.x;
+{loads}
+{body}
+    ret;
+}}
+"""
+
+
+def run(
+    body: str,
+    *,
+    capability: int = 80,
+    grid: int = 1,
+    threads: int = 32,
+    shared: int = 0,
+    outputs: Collection[str] = (),
+    options: Options | None = None,
+    **tensors: Tensor,
+) -> Run:
+    """Run a body. %r0 is the thread's number, %rd0, %rd1, ... the addresses of the tensors."""
+    ptx = TEXT.format(
+        params=",".join(
+            f"\n.param .u64 .ptr .global .align 1 param_{i}" for i in range(len(tensors))
+        ),
+        threads=threads,
+        loads="\n".join(f"    ld.param.b64 %rd{i}, [param_{i}];" for i in range(len(tensors))),
+        body=body,
+    )
+    return execute(ptx, capability, grid, shared, tensors, outputs, options or Options())
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def results(
+    instruction: str,
+    kinds: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    capability: int = 80,
+    options: Options | None = None,
+) -> np.ndarray:
+    """Return what an instruction makes of rows of operands, a row a lane.
+
+    Args:
+        instruction: with {d} for its result and {a}, {b}, {c} for its operands.
+        kinds: types of the operands, then of the result.
+    """
+    count = len(rows)
+    assert count <= 32
+    lanes = [rows[min(i, count - 1)] for i in range(32)]
+    columns = [
+        np.array([row[i] for row in lanes]).astype(KINDS[kind]) for i, kind in enumerate(kinds[:-1])
+    ]
+    result = np.zeros(32, KINDS[kinds[-1]])
+    arrays = [*columns, result]
+    tensors = {
+        f"x{i}": torch.from_numpy(x.view({2: np.int16, 4: np.int32, 8: np.int64}[x.itemsize]))
+        for i, x in enumerate(arrays)
+    }
+    names, code = [], []
+    for i, x in enumerate(arrays):
+        register = f"{REGISTERS[x.itemsize]}{40 + i}"
+        names.append(register)
+        code.append(f"mul.wide.u32 %rd30, %r0, {x.itemsize};\nadd.s64 %rd{20 + i}, %rd{i}, %rd30;")
+        if i < len(columns):
+            code.append(f"ld.global.b{8 * x.itemsize} {register}, [%rd{20 + i}];")
+    places = dict(zip("abc", names[:-1], strict=False)) | {"d": names[-1]}
+    code.append(instruction.format(**places) + ";")
+    code.append(f"st.global.b{8 * result.itemsize} [%rd{20 + len(columns)}], {names[-1]};")
+    run("\n".join(code), capability=capability, options=options, **tensors)
+    return result[:count]
