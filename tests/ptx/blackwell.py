@@ -21,6 +21,7 @@ from ptx.processor import WARP, Mask
 ROWS, COLUMNS = 128, 512
 # The layouts of a descriptor (bits 61 to 63) that have a swizzle, in bytes.
 WIDTHS = {2: 128, 4: 64, 6: 32}
+TYPES = {0: "f16", 1: "bf16"}  # of an instruction's descriptor
 
 
 class Barrier:
@@ -192,10 +193,9 @@ class Blackwell(Hopper):
         assert isinstance(d, Address), ins.text
         cta = int(self.cta[lane])
         word = self._number(descriptor, "u32", lane)
-        types = {0: "f16", 1: "bf16"}
-        known = 0x1F7F9C90 | 1 << 15 | 1 << 16
-        left_type, right_type = types.get(word >> 7 & 7), types.get(word >> 10 & 7)
-        if word & ~known or word >> 4 & 3 != 1 or None in (left_type, right_type):
+        left_type, right_type = (TYPES.get(word >> at & 7) for at in (7, 10))
+        known = sum(field << at for at, field in ((4, 1), (7, 63), (15, 3), (17, 63), (24, 31)))
+        if word & ~known or not word >> 4 & 1 or None in (left_type, right_type):
             raise NotImplementedError(f"the instruction descriptor {word:#x}: {ins}")
         if left_type != right_type:
             raise NotImplementedError(f"factors of two types: {ins}")

@@ -243,10 +243,11 @@ def element_places(
     """Return offsets into shared memory of a matrix's elements, (descriptors, length, 16).
 
     A matrix of 16-bit elements is cut into blocks of eight rows of `width` bytes, one after the
-    other. Within a block the 16 bytes at row r and column c of them lie at column c ^ r (the
-    swizzle). Descriptors hold, in units of 16 bytes: where the matrix starts (bits 0 to 13), and
-    how far apart blocks are along the rows (bits 16 to 29) and across them (32 to 45). A
-    transposed matrix has the depth of the product across the rows.
+    other. Within a block 16 bytes at row r and column c of them lie at column c ^ s (the swizzle),
+    with s = r for rows of 128 bytes, r / 2 of 64 and r / 4 of 32. Descriptors hold, in units of 16
+    bytes: where the matrix starts (bits 0 to 13), and how far apart blocks are along the rows (bits
+    16 to 29) and across them (32 to 45). A transposed matrix has the depth of the product across
+    the rows.
     """
     start, along, across = (
         ((descriptors >> at & 0x3FFF) << 4)[:, None, None] for at in (0, 16, 32)

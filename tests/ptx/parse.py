@@ -13,6 +13,7 @@ from typing import NamedTuple
 WIDTHS = {"pred": 1, "b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2}
 WIDTHS |= {"b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8}
 WIDTHS |= {"bf16x2": 4, "f16x2": 4, "f32x2": 8}
+SHARED_ALIGN = 16  # bytes
 # Directives within a body that say nothing of what it computes.
 SILENT = ("loc", "pragma")
 
@@ -76,6 +77,7 @@ class Kernel:
         widths: bytes of registers, by name up to the number, or by the name of a single one.
         shared: offset of every variable in shared memory, in bytes.
         static_shared: bytes of shared memory that are not for the launch to choose.
+        launch_sized: names of what is.
         blocks: instructions, which are executed from the first to the last.
         labels: index of the block that a label stands before.
     """
@@ -86,6 +88,7 @@ class Kernel:
     widths: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     static_shared: int = 0
+    launch_sized: list[str] = field(default_factory=list)
     blocks: list[list[Instruction]] = field(default_factory=lambda: [[]])
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -115,6 +118,9 @@ def parse(ptx: str) -> Kernel:
     for declared in re.findall(r"\.shared\s[^;]*;", re.sub(r"//.*", "", before)):
         _declare_shared(kernel, declared)
     _Body(kernel).read(_until_closed(ptx[entries[0].end() :]))
+    # What the launch sizes comes last, and is one place under all of its names.
+    kernel.static_shared = -(-kernel.static_shared // SHARED_ALIGN) * SHARED_ALIGN
+    kernel.shared |= dict.fromkeys(kernel.launch_sized, kernel.static_shared)
     return kernel
 
 
@@ -146,9 +152,12 @@ def _declare_shared(kernel: Kernel, text: str) -> None:
     if not found:
         raise ValueError(f"cannot parse {text!r}")
     align, width, name, length = int(found[1]), WIDTHS[found[2]], found[3], found[4]
+    if not length:
+        kernel.launch_sized.append(name)
+        return
     start = -(-kernel.static_shared // align) * align
     kernel.shared[name] = start
-    kernel.static_shared = start + width * int(length or 0)
+    kernel.static_shared = start + width * int(length)
 
 
 class _Body:

@@ -106,3 +106,39 @@ def results(
     code.append(f"st.global.b{8 * result.itemsize} [%rd{20 + len(columns)}], {names[-1]};")
     run("\n".join(code), capability=capability, options=options, **tensors)
     return result[:count]
+
+
+def small_integers(*shape: int, seed: int) -> Tensor:
+    """Whole numbers whose products are exact in every order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 9, shape, generator=generator).float()
+
+
+def image(matrix: Tensor, width: int, transposed: bool) -> tuple[Tensor, int, int]:
+    """Return a matrix (length, 16) as products read it from shared memory.
+
+    Returns:
+        elements: (count,) in the order of memory, rows of `width` bytes in blocks of eight,
+            swizzled.
+        along, across: bytes between blocks along and across the rows.
+    """
+    length, depth = matrix.shape
+    per_row = width // 2
+    if transposed:  # rows are of one depth, each block holds `per_row` of the length
+        blocks = -(-length // per_row)
+        elements = torch.zeros(blocks * (depth // 8) * 8 * per_row)
+        along, across = depth // 8 * 8 * width, 8 * width
+    else:
+        elements = torch.zeros(-(-length // 8) * 8 * per_row)
+        along, across = 0, 8 * width
+    for i in range(length):
+        for k in range(depth):
+            if transposed:
+                block = i // per_row * along + k // 8 * across
+                row, column = k % 8, i % per_row
+            else:
+                block, row, column = i // 8 * across, i % 8, k
+            chunk, rest = divmod(column, 8)
+            chunk ^= {128: row, 64: row // 2, 32: row // 4}[width]
+            elements[(block + row * width) // 2 + chunk * 8 + rest] = matrix[i, k]
+    return elements, along, across

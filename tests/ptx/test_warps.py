@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptx.snippets import results, run, zeros
+from ptx.snippets import results, run, small_integers, zeros
 
 LANES = range(32)
 
@@ -120,12 +120,6 @@ def test_stmatrix_stores_what_ldmatrix_loads(transposed: bool) -> None:
     code += from_registers("%rd1", [f"%r2{i}" for i in range(4)])
     run(code, shared=1024, x=elements, y=out)
     assert torch.equal(out, elements)
-
-
-def small_integers(*shape: int, seed: int) -> torch.Tensor:
-    """Whole numbers whose products are exact in every order."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-8, 9, shape, generator=generator).float()
 
 
 def words_of(lane_elements: list[list[float]], dtype: torch.dtype) -> torch.Tensor:
