@@ -13,6 +13,8 @@ from torch import Tensor
 
 from derta_kernels.attention.layout import layout_of
 
+# Offsets within a tile, of up to 128 tokens, are 32-bit in the kernels.
+MAX_TOKEN_STRIDE = 2**24
 _OPTIONS = "Tensor? position_ids, float scale, float? softcap, int? window"
 # The host works out the layout of each batch; a captured graph would not do it again.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -101,9 +103,9 @@ def _(_d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor,
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """Return (B N, H, D) with the last dimension contiguous, as a view where possible."""
+    """Return (B N, H, D) with strides that the kernels take, as a view where possible."""
     x = x.flatten(0, 1)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(0) <= MAX_TOKEN_STRIDE else x.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
