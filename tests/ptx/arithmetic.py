@@ -31,7 +31,7 @@ class Arithmetic(Processor):
     """Sums, products, comparisons, bits, conversions."""
 
     forms = Processor.forms | {
-        "add": {rf"{INTEGER}|(rn\.|rz\.)?f32|(rn\.)?f32x2": "dvv"},
+        "add": {rf"{INTEGER}|(rn\.|rz\.)?f32|(rn\.)?f32x2|rn\.f32\.(bf16|f16)": "dvv"},
         "sub": {rf"{INTEGER}|(rn\.)?f32|(rn\.)?f32x2": "dvv"},
         "mul": {rf"lo\.{INTEGER}|wide\.[su](16|32)|hi\.[su]32|(rn\.)?f32|(rn\.)?f32x2": "dvv"},
         "mad": {r"lo\.[su](16|32|64)|wide\.[su](16|32)": "dvvv"},
@@ -42,7 +42,7 @@ class Arithmetic(Processor):
         "ex2": {r"approx\.(ftz\.)?f32": "dv"},
         "lg2": {r"approx\.(ftz\.)?f32": "dv"},
         "neg": {r"f32|s(16|32|64)": "dv"},
-        "abs": {r"f32|s(16|32|64)": "dv"},
+        "abs": {r"f32|s(16|32|64)|b?f16(x2)?": "dv"},
         "copysign": {r"f32": "dvv"},
         "max": {rf"{INTEGER}|(NaN\.)?f32": "dvv?v"},
         "min": {rf"{INTEGER}|(NaN\.)?f32": "dvv?v"},
@@ -77,8 +77,11 @@ class Arithmetic(Processor):
     # Sums and products
 
     def op_add(self, ins: Instruction, mask: Mask) -> None:
-        """Add."""
-        if ins.index in self.fused:
+        """Add; the first summand may be bf16 or f16."""
+        if ins.type in ("bf16", "f16"):
+            wide = widened(self.full(ins.operands[1], "b16"), ins.type)
+            self.put(ins.operands[0], wide + self.get(ins.operands[2], "f32"), mask)
+        elif ins.index in self.fused:
             self._fused(ins, mask)
         elif "rz" in ins.modifiers:
             self._each(ins, mask, lambda a, b: fma(a, np.ones_like(a), b, "rz"))
@@ -193,8 +196,14 @@ class Arithmetic(Processor):
         self._each(ins, mask, operator.neg)
 
     def op_abs(self, ins: Instruction, mask: Mask) -> None:
-        """Take the magnitude."""
-        self._each(ins, mask, np.abs)
+        """Take the magnitude: of 16-bit floats all bits but their signs."""
+        width = WIDTHS[ins.type]
+        if "16" in ins.type and ins.type[0] != "s":
+            magnitude = UNSIGNED[width](0x7FFF if width == 2 else 0x7FFF7FFF)
+            bits = self.get(ins.operands[1], f"b{8 * width}")
+            self.put(ins.operands[0], bits & magnitude, mask)
+        else:
+            self._each(ins, mask, np.abs)
 
     def op_copysign(self, ins: Instruction, mask: Mask) -> None:
         """Give the second source the sign of the first."""

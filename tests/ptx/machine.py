@@ -11,8 +11,8 @@ from ptx.processor import WARP, Mask
 from ptx.transfers import Transfers
 
 REDUCE = {
-    "min": np.minimum,
-    "max": np.maximum,
+    "min": np.fmin,
+    "max": np.fmax,
     "add": np.add,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
@@ -32,7 +32,7 @@ class Machine(Arithmetic, Transfers):
         "exit": {r"": ""},
         "bar": {r"sync|warp\.sync": "v"},
         "shfl": {r"sync\.(bfly|idx|up|down)\.b32": "svvvv"},
-        "redux": {r"sync\.((min|max|add)\.[su]32|(and|or|xor)\.b32)": "dvv"},
+        "redux": {r"sync\.((min|max|add)\.[su]32|(min|max)\.f32|(and|or|xor)\.b32)": "dvv"},
         "vote": {r"sync\.(any|all)\.pred|sync\.ballot\.b32": "dpv"},
         "elect": {r"sync": "sv"},
         "mma": {r"sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32": "DVVV"},
@@ -86,7 +86,7 @@ class Machine(Arithmetic, Transfers):
             self.put_warps(predicate, inside, warps, mask)
 
     def op_redux(self, ins: Instruction, mask: Mask) -> None:
-        """Reduce over the lanes of a warp."""
+        """Reduce over the lanes of a warp; NaN only if all are."""
         to, of, members = ins.operands
         warps = self._all_lanes(ins, mask, members)
         value = self.per_warp(of, ins.type, warps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -142,3 +144,13 @@ def image(matrix: Tensor, width: int, transposed: bool) -> tuple[Tensor, int, in
             chunk ^= {128: row, 64: row // 2, 32: row // 4}[width]
             elements[(block + row * width) // 2 + chunk * 8 + rest] = matrix[i, k]
     return elements, along, across
+
+
+def far(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of zeros in a sparse file, of which only elements that are set take room."""
+    last = sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    size = (last + 1) * dtype.itemsize
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        memory = mmap.mmap(file.fileno(), size)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)

@@ -43,6 +43,13 @@ def test_reductions_of_a_warp(name: str, expected: int) -> None:
     assert actual.tolist() == [expected] * 32
 
 
+def test_reductions_of_floats_pass_nan_over() -> None:
+    rows = [(float(lane) if lane != 9 else np.nan,) for lane in LANES]
+    for name, expected in (("min", 0), ("max", 31)):
+        code = f"redux.sync.{name}.f32 {{d}}, {{a}}, -1"
+        assert results(code, ["f32", "f32"], rows).tolist() == [expected] * 32
+
+
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
