@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from derta_kernels.head_loss import chunked, custom_op
-from derta_kernels.head_loss.row_pass import RowPass
+from derta_kernels.head_loss.choice import row_pass
 
 ALLOCATIONS = ("aten::empty.memory_format", "aten::new_empty", "aten::empty_like")
 
@@ -48,7 +48,7 @@ def launches(chunks: int, trainable: bool, rows: Tensor | None, bias: bool) -> C
         """Stand for a kernel, one launch."""
         return logits.new_empty(len(logits)), logits.new_empty(tokens.shape)
 
-    row_pass: Any = RowPass(whole, None, None)  # type: ignore[arg-type]
+    one_launch = row_pass("torch")._replace(whole=whole)
     with Launches() as found:
         chunked.head_loss_chunked(
             hidden,
@@ -59,7 +59,7 @@ def launches(chunks: int, trainable: bool, rows: Tensor | None, bias: bool) -> C
             rows,
             None,
             1.0,
-            row_pass,
+            one_launch,
             64 * 128 * 4 / 2**20,
             (True, trainable, bias),
         )
