@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -257,3 +258,12 @@ def test_wrong_tolerances_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         head_loss(**head_case().arguments(), **options)
+
+
+def test_a_vocabulary_over_several_ranks_is_refused() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="sparse_backward must be 0 with a group or a DTensor"):
+            head_loss(**head_case().arguments(), group=dist.group.WORLD, sparse_backward=0.1)
+    finally:
+        dist.destroy_process_group()
