@@ -39,6 +39,10 @@ CASES: list[tuple[str, str, list[tuple]]] = [
     ("mad.wide.u32 {d}, {a}, {b}, {c}", "u32 u32 u64 u64", [(2**32 - 1, 2, 3, 2**33 + 1)]),
     # (1 + e)(1 - e) is 1 - e^2: the product alone would be rounded to 1.
     ("fma.rn.f32 {d}, {a}, {b}, {c}", "f32 f32 f32 f32", [(1 + EPS, 1 - EPS, -1, -(EPS**2))]),
+    # The product lies halfway between two floats, and the summand decides.
+    ("fma.rn.f32 {d}, {a}, {b}, {c}", "f32 f32 f32 f32",
+     [(1 + 2.0**-12, 1 + 2.0**-12, 2.0**-80, 1 + 2.0**-11 + EPS),
+      (1 + 2.0**-12, 1 + 2.0**-12, -(2.0**-80), 1 + 2.0**-11)]),
     ("fma.rm.f32 {d}, {a}, {b}, {c}", "f32 f32 f32 f32",
      [(1, 1, EPS / 4, 1), (-1, 1, -EPS / 4, -1 - EPS)]),
     ("fma.rn.ftz.f32 {d}, {a}, {b}, {c}", "f32 f32 f32 f32", [(2.0**-130, 1, 0, 0), (2, 3, 4, 10)]),

@@ -31,6 +31,8 @@ def hazards(body: str, **options: Any) -> set[str]:
 SYNC = "bar.sync 0;\n"
 STORE, LOAD = "st.shared.b32 [%r2], %r0;\n", "ld.shared.b32 %r5, [%r4];\n"
 STORE_OPPOSITE = "st.shared.b32 [%r4], %r3;\n"
+ALL_READ = STORE + SYNC + "ld.shared.b32 %r5, [%r1];\n"
+LAST_WRITES = "setp.eq.s32 %p1, %r0, 63;\n@%p1 st.shared.b32 [%r1], %r0;\n"
 # An asynchronous copy of 4 bytes a thread.
 COPY = "cp.async.ca.shared.global [%r2], [%rd11], 4;\ncp.async.commit_group;\n"
 WAIT = "cp.async.wait_group 0;\n"
@@ -42,6 +44,8 @@ OWN = "ld.shared.b32 %r5, [%r2];\n"
     [
         ("write, then read", STORE + LOAD, STORE + SYNC + LOAD),
         ("read, then write", STORE + SYNC + LOAD + STORE, STORE + SYNC + LOAD + SYNC + STORE),
+        # Warps 0 and 1 read one word, and warp 1 writes it.
+        ("read, then write", ALL_READ + LAST_WRITES, ALL_READ + SYNC + LAST_WRITES),
         ("write, then write", STORE + STORE_OPPOSITE, STORE + SYNC + STORE_OPPOSITE),
         ("write, then read", COPY + WAIT + LOAD, COPY + WAIT + SYNC + LOAD),
         ("touches an asynchronous copy under way", COPY + OWN, COPY + WAIT + OWN),
