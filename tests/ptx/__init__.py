@@ -1,12 +1,16 @@
 """A PTX interpreter: it runs on a CPU what Triton's compiler makes of a kernel for a GPU.
 
-    parse      PTX to instructions
-    memory     global and shared memory, and what is known of every two bytes
-    machine    compute capability 8.0 to 8.9 and 12.0
-    hopper     9.0: products of warpgroups
-    blackwell  10.0: tensor memory
-    launches   stands in for a `triton.jit` function on CPU tensors
-    compiled   swaps the kernels of derta_kernels for that, in a process or in pytest
+    parse       PTX to instructions; what it does not know is an error
+    memory      global and shared memory, and what is known of every two bytes
+    processor   lanes, registers, and the order of execution
+    arithmetic  instructions on registers
+    transfers   loads, stores, asynchronous copies
+    machine     compute capability 8.0 to 8.9 and 12.0
+    hopper      9.0: products of warpgroups
+    blackwell   10.0: tensor memory
+    launches    stands in for a `triton.jit` function on CPU tensors
+    compiled    swaps the kernels of derta_kernels for that
+    plugin      does so in pytest
 
 In a process without TRITON_INTERPRET:
 

@@ -1,7 +1,7 @@
 """Launches of Triton kernels on CPU tensors: compiled for a GPU, run by the interpreter.
 
 `execute` runs any PTX of one entry, that of nvcc included. `Compiled` compiles a `triton.jit`
-function and stands in for it. Both append a `Run` to a list.
+function and stands in for it, and appends a `Run` a launch to a list.
 """
 
 from __future__ import annotations
