@@ -1,11 +1,11 @@
-# make setup | test | ranks | slow | isa | reliability | native-test | aot | demo | docs | bench | bench-check | lint : each works
-# on a clean clone with Python 3.11 to 3.13.
+# make setup | test | ranks | slow | isa | ptx | reliability | native-test | aot | demo | docs | bench | bench-check | lint : each
+# works on a clean clone with Python 3.11 to 3.13.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup test ranks slow isa reliability native-test aot demo docs bench bench-check lint clean
+.PHONY: setup test ranks slow isa ptx reliability native-test aot demo docs bench bench-check lint clean
 
 setup: $(INSTALLED)
 
@@ -32,6 +32,10 @@ slow: setup
 # What multiplies, on every instruction set of this CPU in turn.
 isa: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/instruction_sets.py -n auto --maxprocesses 8
+
+# Kernels as compiled for every architecture, executed and spoilt: a sample of docs/proved.md's tables.
+ptx: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(BIN)/python -m ptx.campaign
 
 # The table of docs/reliability.md, from the tests that keep its promises.
 reliability: setup

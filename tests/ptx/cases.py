@@ -1,0 +1,170 @@
+"""What the campaign executes: packs and rows that reach almost every instruction of a kernel.
+
+Every case checks its results against float64, within twice the error of eager PyTorch in the same
+dtype plus a rounding, and yields its launches. A hazard is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from derta_kernels.attention import interval_attention, launch_configs
+from derta_kernels.head_loss.row_pass import RowPass
+from derta_kernels.head_loss.row_pass_native import (
+    first_walk_native,
+    row_pass_native,
+    second_walk_native,
+)
+from derta_kernels.head_loss.row_pass_triton import (
+    first_walk_triton,
+    row_pass_triton,
+    second_walk_triton,
+)
+from derta_kernels.head_loss.shards import merged
+from derta_kernels.testing import error_budget, relative_error
+from packs import Packed, distance, packed, tensors, with_gradients
+from ptx import compiled, native
+from ptx.launches import Run
+from sure_rows import eager, sure_logits
+
+ROW_PASSES = {
+    "triton": RowPass(row_pass_triton, first_walk_triton, second_walk_triton),
+    "native": RowPass(row_pass_native, first_walk_native, second_walk_native),
+}
+SOFTCAP = dict(softcap=30.0, logit_scale=-2.0)
+NO_SOFTCAP = dict(softcap=None, logit_scale=1.0)
+WINDOW = dict(window=290, softcap=2.0)
+# What may change between PTX and the hardware, all at once.
+CHANGED: dict[str, Any] = dict(contract=True, approx_ulp=2, late_copies=False)
+
+# A last tile of every size: odd ends for CUDA's tiles of 4 and 8, and for each of Triton's strides.
+TAILS = tuple(2145 + 257 * i for i in range(8))
+# A trunk of several tiles with a branch in its middle, at the largest tiles: 128 by 128.
+LONG = packed([(300, [(120, 60)])])
+# Tiles that are seen in part, at all kinds of ends.
+ENDS = [packed([(9 * i + 5, [(3, 2 * i + 1)])]) for i in range(5)]
+SEVERAL = packed([(70, [(33, 40), (70, 1), (60, 9)]), (1, []), (90, []), (50, [(50, 30)])])
+# Branches that begin at tiles 1, 2, 4, 8 and 16 of 32 tokens: runs of wanted tiles far apart.
+FAR_APART = packed([(20, [(16, 12), (18, 32), (9, 64), (20, 128), (5, 256), (20, 40)])])
+
+
+def drawn(seed: int) -> Packed:
+    """Return a random pack, of a length that is no multiple of 16."""
+    draw = random.Random(seed)
+    examples = []
+    for _ in range(draw.randint(1, 3)):
+        trunk = draw.choice([1, 2, 15, 16, 17, 31, 32, 33, 64, 65, draw.randint(1, 200)])
+        branches = [
+            (draw.randint(1, trunk), draw.randint(1, 70)) for _ in range(draw.randint(0, 3))
+        ]
+        examples.append((trunk, branches))
+    pack = packed(examples)
+    return pack if len(pack.visible_until) % 16 else packed([*examples, (1, [])])
+
+
+def attention(
+    capability: int,
+    dtype: torch.dtype,
+    packs: list[Packed],
+    width: int = 64,
+    tiles: tuple[int, int, int, int] | None = None,
+    changed: dict[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[Run]:
+    """Run forward and backward on packs; `tiles` None: those of the launch table."""
+    table = launch_configs.LAUNCH_CONFIGS
+    if tiles is not None:
+        table = dict.fromkeys(table, launch_configs.AttentionLaunch(*tiles))
+    for pack in packs:
+        given = tensors(pack, heads=2, kv_heads=1, width=width, value_width=width, dtype=dtype)
+        exact = {name: x.double() if name in "qkv" else x for name, x in given.items()}
+
+        def results(given: dict[str, Tensor], impl: str) -> list[Tensor]:
+            out = interval_attention(**given, impl=impl, **options)
+            return with_gradients(out, [given[name] for name in "qkv"])
+
+        wanted, own = results(exact, "reference"), results(given, "reference")
+        with (
+            mock.patch.object(launch_configs, "LAUNCH_CONFIGS", table),
+            compiled.kernels(capability, **changed or {}) as runs,
+        ):
+            found = results(given, "triton")
+        for name, actual, theirs, right in zip(
+            ("out", "d_q", "d_k", "d_v"), found, own, wanted, strict=True
+        ):
+            # As a whole: an example's first query has no gradient in exact arithmetic.
+            budget = 2 * (distance(theirs.double(), right) + torch.finfo(dtype).eps)
+            error = distance(actual.double(), right)
+            assert error <= budget, f"{name} is off by {error:.2g}, over {budget:.2g}"
+        yield from _without_faults(runs)
+
+
+def rows(
+    impl: str,
+    capability: int,
+    dtype: torch.dtype,
+    softcap: float | None,
+    logit_scale: float,
+    vocabularies: tuple[int, ...] = (3001, 5003),
+    changed: dict[str, Any] | None = None,
+) -> Iterator[Run]:
+    """Run the row pass over whole rows and over shards, with and without an unlikely token."""
+    walks = ROW_PASSES[impl]
+    place = {"triton": compiled.kernels, "native": native.row_pass}[impl]
+    head = (softcap, logit_scale)
+    for vocabulary in vocabularies:
+        for columns in (2, 3):
+            logits, tokens, weight = sure_logits(9, vocabulary, dtype, *head, 1, columns=columns)
+            # Some logits are so low that a soft cap bends them.
+            low = -20.0 if softcap is None else softcap * math.atanh(-20.0 / softcap)
+            own_logits = logits.gather(1, tokens)
+            logits[:, ::7] = low / logit_scale
+            logits.scatter_(1, tokens, own_logits)
+            exact = eager(logits, tokens, weight, *head, torch.float64)
+            own = eager(logits, tokens, weight, *head, torch.float32)
+            with place(capability, **changed or {}) as runs:
+                cut = vocabulary // 2
+                shards = [logits[:, :cut].clone(), logits[:, cut:].clone()]
+                places = [
+                    tokens.where(tokens < cut, -1),
+                    (tokens - cut).where(tokens >= cut, -1),
+                ]
+                summary = merged(
+                    torch.stack(
+                        [walks.first_walk(*one, *head) for one in zip(shards, places, strict=True)]
+                    )
+                )
+                of_shards = [
+                    walks.second_walk(shard, place, weight, summary, *head, True)
+                    for shard, place in zip(shards, places, strict=True)
+                ]
+                only_read = walks.whole(logits.clone(), tokens, weight, *head, False)
+                whole = walks.whole(logits, tokens, weight, *head, True)
+            for found in (
+                (*whole, logits),
+                (*only_read, logits),
+                (*of_shards[0], torch.cat(shards, 1)),
+                (*of_shards[1], torch.cat(shards, 1)),
+            ):
+                for name, actual, theirs, right in zip(
+                    ("logsumexp", "nll", "gradient"), found, own, exact, strict=True
+                ):
+                    error, budget = (
+                        relative_error(actual, right),
+                        error_budget(theirs, right, dtype),
+                    )
+                    assert error <= budget, f"{name} is off by {error:.2g}, over {budget:.2g}"
+            yield from _without_faults(runs)
+
+
+def _without_faults(runs: list[Run]) -> list[Run]:
+    faults = [fault for run in runs for fault in run.faults()]
+    assert not faults, "\n".join(faults[:5])
+    return runs

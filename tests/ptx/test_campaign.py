@@ -1,0 +1,94 @@
+"""Spoilt instructions are noticed, survivors need an explanation, and nvcc's row pass is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ptx import campaign, cases, launches, native, snippets
+from ptx.campaign import Executed, Spoilt, complaints, tables
+from ptx.mutation import mutations, recorded, subjects
+
+# Two warps hand each other a number through swizzled shared memory; 60 of 64 threads store the sum
+# of theirs and a neighbour's. The second barrier orders nothing.
+EXCHANGE = """
+mov.b32 %r1, global_smem;
+shl.b32 %r2, %r0, 2;
+xor.b32 %r3, %r2, 16;
+add.s32 %r4, %r1, %r3;
+st.shared.b32 [%r4], %r0;
+bar.sync 0;
+bar.sync 0;
+sub.s32 %r5, 63, %r0;
+shl.b32 %r6, %r5, 2;
+xor.b32 %r7, %r6, 16;
+add.s32 %r8, %r1, %r7;
+ld.shared.b32 %r9, [%r8];
+shfl.sync.bfly.b32 %r10, %r9, 1, 31, -1;
+add.s32 %r11, %r9, %r10;
+mul.wide.u32 %rd10, %r0, 4;
+add.s64 %rd11, %rd0, %rd10;
+setp.lt.s32 %p1, %r0, 60;
+@%p1 st.global.b32 [%rd11], %r11;
+"""
+
+
+def test_what_is_spoilt_is_noticed_and_what_changes_nothing_survives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(snippets, "execute", lambda *given: launches.execute(*given))
+    out = torch.zeros(60, dtype=torch.int32)
+    scale = torch.ones(1)  # results of integers have a float's rounding beside them
+    with recorded("snippet") as found:
+        snippets.run(EXCHANGE, threads=64, shared=1024, outputs=("out",), out=out, scale=scale)
+    assert out.tolist() == [63 - i + (63 - (i ^ 1)) for i in range(60)]
+    (subject,) = subjects(found)
+    noticed = [
+        (one.kind, one.spoilt.text.split()[0], subject.notices(one))
+        for one in mutations(subject.kernel, subject.executed)
+    ]
+    assert [one[:2] for one in noticed] == [
+        ("swizzle", "xor.b32"),
+        ("barrier", "bar.sync"),
+        ("barrier", "bar.sync"),
+        ("swizzle", "xor.b32"),
+        ("shuffle", "shfl.sync.bfly.b32"),
+        ("comparison", "setp.lt.s32"),
+        ("guard", "@%p1"),
+    ]
+    why = [one[2] for one in noticed]
+    assert why[1:3] == [None, None]  # either barrier is enough
+    assert why[0] == why[3] == why[4] == "out differs"
+    assert "outside of any tensor" in str(why[5]) and "outside of any tensor" in str(why[6])
+
+
+def test_low_coverage_a_low_score_and_unexplained_survivors_are_complaints() -> None:
+    well = Executed("forward", 80, "bf16", 100, 97)
+    assert complaints([well], [Spoilt("forward", 80, "wait", 10, [])]) == []
+    low = Executed("forward", 90, "bf16", 100, 96)
+    assert complaints([low], []) == [
+        "forward, sm_90, bf16: 96 of 100 instructions are executed, under 97%"
+    ]
+    survivor = ("bar.sync 0", "a line that no kernel has")
+    bad = Spoilt("row_pass", 90, "wait", 5, [survivor])
+    assert complaints([], [bad]) == [
+        "row_pass: 1 of 5 mutations survive, over 10%",
+        "row_pass, sm_90: no reason for a survivor, wait: bar.sync 0 (a line that no kernel has)",
+    ]
+    assert "| forward | 97.0% | 96.0% |" in tables([well, low], [bad], 3)
+    assert "4 of 5 (80%)" in tables([well, low], [bad], 3)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_cuda_row_pass_is_right(dtype: torch.dtype) -> None:
+    """The case's own assertions are the test: float64's values within the budget, no hazards."""
+    runs = list(cases.rows("native", 90, dtype, **cases.SOFTCAP, vocabularies=(1131,)))
+    assert len(runs) == 2 * 6  # two tokens and three; two shards' walks, and two whole passes
+
+
+def test_every_explanation_says_what_it_explains() -> None:
+    for one in campaign.EXPLANATIONS:
+        assert one["why"] and set(one["kinds"]) <= set(campaign.KINDS)
+        assert set(one) <= {"kinds", "kernels", "instruction", "line", "why"}
+        assert set(one.get("kernels", [])) <= set(campaign.KERNELS)
