@@ -70,6 +70,13 @@ class Blackwell(Hopper):
         self.tensor = np.full((self.grid, ROWS, COLUMNS), 0xFFFFFFFF, np.uint32)
         self.columns = np.zeros(self.grid, np.int64)  # of each CTA, allocated
         self.barriers: dict[tuple[int, int], Barrier] = {}  # by CTA and offset
+        self.loading: set[Operand] = set()  # registers of loads that no wait::ld has awaited
+
+    def get(self, operand: Operand, kind: str) -> np.ndarray:
+        """Return the value of an operand, which no load of tensor memory may still set."""
+        if isinstance(operand, str) and operand in self.loading:
+            self.hazards[("reads a register that a load under way will set", operand, "")] += 1
+        return super().get(operand, kind)
 
     # mbarriers
 
@@ -114,6 +121,8 @@ class Blackwell(Hopper):
             self.columns[np.unique(self.cta[self.lanes_of(mask)])] = 0
         elif kind in ("ld", "st"):
             self._move(ins, mask)
+        elif kind == "wait::ld":
+            self.loading.clear()
         elif kind == "commit":
             for key in self._barriers_at(ins.operands[0], mask):
                 if self._barrier(ins, key).arrive():
@@ -165,6 +174,7 @@ class Blackwell(Hopper):
             values = self.tensor[index]
             for i, name in enumerate(names):
                 self.put_warps(name, np.ascontiguousarray(values[:, :, i]), warps, mask)
+            self.loading.update(x for x in names if isinstance(x, str))
         else:
             self.tensor[index] = np.stack([self.per_warp(x, "b32", warps) for x in names], 2)
 

@@ -16,17 +16,7 @@ import torch
 from torch import Tensor
 
 from derta_kernels.attention import interval_attention, launch_configs
-from derta_kernels.head_loss.row_pass import RowPass
-from derta_kernels.head_loss.row_pass_native import (
-    first_walk_native,
-    row_pass_native,
-    second_walk_native,
-)
-from derta_kernels.head_loss.row_pass_triton import (
-    first_walk_triton,
-    row_pass_triton,
-    second_walk_triton,
-)
+from derta_kernels.head_loss.choice import row_pass
 from derta_kernels.head_loss.shards import merged
 from derta_kernels.testing import error_budget, relative_error
 from packs import Packed, distance, packed, tensors, with_gradients
@@ -34,10 +24,6 @@ from ptx import compiled, native
 from ptx.launches import Run
 from sure_rows import eager, sure_logits
 
-ROW_PASSES = {
-    "triton": RowPass(row_pass_triton, first_walk_triton, second_walk_triton),
-    "native": RowPass(row_pass_native, first_walk_native, second_walk_native),
-}
 SOFTCAP = dict(softcap=30.0, logit_scale=-2.0)
 NO_SOFTCAP = dict(softcap=None, logit_scale=1.0)
 WINDOW = dict(window=290, softcap=2.0)
@@ -116,7 +102,7 @@ def rows(
     changed: dict[str, Any] | None = None,
 ) -> Iterator[Run]:
     """Run the row pass over whole rows and over shards, with and without an unlikely token."""
-    walks = ROW_PASSES[impl]
+    walks = row_pass(impl)
     place = {"triton": compiled.kernels, "native": native.row_pass}[impl]
     head = (softcap, logit_scale)
     for vocabulary in vocabularies:

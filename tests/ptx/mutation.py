@@ -151,6 +151,8 @@ class Launch:
             return str(fault)
         except (AssertionError, IndexError, KeyError, ValueError, NotImplementedError) as error:
             return f"{type(error).__name__}: {error}"
+        if run.hazards:
+            return next(iter(run.hazards))[0]
         if any(run.unwritten.values()):
             return "an output is not written"
         dtypes = [x.dtype for x in self.results.values() if x.is_floating_point()]
