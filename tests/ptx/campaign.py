@@ -120,8 +120,6 @@ def spoil(kernel: str, capability: int, every: int, part: int, parts: int) -> li
     with recorded(kernel) as found:
         if kernel == "row_pass":
             list(cases.rows("triton", capability, torch.float32, **cases.SOFTCAP, **tails))
-        elif kernel == "native":
-            list(cases.rows("native", capability, torch.float32, **cases.SOFTCAP, **tails))
         else:
             packs = [*cases.ENDS, cases.SEVERAL, cases.FAR_APART]
             tiles = SMALL_TILES[capability]
@@ -157,11 +155,9 @@ def explanation(spoilt: Spoilt, text: str, line: str) -> str:
 
 def jobs(every: int, full: bool) -> Iterable[tuple[Any, ...]]:
     """Yield every call, the long ones first; unless full, each dtype with one of two variants."""
-    kernels = [*product(KERNELS[:4], (80, 90, 100, 120)), ("native", 80)]
     parts = max(1, 8 // every)
-    for (kernel, capability), part in product(kernels, range(parts)):
-        if kernel != "native" or native.missing() is None:
-            yield (spoil, kernel, capability, every, part, parts)
+    for kernel, capability, part in product(KERNELS[:4], (80, 90, 100, 120), range(parts)):
+        yield (spoil, kernel, capability, every, part, parts)
     variants = [*product(DTYPES, (False, True))] if full else VARIANTS
     for capability, (dtype, special) in product(CAPABILITIES, variants):
         yield (execute, "row_pass", capability, dtype, special)
@@ -286,7 +282,8 @@ def tables(executed: Sequence[Executed], spoilt: Sequence[Spoilt], every: int) -
             cells.append(f"{seen} of {total}" if total else "")
             if kind is None and total:
                 cells[-1] += f" ({100 * seen / total:.0f}%)"
-        lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
+        if any(cells):
+            lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
     reasons = Counter(
         (one.kind, explanation(one, *survivor)) for one in spoilt for survivor in one.survivors
     )

@@ -203,7 +203,7 @@ def recorded(kernel: str) -> Iterator[list[Launch]]:
         given = dict(zip(names, args, strict=False)) | kwargs
         before = _copies(given["arguments"])
         run = execute(**given)
-        if kernel in run.kernel.name or kernel == "native":
+        if kernel in run.kernel.name:
             after = _tensors(_copies(given["arguments"]))
             found.append(Launch({**given, "arguments": before}, run, after))
         return run
