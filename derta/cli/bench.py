@@ -1,20 +1,26 @@
-"""`derta bench resources`: the resources of every Triton launch on every GPU."""
+"""`derta bench resources`: the resources and bounds of every Triton launch on every GPU."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from derta.cli.settings.tools import BenchConfig
 from derta.terminal import say
 
+if TYPE_CHECKING:
+    from derta_kernels.launch import Launch
+    from derta_kernels.ptx_counts import Counts
+
 
 def run(config: BenchConfig) -> None:
-    """Compile every launch and print its resources.
+    """Compile every launch and print its resources, and what bounds it.
 
     Raises:
-        ValueError: Triton is missing, a capability is unknown, or a launch does not fit its chip.
+        ValueError: Triton is missing, a capability is unknown, or a launch does not fit its chip
+            or computes products twice.
     """
     if find_spec("triton") is None:
         raise ValueError("Triton is not installed: pip install 'derta[triton]'")
@@ -25,21 +31,55 @@ def run(config: BenchConfig) -> None:
         raise ValueError(f"capabilities must be of {list(aot.SHARED_KIB)}, got {capabilities}")
 
     launches = aot.launches()
-    rows: dict[str, dict[int, str]] = {}
+    resources_of: dict[str, dict[int, str]] = {}
+    bounds_of: dict[str, dict[int, str]] = {}
     excess = []
     found = aot.compile_all(capabilities)
     total = sum(capability in one.capabilities for one in launches for capability in capabilities)
-    for launch, capability, resources in tqdm(found, "compile", total, leave=False):
+    for launch, capability, resources, counts in tqdm(found, "compile", total, leave=False):
         cell = f"{resources.registers} {resources.shared_bytes / 1024:.1f}"
-        rows.setdefault(launch.name, {})[capability] = cell
+        resources_of.setdefault(launch.name, {})[capability] = cell
+        bounds_of.setdefault(launch.name, {})[capability] = _bounds(launch, counts, capability)
         too_much = aot.excess(resources, capability)
         if too_much is not None:
             excess.append(f"{launch.name} on sm_{capability}: {too_much}")
+        issued = aot.redundancy(launch, counts)
+        if issued not in (None, 1):
+            excess.append(f"{launch.name} on sm_{capability}: {issued:.2f} of the needed products")
 
-    width = max(map(len, rows))
     say("registers a thread and KiB of shared memory a program; no local memory but as listed")
-    say(" " * width + "".join(f"{f'sm_{c}':>11}" for c in capabilities))
-    for name, cells in rows.items():
-        say(f"{name:{width}}" + "".join(f"{cells.get(c, ''):>11}" for c in capabilities).rstrip())
+    _say_table(resources_of, capabilities)
+    say("")
+    say(
+        "a pass over a tile, counted in PTX: what bounds it and the share of the tensor cores' peak"
+    )
+    say("that leaves; issued / needed products, shared memory / without conflicts, sectors / least")
+    _say_table(bounds_of, capabilities)
     if excess:
         raise ValueError(f"launches that do not fit: {'; '.join(excess)}")
+
+
+def _bounds(launch: Launch, counts: Counts, capability: int) -> str:
+    """Return the cell of the second table."""
+    from derta_kernels import aot
+
+    cycles = counts.cycles(capability)
+    bound = max(cycles, key=lambda part: cycles[part])
+    issued = aot.redundancy(launch, counts)
+    peak = "-" if issued is None else f"{cycles['tensor'] / issued / cycles[bound]:.0%}"
+    products = "-" if issued is None else f"{issued:.2f}"
+    conflicts = counts.wavefronts / max(1, counts.wavefronts_needed)
+    sectors = counts.sectors / max(1, counts.sectors_needed)
+    return f"{bound} {peak} {products} {conflicts:.2f} {sectors:.2f}"
+
+
+def _say_table(rows: dict[str, dict[int, str]], capabilities: list[int]) -> None:
+    """Print launches by capabilities."""
+    width = max(map(len, rows))
+    column = 2 + max(len(cell) for cells in rows.values() for cell in cells.values())
+    say(" " * width + "".join(f"{f'sm_{c}':>{column}}" for c in capabilities))
+    for name, cells in rows.items():
+        say(
+            f"{name:{width}}"
+            + "".join(f"{cells.get(c, ''):>{column}}" for c in capabilities).rstrip()
+        )

@@ -42,6 +42,7 @@ from derta.modeling.patch import checkpoint_layers
 from derta.modeling.quantization import layers_for_4_bits, widths
 from derta.modeling.sharding import call, without_zero3
 from derta_kernels.attention.custom_op import attention_op
+from derta_kernels.attention.launch_configs import parts_bytes
 from derta_kernels.head_loss import Chip, working_bytes
 from derta_kernels.head_loss.custom_op import FORMS
 
@@ -298,7 +299,10 @@ def _run(
             dtypes = hidden.dtype, weight.dtype
             return working_bytes(rows, vocabulary, width, *dtypes, step.chip, form_weight)
         if name == "derta::interval_attention_backward":
-            return 4 * args[1].shape[:3].numel()  # a float32 for each row and head
+            q, k = args[1:3]
+            tokens, heads = q.shape[:2].numel(), q.shape[2]
+            parts = parts_bytes(q.dtype, tokens, heads, k.shape[2], q.shape[3])
+            return 4 * tokens * heads + parts  # delta is a float32 for each token and head
         return 0
 
     tracker = MemoryTracker(lambda name: PARTS.get(name, "layers"), working)

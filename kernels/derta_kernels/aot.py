@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from derta_kernels.attention.launches import attention_launches
 from derta_kernels.head_loss.launches import head_loss_launches
 from derta_kernels.launch import SHARED_KIB, Launch
+from derta_kernels.ptx_counts import Counts, inner_loops, total
 
 
 class Resources(NamedTuple):
@@ -76,6 +77,24 @@ def compiled(launch: Launch, capability: int) -> Resources:
     return Resources(used("REG"), used("STACK") + used("LOCAL"), kernel.metadata.shared)
 
 
+def loop_counts(launch: Launch, capability: int) -> Counts:
+    """Count what a pass of a launch's loop over tiles asks of a multiprocessor, see `ptx_counts`.
+
+    The loop over tiles that need no mask, which are most; of a row pass, both walks together.
+    """
+    loops = inner_loops(kernel_of(launch, capability).asm["ptx"], launch.num_warps)
+    # Others find the tiles. Only those over tiles have products, or read memory in each pass.
+    over_tiles = [one for one in loops if one.tensor_flops] or [one for one in loops if one.sectors]
+    return over_tiles[0] if launch.tile_flops else total(over_tiles)
+
+
+def redundancy(launch: Launch, counts: Counts) -> float | None:
+    """Return products that are issued over those needed; None: tensor cores have none."""
+    if not launch.tile_flops or launch.signature["q"] == "*fp32":
+        return None
+    return counts.tensor_flops / launch.tile_flops
+
+
 def excess(resources: Resources, capability: int) -> str | None:
     """Describe the resource that a launch exceeds on a chip, in a clause; None: it fits."""
     if resources.local_bytes:
@@ -86,10 +105,10 @@ def excess(resources: Resources, capability: int) -> str | None:
     return None
 
 
-def compile_all(capabilities: Sequence[int]) -> Iterator[tuple[Launch, int, Resources]]:
+def compile_all(capabilities: Sequence[int]) -> Iterator[tuple[Launch, int, Resources, Counts]]:
     """Compile every launch for those of `capabilities` that it is meant for, in order.
 
-    Triton caches the results.
+    Triton caches the results. Counts are those of `loop_counts`.
     """
     every = launches()
     jobs = [
@@ -100,10 +119,11 @@ def compile_all(capabilities: Sequence[int]) -> Iterator[tuple[Launch, int, Reso
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for (index, capability), found in zip(jobs, pool.map(_job, jobs, chunksize=8), strict=True):
-            yield every[index], capability, found
+            yield every[index], capability, *found
 
 
-def _job(job: tuple[int, int]) -> Resources:
+def _job(job: tuple[int, int]) -> tuple[Resources, Counts]:
     """Compile the launch of that index: a kernel cannot be pickled, its index can."""
     index, capability = job
-    return compiled(launches()[index], capability)
+    launch = launches()[index]
+    return compiled(launch, capability), loop_counts(launch, capability)

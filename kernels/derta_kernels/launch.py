@@ -23,6 +23,8 @@ class Launch:
         divisible: arguments that are multiples of 16; Triton compiles wider loads for them.
         num_warps: warps of a program.
         num_stages: iterations of a loop whose loads are in flight.
+        tile_flops: floating-point operations of the products that a pass of the loop over tiles
+            needs; 16-bit types leave them to tensor cores.
         capabilities: compute capabilities that the launch is for (90 for 9.0).
     """
 
@@ -33,4 +35,5 @@ class Launch:
     divisible: frozenset[str]
     num_warps: int
     num_stages: int = 3
+    tile_flops: int = 0
     capabilities: Sequence[int] = tuple(SHARED_KIB)

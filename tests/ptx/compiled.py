@@ -26,7 +26,6 @@ from ptx.launches import Compiled, Options, Run
 OUTPUTS = {
     "forward": ("out", "logsumexp"),
     "backward_queries": ("delta", "d_q"),
-    "backward_keys": ("d_k", "d_v"),
 }
 
 
@@ -34,6 +33,9 @@ def outputs(kernel: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the arguments that a launch writes in full and reads nothing of."""
     if kernel == "tile_product":
         return () if arguments["IS_WEIGHT"] else ("product",)
+    if kernel == "backward_keys":
+        forms = {"d_k": "FORM_D_K", "d_v": "FORM_D_V"}
+        return tuple(name for name, form in forms.items() if arguments[form])
     if kernel != "row_pass":
         return OUTPUTS[kernel]
     first = arguments["STAGE"] == row_pass_triton.FIRST_WALK.value

@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels of interval attention: tiles, warps and stages.
 
-They are chosen so that nothing spills on any chip (`derta bench resources` prints the resources),
-and are not tuned on a GPU yet.
+They are chosen so that nothing spills on any chip and no product is computed twice, and then by
+what bounds them (`derta bench resources` prints both). They are not tuned on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ MIN_BLOCK_D = 32
 MAX_HEAD_DIM = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
+# The largest number of multiprocessors of the GPUs of large models (a B200 has 148, an H100 132).
+MULTIPROCESSORS = 148
+
+
 class AttentionLaunch(NamedTuple):
-    """Tiles of `block_q` queries and `block_k` keys, and Triton's options for them."""
+    """Tiles of `block_q` queries and `block_k` keys, and Triton's options for them.
+
+    If `apart`, dk and dv take a launch each.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    apart: bool = False
 
 
 class Target(NamedTuple):
@@ -54,7 +62,7 @@ _TABLE = {
         (2, 32): [(128, 64, 8, 3)] * 4,
         (2, 64): [(128, 64, 8, 3)] * 4,
         (2, 128): [(128, 32, 8, 3), (64, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)],
-        (2, 256): [(64, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 1)],
+        (2, 256): [(64, 64, 8, 1), (64, 64, 8, 1), (128, 32, 8, 2), (64, 64, 8, 1)],
         (4, 32): [(16, 16, 4, 1)] * 4,
         (4, 64): [(16, 16, 4, 1)] * 4,
         (4, 128): [(16, 16, 8, 1)] * 4,
@@ -63,7 +71,7 @@ _TABLE = {
         (2, 32): [(128, 64, 8, 3)] * 4,
         (2, 64): [(128, 32, 8, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)],
         (2, 128): [(64, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)],
-        (2, 256): [(64, 32, 8, 2), (64, 32, 8, 1), (128, 16, 8, 2), (64, 32, 8, 1)],
+        (2, 256): [(32, 64, 8, 2), (32, 64, 8, 1), (128, 16, 8, 2), (64, 32, 8, 1)],
         (4, 32): [(16, 16, 8, 1)] * 4,
         (4, 64): [(16, 16, 4, 1)] * 4,
         (4, 128): [(16, 16, 8, 1)] * 4,
@@ -71,8 +79,13 @@ _TABLE = {
     "backward_keys": {
         (2, 32): [(64, 128, 8, 3)] * 4,
         (2, 64): [(16, 128, 8, 2), (16, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2)],
-        (2, 128): [(32, 64, 8, 3), (32, 64, 8, 3), (32, 128, 8, 2), (32, 64, 8, 3)],
-        (2, 256): [(32, 32, 8, 2)] * 4,
+        (2, 128): [(64, 64, 8, 2), (64, 64, 8, 1), (32, 128, 8, 2), (32, 64, 8, 3)],
+        (2, 256): [
+            (64, 32, 8, 1),
+            (32, 32, 4, 1, True),
+            (16, 128, 8, 2, True),
+            (32, 64, 8, 1, True),
+        ],
         (4, 32): [(32, 32, 4, 1)] * 4,
         (4, 64): [(16, 16, 4, 1)] * 4,
         (4, 128): [(16, 16, 8, 1)] * 4,
@@ -83,7 +96,38 @@ LAUNCH_CONFIGS = {
     for kernel, rows in _TABLE.items()
     for (itemsize, block_d), configs in rows.items()
     for chip, config in zip(CHIPS, configs, strict=True)
-} | {Target("backward_keys", 2, 128, 90, True): AttentionLaunch(16, 128, 8, 2)}
+} | {
+    Target("backward_keys", 2, 128, 80, True): AttentionLaunch(64, 64, 8, 1),
+    Target("backward_keys", 2, 128, 90, True): AttentionLaunch(16, 128, 8, 2),
+    Target("backward_keys", 2, 256, 100, True): AttentionLaunch(16, 64, 8, 1, True),
+}
+
+
+def key_parts(tokens: int, kv_heads: int, group: int, block_k: int) -> int:
+    """Return how many programs share the query heads of a tile of keys.
+
+    It is the least divisor of the group that gives every multiprocessor a program, or the group.
+    It does not depend on the GPU, nor on how a batch is cut into examples, so that all sum alike.
+
+    Args:
+        tokens: T of the flattened batch.
+        kv_heads: Hkv.
+        group: Hq / Hkv.
+        block_k: keys of a tile.
+    """
+    programs = -(-tokens // block_k) * kv_heads
+    parts = (one for one in range(1, group) if not group % one)
+    return next((one for one in parts if programs * one >= MULTIPROCESSORS), group)
+
+
+def parts_bytes(dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """Return the bytes of the float32 parts of dk and dv and of one sum, at most on any chip."""
+    parts = max(
+        key_parts(tokens, kv_heads, heads // kv_heads, config.block_k)
+        for target, config in LAUNCH_CONFIGS.items()
+        if target[:3] == ("backward_keys", dtype.itemsize, block_d(head_dim))
+    )
+    return 4 * tokens * kv_heads * head_dim * (2 * parts + 1) if parts > 1 else 0
 
 
 def block_d(head_dim: int) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from derta_kernels.attention.launch_configs import LAUNCH_CONFIGS, chip, fenced
 from derta_kernels.attention.triton_backward import backward_keys, backward_queries
-from derta_kernels.attention.triton_common import constants
+from derta_kernels.attention.triton_common import constants, key_constants
 from derta_kernels.attention.triton_forward import forward
 from derta_kernels.launch import SHARED_KIB, Launch
 
@@ -38,23 +39,55 @@ def attention_launches() -> Iterator[Launch]:
         cases = [(head_dims[0], softcap, False) for softcap in softcaps[:1]]
         cases += [(head_dim, softcaps[-1], True) for head_dim in head_dims]
         for head_dim, has_softcap, has_window in cases:
-            fixed = constants(head_dim, 4, config, has_softcap, has_window)
-            types = pointers | NUMBERS | dict.fromkeys(fixed, "constexpr")
-            signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-            yield Launch(
-                name=f"attention {target.kernel.replace('_', ' ')}, {dtype}, D {head_dim}"
-                + ", softcap" * has_softcap
-                + ", window" * has_window
-                + f", sm_{target.chip}",
-                kernel=kernel,
-                signature=signature,
-                constants=fixed,
-                divisible=frozenset(
-                    name
-                    for name, kind in signature.items()
-                    if kind.startswith("*") or name.endswith("stride")
-                ),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                capabilities=capabilities,
-            )
+            for form in _forms(target.kernel, config.apart, has_window):
+                fixed = constants(head_dim, 4, config, has_softcap, has_window) | form.constants
+                types = pointers | NUMBERS | form.types | dict.fromkeys(fixed, "constexpr")
+                signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+                yield Launch(
+                    name=f"attention {target.kernel.replace('_', ' ')}, {dtype}, D {head_dim}"
+                    + ", softcap" * has_softcap
+                    + ", window" * has_window
+                    + f"{form.name}, sm_{target.chip}",
+                    kernel=kernel,
+                    signature=signature,
+                    constants=fixed,
+                    divisible=frozenset(
+                        name
+                        for name, kind in signature.items()
+                        if kind.startswith("*") or name.endswith("stride")
+                    ),
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    tile_flops=form.products * 2 * config.block_q * config.block_k * target.block_d,
+                    capabilities=capabilities,
+                )
+
+
+class _Form(NamedTuple):
+    """What a launch forms.
+
+    Attributes:
+        name: its part of the launch's name.
+        products: products of a tile.
+        constants, types: of the arguments that other forms lack, or have in another way.
+    """
+
+    name: str
+    products: int
+    constants: Mapping[str, Any]
+    types: Mapping[str, str]
+
+
+def _forms(kernel: str, apart: bool, has_window: bool) -> Iterator[_Form]:
+    """Yield the forms of a kernel's launch; several parts take the resources that two take."""
+    if kernel != "backward_keys":
+        yield _Form("", {"forward": 2, "backward_queries": 3}[kernel], {}, {})
+        return
+    for parts in (1, 2) if has_window else (1,):
+        types = dict.fromkeys(("d_k", "d_v"), "*fp32") if parts > 1 else {}
+        name = ", parts" * (parts > 1)
+        if apart:
+            yield _Form(f", dk{name}", 3, key_constants(parts, True, False), types)
+            yield _Form(f", dv{name}", 2, key_constants(parts, False, True), types)
+        else:
+            yield _Form(name, 4, key_constants(parts, True, True), types)

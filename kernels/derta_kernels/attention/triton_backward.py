@@ -11,12 +11,14 @@ p_ij = exp(s_ij - logsumexp_i), so that none are kept from the forward pass.
 
 `backward_queries` walks the keys that a tile of queries sees, as the forward pass does, and sums
 dq. `backward_keys` walks the queries that see a tile of keys, for each query head that shares the
-key head, and sums dk and dv. Each gradient has one program that sums it, in a fixed order: there
-are no atomics, and every run gives the same bits.
+key head, and sums dk and dv. If that makes fewer programs than GPUs have multiprocessors, the query
+heads are dealt to several (`key_parts`), whose float32 sums are added afterwards. Each sum has one
+program, in a fixed order: there are no atomics, and every run gives the same bits.
 
 Work: 6 D and 8 D operations for each loaded pair of a query and a key, since both kernels recompute
-s_ij and g_i . v_j. A single kernel would take 10 D and add to dq or dk from many programs.
-Memory: the gradients and 4 bytes of delta for each query and head.
+s_ij and g_i . v_j. A single kernel would take 10 D and add to dq or dk from many programs. Where dk
+and dv do not fit the registers together, they take a launch each, 10 D in place of 8 D.
+Memory: the gradients, 4 bytes of delta for each query and head, and the parts (`parts_bytes`).
 
 Invariants:
     - `backward_queries` is launched first, on the same stream: it writes the delta that
@@ -34,13 +36,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from derta_kernels.attention.launch_configs import launch_config
+from derta_kernels.attention.launch_configs import key_parts, launch_config
 from derta_kernels.attention.layout import Layout
 from derta_kernels.attention.tiles import key_tiles, query_tiles, visible_until_extremes
 from derta_kernels.attention.triton_common import (
     LOG2_E,
     SCAN,
     constants,
+    key_constants,
     load_rows,
     next_run,
     positions_of,
@@ -100,25 +103,32 @@ def backward_triton(
         )
         config = launch_config("backward_keys", q.dtype, head_dim, has_softcap, q.device)
         tiles = key_tiles(layout, config.block_k, config.block_q)
-        backward_keys[(len(tiles) * kv_heads,)](
-            q,
-            k,
-            v,
-            d_out,
-            logsumexp,
-            delta,
-            d_k,
-            d_v,
-            tiles,
-            layout.visible_until,
-            *positions_of(layout, config.block_q, window),
-            tokens,
-            kv_heads,
-            *numbers,
-            **constants(head_dim, group, config, has_softcap, has_window),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+        parts = key_parts(tokens, kv_heads, group, config.block_k)
+        sums = [x.new_empty(parts, *x.shape, dtype=torch.float32) for x in (k, v) if parts > 1]
+        into_k, into_v = sums or (d_k, d_v)
+        for forms in ((True, False), (False, True)) if config.apart else ((True, True),):
+            backward_keys[(len(tiles) * kv_heads * parts,)](
+                q,
+                k,
+                v,
+                d_out,
+                logsumexp,
+                delta,
+                into_k,
+                into_v,
+                tiles,
+                layout.visible_until,
+                *positions_of(layout, config.block_q, window),
+                tokens,
+                kv_heads,
+                *numbers,
+                **constants(head_dim, group, config, has_softcap, has_window),
+                **key_constants(parts, *forms),
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        for gradient, partial in zip((d_k, d_v), sums, strict=False):
+            gradient.copy_(partial.sum(0))
     return d_q, d_k, d_v
 
 
@@ -245,8 +255,8 @@ def backward_keys(
     d_out,  # (T, Hq, D) in q's dtype, contiguous
     logsumexp,  # (Hq, T) float32, natural logarithm
     delta,  # (Hq, T) float32, as backward_queries left it
-    d_k,  # (T, Hkv, D) in k's dtype, contiguous, out
-    d_v,  # (T, Hkv, D) in v's dtype, contiguous, out
+    d_k,  # (PARTS, T, Hkv, D), contiguous, out; float32 if there are several parts, else k's dtype
+    d_v,  # (PARTS, T, Hkv, D), as d_k
     tiles,  # (key tiles, 4) int32: start, example's start and end, its first query tile
     until,  # (T,) int32, visible_until as an index into the T tokens
     positions,  # (T,) int32, not read without HAS_WINDOW
@@ -269,20 +279,26 @@ def backward_keys(
     BLOCK_K: tl.constexpr,  # keys of a tile
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    PARTS: tl.constexpr,  # a divisor of GROUP
+    FORM_D_K: tl.constexpr,  # d_k is not written without it
+    FORM_D_V: tl.constexpr,  # d_v is not written without it
 ):
-    """Compute d_k and d_v of one tile of keys of one key head, over its group of query heads."""
-    p_tile = tiles + 4 * (tl.program_id(0) // kv_heads)
+    """Compute d_k and d_v of one tile of keys of one key head, over a part of its query heads."""
+    p_tile = tiles + 4 * (tl.program_id(0) // PARTS // kv_heads)
     start = tl.load(p_tile)
     example_start = tl.load(p_tile + 1)
     example_end = tl.load(p_tile + 2)
     first_tile = tl.load(p_tile + 3)
-    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    kv_head = (tl.program_id(0) // PARTS % kv_heads).to(tl.int64)
+    part = (tl.program_id(0) % PARTS).to(tl.int64)
 
     # The keys and their extremes stay for the whole program; queries are loaded tile by tile.
     o_key = start + tl.arange(0, BLOCK_K)
     m_key = o_key < example_end
     b_k = load_rows(k + kv_head * k_head_stride, start, k_stride, m_key, HEAD_DIM, BLOCK_D, True)
-    b_v = load_rows(v + kv_head * v_head_stride, start, v_stride, m_key, HEAD_DIM, BLOCK_D, True)
+    if FORM_D_K:
+        p_v = v + kv_head * v_head_stride
+        b_v = load_rows(p_v, start, v_stride, m_key, HEAD_DIM, BLOCK_D, True)
     b_until = tl.load(until + o_key, mask=m_key, other=0)
     lowest_until = tl.min(tl.where(m_key, b_until, 2147483647), 0)
     highest_until = tl.max(b_until, 0)
@@ -297,9 +313,9 @@ def backward_keys(
     b_d_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_d_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     d_stride = kv_heads * GROUP * HEAD_DIM
-    # The query heads of the group one after the other, into the same sums.
-    for i_group in range(GROUP):
-        head = kv_head * GROUP + i_group
+    # The query heads of the part one after the other, into the same sums.
+    for i_head in range(GROUP // PARTS):
+        head = kv_head * GROUP + part * (GROUP // PARTS) + i_head
         p_q = q + head * q_head_stride
         p_d_out = d_out + head * HEAD_DIM
         p_logsumexp = logsumexp + head * tokens
@@ -338,7 +354,8 @@ def backward_keys(
                             p_d_out, query_start, d_stride, m_query, HEAD_DIM, BLOCK_D, True
                         )
                         b_logsumexp = tl.load(p_logsumexp + o_query, mask=m_query, other=0.0)
-                        b_delta = tl.load(p_delta + o_query, mask=m_query, other=0.0)
+                        if FORM_D_K:
+                            b_delta = tl.load(p_delta + o_query, mask=m_query, other=0.0)
                         # Shares, (BLOCK_K, BLOCK_Q): keys are the rows here.
                         b_product = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
                         b_z, factor = pre_softmax(b_product, scale, softcap, HAS_SOFTCAP)
@@ -354,17 +371,23 @@ def backward_keys(
                                 b_seen &= b_query_position[None, :] - b_position[:, None] < window
                             b_share = tl.where(b_seen, b_share, 0.0)
                         # dv takes the shares as they are, dk takes ds.
-                        b_d_z = b_share
-                        if HAS_SOFTCAP:
-                            b_d_z *= 1 - b_z * b_z
-                        b_d_v = tl.dot(
-                            b_share.to(b_d_out.dtype), b_d_out, b_d_v, input_precision="ieee"
-                        )
-                        b_d_share = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
-                        b_d_z *= b_d_share - b_delta[None, :]
-                        b_d_k = tl.dot(b_d_z.to(b_q.dtype), b_q, b_d_k, input_precision="ieee")
+                        if FORM_D_K:
+                            b_d_z = b_share
+                            if HAS_SOFTCAP:
+                                b_d_z *= 1 - b_z * b_z
+                        if FORM_D_V:
+                            b_d_v = tl.dot(
+                                b_share.to(b_d_out.dtype), b_d_out, b_d_v, input_precision="ieee"
+                            )
+                        if FORM_D_K:
+                            b_d_share = tl.dot(b_v, tl.trans(b_d_out), input_precision="ieee")
+                            b_d_z *= b_d_share - b_delta[None, :]
+                            b_d_k = tl.dot(b_d_z.to(b_q.dtype), b_q, b_d_k, input_precision="ieee")
                     run_start, run_end = next_run(b_wanted, o_tile, run_end, base + SCAN)
 
     stride = kv_heads * HEAD_DIM
-    store_rows(d_k + kv_head * HEAD_DIM, start, stride, b_d_k * scale, m_key, HEAD_DIM, BLOCK_D)
-    store_rows(d_v + kv_head * HEAD_DIM, start, stride, b_d_v, m_key, HEAD_DIM, BLOCK_D)
+    d_offset = part * tokens * stride + kv_head * HEAD_DIM
+    if FORM_D_K:
+        store_rows(d_k + d_offset, start, stride, b_d_k * scale, m_key, HEAD_DIM, BLOCK_D)
+    if FORM_D_V:
+        store_rows(d_v + d_offset, start, stride, b_d_v, m_key, HEAD_DIM, BLOCK_D)

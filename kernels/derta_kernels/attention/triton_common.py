@@ -43,7 +43,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 def constants(
     head_dim: int, group: int, config: AttentionLaunch, has_softcap: bool, has_window: bool
 ) -> dict[str, Any]:
-    """Return the constexpr arguments of every kernel."""
+    """Return the constexpr arguments that every kernel takes."""
     return dict(
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -53,6 +53,11 @@ def constants(
         HAS_SOFTCAP=has_softcap,
         HAS_WINDOW=has_window,
     )
+
+
+def key_constants(parts: int, form_d_k: bool, form_d_v: bool) -> dict[str, Any]:
+    """Return the constexpr arguments that `backward_keys` takes besides."""
+    return dict(PARTS=parts, FORM_D_K=form_d_k, FORM_D_V=form_d_v)
 
 
 def positions_of(layout: Layout, block: int, window: int | None) -> tuple[Tensor, Tensor]:
