@@ -34,9 +34,9 @@ def test_the_largest_launches_fit_their_gpus() -> None:
     """`make aot` compiles every launch for every GPU; `make test` takes this sample."""
     code = """
 from derta_kernels import aot
-largest = "bf16, V <= 2147483647, softcap, grad", "backward keys, bf16, D 128, softcap, window"
+largest = "bf16, V <= 2147483647, softcap, grad", "keys, bf16, D 128, softcap, window, parts"
 launches = [l for l in aot.launches() if any(name in l.name for name in largest)]
-assert len(launches) == 2 + 4, launches
+assert len(launches) == 2 + 4, [launch.name for launch in launches]
 for launch in launches:
     capability = launch.capabilities[0]
     resources = aot.compiled(launch, capability)
@@ -82,6 +82,38 @@ for launch in aot.launches():
         print("kept apart")
 """
     assert run(code) == "kept apart\n" * 4
+
+
+def test_products_that_are_computed_twice_are_counted() -> None:
+    """A warp has at least 8 columns, and 8 warps have no 64 of them in scores of 32 queries."""
+    code = """
+from dataclasses import replace
+from derta_kernels import aot
+name = "attention backward keys, bf16, D 128, sm_80"
+launch = next(launch for launch in aot.launches() if launch.name == name)
+print(aot.redundancy(launch, aot.loop_counts(launch, 80)))
+narrow = replace(launch, constants={**launch.constants, "BLOCK_Q": 32})
+narrow = replace(narrow, tile_flops=launch.tile_flops // 2)
+print(aot.redundancy(narrow, aot.loop_counts(narrow, 80)))
+"""
+    assert run(code) == "1.0\n1.5\n"
+
+
+@pytest.mark.slow
+def test_no_launch_computes_a_product_twice() -> None:
+    code = """
+from derta_kernels import aot
+counted = 0
+for launch in aot.launches():
+    if launch.tile_flops:
+        for capability in launch.capabilities:
+            issued = aot.redundancy(launch, aot.loop_counts(launch, capability))
+            assert issued in (None, 1), (launch.name, capability, issued)
+            counted += issued == 1
+assert counted > 150, counted
+print("once")
+"""
+    assert run(code) == "once\n"
 
 
 def test_a_compiler_that_omits_fences_is_given_nothing_to_copy() -> None:

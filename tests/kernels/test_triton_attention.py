@@ -101,6 +101,35 @@ def test_windows_may_end_with_a_tile_and_several_key_heads_may_have_groups(windo
         assert distance(actual.double(), wanted) < 3e-6
 
 
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("multiprocessors", "parts"), [(1, 1), (16, 3), (1000, 6)])
+def test_query_heads_may_be_dealt_to_several_programs(
+    multiprocessors, parts, apart, monkeypatch
+) -> None:
+    table = {target: row._replace(apart=apart) for target, row in tiles_of(16, 32).items()}
+    monkeypatch.setattr(launch_configs, "LAUNCH_CONFIGS", table)
+    monkeypatch.setattr(launch_configs, "MULTIPROCESSORS", multiprocessors)
+    arguments = triton_inputs(SHORT, heads=12, kv_heads=2)
+    tokens = arguments["q"].shape[1]
+    assert launch_configs.key_parts(tokens, 2, 6, 32) == parts
+    options = dict(softcap=1.5, window=30)
+    triton = results(arguments, impl="triton", **options)
+    for actual, wanted in zip(triton, oracle(arguments, **options), strict=True):
+        assert distance(actual.double(), wanted) < 3e-6
+
+
+def test_parts_are_few_and_accounted_for() -> None:
+    """16 tiles of 2 key heads leave most of 148 multiprocessors without a program."""
+    assert launch_configs.key_parts(2048, 2, 8, 128) == 8
+    assert launch_configs.key_parts(4096, 2, 6, 128) == 3
+    assert launch_configs.key_parts(2048, 16, 1, 128) == 1
+    assert launch_configs.key_parts(16384, 8, 4, 128) == 1
+    narrow = torch.bfloat16
+    # Two gradients in 8 parts and one sum, by the chip whose tiles have most keys.
+    assert launch_configs.parts_bytes(narrow, 2048, 16, 2, 128) == 4 * 2048 * 2 * 128 * 17
+    assert launch_configs.parts_bytes(narrow, 16384, 32, 8, 128) == 0
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("length", [15, 16, 17])
 def test_branches_may_end_beside_the_end_of_a_tile(length: int) -> None:

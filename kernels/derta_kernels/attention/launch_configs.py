@@ -55,9 +55,9 @@ class Target(NamedTuple):
 CHIPS = (80, 86, 90, 100)
 
 
-# (itemsize, block_d): (block_q, block_k, num_warps, num_stages) for each of `CHIPS`. float32 runs
+# (itemsize, block_d): the fields of `AttentionLaunch` for each of `CHIPS`. float32 runs
 # without tensor cores, which would round its inputs.
-_TABLE = {
+_TABLE: dict[str, dict[tuple[int, int], list[tuple[Any, ...]]]] = {
     "forward": {
         (2, 32): [(128, 64, 8, 3)] * 4,
         (2, 64): [(128, 64, 8, 3)] * 4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from derta_kernels.attention.launch_configs import LAUNCH_CONFIGS, chip, fenced
@@ -74,8 +74,8 @@ class _Form(NamedTuple):
 
     name: str
     products: int
-    constants: Mapping[str, Any]
-    types: Mapping[str, str]
+    constants: dict[str, Any]
+    types: dict[str, str]
 
 
 def _forms(kernel: str, apart: bool, has_window: bool) -> Iterator[_Form]:
