@@ -267,3 +267,12 @@ def test_a_vocabulary_over_several_ranks_is_refused() -> None:
             head_loss(**head_case().arguments(), group=dist.group.WORLD, sparse_backward=0.1)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_tolerance_knows_no_scale_of_logits() -> None:
+    case = sorted_case().to(torch.float32)
+    tolerance = expected(case).tolerance
+    scaled = replace(case, weight=1024 * case.weight, logit_scale=1 / 1024)
+    one, other = (gradients(c, impl="torch", sparse_backward=tolerance)[0] for c in (case, scaled))
+    assert one.skipped_mass.any()
+    assert torch.equal(one.skipped_mass, 1024 * other.skipped_mass)

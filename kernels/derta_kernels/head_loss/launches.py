@@ -45,7 +45,7 @@ def _row_passes() -> Iterator[Launch]:
         form_blocks = formed.endswith("blocks")
         if stage == FIRST_WALK.value and formed or stage != WHOLE.value and form_blocks:
             continue
-        config = launch_config(most, has_unlikely)
+        config = launch_config(most, has_unlikely or form_blocks)
         constants = {
             "STAGE": stage,
             "HAS_SOFTCAP": has_softcap,

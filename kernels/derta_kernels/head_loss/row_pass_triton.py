@@ -58,16 +58,20 @@ LAUNCH_CONFIGS = {
 }
 
 
-# With an unlikely token, 16 warps have too few registers and spill; 8 have enough.
-MOST_WARPS_UNLIKELY = 8
+# With an unlikely token or figures of blocks, 16 warps have too few registers and spill; 8 have
+# enough.
+MOST_WARPS_WITH_MORE = 8
 
 
-def launch_config(vocabulary: int, has_unlikely: bool) -> RowLaunch:
-    """Return the row of `LAUNCH_CONFIGS` for `vocabulary` logits, on every architecture."""
+def launch_config(vocabulary: int, forms_more: bool) -> RowLaunch:
+    """Return the row of `LAUNCH_CONFIGS` for `vocabulary` logits, on every architecture.
+
+    forms_more: if True, there is an unlikely token, or the figures of blocks are formed.
+    """
     fitting = [
         (most, config)
         for most, config in LAUNCH_CONFIGS.items()
-        if not has_unlikely or config.num_warps <= MOST_WARPS_UNLIKELY
+        if not forms_more or config.num_warps <= MOST_WARPS_WITH_MORE
     ]
     return next((config for most, config in fitting if vocabulary <= most), fitting[-1][1])
 
@@ -177,7 +181,7 @@ def _launch(
     if rows == 0:
         return
     has_unlikely = numbers[0].shape[1] == 3
-    config = launch_config(vocabulary, has_unlikely)
+    config = launch_config(vocabulary, has_unlikely or blocks is not None)
     with torch.cuda.device_of(logits):
         row_pass[(rows,)](
             logits,
