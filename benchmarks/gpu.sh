@@ -71,6 +71,7 @@ take_up() {
 ask() {
     local question=$1
     bring_peers
+    [ "$question" != attention ] || bring_triton
     take_up "$question"
     timeout 470 python3 -m "benchmarks.$question" --device cuda --machine "$machine" --out "$out" \
         --peers "$peers" --repetitions 6 --resume --seconds 260 2>&1 | tee -a "$out/$part.log"
@@ -87,10 +88,7 @@ tests)
         --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.log"
     ;;
 loss) ask head_loss ;;
-attention)
-    bring_triton
-    ask attention
-    ;;
+attention) ask attention ;;
 step) ask step ;;
 memory)
     bring_peers

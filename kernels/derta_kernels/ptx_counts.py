@@ -1,4 +1,4 @@
-"""What one pass of a kernel's innermost loop asks of a multiprocessor, read from its PTX.
+"""The cost of one pass of a kernel's innermost loop for a multiprocessor, read from its PTX.
 
 A walk over the text computes addresses for all threads of a program at once and counts what the
 instructions of each innermost loop take: products of tensor cores, wavefronts of shared memory (128
@@ -36,7 +36,7 @@ Values = NDArray[np.int64]
 
 @dataclass
 class Counts:
-    """What one pass of a loop takes of a multiprocessor, over all warps of a program.
+    """The cost of one pass of a loop for a multiprocessor, over all warps of a program.
 
     Attributes:
         tensor_flops: floating-point operations of tensor cores.

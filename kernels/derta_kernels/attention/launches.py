@@ -22,7 +22,7 @@ NUMBERS = {"logsumexp": "*fp32", "delta": "*fp32", "scale": "fp32", "softcap": "
 
 
 def attention_launches() -> Iterator[Launch]:
-    """Yield every row of the table with all options of a call, and with none.
+    """Yield every row of the table with all options of a call, with a window, and with none.
 
     bfloat16 stands for float16, which takes the same resources. Head dimension 96 stands for those
     that do not fill their tiles.
@@ -36,8 +36,9 @@ def attention_launches() -> Iterator[Launch]:
         softcaps = [target.has_softcap] if capped_elsewhere else [False, True]
         head_dims = [128, 96] if target.block_d == 128 else [target.block_d]
         capabilities = [c for c, kib in SHARED_KIB.items() if chip(c, kib * 1024) == target.chip]
-        cases = [(head_dims[0], softcap, False) for softcap in softcaps[:1]]
+        cases = [(head_dims[0], softcaps[0], has_window) for has_window in (False, True)]
         cases += [(head_dim, softcaps[-1], True) for head_dim in head_dims]
+        cases = list(dict.fromkeys(cases))
         for head_dim, has_softcap, has_window in cases:
             for form in _forms(target.kernel, config.apart, has_window):
                 fixed = constants(head_dim, 4, config, has_softcap, has_window) | form.constants
@@ -64,12 +65,12 @@ def attention_launches() -> Iterator[Launch]:
 
 
 class _Form(NamedTuple):
-    """What a launch forms.
+    """The results that a launch forms.
 
     Attributes:
         name: its part of the launch's name.
         products: products of a tile.
-        constants, types: of the arguments that other forms lack, or have in another way.
+        constants, types: those of arguments that other forms lack, or have in another way.
     """
 
     name: str
