@@ -45,12 +45,12 @@ LEAST_SCORE = 0.90
 SMALL_TILES = {capability: (32, 32, 4, 3) for capability in (80, 86, 120)}
 SMALL_TILES |= {capability: (64, 32, 4, 3) for capability in (90, 100)}
 KERNELS = ("forward", "backward_queries", "backward_keys", "row_pass", "native")
-EXPLANATIONS = tomllib.loads((HERE / "survivors.toml").read_text(encoding="utf-8"))["survivor"]
+EXPLAINED = tomllib.loads((HERE / "survivors.toml").read_text(encoding="utf-8"))
 
 
 @dataclass
 class Executed:
-    """A kernel, and how much of it was executed."""
+    """A kernel, and how many of the instructions that can be reached were executed."""
 
     kernel: str
     capability: int
@@ -109,9 +109,24 @@ def _executed(runs: Sequence[Run], kernel: str, capability: int, variant: str) -
     for same in by_kernel.values():
         times = sum(run.executed for run in same)
         name = kernel if kernel == "native" else same[0].kernel.name
-        never = [str(one) for one in same[0].kernel.instructions if times[one.index] == 0]
-        found.append(Executed(name, capability, variant, len(times), int((times > 0).sum()), never))
+        never = [
+            str(one)
+            for one in same[0].kernel.instructions
+            if times[one.index] == 0 and not is_unreachable(name, one.text, line_of(one))
+        ]
+        executed = int((times > 0).sum())
+        found.append(Executed(name, capability, variant, executed + len(never), executed, never))
     return found
+
+
+def is_unreachable(kernel: str, text: str, line: str) -> bool:
+    """Return True if survivors.toml says why nothing can execute an instruction."""
+    return any(
+        kernel in one["kernels"]
+        and re.search(one["instruction"], text)
+        and re.search(one["line"], line)
+        for one in EXPLAINED["unreachable"]
+    )
 
 
 def spoil(kernel: str, capability: int, every: int, part: int, parts: int) -> list[Spoilt]:
@@ -142,7 +157,7 @@ def _worth_spoiling(found: list[Subject]) -> list[Subject]:
 
 def explanation(spoilt: Spoilt, text: str, line: str) -> str:
     """Return why nobody needs to notice a mutation, from survivors.toml; empty: no reason."""
-    for one in EXPLANATIONS:
+    for one in EXPLAINED["survivor"]:
         if (
             spoilt.kind in one["kinds"]
             and spoilt.kernel in one.get("kernels", KERNELS)
@@ -249,8 +264,8 @@ def tables(executed: Sequence[Executed], spoilt: Sequence[Spoilt], every: int) -
     """Return coverage, mutations and survivors as Markdown."""
     capabilities = sorted({one.capability for one in executed})
     lines = [
-        "Instructions executed of each kernel, the least of its variants: data types, window, soft",
-        "cap, an unlikely token, shards.",
+        "Instructions executed of those of each kernel that can be reached, the least of its",
+        "variants: data types, window, soft cap, an unlikely token, shards.",
         "",
         "| kernel | " + " | ".join(f"sm_{one}" for one in capabilities) + " |",
         "|---|" + "---:|" * len(capabilities),

@@ -75,6 +75,10 @@ def test_low_coverage_a_low_score_and_unexplained_survivors_are_complaints() -> 
         "row_pass: 1 of 5 mutations survive, over 10%",
         "row_pass, sm_90: no reason for a survivor, wait: bar.sync 0 (a line that no kernel has)",
     ]
+    no_run = ("forward", "mov.b32 \t%r1, 0f00000000", "b_product = tl.dot(b_q, b_k)")
+    assert campaign.is_unreachable(*no_run)
+    assert not campaign.is_unreachable("row_pass", *no_run[1:])
+    assert not campaign.is_unreachable("forward", "mma.sync.aligned", no_run[2])
     assert "| forward | 97.0% | 96.0% |" in tables([well, low], [bad], 3)
     assert "4 of 5 (80%)" in tables([well, low], [bad], 3)
 
