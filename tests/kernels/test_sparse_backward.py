@@ -182,7 +182,7 @@ def test_a_gradient_that_is_not_finite_is_not_left_out(
 
 
 @pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float32, torch.float16))
+@pytest.mark.parametrize(("impl", "dtype"), row_passes(torch.float16))
 def test_odd_sizes_strides_and_no_dead_row(impl: str, dtype: torch.dtype, strided: bool) -> None:
     case = head_case(rows=130, vocabulary=257, width=37, probabilities=(0.9,)).on(DEVICE).to(dtype)
     case = replace(case, target=case.target.clamp(min=0))
