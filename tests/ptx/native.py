@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from derta_kernels.head_loss import row_pass_native
-from derta_kernels.head_loss.row_pass_native import DTYPES, FIRST_WALK
+from derta_kernels.head_loss.row_pass_native import FIRST_WALK
 from ptx import launches
-from ptx.launches import Options, Run
+from ptx.launches import Run
+from ptx.processor import Options
 
 SOURCE = Path(__file__).parents[2] / "kernels" / "csrc" / "row_pass_cuda.cu"
 # Of the template's argument, as the compiler mangles it.
@@ -56,7 +57,7 @@ def kernel(capability: int, stage: int, softcap: bool, dtype: torch.dtype) -> st
 def row_pass(capability: int, **options: Any) -> Iterator[list[Run]]:
     """Run `row_pass_native` and its two walks as compiled for a compute capability (90 for 9.0).
 
-    The yielded list grows by a `Run` a launch; `options` are those of `launches.Options`.
+    The yielded list grows by a `Run` a launch; `options` are those of `processor.Options`.
     """
     runs: list[Run] = []
 
@@ -72,21 +73,10 @@ def row_pass(capability: int, **options: Any) -> Iterator[list[Run]]:
         if len(logits) == 0:
             return
 
+        head = (softcap, logit_scale, form_gradient)
+
         def structure(addresses: dict[str, int]) -> bytes:
-            return bytes(
-                row_pass_native._Rows(
-                    count=logits.shape[0],
-                    vocabulary=logits.shape[1],
-                    columns=tokens.shape[1],
-                    row_stride=logits.stride(0),
-                    softcap=softcap or 0.0,
-                    logit_scale=logit_scale,
-                    dtype=DTYPES[logits.dtype],
-                    form_gradient=form_gradient,
-                    stage=stage,
-                    **addresses,
-                )
-            )
+            return bytes(row_pass_native._rows(stage, logits, tokens, *head, addresses))
 
         threads = 32 * min(logits.shape[1] // 256 + 1, 16)  # as row_pass_cuda.cu has it
         ptx = kernel(capability, stage, bool(softcap), logits.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -129,20 +130,9 @@ def _walk(
     """Call the library of logits' device, with the float32 tensors that the stage needs."""
     assert logits.stride(1) == 1 and tokens.is_contiguous()
     assert all(t.dtype == torch.float32 and t.is_contiguous() for t in numbers.values())
-    rows = _Rows(
-        logits=logits.data_ptr(),
-        count=logits.shape[0],
-        vocabulary=logits.shape[1],
-        columns=tokens.shape[1],
-        row_stride=logits.stride(0),
-        tokens=tokens.data_ptr(),
-        softcap=softcap or 0.0,
-        logit_scale=logit_scale,
-        dtype=DTYPES[logits.dtype],
-        form_gradient=form_gradient,
-        stage=stage,
-        **{name: tensor.data_ptr() for name, tensor in numbers.items()},
-    )
+    tensors = dict(logits=logits, tokens=tokens, **numbers)
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    rows = _rows(stage, logits, tokens, softcap, logit_scale, form_gradient, addresses)
     if logits.is_cuda:
         with torch.cuda.device_of(logits):
             stream = torch.cuda.current_stream().cuda_stream
@@ -155,6 +145,30 @@ def _walk(
         )
     if error is not None:
         raise RuntimeError(f"the native row pass failed: {error.decode()}")
+
+
+def _rows(
+    stage: int,
+    logits: Tensor,
+    tokens: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    form_gradient: bool,
+    addresses: Mapping[str, int],
+) -> _Rows:
+    """Return the library's argument; `addresses` are those of its tensors, by name."""
+    return _Rows(
+        count=logits.shape[0],
+        vocabulary=logits.shape[1],
+        columns=tokens.shape[1],
+        row_stride=logits.stride(0),
+        softcap=softcap or 0.0,
+        logit_scale=logit_scale,
+        dtype=DTYPES[logits.dtype],
+        form_gradient=form_gradient,
+        stage=stage,
+        **addresses,
+    )
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -88,17 +88,9 @@ def row_pass_triton(
 
     Memory: only the results. Deterministic: one program per row, no atomics.
     """
-    logsumexp = token_weight.new_empty(len(logits))
-    nll = torch.empty_like(token_weight)
-    _launch(
-        WHOLE.value,
-        logits,
-        (tokens, token_weight, logsumexp, nll, logsumexp),
-        softcap,
-        logit_scale,
-        form_gradient,
+    return _with_results(
+        WHOLE.value, logits, tokens, token_weight, None, softcap, logit_scale, form_gradient
     )
-    return logsumexp, nll
 
 
 def row_pass_with_blocks_triton(
@@ -112,20 +104,12 @@ def row_pass_with_blocks_triton(
 
     Memory: only the results. Deterministic: as `row_pass_triton`.
     """
-    logsumexp = token_weight.new_empty(len(logits))
-    nll = torch.empty_like(token_weight)
     count, vocabulary = logits.shape
     blocks = token_weight.new_empty(count, 2, triton.cdiv(vocabulary, TILE))
-    _launch(
-        WHOLE.value,
-        logits,
-        (tokens, token_weight, logsumexp, nll, logsumexp),
-        softcap,
-        logit_scale,
-        form_gradient=True,
-        blocks=blocks,
+    found = _with_results(
+        WHOLE.value, logits, tokens, token_weight, None, softcap, logit_scale, True, blocks
     )
-    return logsumexp, nll, blocks
+    return *found, blocks
 
 
 def first_walk_triton(
@@ -154,16 +138,35 @@ def second_walk_triton(
 
     Memory: only the results.
     """
-    logsumexp = token_weight.new_empty(len(logits))
-    nll = torch.empty_like(token_weight)
-    _launch(
+    return _with_results(
         SECOND_WALK.value,
         logits,
-        (tokens, token_weight, logsumexp, nll, summary),
+        tokens,
+        token_weight,
+        summary,
         softcap,
         logit_scale,
         form_gradient,
     )
+
+
+def _with_results(
+    stage: int,
+    logits: Tensor,
+    tokens: Tensor,
+    token_weight: Tensor,
+    summary: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    form_gradient: bool,
+    blocks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch a stage that writes logsumexp and nll, and return both."""
+    logsumexp = token_weight.new_empty(len(logits))
+    nll = torch.empty_like(token_weight)
+    unread = logsumexp if summary is None else summary
+    numbers = (tokens, token_weight, logsumexp, nll, unread)
+    _launch(stage, logits, numbers, softcap, logit_scale, form_gradient, blocks)
     return logsumexp, nll
 
 
