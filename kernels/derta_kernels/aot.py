@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +34,10 @@ class Resources(NamedTuple):
     shared_bytes: int
 
 
-def launches() -> list[Launch]:
+@cache
+def launches() -> tuple[Launch, ...]:
     """Return every launch that a kernel of this package can make."""
-    return [*head_loss_launches(), *attention_launches()]
+    return *head_loss_launches(), *attention_launches()
 
 
 def kernel_of(launch: Launch, capability: int) -> Any:

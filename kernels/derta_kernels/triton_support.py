@@ -49,4 +49,9 @@ def omits_fence(capability: int) -> bool:
     """
     import triton
 
-    return 90 <= capability < 120 and TorchVersion(triton.__version__) < FIRST_FENCED
+    return 90 <= capability < 120 and _predates_fences(triton.__version__)
+
+
+@cache
+def _predates_fences(version: str) -> bool:
+    return TorchVersion(version) < FIRST_FENCED
