@@ -95,6 +95,12 @@ def test_a_rank_is_named_with_the_reason_why_the_others_end(
     assert f"traceback : {line}" in done.stderr
 
 
+def test_a_rank_that_waits_for_no_other_names_a_killed_one_too(tmp_path: Path, work: str) -> None:
+    done = launch(work, temporary=tmp_path, FAULT_0="hang()", FAULT_1=KILL)
+    sentence = "step 3: rank 1 ended without a word, as a killed process does"
+    assert said(done.stderr, "derta try") == [f"derta try: {sentence}"]
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
