@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -12,11 +11,11 @@ from torch import Tensor
 from derta_kernels.head_loss import head_loss
 from derta_kernels.head_loss.choice import ROW_PASSES, unavailable
 from derta_kernels.testing import HeadCase, error_budget, relative_error
+from interpreted import INTERPRETED, TRUNCATES
 
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, *LOW_PRECISION]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-INTERPRETED = "TRITON_INTERPRET" in os.environ
 
 
 def row_passes(*dtypes: torch.dtype) -> list[Any]:
@@ -24,7 +23,7 @@ def row_passes(*dtypes: torch.dtype) -> list[Any]:
 
     def why_not(impl: str, dtype: torch.dtype) -> str | None:
         if impl == "triton" and dtype == torch.bfloat16 and INTERPRETED:
-            return "Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest"
+            return TRUNCATES
         return unavailable(impl, DEVICE, dtype)
 
     return [

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+from derta_kernels.attention import interval_attention
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,18 @@ def with_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     upstream = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).bfloat16()
     upstream = upstream.to(output).view_as(output)
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+
+
+def results(arguments: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Attend, and return output and gradients of q, k, v."""
+    output = interval_attention(**arguments, **options)
+    return with_gradients(output, [arguments[name] for name in "qkv"])
+
+
+def oracle(arguments: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Return the results of the definition in float64."""
+    exact = {name: x.double() if name in "qkv" else x for name, x in arguments.items()}
+    return results(exact, impl="reference", **options)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

@@ -307,7 +307,7 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "cvt": lambda a: a,
     "bfe": lambda a, place, length: a >> place & (1 << length) - 1,
 }
-_COMPARISONS: dict[str, Callable[..., Any]] = {
+COMPARISONS: dict[str, Callable[..., Any]] = {
     "eq": np.equal,
     "ne": np.not_equal,
     "lt": np.less,
@@ -335,7 +335,7 @@ def _result(opcode: str, sources: list[Values | None]) -> Values | None:
     if kind == "selp":
         return np.where(known[2] != 0, known[0], known[1])
     if kind == "setp":
-        compared: Values = _COMPARISONS[modifiers[0].rstrip("u")](*known).astype(np.int64)
+        compared: Values = COMPARISONS[modifiers[0].rstrip("u")](*known).astype(np.int64)
         return compared
     if kind == "not" and "pred" in modifiers:
         return 1 - known[0]

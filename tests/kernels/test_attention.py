@@ -12,15 +12,20 @@ from torch import Tensor
 
 from derta_kernels.attention import choose, interval_attention, layout_of
 from derta_kernels.testing import equals_snippet, error_budget, relative_error
-from packs import BRANCHED, PLAIN, Packed, distance, packed, rows, tensors, with_gradients
+from packs import (
+    BRANCHED,
+    PLAIN,
+    Packed,
+    distance,
+    oracle,
+    packed,
+    results,
+    rows,
+    tensors,
+    with_gradients,
+)
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def results(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
-    """Return output and gradients of q, k, v."""
-    output = interval_attention(**arguments, **options)
-    return with_gradients(output, [arguments[name] for name in "qkv"])
 
 
 @given(
@@ -59,13 +64,11 @@ def test_a_pack_gives_the_results_of_its_sequences_one_by_one(
 @pytest.mark.parametrize("row", [BRANCHED, PLAIN], ids=["branched", "plain"])
 def test_rounding_stays_within_twice_that_of_eager(row, options, dtype) -> None:
     arguments = tensors(row, dtype=dtype)
-    exact = {name: x.double() if name in "qkv" else x for name, x in arguments.items()}
-    oracle = results(exact, impl="reference", **options)
     inputs = [arguments[name] for name in "qkv"]
     output = eager_attention(*inputs, arguments, **options)
     eager = with_gradients(output, inputs)
     actual = results(arguments, **options)
-    for ours, theirs, wanted in zip(actual, eager, oracle, strict=True):
+    for ours, theirs, wanted in zip(actual, eager, oracle(arguments, **options), strict=True):
         ours, theirs, wanted = (x.flatten(0, 2) for x in (ours, theirs, wanted))
         assert relative_error(ours, wanted) <= error_budget(theirs, wanted, dtype)
 

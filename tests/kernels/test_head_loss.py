@@ -40,13 +40,13 @@ from derta_kernels.testing import (
 from heads import (
     DEVICE,
     DTYPES,
-    INTERPRETED,
     LOW_PRECISION,
     assert_close_as_a_whole,
     assert_within_budget,
     results,
     row_passes,
 )
+from interpreted import INTERPRETED
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": dict(),

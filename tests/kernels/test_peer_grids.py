@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from derta import linear_cross_entropy
-from derta_kernels.attention import interval_attention
 from derta_kernels.attention.choice import unavailable
 from derta_kernels.testing import HeadCase
 from heads import DEVICE, LOW_PRECISION, assert_close_as_a_whole, row_passes
-from packs import Packed, distance, packed, tensors, with_gradients
+from interpreted import INTERPRETED, TRUNCATES
+from packs import Packed, distance, oracle, packed, results, tensors
 
 
 def rows_of(
@@ -69,7 +69,7 @@ def rows_of(
 
 def slow_in_the_interpreter(parameters: list[Any]) -> list[Any]:
     """Mark Triton's parameters as slow if it is interpreted."""
-    interpreted = [p for p in parameters if p.values[0] == "triton" and DEVICE.type == "cpu"]
+    interpreted = [p for p in parameters if p.values[0] == "triton" and INTERPRETED]
     return [
         pytest.param(*p.values, marks=[*p.marks, pytest.mark.slow]) if p in interpreted else p
         for p in parameters
@@ -80,7 +80,7 @@ def slow_in_the_interpreter(parameters: list[Any]) -> list[Any]:
 @pytest.mark.parametrize(("impl", "dtype"), slow_in_the_interpreter(row_passes(*LOW_PRECISION)))
 def test_cut_cross_entropy(impl: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     settings = list(itertools.product([False, True], [None, 20.0], [0.0, 0.2], ["mean", "sum"]))
-    if impl == "triton" and DEVICE.type == "cpu":  # its interpreter takes seconds for each
+    if impl == "triton" and INTERPRETED:  # its interpreter takes seconds for each
         settings = settings[3::6]
     for has_bias, softcap, ignored, reduction in settings:
         case = rows_of(
@@ -229,16 +229,12 @@ def test_flash_attention(
     kv_heads: int,
     options: dict[str, Any],
 ) -> None:
-    if impl == "triton" and DEVICE.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest")
+    if impl == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip(TRUNCATES)
     if (why_not := unavailable(impl, DEVICE, dtype, head_dim, head_dim)) is not None:
         pytest.skip(why_not)
     sizes = dict(heads=6, kv_heads=kv_heads, width=head_dim, value_width=head_dim)
     arguments = {n: t.to(DEVICE) for n, t in tensors(row, dtype=dtype, **sizes).items()}
-    exact = {n: t.double() if n in "qkv" else t for n, t in arguments.items()}
-    expected, actual = (
-        with_gradients(interval_attention(**given, **options, impl=name), [given[n] for n in "qkv"])
-        for given, name in ((exact, "reference"), (arguments, impl))
-    )
-    for ours, wanted in zip(actual, expected, strict=True):
+    actual = results(arguments, impl=impl, **options)
+    for ours, wanted in zip(actual, oracle(arguments, **options), strict=True):
         assert distance(ours.double(), wanted) < 4 * torch.finfo(dtype).eps

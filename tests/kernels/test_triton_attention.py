@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from types import SimpleNamespace
 from unittest import mock
@@ -29,11 +28,11 @@ from derta_kernels.attention import (
     triton_forward,
 )
 from derta_kernels.attention.launch_configs import AttentionLaunch
-from packs import Packed, distance, packed, rows, tensors, with_gradients
+from interpreted import INTERPRETED
+from packs import Packed, distance, oracle, packed, results, rows, tensors, with_gradients
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-INTERPRETED = "TRITON_INTERPRET" in os.environ
-# The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+# See `interpreted.TRUNCATES`.
 NARROW = [torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
 
 
@@ -52,17 +51,6 @@ def triton_inputs(row: Packed, dtype: torch.dtype = torch.float32, **options) ->
     sizes = dict(heads=2, kv_heads=1, width=6, value_width=6)
     arguments = tensors(row, dtype=dtype, **{**sizes, **options})
     return {name: tensor.to(DEVICE) for name, tensor in arguments.items()}
-
-
-def results(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
-    """Return output and gradients of q, k, v."""
-    output = interval_attention(**arguments, **options)
-    return with_gradients(output, [arguments[name] for name in "qkv"])
-
-
-def oracle(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
-    exact = {name: x.double() if name in "qkv" else x for name, x in arguments.items()}
-    return results(exact, impl="reference", **options)
 
 
 # Whole, masked and unseen tiles of one example, one after another in several runs.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Sequence
 
 import pytest
@@ -18,6 +17,7 @@ from derta_kernels.head_loss.choice import ROW_PASSES, row_pass, unavailable
 from derta_kernels.head_loss.reference import head_loss_reference
 from derta_kernels.head_loss.shards import merged, sent_bytes
 from derta_kernels.testing import error_budget, relative_error
+from interpreted import INTERPRETED, TRUNCATES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCABULARY = 1301
@@ -105,8 +105,8 @@ def eager(
 def test_shards_are_within_the_budget_of_whole_rows(
     impl: str, dtype: torch.dtype, softcap: float | None, logit_scale: float, columns: int
 ) -> None:
-    if impl == "triton" and "TRITON_INTERPRET" in os.environ and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter truncates to bfloat16 where a GPU rounds to nearest")
+    if impl == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip(TRUNCATES)
     logits, tokens, weight = sure_rows(dtype, columns)
     head = (softcap, logit_scale)
     oracle = eager(logits.double(), tokens, weight, *head)

@@ -7,19 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from derta_kernels.ptx_counts import COMPARISONS
 from ptx.floats import flushed, fma, narrowed, rounded, widened
 from ptx.memory import Fault
 from ptx.parse import WIDTHS, Instruction, Operand
 from ptx.processor import TYPES, UNSIGNED, Mask, Processor
 
-COMPARE = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 INTEGER = "[su](16|32|64)"
@@ -138,12 +131,12 @@ class Arithmetic(Processor):
 
     def _approximate(self, exact: np.ndarray) -> np.ndarray:
         """Return float32, off by up to `approx_ulp`; the same for the same result."""
-        value = exact.astype(np.float32)
-        if not self.approx_ulp:
+        value, most = exact.astype(np.float32), self.options.approx_ulp
+        if not most:
             return value
-        mixed = value.view(np.uint32) * np.uint32(2654435761) + np.uint32(self.seed)
+        mixed = value.view(np.uint32) * np.uint32(2654435761) + np.uint32(self.options.seed)
         mixed ^= mixed >> np.uint32(15)
-        step = (mixed % np.uint32(2 * self.approx_ulp + 1)).astype(np.int32) - self.approx_ulp
+        step = (mixed % np.uint32(2 * most + 1)).astype(np.int32) - most
         moved = (value.view(np.int32) + step.astype(np.int32)).view(np.float32)
         # Powers of two are exact on hardware where the exponent is whole, as is 1 / 1.
         return np.where(np.isfinite(value) & (value != 0) & (value != 1), moved, value)
@@ -282,15 +275,15 @@ class Arithmetic(Processor):
         a, b = (self.get(x, ins.type) for x in ins.operands[1:])
         name = ins.modifiers[0]
         if ins.type[0] != "f":
-            out = COMPARE[name](a, b)
+            out = COMPARISONS[name](a, b)
         else:
             unordered = np.isnan(a) | np.isnan(b)
             if name in ("nan", "num"):
                 out = unordered if name == "nan" else ~unordered
             elif name[-1] == "u":
-                out = COMPARE[name[:-1]](a, b) | unordered
+                out = COMPARISONS[name[:-1]](a, b) | unordered
             else:
-                out = COMPARE[name](a, b) & ~unordered
+                out = COMPARISONS[name](a, b) & ~unordered
         self.put(ins.operands[0], out, mask)
 
     def op_selp(self, ins: Instruction, mask: Mask) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
-from derta_kernels.attention import interval_attention, launch_configs
+from derta_kernels.attention import launch_configs
 from derta_kernels.head_loss.choice import row_pass
 from derta_kernels.head_loss.shards import merged
 from derta_kernels.testing import error_budget, relative_error
-from packs import Packed, distance, packed, tensors, with_gradients
+from packs import Packed, distance, oracle, packed, results, tensors
 from ptx import compiled, native
 from ptx.launches import Run
 from sure_rows import eager, sure_logits
@@ -70,18 +69,12 @@ def attention(
         table = dict.fromkeys(table, launch_configs.AttentionLaunch(*tiles))
     for pack in packs:
         given = tensors(pack, heads=2, kv_heads=1, width=width, value_width=width, dtype=dtype)
-        exact = {name: x.double() if name in "qkv" else x for name, x in given.items()}
-
-        def results(given: dict[str, Tensor], impl: str) -> list[Tensor]:
-            out = interval_attention(**given, impl=impl, **options)
-            return with_gradients(out, [given[name] for name in "qkv"])
-
-        wanted, own = results(exact, "reference"), results(given, "reference")
+        wanted, own = oracle(given, **options), results(given, impl="reference", **options)
         with (
             mock.patch.object(launch_configs, "LAUNCH_CONFIGS", table),
             compiled.kernels(capability, **changed or {}) as runs,
         ):
-            found = results(given, "triton")
+            found = results(given, impl="triton", **options)
         for name, actual, theirs, right in zip(
             ("out", "d_q", "d_k", "d_v"), found, own, wanted, strict=True
         ):

@@ -21,7 +21,8 @@ from derta_kernels.head_loss import (
     tile_product_triton,
 )
 from derta_kernels.launch import SHARED_KIB
-from ptx.launches import Compiled, Options, Run
+from ptx.launches import Compiled, Run
+from ptx.processor import Options
 
 OUTPUTS = {
     "forward": ("out", "logsumexp"),
@@ -46,7 +47,7 @@ def outputs(kernel: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 @contextmanager
 def kernels(capability: int, **options: Any) -> Iterator[list[Run]]:
-    """Run the Triton kernels for a compute capability (90 for 9.0), by `launches.Options`.
+    """Run the Triton kernels for a compute capability (90 for 9.0), by `processor.Options`.
 
     The yielded list grows by a `Run` a launch.
     """

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from derta_kernels.attention import interval_attention
 from derta_kernels.head_loss.row_pass_triton import row_pass_triton
-from packs import packed, tensors, with_gradients
+from packs import packed, results, tensors
 from ptx import compiled
 from ptx.snippets import far
 
@@ -41,11 +40,7 @@ def attention(tokens: int, token_stride: int) -> None:
         # The stride of heads has 32 bits: its product with a head's number has not.
         apart[name] = far(x.shape, (1, token_stride, 2**30 + 2**13, 1), x.dtype)
         apart[name].copy_(x).requires_grad_()
-    results = [
-        with_gradients(interval_attention(**x, impl="triton"), [x[name] for name in "qkv"])
-        for x in (near, apart)
-    ]
-    assert all(map(torch.equal, *results))
+    assert all(map(torch.equal, *(results(x, impl="triton") for x in (near, apart))))
 
 
 def main(capability: int) -> None:

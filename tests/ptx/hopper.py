@@ -114,7 +114,7 @@ class Hopper(Machine):
             raise Fault(f"outside of the shared memory: {ins}")
         cta = warps // self.warps_of_cta
         units = (places + (cta * self.stride)[:, None, None]) // UNIT
-        if self.checks:
+        if self.options.checks:
             flat = units.reshape(len(warps), -1)
             self.check_read(ins, flat.ravel(), warps.repeat(flat.shape[1]))
             if (unwritten := ~self.shared.written[flat]).any():
@@ -153,7 +153,7 @@ class Hopper(Machine):
         places = element_places(one, length, width, transposed)
         warps = groups * GROUP
         values = self.read_matrix(ins, places, warps, ins.type)
-        if self.checks:
+        if self.options.checks:
             cta = warps // self.warps_of_cta
             units = ((places + (cta * self.stride)[:, None, None]) // UNIT).reshape(len(warps), -1)
             self.busy[units] = True

@@ -25,6 +25,7 @@ from ptx.hopper import Hopper
 from ptx.machine import Machine
 from ptx.memory import GlobalMemory
 from ptx.parse import Kernel, parse
+from ptx.processor import Options
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -35,31 +36,6 @@ TYPES = {
 }
 NUMBERS = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
 MACHINES: dict[int, type[Machine]] = {90: Hopper, 100: Blackwell}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the interpreter runs a kernel.
-
-    Attributes:
-        checks: look for hazards; they are half of the time.
-        stats: count bytes, sectors and wavefronts.
-        contract: fuse products without a rounding mode into the sums that they go into, as ptxas
-            may.
-        approx_ulp: by so many units ex2, lg2, rcp and div.full are off, always by the same for the
-            same result.
-        seed: of those errors.
-        late_copies: an asynchronous copy lands at its wait, and is NaN before; else at its issue.
-        edit: a change of the PTX before it is parsed.
-    """
-
-    checks: bool = True
-    stats: bool = False
-    contract: bool = False
-    approx_ulp: int = 0
-    seed: int = 0
-    late_copies: bool = True
-    edit: Callable[[str], str] | None = None
 
 
 @dataclass
@@ -157,13 +133,8 @@ def execute(
         shared_bytes,
         params,
         memory,
+        options,
         threads=threads,
-        checks=options.checks,
-        stats=options.stats,
-        contract=options.contract,
-        late_copies=options.late_copies,
-        approx_ulp=options.approx_ulp,
-        seed=options.seed,
     )
     with np.errstate(all="ignore"):
         machine.run()

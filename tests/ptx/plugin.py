@@ -1,7 +1,7 @@
 """A pytest plugin: kernels run as compiled for DERTA_PTX, and a test with a hazard fails.
 
-DERTA_PTX is a compute capability (90 for 9.0), DERTA_PTX_OPTIONS a list of `launches.Options`, such
-as `contract=True,approx_ulp=2`.
+DERTA_PTX is a compute capability (90 for 9.0), DERTA_PTX_OPTIONS a list of `processor.Options`,
+such as `contract=True,approx_ulp=2`.
 """
 
 from __future__ import annotations

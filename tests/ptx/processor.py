@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -26,6 +27,31 @@ TYPES = {name: UNSIGNED[width] for name, width in WIDTHS.items()} | FLOATS | SIG
 TYPES["pred"] = np.bool_
 
 Mask = np.ndarray | None  # (lanes,) bool; None: all lanes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the interpreter runs a kernel.
+
+    Attributes:
+        checks: look for hazards; they are half of the time.
+        stats: count bytes, sectors and wavefronts.
+        contract: fuse products without a rounding mode into the sums that they go into, as ptxas
+            may.
+        approx_ulp: by so many units ex2, lg2, rcp and div.full are off, always by the same for the
+            same result.
+        seed: of those errors.
+        late_copies: an asynchronous copy lands at its wait, and is NaN before; else at its issue.
+        edit: a change of the PTX before it is parsed.
+    """
+
+    checks: bool = True
+    stats: bool = False
+    contract: bool = False
+    approx_ulp: int = 0
+    seed: int = 0
+    late_copies: bool = True
+    edit: Callable[[str], str] | None = None
 
 
 class Processor:
@@ -47,16 +73,11 @@ class Processor:
         shared_bytes: int,
         params: Mapping[str, bytes],
         memory: Space,
+        options: Options,
         *,
         threads: int | None = None,
-        checks: bool = True,
-        stats: bool = True,
-        contract: bool = False,
-        late_copies: bool = True,
-        approx_ulp: int = 0,
-        seed: int = 0,
     ) -> None:
-        """Prepare a launch; see `launches.execute` and `launches.Options`.
+        """Prepare a launch; see `launches.execute`.
 
         Raises:
             NotImplementedError: the kernel has an instruction that is not known in that form.
@@ -64,8 +85,7 @@ class Processor:
         self.kernel, self.grid = kernel, grid
         self.threads = threads or kernel.threads
         self.params, self.memory = params, memory
-        self.checks, self.stats = checks, stats
-        self.late_copies, self.approx_ulp, self.seed = late_copies, approx_ulp, seed
+        self.options = options
         self.shared_bytes = kernel.static_shared + shared_bytes
         self.stride = -(-max(self.shared_bytes, 16) // 128) * 128
         self.shared = Space(grid * self.stride, allowed=True)
@@ -99,7 +119,7 @@ class Processor:
             self._check(instruction)
             self._operations.append(getattr(self, f"op_{instruction.op}"))
         self.fused: dict[int, tuple[Operand, ...]] = {}
-        if contract:
+        if options.contract:
             self._contract()
 
     def _check(self, ins: Instruction) -> None:

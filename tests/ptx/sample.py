@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from derta_kernels.attention import interval_attention
 from derta_kernels.head_loss.row_pass_torch import row_pass_torch
 from derta_kernels.head_loss.row_pass_triton import row_pass_triton
-from packs import distance, packed, tensors, with_gradients
+from packs import distance, oracle, packed, results, tensors
 from ptx import compiled, far
 
 # A tile that is seen whole, masked ones, one that a window leaves out, and an example of a token.
@@ -62,18 +61,8 @@ def rows(dtype: torch.dtype) -> Case:
 def attention(dtype: torch.dtype, head_dim: int, **options: Any) -> Case:
     """Run attention and its backward pass in the tiles of a chip."""
     given = tensors(ROW, dtype=dtype, heads=1, kv_heads=1, width=head_dim, value_width=head_dim)
-
-    def results(arguments: dict[str, Tensor], impl: str) -> list[Tensor]:
-        output = interval_attention(**arguments, impl=impl, **options)
-        return with_gradients(output, [arguments[name] for name in "qkv"])
-
-    wide = {
-        name: x.detach().double().requires_grad_() if name in "qkv" else x
-        for name, x in given.items()
-    }
-    eager = results(given, "sdpa")
-    name = f"attention {options}"
-    return Case(name, dtype, results(given, "triton"), results(wide, "reference"), eager)
+    ours, eager = (results(given, impl=impl, **options) for impl in ("triton", "sdpa"))
+    return Case(f"attention {options}", dtype, ours, oracle(given, **options), eager)
 
 
 CASES: list[Callable[[], Case]] = [

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ptx.launches import Options, Run, execute
+from ptx.launches import Run, execute
+from ptx.processor import Options
 
 KINDS: dict[str, Any] = {
     "s16": np.int16,

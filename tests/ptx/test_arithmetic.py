@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ptx.launches import Options
+from ptx.processor import Options
 from ptx.snippets import results
 
 INF, NAN = np.inf, np.nan

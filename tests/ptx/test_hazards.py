@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptx.launches import Options, Run
+from ptx.launches import Run
 from ptx.memory import Fault
+from ptx.processor import Options
 from ptx.snippets import run, zeros
 
 PLACES = """mov.b32 %r1, global_smem;

@@ -90,9 +90,9 @@ class Transfers(Processor):
                 f"{outside.sum()} of {len(lanes)} lanes outside of any tensor's elements, first at "
                 f"{wanted[outside][0]:#x}: {ins}"
             )
-        if self.checks:
+        if self.options.checks:
             self.touch(shared, ins, units, lanes, write)
-        if self.stats:
+        if self.options.stats:
             kind = f"{name} {'store' if write else 'load'}"
             self.traffic[f"{kind} bytes"] += len(lanes) * size
             if shared:
@@ -160,7 +160,7 @@ class Transfers(Processor):
         for i, name in enumerate(values):
             value = self.full(name, ins.type)[lanes].view(UNSIGNED[each])
             data[places // each + i] = value
-            if self.checks and (lost := data[places // each + i] != value).any():
+            if self.options.checks and (lost := data[places // each + i] != value).any():
                 self.report("lanes write different values to one place", ins, lost.sum())
 
     # Asynchronous copies
@@ -191,7 +191,7 @@ class Transfers(Processor):
         lanes, places = self.access(ins, to, size, mask, True, shared=True)
         places = places[:, None] + np.arange(size)
         copy = Copy(lanes, self.groups[lanes].copy(), places, data)
-        if self.late_copies:
+        if self.options.late_copies:
             units = (places // UNIT).ravel()
             self.shared.data[places] = 0xFF  # NaN in every type
             self.shared.written[units] = False
