@@ -66,7 +66,7 @@ def launch(
     return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
-def run_ranks(script: str, *args: object, ranks: int = 2) -> str:
+def run_ranks(script: str, *args: object, ranks: int = 2, **changes: str) -> str:
     """Run a script on several ranks, none of which may fail, and return their standard output.
 
     The script need not wait for the other ranks at its end, nor end the process group.
@@ -75,10 +75,11 @@ def run_ranks(script: str, *args: object, ranks: int = 2) -> str:
         script: Python code; it may import what tests import, and modules of this folder.
         args: its `sys.argv[1:]`.
         ranks: the number of processes.
+        changes: variables of the environment.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rank.py")
         path.write_text(script + ENDING, encoding="utf-8")
-        done = launch(str(path), *map(str, args), temporary=Path(folder), ranks=ranks)
+        done = launch(str(path), *map(str, args), temporary=Path(folder), ranks=ranks, **changes)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -220,12 +220,12 @@ def test_the_first_version_of_fsdp_is_refused_before_training(tmp_path: Path) ->
 
 
 def measure(folder: Path, engine: str) -> None:
-    """Save a model of 400 MB after a step; write the bytes that this took of the host's memory."""
+    """Save a model of 140 MB after a step; write the bytes that this took of the host's memory."""
     model = tiny_model(
         "llama",
         hidden_size=512,
         intermediate_size=2048,
-        num_hidden_layers=24,
+        num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=8,
     )
@@ -254,10 +254,11 @@ def resident(kind: str) -> int:
     ],
 )
 def test_no_rank_holds_the_model_that_is_saved(engine: str, tmp_path: Path) -> None:
-    """Each holds a few weights at a time, of 4 MB here."""
-    run_ranks(SCRIPT, "measure", tmp_path, engine)
+    """Each holds three weights at a time, of 4 MiB here: gathered, whole, and being written."""
+    # What is freed goes back to the system, else the peak is that of the allocator's free lists.
+    run_ranks(SCRIPT, "measure", tmp_path, engine, MALLOC_MMAP_THRESHOLD_="65536")
     size = (tmp_path / "model.safetensors").stat().st_size
     for rank in range(2):
         took = int((tmp_path / f"took-{rank}").read_text())
         print(f"{engine}, rank {rank}: {took / 2**20:.0f} MiB to save {size / 2**20:.0f} MiB")
-        assert took < size / 3
+        assert took < 5 * 4 * 2**20

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -631,9 +630,15 @@ finally:
 
 def test_help_needs_no_torch_and_less_than_a_second() -> None:
     for arguments in (["--help"], ["--version"], *([*name.split(), "--help"] for name in COMMANDS)):
-        started = time.perf_counter()
+        before = processor_s()
         subprocess.run([sys.executable, "-c", LIGHT, *arguments], check=True, capture_output=True)
-        assert time.perf_counter() - started < 1.0
+        assert processor_s() - before < 1.0
+
+
+def processor_s() -> float:
+    """Return the processor time of all children that have ended; other work does not add to it."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def test_a_lack_of_gpu_memory_is_reported_in_one_sentence(

@@ -190,9 +190,9 @@ def test_packs_are_nearly_full() -> None:
 
 def test_an_epoch_of_the_paper_is_planned_within_seconds() -> None:
     lengths = np.random.default_rng(0).integers(50, 800, size=66_000).tolist()
-    started = time.perf_counter()
+    started = time.process_time()
     plan_packs(lengths, max_tokens=1024, examples_per_step=128, epochs=1, seed=0)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_an_example_longer_than_a_pack_is_named() -> None:
