@@ -15,7 +15,7 @@ import numpy as np
 
 from derta.data.packs.packing import Collator, count_tokens
 from derta.data.packs.shares import loss_shares
-from derta.data.records.defaults import LISTED, NEAR, SpecialTokensInText
+from derta.data.records.defaults import LISTED, NEAR, SpecialTokensInText, TooLong
 from derta.data.records.duplicates import (
     Fingerprint,
     RequestIndex,
@@ -87,7 +87,7 @@ class RunStatistics:
     Args:
         tokenizer: tokenizer with a chat template.
         collator: draws for the first epoch.
-        max_length, max_tokens, special_tokens_in_text: as in `DertaConfig`.
+        max_length, max_tokens, special_tokens_in_text, too_long: as in `DertaConfig`.
 
     Raises:
         ValueError: the tokenizer cannot be used, see `Encoder`.
@@ -101,12 +101,14 @@ class RunStatistics:
         max_length: int,
         max_tokens: int,
         special_tokens_in_text: SpecialTokensInText = "plain",
+        too_long: TooLong = "skip",
     ) -> None:
         objective = collator.objective
         draws: Any = {
             "branches": objective.branches,
             "cuts": objective.cuts,
             "special_tokens_in_text": special_tokens_in_text,
+            "too_long": too_long,
         }
         self.collator = collator
         self.whole = Encoder(tokenizer, max_length=sys.maxsize, max_tokens=sys.maxsize, **draws)
@@ -141,7 +143,7 @@ class RunStatistics:
         else:
             safe = len(whole.safe) * max(1, self.collator.objective.branches)
             longest = len(whole.prompt) + len(whole.harmful) + safe
-        if longest <= limit:
+        if longest < limit:  # a closing label may count, see `Encoder`
             return whole
         fitted = self.fitting.encode(record)
         if isinstance(fitted, EncodedTriple) and isinstance(whole, EncodedTriple):
@@ -316,6 +318,7 @@ def data_statistics(
                 "one_pass": run.one_pass,
                 "apart": run.apart,
                 "shortened": run.shortened,
+                "truncated": run.fitting.truncated,
                 "skipped": run.fitting.skipped,
             },
             "loss": shares,

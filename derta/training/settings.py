@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
-from derta.data.records.defaults import SpecialTokensInText
+from derta.data.records.defaults import SpecialTokensInText, TooLong
 from derta.objectives.defaults import (
     DERTA,
     MAX_LENGTH,
@@ -143,6 +143,13 @@ class PackingSettings(PackSettings):
         MAX_LENGTH,
         "Longest sequence, in tokens. Longer harmful responses lose their end.",
         ge=1,
+        heading="batches",
+    )
+    too_long: TooLong = setting(
+        "skip",
+        "Dialogues and rendered rows beyond max_length or max_tokens. skip: they are left out; "
+        "truncate: they lose their end, as in the authors' code, and are left out only if no "
+        "target remains.",
         heading="batches",
     )
 

@@ -275,6 +275,7 @@ class DertaTrainer(ResumableTrainer):
             branches=args.branches,
             cuts=args.cuts,
             special_tokens_in_text=args.special_tokens_in_text,
+            too_long=args.too_long,
         )
 
     def _encode(
@@ -287,6 +288,15 @@ class DertaTrainer(ResumableTrainer):
                 "%d of %d examples skipped: a prompt with its safe response, or a dialogue, is "
                 "longer than max_length (%d) or max_tokens (%d)",
                 encoded.skipped,
+                given,
+                args.max_length,
+                args.max_tokens,
+            )
+        if encoded.truncated:
+            logger.warning(
+                "%d of %d examples, dialogues and rendered rows, lost their end at max_length (%d) "
+                "or max_tokens (%d)",
+                encoded.truncated,
                 given,
                 args.max_length,
                 args.max_tokens,

@@ -84,7 +84,7 @@ def _of_run(found: Mapping[str, Any], terms: Sequence[Term]) -> list[str]:
         lines.append(str(TokenCount(tokens["one_pass"], tokens["apart"])))
     lines.append(
         f"longer than a run takes: {tokens['shortened']:,} harmful responses shortened, "
-        f"{tokens['skipped']:,} records skipped"
+        f"{tokens['truncated']:,} other records truncated, {tokens['skipped']:,} skipped"
     )
     titles = "".join(f"{term.title:>16}" for term in terms)
     lines.append(f"{'share of the loss':<22}{titles}")
@@ -122,6 +122,7 @@ def run(config: StatsConfig) -> None:
             max_length=config.max_length,
             max_tokens=config.max_tokens,
             special_tokens_in_text=config.special_tokens_in_text,
+            too_long=config.too_long,
         )
     records = (record for _, record in read_sources(config.sources) if not isinstance(record, Half))
     evaluation = compared_records(config.eval_sources)

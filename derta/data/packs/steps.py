@@ -41,6 +41,7 @@ class EncodedRecords:
         examples: the examples that fit.
         lengths: (examples,) int64, the most tokens that each takes in a pack.
         skipped: the number of records that did not fit.
+        truncated: the number of dialogues and rendered next-token rows that lost their end.
         roles: the number of examples by role, without rendered rows with next-token targets: those
             may be refusals, and their refusal curves say nothing.
         safe_starts: the number of safe responses that start with each token.
@@ -50,6 +51,7 @@ class EncodedRecords:
     examples: ExampleStore
     lengths: np.ndarray
     skipped: int
+    truncated: int
     roles: Counter[str]
     safe_starts: Counter[int]
     first_messages: Sequence[Message] | None
@@ -104,12 +106,13 @@ def encode_records(
             lengths.append(packed_length(example, objective))
             yield place, example
 
-    skipped = encoder.skipped
+    skipped, truncated = encoder.skipped, encoder.truncated
     examples = ExampleStore(fitting())
     return EncodedRecords(
         examples=examples,
         lengths=np.array(lengths, np.int64),
         skipped=encoder.skipped - skipped,
+        truncated=encoder.truncated - truncated,
         roles=roles,
         safe_starts=safe_starts,
         first_messages=first_messages[0] if first_messages else None,

@@ -4,6 +4,8 @@ from typing import Literal
 
 # The reading of a tokenizer's special tokens in the texts of records.
 SpecialTokensInText = Literal["plain", "refuse", "keep"]
+# The fate of a dialogue or a rendered row that is too long.
+TooLong = Literal["skip", "truncate"]
 
 # Share of common pairs of words from which two requests are near duplicates.
 NEAR = 0.7

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
-from derta.data.records.defaults import SpecialTokensInText
+from derta.data.records.defaults import SpecialTokensInText, TooLong
 from derta.data.records.sources import Role
 from derta.data.records.types import Dialogue, Message, Record, Rendered, Triple, naming
 from derta.data.tokens.chat import BATCH, Answer, Chat, batched
@@ -84,6 +85,11 @@ class Encoder(Chat):
     record that still does not fit (prompt and safe response, a dialogue, another rendered row) is
     skipped and counted.
 
+    If too_long is "truncate", a dialogue or a rendered row keeps its first `max_length` tokens, of
+    which the last is only a label, and is skipped if no target is among them; a harmful response is
+    cut such that its closing label is counted too. The authors' code does so: an RTO row with a
+    prefix of P tokens has `max_length` - P targets, where "skip" leaves it one more.
+
     A rendered row is tokenized as in the authors' code: with the tokenizer's beginning-of-sequence
     token, if it adds one, and without a closing token. `prefix` keeps the tokens it has by itself;
     if `text` would merge with them, it is tokenized separately. Its texts were rendered with a
@@ -98,13 +104,17 @@ class Encoder(Chat):
         cuts: a policy of `derta.objectives.cuts`.
         special_tokens_in_text: as for `Chat`; "refuse" makes a control token in a text an error of
             its record.
+        too_long: "skip" or "truncate", for dialogues and rendered rows.
 
     Attributes:
         skipped: number of records so far that did not fit.
+        truncated: number of dialogues and rendered next-token rows so far that lost their end.
 
     Raises:
-        ValueError: the tokenizer has no usable chat template, or cuts is "official" and it has no
-            token offsets to find words by.
+        ValueError: the tokenizer has no usable chat template, too_long has another value, or cuts
+            is "official" and the tokenizer has no token offsets to find words by.
+
+    Source: the authors' code, `preprocess_function` (`truncation=True, max_length=block_size`).
     """
 
     def __init__(
@@ -116,8 +126,11 @@ class Encoder(Chat):
         branches: int,
         cuts: str,
         special_tokens_in_text: SpecialTokensInText = "plain",
+        too_long: TooLong = "skip",
     ) -> None:
         super().__init__(tokenizer, special_tokens_in_text)
+        if too_long not in (choices := typing.get_args(TooLong)):
+            raise ValueError(f"too_long must be one of {', '.join(choices)}, got {too_long!r}")
         self.max_length = max_length
         self.max_tokens = max_tokens
         self.branches = branches
@@ -128,7 +141,8 @@ class Encoder(Chat):
                 f"tokenizer, got {type(tokenizer).__name__}: choose cuts='uniform'"
             )
         self.bos_ids = [id for id in tokenizer("")["input_ids"] if id == tokenizer.bos_token_id]
-        self.skipped = 0
+        self.truncates = too_long == "truncate"
+        self.skipped = self.truncated = 0
 
     def encode(self, record: Record) -> Encoded | None:
         """Encode a record; return None if it does not fit.
@@ -197,7 +211,7 @@ class Encoder(Chat):
         prompt = harmful.prompt_ids
         safe_ids = safe.response_ids + self.appended_ids
         room = min(
-            self.max_length - len(prompt),
+            self.max_length - len(prompt) - self.truncates,
             self.max_tokens - len(prompt) - self.branches * (len(safe_ids) - 1),
         )
         cut_limit = self.max_length - len(prompt) - len(safe_ids)
@@ -239,22 +253,14 @@ class Encoder(Chat):
     def _dialogue(self, dialogue: Dialogue, turns: list[_Turn]) -> EncodedDialogue | None:
         *inner, last = turns
         ids = last.prompt_ids + last.response_ids + self.appended_ids
-        if not self._fits(ids):
-            return None
         # The prompt of the last turn contains all other turns as the model will see them.
         is_target = np.zeros(len(ids), bool)
         is_target[len(last.prompt_ids) :] = True
         for turn in inner:
             written = turn.prompt_ids + turn.response_ids
             is_target[len(turn.prompt_ids) : _common(written, ids)] = True
-        return EncodedDialogue(
-            id=dialogue.id,
-            input_ids=np.array(ids, np.int32),
-            is_target=is_target,
-            source=dialogue.source,
-            weight=dialogue.weight,
-            role="borderline" if dialogue.borderline else "helpful",
-        )
+        role: Role = "borderline" if dialogue.borderline else "helpful"
+        return self._plain(dialogue, role, ids, is_target)
 
     def _rendered(self, row: Rendered, turns: list[_Turn]) -> Encoded | None:
         (turn,) = turns
@@ -262,33 +268,39 @@ class Encoder(Chat):
         if prompt[:1] != self.bos_ids:
             prompt = self.bos_ids + prompt
         if row.rto:
-            room = min(self.max_length, self.max_tokens) - len(prompt)
-            if room < 0:
+            longest = min(self.max_length + 1 - self.truncates, self.max_tokens + 1)
+            if len(prompt) >= longest:
                 return None
             return EncodedTriple(
                 id=row.id,
                 prompt=np.array(prompt, np.int32),
-                harmful=np.array(text[:-1][:room], np.int32),
+                harmful=np.array(text[: longest - len(prompt)][:-1], np.int32),
                 safe=np.zeros(0, np.int32),
                 cut_limit=-1,
                 source=row.source,
                 weight=row.weight,
             )
         ids = prompt + text
-        if not self._fits(ids):
-            return None
-        return EncodedDialogue(
-            id=row.id,
-            input_ids=np.array(ids, np.int32),
-            is_target=np.arange(len(ids)) >= len(prompt),
-            source=row.source,
-            weight=row.weight,
-            role="safety",
-        )
+        return self._plain(row, "safety", ids, np.arange(len(ids)) >= len(prompt))
 
-    def _fits(self, ids: list[int]) -> bool:
-        """Return True if a plain sequence fits; its last token is only a label."""
-        return len(ids) <= self.max_length and len(ids) - 1 <= self.max_tokens
+    def _plain(
+        self, record: Dialogue | Rendered, role: Role, ids: list[int], is_target: np.ndarray
+    ) -> EncodedDialogue | None:
+        """Return a plain sequence, or what fits of it; its last token is only a label."""
+        longest = min(self.max_length, self.max_tokens + 1)
+        if len(ids) > longest:
+            ids, is_target = ids[:longest], is_target[:longest]
+            if not (self.truncates and is_target.any()):
+                return None
+            self.truncated += 1
+        return EncodedDialogue(
+            id=record.id,
+            input_ids=np.array(ids, np.int32),
+            is_target=is_target,
+            source=record.source,
+            weight=record.weight,
+            role=role,
+        )
 
 
 def _common(first: list[int], second: list[int]) -> int:

@@ -24,6 +24,7 @@ from derta.data import (
     resolve_refusal_token,
 )
 from derta.data.packs.shares import loss_shares
+from derta.data.records.defaults import TooLong
 from derta.data.records.duplicates import Fingerprint, RequestIndex
 from derta.data.statistics import Lengths, Repeats, RunStatistics, data_statistics
 from derta.objectives.derta import DertaObjective
@@ -58,9 +59,16 @@ def mixed() -> list[Record]:
     ]
 
 
-def run_statistics(max_length: int = 1024, max_tokens: int = 4096, **draws: Any) -> RunStatistics:
-    collator = Collator(DertaObjective(**draws))
-    return RunStatistics(tiny_tokenizer(), collator, max_length=max_length, max_tokens=max_tokens)
+def run_statistics(
+    max_length: int = 1024, max_tokens: int = 4096, too_long: TooLong = "skip", **draws: Any
+) -> RunStatistics:
+    return RunStatistics(
+        tiny_tokenizer(),
+        Collator(DertaObjective(**draws)),
+        max_length=max_length,
+        max_tokens=max_tokens,
+        too_long=too_long,
+    )
 
 
 def test_lengths_are_those_of_all_rows() -> None:
@@ -77,9 +85,18 @@ def test_lengths_are_those_of_all_rows() -> None:
 
 @pytest.mark.parametrize("limits", [(1024, 4096), (60, 4096), (1024, 70), (45, 50)])
 @pytest.mark.parametrize("loss_norm", ["tokens", "terms"])
-def test_a_run_makes_of_the_records_what_is_said(limits: tuple[int, int], loss_norm: str) -> None:
+@pytest.mark.parametrize("too_long", ["skip", "truncate"])
+def test_a_run_makes_of_the_records_what_is_said(
+    limits: tuple[int, int], loss_norm: str, too_long: TooLong
+) -> None:
     draws: Any = {"branches": 2, "cuts": "uniform"}
-    encoder = Encoder(tiny_tokenizer(), max_length=limits[0], max_tokens=limits[1], **draws)
+    encoder = Encoder(
+        tiny_tokenizer(),
+        max_length=limits[0],
+        max_tokens=limits[1],
+        too_long=too_long,
+        **draws,
+    )
     whole = Encoder(tiny_tokenizer(), max_length=10**6, max_tokens=10**6, **draws)
     collator = Collator(DertaObjective(**draws, rto_keep=0.5, rto_weight=0.5))
     examples = list(encoder.encode_many(mixed()))
@@ -87,12 +104,13 @@ def test_a_run_makes_of_the_records_what_is_said(limits: tuple[int, int], loss_n
     found = data_statistics(
         mixed(),
         Repeats(),
-        run_statistics(*limits, **draws, rto_keep=0.5, rto_weight=0.5),
+        run_statistics(*limits, too_long, **draws, rto_keep=0.5, rto_weight=0.5),
         loss_norm=loss_norm,
     )
     tokens = found["tokens"]
     assert (tokens["one_pass"], tokens["apart"]) == tuple(count_tokens(drawn))
     assert tokens["skipped"] == examples.count(None)
+    assert tokens["truncated"] == encoder.truncated
     assert tokens["shortened"] == sum(
         fitted is not None and len(fitted.harmful) < len(full.harmful)
         for fitted, full in zip(examples, whole.encode_many(mixed()), strict=True)

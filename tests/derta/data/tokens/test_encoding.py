@@ -277,6 +277,66 @@ def test_a_rendered_row_has_the_official_codes_targets(templated, rto: bool, beg
         assert packed_length(example, collator.objective) == batch.input_ids.shape[1]
 
 
+@pytest.mark.parametrize("rto", [True, False])
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_truncated_row_has_the_official_codes_targets(templated, rto: bool, begins: bool) -> None:
+    tokenizer = templated("llama3")
+    tokenizer = beginning(tokenizer) if begins else tokenizer
+    row, refusal = rendered(rto=rto), -7
+    whole = len(tokenizer(row.prefix + row.text)["input_ids"])
+    for longest in range(2, whole + 2):
+        # The authors' steps: prefix and whole text are truncated, each by itself.
+        ids = tokenizer(row.prefix + row.text, truncation=True, max_length=longest)["input_ids"]
+        prefix = tokenizer(row.prefix, truncation=True, max_length=longest)["input_ids"]
+        labels = [-100] * len(prefix) + [refusal if rto else id for id in ids[len(prefix) :]]
+
+        for limits in ({"max_length": longest}, {"max_tokens": longest - 1}):
+            encoder = Encoder(tokenizer, **{**ENDLESS, **limits}, too_long="truncate")
+            example = encoder.encode(row)
+            without_targets = labels == [-100] * longest
+            assert encoder.skipped == without_targets == (example is None)
+            assert encoder.truncated == (longest < whole and not rto and not without_targets)
+            if example is None:
+                continue
+            collator = DertaCollator(branches=2, cuts="uniform")
+            batch = collator([example])
+            assert batch.input_ids[0].tolist() == ids[:-1]
+            said = batch.columns["shift_labels"].masked_fill(batch.columns["rto_mask"], refusal)
+            assert said[0].tolist() == labels[1:]
+            assert packed_length(example, collator.objective) == batch.input_ids.shape[1]
+
+
+def test_a_truncated_dialogue_is_the_beginning_of_the_whole(templated) -> None:
+    tokenizer = templated("chatml")
+    dialogue = Dialogue(messages=[SYSTEM, ASK, SAY, MORE, END], id="d")
+    whole = Encoder(tokenizer, **ENDLESS).encode(dialogue)
+    first = int(np.argmax(whole.is_target))
+    for longest in range(1, len(whole.input_ids) + 2):
+        encoder = Encoder(tokenizer, **{**ENDLESS, "max_length": longest}, too_long="truncate")
+        cut = encoder.encode(dialogue)
+        assert (cut is None) == (longest <= first) == bool(encoder.skipped)
+        assert encoder.truncated == (first < longest < len(whole.input_ids))
+        if cut is not None:
+            assert cut.input_ids.tolist() == whole.input_ids[:longest].tolist()
+            assert cut.is_target.tolist() == whole.is_target[:longest].tolist()
+
+
+def test_a_truncated_triple_counts_its_closing_label(templated) -> None:
+    whole = Encoder(templated("llama3"), **ENDLESS).encode(triple(harmful=HARMFUL * 5))
+    q, h, r = len(whole.prompt), len(whole.harmful), len(whole.safe)
+    for longest in (q + r, q + r + 3, q + h, q + h + 1):
+        limits = {**ENDLESS, "max_length": longest}
+        encoder = Encoder(templated("llama3"), **limits, too_long="truncate")
+        cut = encoder.encode(triple(harmful=HARMFUL * 5))
+        assert cut.harmful.tolist() == whole.harmful[: longest - q - 1].tolist()
+        assert len(cut.safe) == r and cut.cut_limit == min(len(cut.harmful), longest - q - r)
+
+
+def test_too_long_has_two_answers(templated) -> None:
+    with pytest.raises(ValueError, match="too_long must be one of skip, truncate, got 'cut'"):
+        Encoder(templated("llama3"), **ENDLESS, too_long="cut")
+
+
 def test_a_rendered_prefix_keeps_its_own_tokens(templated) -> None:
     tokenizer = beginning(templated("llama3"))
     row = rendered(prefix="<|begin|>How do I paint the fe", text="nce green?", rto=False)
