@@ -98,6 +98,9 @@ def _run(command: str, arguments: Sequence[str]) -> None:
             values = values if whole is config_class else shared(values, config_class, whole)
         sources[bare[0]] = values
     sources["command line"] = read_options(arguments[count:])
+    if hasattr(config_class, "filled"):
+        given = {key: value for values in sources.values() for key, value in values.items()}
+        sources = {"preset": config_class.filled(given), **sources}
     try:
         module.run(build(config_class, sources, near=near))
     except OSError as error:

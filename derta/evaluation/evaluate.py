@@ -24,6 +24,7 @@ from derta.evaluation.scenarios import (
     Scenario,
     Templated,
     Trial,
+    direct,
     make_scenarios,
 )
 from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
@@ -143,12 +144,14 @@ class Answered:
         answers: answers to the trials of each scenario.
         tokenizer: the model's tokenizer.
         found: curves, perplexity, figures of lm-eval, and their duration.
+        exports: name to requests and answers for another program.
     """
 
     scenarios: Sequence[Scenario]
     answers: Sequence[Sequence[_Answer]]
     tokenizer: PreTrainedTokenizerBase
     found: VariantResult
+    exports: Mapping[str, Sequence[tuple[str, str]]]
 
 
 def collect_answers(
@@ -201,8 +204,19 @@ def collect_answers(
         generator = ModelGenerator(
             model, chat, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
         )
-    written = iter(_answers(generator, chat, list(itertools.chain(*trials))))
+    exported = {
+        name: [_direct(request, chat) for request in asked] for name, asked in data.exports.items()
+    }
+    asked = list(itertools.chain(*trials, *exported.values()))
+    written = iter(_answers(generator, chat, asked))
     answers = [list(itertools.islice(written, len(made))) for made in trials]
+    exports = {
+        name: [
+            (trial.messages[-1]["content"], answer.text)
+            for trial, answer in itertools.islice(written, len(made))
+        ]
+        for name, made in exported.items()
+    }
     found = VariantResult(
         harmful_curves=curves[0],
         benign_curves=curves[1],
@@ -211,7 +225,7 @@ def collect_answers(
         lm_eval=lm_figures,
         seconds=time.perf_counter() - started,
     )
-    return Answered(chosen, answers, tokenizer, found)
+    return Answered(chosen, answers, tokenizer, found, exports)
 
 
 def judge_answers(
@@ -265,6 +279,12 @@ def _trials(scenario: Scenario, chat: Chat) -> list[Trial]:
         if trial is not None:
             trials.append(trial)
     return trials
+
+
+def _direct(request: Request, chat: Chat) -> Trial:
+    with naming(request):
+        chat.check(request)
+        return direct(request, chat)
 
 
 def _answers(generator: Generator, chat: Chat, trials: Sequence[Trial]) -> list[_Answer]:

@@ -32,6 +32,8 @@ class EvaluationData:
         multi_turn: harmful conversations. The model answers every user's turn itself; the
             assistant's messages are ignored.
         attacks: name to harmful prompts written by attack tools.
+        completions: name to harmful texts that the model continues without a chat template.
+        exports: name to harmless requests whose answers make no figure.
         questions: name to questions whose responses are, or end with, the one right answer, see
             `derta.evaluation.questions`.
 
@@ -45,10 +47,12 @@ class EvaluationData:
     helpful: Sequence[Request] = ()
     multi_turn: Sequence[Request] = ()
     attacks: Mapping[str, Sequence[Request]] = field(default_factory=dict)
+    completions: Mapping[str, Sequence[Request]] = field(default_factory=dict)
+    exports: Mapping[str, Sequence[Request]] = field(default_factory=dict)
     questions: Mapping[str, Sequence[Request]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for kind in ("attacks", "questions"):
+        for kind in ("attacks", "completions", "exports", "questions"):
             for name in getattr(self, kind):
                 check_name(kind, name)
 
@@ -291,6 +295,10 @@ def make_scenarios(
         ),
         Scenario("asr.multi_turn", data.multi_turn, conversed, complied),
         *(Scenario(f"asr.file.{n}", of, direct, complied) for n, of in data.attacks.items()),
+        *(
+            Scenario(f"asr.file.{name}", texts, completion, complied)
+            for name, texts in data.completions.items()
+        ),
         Scenario("over_refusal.benign", data.benign, direct, refused),
         Scenario("over_refusal.borderline", data.borderline, direct, refused),
         Scenario("helpful_accuracy", exact, answered, matched, is_judged=False),

@@ -45,11 +45,10 @@ from derta.modeling.loading import (
     load_tuned,
     weights_dtype,
 )
-from derta.modeling.shared_work import over_ranks
+from derta.modeling.shared_work import over_ranks, ranks
+from derta.outputs import write_whole
 from derta.settings import build
 from derta.terminal import say
-
-FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
 
 
 def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
@@ -94,15 +93,50 @@ def read_data(config: EvaluateConfig) -> EvaluationData:
             for request in read_requests(path, kind=kind, format=config.formats.get(path))
         ]
 
+    def named(files: Mapping[str, str | list[str]], kind: Kind) -> dict[str, list[Request]]:
+        found = {name: read(paths, kind) for name, paths in files.items()}
+        return {
+            name: [wrapped(one, config.wrappers.get(name, SLOT)) for one in requests]
+            for name, requests in found.items()
+        }
+
     return EvaluationData(
         harmful=read(config.harmful, "harmful"),
         benign=read(config.benign, "harmless"),
         borderline=read(config.borderline, "harmless"),
         helpful=read(config.helpful, "question"),
         multi_turn=read(config.multi_turn, "harmful"),
-        attacks={name: read(paths, "harmful") for name, paths in config.attacks.items()},
-        questions={name: read(paths, "question") for name, paths in config.questions.items()},
+        attacks=named(config.attacks, "harmful"),
+        completions=named(config.completions, "harmful"),
+        exports=named(config.exports, "harmless"),
+        questions=named(config.questions, "question"),
     )
+
+
+def wrapped(request: Request, wrapper: str) -> Request:
+    """Return the request with a text around its last message, at the wrapper's slot."""
+    *before, last = request.messages
+    content = wrapper.replace(SLOT, last["content"])
+    return dataclasses.replace(
+        request, prompt="", messages=[*before, {"role": "user", "content": content}]
+    )
+
+
+def write_exports(config: EvaluateConfig, name: str, answered: Answered) -> None:
+    """Write a model's answers to the requests of `exports`, as AlpacaEval reads them."""
+    folder = Path(config.output_dir) / "exports" / safe_name(name)
+    for title, pairs in answered.exports.items():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        rows = [
+            {"dataset": title, "instruction": asked, "output": said, "generator": name}
+            for asked, said in pairs
+        ]
+        write_whole(folder / f"{safe_name(title)}.json", json.dumps(rows, indent=1).encode())
+
+
+def safe_name(name: str) -> str:
+    """Return a model's name as that of a file."""
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def read_templates(path: str | None) -> list[str]:
@@ -209,8 +243,7 @@ def answers_folder(config: EvaluateConfig) -> Path:
 
 def answers_file(config: EvaluateConfig, name: str) -> Path:
     """Return the file of a model's answers."""
-    file_name = re.sub(r"[^\w.-]", "_", name)
-    return answers_folder(config) / f"{file_name}.jsonl"
+    return answers_folder(config) / f"{safe_name(name)}.jsonl"
 
 
 def run(config: EvaluateConfig) -> None:
@@ -279,6 +312,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
         answered[name] = collect_answers(model, tokenizer, data, own, generator=generator)
+        if ranks().rank == 0:
+            write_exports(config, name, answered[name])
         del model, generator
     results = judge_answers(list(answered.values()), settings)
     return summarize(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from derta.cli.settings.shared import LoadingSettings
 from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
-from derta.evaluation.scenarios import check_name
+from derta.evaluation.presets import PRESETS
+from derta.evaluation.scenarios import SLOT, check_name
 from derta.objectives.defaults import MAX_TOKENS
 from derta.outputs import check_folder
 from derta.settings import check_ranges, setting
 from derta.training.settings import PackSettings, TextSettings
 
-FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", "attacks", "questions")
+NAMED = ("attacks", "completions", "questions", "exports")
+FILES = ("harmful", "benign", "borderline", "helpful", "multi_turn", *NAMED)
 KEYWORDS_SHOWN = f"{len(REFUSAL_KEYWORDS)} phrases, from {REFUSAL_KEYWORDS[0]!r} on"
 ResultFiles = str | list[str] | dict[str, str]
 
@@ -35,6 +38,13 @@ class EvaluateConfig(LoadingSettings, TextSettings):
         help="Folder for report.html, summary.json and the pictures. Its answers/ holds the "
         "models' answers, readable by its owner only; an interrupted evaluation resumes from there."
     )
+    preset: Literal["official"] | None = setting(
+        None,
+        "Evaluation whose files and settings fill the keys that are not given. official: the "
+        "paper's attacks, GSM8K, MMLU and AlpacaEval, from the authors' test files.",
+        heading="presets",
+    )
+    preset_data: str | None = setting(None, "Folder of the preset's test files.")
     harmful: list[str] = setting(
         help="Files of requests to refuse, with the responses that attacks prefill.",
         factory=list,
@@ -53,6 +63,16 @@ class EvaluateConfig(LoadingSettings, TextSettings):
     questions: dict[str, str | list[str]] = setting(
         help="Files of questions by name: '{gsm8k: gsm8k.jsonl, mmlu: mmlu.jsonl}'. The final "
         "answer counts: a number, or the letter of a choice.",
+        factory=dict,
+    )
+    exports: dict[str, str | list[str]] = setting(
+        help="Files of harmless requests by name, whose answers another program judges: "
+        "'{alpaca_eval: alpaca.json}'. They are written to exports/, in AlpacaEval's format.",
+        factory=dict,
+    )
+    wrappers: dict[str, str] = setting(
+        help="Texts around the requests of named files, each with the slot {request}: '{mmlu: "
+        '"Choose the right option.\\n{request}"}\'.',
         factory=dict,
     )
     formats: dict[str, str] = setting(
@@ -78,6 +98,11 @@ class EvaluateConfig(LoadingSettings, TextSettings):
     )
     attacks: dict[str, str | list[str]] = setting(
         help="Files of ready-made harmful prompts by name: '{codeattack: codeattack.jsonl}'.",
+        factory=dict,
+    )
+    completions: dict[str, str | list[str]] = setting(
+        help="Files of harmful texts by name, which the model continues without a chat template: "
+        "'{completionattack: completion.jsonl}'.",
         factory=dict,
     )
     max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
@@ -123,13 +148,34 @@ class EvaluateConfig(LoadingSettings, TextSettings):
             raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
         if self.templates and not self.harmful:
             raise ValueError("templates: go around the requests of harmful, got no file of them")
-        for key in ("attacks", "questions"):
+        for key in NAMED:
             for name in getattr(self, key):
                 check_name(key, name)
+        if both := self.attacks.keys() & self.completions.keys():
+            raise ValueError(f"completions: {min(both)!r} names an attack too, expected another")
+        for name, text in self.wrappers.items():
+            if not any(name in getattr(self, key) for key in NAMED):
+                raise ValueError(f"wrappers: {name!r} names none of {', '.join(NAMED)}")
+            if SLOT not in text:
+                raise ValueError(f"wrappers.{name}: must have the slot {SLOT}, got {text!r}")
         for path in self.formats:
             if path not in self.files:
                 raise ValueError(f"formats: {path}: is no file that another key names")
         check_folder("output_dir", self.output_dir)
+
+    @staticmethod
+    def filled(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of the preset that is given, {} without one or with an unknown one.
+
+        Raises:
+            ValueError: its folder is not given.
+        """
+        preset = PRESETS.get(str(given.get("preset")))
+        if preset is None:
+            return {}
+        if given.get("preset_data") is None:
+            raise ValueError("preset needs preset_data, the folder of its test files")
+        return preset(str(given["preset_data"]))
 
     @property
     def files(self) -> list[str]:
@@ -156,9 +202,9 @@ class CalibrateConfig:
     )
     judges: dict[str, Any] = setting(
         help="Judges by name: '{keyword: {}, guard: {kind: wildguard, path: models/wildguard}}'. "
-        "Kinds: keyword, harmbench, wildguard, llama_guard, llm, classifier, server. A server has "
-        "base_url, model and api_key_env: NAME of the variable with its key; OPENAI_API_KEY is "
-        "sent to OpenAI only.",
+        "Kinds: keyword, official_keywords, harmbench, wildguard, llama_guard, llm, classifier, "
+        "server. A server has base_url, model and api_key_env: NAME of the variable with its key; "
+        "OPENAI_API_KEY is sent to OpenAI only.",
         factory=lambda: {"keyword": {}},
     )
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from derta.data.records.refusal_keywords import OFFICIAL_KEYWORDS
 from derta.evaluation.generation.server import Server, ServerSettings
 from derta.evaluation.judges.base import REFUSAL_KEYWORDS, Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.judges.local import ClassifierJudge, ModelJudge
@@ -39,6 +40,11 @@ class KeywordConfig:
     """
 
     keywords: list[str] = field(default_factory=lambda: list(REFUSAL_KEYWORDS))
+
+
+@dataclass(kw_only=True)
+class OfficialKeywordsConfig:
+    """Settings of the judge by the refusals that the paper names: there are none."""
 
 
 @dataclass(kw_only=True)
@@ -108,6 +114,10 @@ class ServerConfig(ServerSettings):
 
 def _keyword(config: KeywordConfig, name: str, folder: Path) -> Judge:
     return KeywordJudge(config.keywords)
+
+
+def _official_keywords(config: OfficialKeywordsConfig, name: str, folder: Path) -> Judge:
+    return KeywordJudge(OFFICIAL_KEYWORDS)
 
 
 def _language_model(config: LanguageModelConfig, name: str, folder: Path) -> Judge:
@@ -194,6 +204,7 @@ KINDS: dict[str, tuple[type, Callable[..., Judge]]] = {
     "llm": (LanguageModelConfig, _language_model),
     "classifier": (ClassifierConfig, _classifier),
     "server": (ServerConfig, _server),
+    "official_keywords": (OfficialKeywordsConfig, _official_keywords),
 }
 
 
