@@ -49,6 +49,7 @@ from derta.data.tokens.refusal import (
     resolve_refusal_token as resolve_refusal_token,
 )
 from derta.data.tokens.store import ExampleStore as ExampleStore
+from derta.data.tokens.templates import CHAT_TEMPLATES as CHAT_TEMPLATES
 from derta.objectives.base import Drawn as Drawn
 from derta.objectives.cuts import (
     CUT_POLICIES as CUT_POLICIES,

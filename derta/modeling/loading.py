@@ -33,6 +33,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from derta.data.tokens.templates import CHAT_TEMPLATES
 from derta.manifest import check_model
 from derta.modeling.adapters import put_adapters, read_adapters
 from derta.modeling.faults import intact_weights, loading, refuse_misfits
@@ -383,11 +384,12 @@ def load_tokenizer(
 
     Args:
         folder: path of the model, or its name on the model hub.
-        chat_template: Jinja text, or a file of it, that replaces the tokenizer's own template.
+        chat_template: a name of `CHAT_TEMPLATES`, Jinja text, or a file of it, that replaces the
+            tokenizer's own template; None: that one.
         local_files_only: if True, nothing is downloaded.
 
     Raises:
-        FileNotFoundError: chat_template is neither Jinja text nor a file.
+        FileNotFoundError: chat_template is no name, no Jinja text and no file.
         ValueError: a file of the tokenizer is damaged.
         OSError: there is no tokenizer.
     """
@@ -404,13 +406,21 @@ def load_tokenizer(
         if path.is_dir():
             _check_vocabulary_files(path, tokenizer)
     if chat_template is not None:
-        if "{" not in chat_template:
-            file = Path(chat_template)
-            if not file.is_file():
-                raise FileNotFoundError(f"chat_template: {file}: neither Jinja text nor a file")
-            chat_template = file.read_text(encoding="utf-8")
-        tokenizer.chat_template = chat_template
+        tokenizer.chat_template = _template(chat_template)
     return tokenizer
+
+
+def _template(given: str) -> str:
+    if given in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[given]
+    if "{" in given:
+        return given
+    if not Path(given).is_file():
+        raise FileNotFoundError(
+            f"chat_template: {given}: expected one of {', '.join(CHAT_TEMPLATES)}, a file, or "
+            "Jinja text"
+        )
+    return Path(given).read_text(encoding="utf-8")
 
 
 def _check_if_known(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from derta.data.tokens.templates import CHAT_TEMPLATES
 from derta.settings import setting
 
 
@@ -14,7 +15,8 @@ class TemplateSettings:
 
     chat_template: str | None = setting(
         None,
-        "Chat template for a tokenizer without one: Jinja text, or a file.",
+        f"Chat template in place of the tokenizer's: {', '.join(CHAT_TEMPLATES)}, a file, or Jinja "
+        "text. official is the paper's, for base models.",
         heading="model",
         shown="the tokenizer's",
     )

@@ -13,6 +13,7 @@ import jinja2
 from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Dialogue, Message, Request, Triple, texts_of
 from derta.data.tokens.special import SpecialTokens, unquoted
+from derta.data.tokens.templates import CHAT_TEMPLATES
 from derta.data.tokens.trial import check_ends
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Chat:
         if not tokenizer.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template: set chat_template (the configuration key, or "
-                "the tokenizer's attribute) to that of the model's instruct version or your own"
+                f"the tokenizer's attribute) to that of the model's instruct version: a file, or "
+                f"one of {', '.join(CHAT_TEMPLATES)}"
             )
         self.tokenizer = tokenizer
         self.special_tokens_in_text = special_tokens_in_text

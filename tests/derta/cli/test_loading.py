@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from derta.cli import main
-from derta.data import Source, SourceRecords, Triple
+from derta.data import CHAT_TEMPLATES, Source, SourceRecords, Triple
 from derta.modeling.adapters import check_adapters
 from derta.modeling.hub import check_hub
 from derta.modeling.loading import (
@@ -147,10 +147,15 @@ def test_a_bad_row_is_found_before_a_model_is_loaded(
     assert capsys.readouterr().err.startswith("derta train: rows.jsonl:3: not JSON at column 1")
 
 
-def test_a_chat_template_is_jinja_text_or_a_file(workplace: Path) -> None:
+def test_a_chat_template_is_a_name_jinja_text_or_a_file(workplace: Path) -> None:
     Path("chat.jinja").write_text(LLAMA3_TEMPLATE, encoding="utf-8")
     for given in (LLAMA3_TEMPLATE, "chat.jinja"):
         assert load_tokenizer("model", given).chat_template == LLAMA3_TEMPLATE
+    assert load_tokenizer("model", "official").chat_template == CHAT_TEMPLATES["official"]
+    with pytest.raises(
+        FileNotFoundError, match="^chat_template: llama4: expected one of official, "
+    ):
+        load_tokenizer("model", "llama4")
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     assert train("--chat_template", template, "--max_steps", "1") == 0
     saved = load_tokenizer("out", None)
