@@ -118,7 +118,7 @@ if __name__ == "__main__":
         package_dir={"derta_kernels": "kernels/derta_kernels"},
         package_data={
             "derta": ["py.typed", "**/*.pyi"],
-            "derta_kernels": ["py.typed", "head_loss/_native/*"],
+            "derta_kernels": ["py.typed", "attention/measured.json", "head_loss/_native/*"],
         },
         cmdclass={"build_py": BuildWithNative, "bdist_wheel": PlatformWheel},
     )

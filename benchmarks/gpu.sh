@@ -4,7 +4,8 @@
 #
 #   benchmarks/gpu.sh tests       the kernels' tests, bf16 on the GPU: tests.log, tests.xml
 #   benchmarks/gpu.sh loss        the head loss against its peers: head_loss.json, ..., loss.log
-#   benchmarks/gpu.sh attention   attention over packs against its peers: attention.json, ...
+#   benchmarks/gpu.sh attention   attention over packs against its peers: attention.json, ..., and
+#                                 measured.json, from which `auto` chooses, here and in the package
 #   benchmarks/gpu.sh step        the whole step of a 3B-shaped model, official recipe to one pass
 #   benchmarks/gpu.sh memory      derta plan against what is allocated, 1B to 8B: plan.log; then the
 #                                 longest harmful response that fits, against derta plan
@@ -75,6 +76,11 @@ ask() {
     take_up "$question"
     timeout 470 python3 -m "benchmarks.$question" --device cuda --machine "$machine" --out "$out" \
         --peers "$peers" --repetitions 6 --resume --seconds 260 2>&1 | tee -a "$out/$part.log"
+    if [ "$question" = attention ]; then
+        python3 -m benchmarks.attention.choices benchmarks/results/*/attention.json \
+            "$out/attention.json"
+        cp kernels/derta_kernels/attention/measured.json "$out"
+    fi
 }
 
 case $part in

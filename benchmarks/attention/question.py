@@ -49,9 +49,9 @@ from benchmarks.harness.requirements import Requirement
 
 OURS = "derta auto"
 BY_NAME = ("derta triton", "derta flash_attn", "derta sdpa")
-MASKED = (OURS, "derta flash_attn", "derta sdpa", FLEX, DENSE, EAGER)
+MASKED = (OURS, *BY_NAME, FLEX, DENSE, EAGER)
 CAUSAL = (*MASKED, FLASH, CUDNN, FLASH_ATTN)
-LINEAR = (OURS, "derta flash_attn", FLEX, EAGER)
+LINEAR = (OURS, "derta triton", "derta flash_attn", FLEX, EAGER)
 TFLOPS = {"forward": 400.0, "backward": 300.0}  # our required rates
 # The host's head start over the GPU in a step: two milliseconds of an H200.
 HEAD_START_CYCLES = 4_000_000

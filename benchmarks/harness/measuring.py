@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness.question import Ready
+from derta_kernels.attention import flash_attn
 
 MIB = 2**20
 ROOT = Path(__file__).parents[2]
@@ -156,6 +157,11 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
             "gpu": properties.name,
             "gpu_memory_gib": round(properties.total_memory / 2**30),
             "multiprocessors": properties.multi_processor_count,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "flash_attn": {
+                head_dim: flash_attn.version(device, torch.bfloat16, head_dim)
+                for head_dim in (64, 128, 256)
+            },
             **gpu_state(),
         }
     return found

@@ -94,7 +94,7 @@ def _condition(values: Values) -> str:
 def _machine(machine: dict[str, Any]) -> str:
     versions = machine["versions"]
     installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    skipped = ("versions", "python")
+    skipped = ("versions", "python", "flash_attn")
     rest = (f"{key} {value}" for key, value in machine.items() if key not in skipped)
     return f"{', '.join(rest)}; Python {machine['python']}, {installed}.\n"
 

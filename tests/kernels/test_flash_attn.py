@@ -199,7 +199,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[dict
 
     def install(capability: tuple[int, int], modules: dict[str, str]) -> list[dict[str, Any]]:
         calls: list[dict[str, Any]] = []
-        flash_attn._varlen_func.cache_clear()
+        flash_attn._taken.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         for name in SIGNATURES:
             monkeypatch.setitem(sys.modules, name, None)
@@ -218,7 +218,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[dict
         return (output, None) if name == "flash_attn.cute" else output
 
     yield install
-    flash_attn._varlen_func.cache_clear()
+    flash_attn._taken.cache_clear()
 
 
 GPU = torch.device("cuda", 0)

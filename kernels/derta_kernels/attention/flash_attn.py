@@ -134,11 +134,25 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     return varlen if isinstance(varlen, str) else None
 
 
-@cache
+def version(device: torch.device, dtype: torch.dtype, head_dim: int) -> int | None:
+    """Return the major version of flash-attn that is taken there; None: it cannot run there."""
+    taken = _taken(device, dtype, head_dim)
+    return None if isinstance(taken, str) else taken[0]
+
+
 def _varlen_func(
     device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Callable[..., Any] | str:
     """Return the `flash_attn_varlen_func` of the version to take, or a clause why there is none."""
+    taken = _taken(device, dtype, head_dim)
+    return taken if isinstance(taken, str) else taken[1]
+
+
+@cache
+def _taken(
+    device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[int, Callable[..., Any]] | str:
+    """Return the version and its `flash_attn_varlen_func`, or a clause why there is none."""
     if device.type != "cuda":
         return f"flash-attn runs on CUDA devices, not on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -162,7 +176,7 @@ def _varlen_func(
         elif head_dim > head_dims[major]:
             reasons.append(f"flash-attn {number} takes head dimensions up to {head_dims[major]}")
         else:
-            return varlen
+            return number, varlen
     return "; ".join(reasons) or "flash-attn is not installed"
 
 

@@ -83,7 +83,8 @@ def interval_attention(
         raise ValueError("position_ids are required with window, got None")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    name = choose(impl, q.device, q.dtype, q.shape[-1], v.shape[-1]).name
+    options = (softcap is not None, window is not None)
+    name = choose(impl, q.device, q.dtype, q.shape[-1], v.shape[-1], *options).name
     if name == "reference":
         return interval_attention_reference(
             q, k, v, visible_until, position_ids, scale=scale, softcap=softcap, window=window
