@@ -18,7 +18,7 @@ from derta.data import Drawn, EncodedTriple
 from derta.data.packs.packing import placed
 from derta.memory.step import StepMemory, StepSettings
 from derta.modeling.introspection import context_of
-from derta.objectives.defaults import PROMPT_TOKENS, SAFE_TOKENS
+from derta.objectives.defaults import PROMPT_TOKENS, SAFE_TOKENS, RtoKeep, kept_share
 from derta.objectives.derta import DertaObjective
 
 GIB = 2**30
@@ -55,7 +55,7 @@ class Triples:
     """
 
     branches: int
-    rto_keep: float
+    rto_keep: RtoKeep
     prompt: int = PROMPT_TOKENS
     safe: int = SAFE_TOKENS
 
@@ -82,7 +82,7 @@ class Triples:
         ids = np.arange(tokens, dtype=np.int32) % 100
         q, h = np.split(ids[: self.prompt + harmful], [self.prompt])
         cuts = np.linspace(harmful, 0, self.branches + 2).astype(int)[1:-1]
-        depths = np.random.default_rng(0).random(harmful + 1) < self.rto_keep
+        depths = np.random.default_rng(0).random(harmful + 1) < kept_share(self.rto_keep)
         return Drawn(EncodedTriple(name, q, h, ids[: self.safe], harmful), cuts, depths)
 
     def live(self, tokens: int) -> float:

@@ -153,8 +153,14 @@ class Objective(ABC):
         return any(not isinstance(self.columns[name], float) for name in columns)
 
     @abstractmethod
-    def draw(self, example: Encoded, rng: np.random.Generator) -> Drawn:
-        """Draw the branches and targets of an example for one epoch."""
+    def draw(self, example: Encoded, padded: int, rng: np.random.Generator) -> Drawn:
+        """Draw the branches and targets of an example for one epoch.
+
+        Args:
+            example: the example.
+            padded: the `derta.objectives.cuts.padded_length` of its pack.
+            rng: see `derta.objectives.cuts.example_rng`.
+        """
 
     @abstractmethod
     def extent(self, example: EncodedTriple) -> Extent:

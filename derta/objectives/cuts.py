@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import numpy as np
 
-from derta.data.tokens.encoding import EncodedTriple
+from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
 
 DEEP_REACH = 100
+PADDED_TO = 8
 RTO_DEPTHS = ("uniform", "growing")
 
 
@@ -114,6 +115,46 @@ def draw_rto_rows(harmful_length: int, *, keep: float, rng: np.random.Generator)
         count = max(1, round(keep * len(rows)))
         rows[rng.choice(len(rows), size=count, replace=False)] = True
     return rows
+
+
+def draw_official_rows(
+    example: EncodedTriple, padded: int, *, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw the depths with an RTO target as the authors' full-parameter script does.
+
+    It keeps max(1, (T + 19) // 20) of the T positions of the padded row, whatever stands there.
+    Those at the prompt and the padding are lost, and a short response may keep none.
+
+    Args:
+        example: the triple.
+        padded: T, see `padded_length`; at least |q| + |h| + 1.
+        rng: see `example_rng`.
+
+    Returns:
+        (|h| + 1,) bool.
+
+    Source: the official `run_clm_llms_derta_llama_drop_5_percent.py`.
+    """
+    kept = np.zeros(padded, dtype=bool)
+    kept[rng.choice(padded, size=max(1, (padded + 19) // 20), replace=False)] = True
+    first = len(example.prompt)
+    return kept[first : first + len(example.harmful) + 1]
+
+
+def padded_length(examples: Sequence[Encoded]) -> int:
+    """Return the positions of each row if examples are rows of a batch, as the authors pad them.
+
+    A dialogue or a rendered row is one row. A triple counts by its prompt with either response;
+    prefixes of safe responses do not count. The longest row is padded to a multiple of 8.
+    """
+    longest = max(map(_row_length, examples), default=0)
+    return -(-longest // PADDED_TO) * PADDED_TO
+
+
+def _row_length(example: Encoded) -> int:
+    if isinstance(example, EncodedDialogue):
+        return len(example.input_ids)
+    return len(example.prompt) + max(len(example.harmful) + 1, len(example.safe))
 
 
 def rto_depth_weights(harmful_length: int, policy: str) -> np.ndarray:

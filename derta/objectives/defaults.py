@@ -9,6 +9,7 @@ Recipe = Literal["vanilla", "prefix_only", "rto_only", "derta"]
 CutPolicy = Literal["zero", "uniform", "official", "deep"]
 RtoDepth = Literal["uniform", "growing"]
 LossNorm = Literal["tokens", "official", "terms"]
+RtoKeep = float | Literal["official"]
 
 RTO_WEIGHT = 1.0
 MAX_LENGTH = 1024
@@ -25,14 +26,24 @@ class DrawSettings:
     Attributes:
         branches: safe responses per triple, each after a cut of its own; 0 for RTO only.
         cuts: policy that draws cuts, see `derta.objectives.cuts`.
-        rto_keep: share of the harmful response's positions with an RTO target, in [0, 1].
+        rto_keep: share of the harmful response's positions with an RTO target, in [0, 1];
+            "official": as `derta.objectives.cuts.draw_official_rows` draws them.
         rto_depth: policy of the weight of RTO targets by depth, see `derta.objectives.cuts`.
     """
 
     branches: int = 1
     cuts: CutPolicy = "uniform"
-    rto_keep: float = 1.0
+    rto_keep: RtoKeep = 1.0
     rto_depth: RtoDepth = "uniform"
+
+
+# The share of positions that "official" keeps, but for rounding.
+OFFICIAL_SHARE = 0.05
+
+
+def kept_share(rto_keep: RtoKeep) -> float:
+    """Return the share of positions with an RTO target."""
+    return OFFICIAL_SHARE if isinstance(rto_keep, str) else rto_keep
 
 
 DERTA = DrawSettings()

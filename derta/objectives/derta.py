@@ -19,7 +19,13 @@ from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
 from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss_with_rows
 from derta.objectives.base import Drawn, Extent, Mean, Number, Objective, Place, Term
-from derta.objectives.cuts import cut_probabilities, draw_cuts, draw_rto_rows, rto_depth_weights
+from derta.objectives.cuts import (
+    cut_probabilities,
+    draw_cuts,
+    draw_official_rows,
+    draw_rto_rows,
+    rto_depth_weights,
+)
 from derta.objectives.defaults import RTO_WEIGHT, DrawSettings
 from derta_kernels.head_loss import Head, HeadLoss
 
@@ -43,8 +49,12 @@ class DertaObjective(DrawSettings, Objective):
     def __post_init__(self) -> None:
         if self.branches < 0:
             raise ValueError(f"branches must be at least 0, got {self.branches}")
-        if not 0 <= self.rto_keep <= 1:
-            raise ValueError(f"rto_keep must lie in [0, 1], got {self.rto_keep}")
+        keep = self.rto_keep
+        if isinstance(keep, str):
+            if keep != "official":
+                raise ValueError(f"rto_keep must be a number or official, got {keep!r}")
+        elif not 0 <= keep <= 1:
+            raise ValueError(f"rto_keep must lie in [0, 1], got {keep}")
         if self.branches == 0 and self.rto_keep == 0:
             raise ValueError("branches and rto_keep are both 0: a triple would train nothing")
 
@@ -56,14 +66,15 @@ class DertaObjective(DrawSettings, Objective):
     def columns(self) -> Mapping[str, Any]:
         return {"shift_labels": IGNORE_INDEX, "rto_mask": False, "rto_weight": 1.0}
 
-    def draw(self, example: Encoded, rng: np.random.Generator) -> Drawn:
+    def draw(self, example: Encoded, padded: int, rng: np.random.Generator) -> Drawn:
         if isinstance(example, EncodedDialogue):
             return Drawn(example, cuts=np.zeros(0, np.int64), depths=np.zeros(0, bool))
-        return Drawn(
-            example,
-            cuts=draw_cuts(example, policy=self.cuts, branches=self.branches, rng=rng),
-            depths=draw_rto_rows(len(example.harmful), keep=self.rto_keep, rng=rng),
-        )
+        cuts = draw_cuts(example, policy=self.cuts, branches=self.branches, rng=rng)
+        if isinstance(self.rto_keep, str):
+            depths = draw_official_rows(example, padded, rng=rng)
+        else:
+            depths = draw_rto_rows(len(example.harmful), keep=self.rto_keep, rng=rng)
+        return Drawn(example, cuts, depths)
 
     def extent(self, example: EncodedTriple) -> Extent:
         possible = np.flatnonzero(cut_probabilities(example, self.cuts))
@@ -71,7 +82,7 @@ class DertaObjective(DrawSettings, Objective):
         return Extent(
             branches=count,
             cut=int(possible[-1]) if count else 0,
-            depth=len(example.harmful) if self.rto_keep > 0 else -1,
+            depth=len(example.harmful) if self.rto_keep else -1,
         )
 
     def lay(self, drawn: Drawn, place: Place) -> dict[str, np.ndarray]:

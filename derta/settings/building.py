@@ -165,7 +165,8 @@ def _flaw(value: Any, field: dataclasses.Field[Any], hint: Any) -> str | None:
 
 def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        choices = typing.get_args(hint)
+        return ("one of " if len(choices) > 1 else "") + ", ".join(map(str, choices))
     if typing.get_origin(hint) is typing.Union:  # of Literal and None, as typing spells it
         return " or ".join(
             "null" if one is type(None) else _expected(one) for one in typing.get_args(hint)

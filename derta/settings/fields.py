@@ -193,7 +193,11 @@ def check_ranges(config: Any, others: Mapping[str, About] | None = None) -> None
             continue
         if choices and value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        _check_range(name, key.about, value)
+        if isinstance(value, str) and (words := words_of(key.hint)):
+            if value not in words:
+                raise ValueError(f"{name} must be a number or {', '.join(words)}, got {value!r}")
+        else:
+            _check_range(name, key.about, value)
     for name, about in (others or {}).items():
         # Another version of a library may lack the field.
         if getattr(config, name, None) is not None:
@@ -202,6 +206,12 @@ def check_ranges(config: Any, others: Mapping[str, About] | None = None) -> None
         value = getattr(config, field.name)
         if not all_finite(value):
             raise ValueError(f"{field.name} must be finite, got {value}")
+
+
+def words_of(hint: Any) -> tuple[Any, ...]:
+    """Return the words that stand beside numbers in a type."""
+    parts = [one for one in typing.get_args(hint) if typing.get_origin(one) is typing.Literal]
+    return tuple(word for part in parts for word in typing.get_args(part))
 
 
 def _check_range(name: str, about: About, value: Any) -> None:

@@ -35,6 +35,7 @@ RESULT_KEYS = (
     "max_length",
     "max_tokens",
     "examples_per_step",
+    "examples_per_pack",
     "num_train_epochs",
     "max_steps",
     "seed",

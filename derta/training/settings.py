@@ -23,6 +23,7 @@ from derta.objectives.defaults import (
     LossNorm,
     Recipe,
     RtoDepth,
+    RtoKeep,
 )
 from derta.settings import setting
 
@@ -57,10 +58,11 @@ class RecipeSettings:
         "authors' data generator; deep: half at zero, the rest within 100 tokens.",
         shown=f"the recipe's; {DERTA.cuts} for derta",
     )
-    rto_keep: float = setting(
+    rto_keep: RtoKeep = setting(
         None,
         "Share of the positions of the harmful response that are RTO targets, drawn anew every "
-        "epoch. 0 turns RTO off. The official full-parameter recipe is 0.05.",
+        "epoch. 0 turns RTO off. official: 0.05 of the padded row's positions, prompt and padding "
+        "included, as in the authors' full-parameter script; a response may keep none.",
         ge=0,
         le=1,
         shown=f"the recipe's; {DERTA.rto_keep:g} for derta",
@@ -173,6 +175,12 @@ class ScheduleSettings:
 
     examples_per_step: int = setting(
         128, "Examples per optimizer step, over all ranks.", ge=1, heading="batches"
+    )
+    examples_per_pack: int | None = setting(
+        None,
+        "Examples of each pack, in the order of the step; null: as many as max_tokens holds. With "
+        "loss_norm: official, a pack is a micro-batch of the authors' code.",
+        ge=1,
     )
     num_train_epochs: float = setting(
         2.0, "Epochs of the training.", gt=0, le=100_000, heading="schedule"

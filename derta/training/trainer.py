@@ -316,6 +316,7 @@ class DertaTrainer(ResumableTrainer):
             encoded.lengths,
             max_tokens=args.max_tokens,
             examples_per_step=args.examples_per_step,
+            examples_per_pack=args.examples_per_pack,
             epochs=math.ceil(epochs),
             seed=args.seed,
             ranks=args.world_size,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
 from derta.objectives.base import Drawn, Objective, Place, Total
-from derta.objectives.cuts import example_rng
-from derta.objectives.defaults import CutPolicy, RtoDepth
+from derta.objectives.cuts import example_rng, padded_length
+from derta.objectives.defaults import CutPolicy, RtoDepth, RtoKeep
 from derta.objectives.derta import DertaObjective
 
 Bounds = tuple[tuple[int, int], ...]
@@ -324,7 +324,8 @@ class Collator:
 
     Args:
         objective: draws, and says which rows have targets.
-        seed: draws depend on it, the epoch and the example's id only.
+        seed: draws depend on it, the epoch and the example's id only; with rto_keep "official",
+            also on the longest example of the pack.
     """
 
     def __init__(self, objective: Objective, *, seed: int = 0) -> None:
@@ -333,11 +334,19 @@ class Collator:
 
     def __call__(self, examples: Sequence[Encoded], epoch: int = 0) -> PackedBatch:
         """Pack `examples` with the draws of `epoch`."""
-        return pack([self.draw(example, epoch) for example in examples], self.objective)
+        padded = padded_length(examples)
+        drawn = [self._draw(example, padded, epoch) for example in examples]
+        return pack(drawn, self.objective)
 
     def draw(self, example: Encoded, epoch: int) -> Drawn:
-        """Return what `epoch` draws for one example."""
-        return self.objective.draw(example, example_rng(self.seed, epoch, example.id))
+        """Return what `epoch` draws for one example that is alone in its pack.
+
+        In any pack it is the same, unless rto_keep is "official".
+        """
+        return self._draw(example, padded_length([example]), epoch)
+
+    def _draw(self, example: Encoded, padded: int, epoch: int) -> Drawn:
+        return self.objective.draw(example, padded, example_rng(self.seed, epoch, example.id))
 
 
 class DertaCollator(Collator):
@@ -356,7 +365,7 @@ class DertaCollator(Collator):
         *,
         branches: int = DertaObjective.branches,
         cuts: CutPolicy = DertaObjective.cuts,
-        rto_keep: float = DertaObjective.rto_keep,
+        rto_keep: RtoKeep = DertaObjective.rto_keep,
         rto_depth: RtoDepth = DertaObjective.rto_depth,
         seed: int = 0,
     ) -> None:

@@ -62,6 +62,7 @@ def plan_packs(
     ranks: int = 1,
     costs: np.ndarray | None = None,
     one_rank_packs: bool = False,
+    examples_per_pack: int | None = None,
 ) -> Plan:
     """Shuffle the examples of every epoch, cut them into steps and pack each step.
 
@@ -79,11 +80,16 @@ def plan_packs(
         costs: (examples,) float64, the time that each example takes, in any unit; None: its tokens.
         one_rank_packs: if True, several ranks share the packs of one rank, for a loss that depends
             on how packs are formed.
+        examples_per_pack: examples of each pack, in the order of the step; the last pack of a step
+            may have fewer. None: as many as max_tokens holds.
 
     Raises:
-        ValueError: an example is longer than a pack, or a number is below 1.
+        ValueError: an example, or examples_per_pack of them, are longer than a pack, or a number is
+            below 1.
     """
     numbers = {"examples_per_step": examples_per_step, "epochs": epochs, "ranks": ranks}
+    if examples_per_pack is not None:
+        numbers["examples_per_pack"] = examples_per_pack
     for name, value in numbers.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -94,8 +100,15 @@ def plan_packs(
             f"lengths[{index}] must be at most max_tokens ({max_tokens}), got {sizes[index]}: "
             "raise max_tokens, or encode with it"
         )
+    if examples_per_pack is not None:
+        together = int(np.sort(sizes)[-examples_per_pack:].sum())
+        if together > max_tokens:
+            raise ValueError(
+                f"max_tokens must hold examples_per_pack ({examples_per_pack}) of the longest "
+                f"examples, which have {together:,} tokens, got {max_tokens:,}"
+            )
     costs = sizes.astype(np.float64) if costs is None else costs
-    form = _Form(sizes, costs, max_tokens, ranks, one_rank_packs)
+    form = _Form(sizes, costs, max_tokens, ranks, one_rank_packs, examples_per_pack)
     steps = _Steps(form, examples_per_step, epochs, seed)
     return Plan(steps, steps.steps_per_epoch, sizes, costs, ranks)
 
@@ -109,14 +122,20 @@ class _Form:
     max_tokens: int
     ranks: int
     one_rank_packs: bool
+    examples_per_pack: int | None
 
     @property
     def is_first_fit(self) -> bool:
-        return self.ranks == 1 or self.one_rank_packs
+        return self.examples_per_pack is None and (self.ranks == 1 or self.one_rank_packs)
 
     def packs(self, examples: np.ndarray) -> list[Pack]:
         lengths = self.lengths[examples]
-        if self.is_first_fit:
+        if self.examples_per_pack is not None:
+            size = self.examples_per_pack
+            packs = [
+                tuple(examples[at : at + size].tolist()) for at in range(0, len(examples), size)
+            ]
+        elif self.is_first_fit:
             packs = _first_fit_decreasing(examples, lengths, self.max_tokens)
         else:
             packs = level(

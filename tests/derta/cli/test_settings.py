@@ -179,7 +179,7 @@ def test_a_single_value_for_a_list_is_a_list_of_one() -> None:
         ({1: 2}, "run.yaml: unknown key 1"),
         ({"refusal": True}, "run.yaml: refusal: expected str | int, got True"),
         ({"branches": True}, "run.yaml: branches: expected int, got True"),
-        ({"rto_keep": False}, "run.yaml: rto_keep: expected float, got False"),
+        ({"rto_keep": False}, "run.yaml: rto_keep: expected float or official, got False"),
         ({"report_to": ["none", True]}, "run.yaml: report_to: expected"),
         ({"rto_keep": 1.5}, "rto_keep must lie in [0, 1], got 1.5"),
         ({"branches": -1}, "branches must lie in [0, 1000], got -1"),

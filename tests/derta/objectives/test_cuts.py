@@ -8,6 +8,7 @@ import pytest
 from derta.data import (
     CUT_POLICIES,
     RTO_DEPTHS,
+    EncodedDialogue,
     EncodedTriple,
     cut_probabilities,
     draw_cuts,
@@ -15,6 +16,8 @@ from derta.data import (
     example_rng,
     rto_depth_weights,
 )
+from derta.objectives.cuts import draw_official_rows, padded_length
+from derta.objectives.derta import DertaObjective
 
 DRAWS = 20_000
 
@@ -94,6 +97,33 @@ def test_the_share_of_rto_rows_is_exact_and_never_nothing(harmful: int, keep: fl
         total += drawn
     p = expected / rows
     assert np.all(np.abs(total - draws * p) <= 5 * np.sqrt(draws * p * (1 - p)))
+
+
+@pytest.mark.parametrize("padded", [16, 40, 48, 1024])
+def test_official_rows_are_a_twentieth_of_the_padded_row_whatever_stands_there(padded: int) -> None:
+    example, draws = triple(11), 4_000
+    rng = np.random.default_rng(0)
+    rows = np.array([draw_official_rows(example, padded, rng=rng) for _ in range(draws)])
+    assert rows.dtype == bool and rows.shape == (draws, 12)
+    kept = max(1, (padded + 19) // 20)
+    p = kept / padded
+    assert np.all(np.abs(rows.sum(0) - draws * p) <= 5 * np.sqrt(draws * p * (1 - p)))
+    # Drawn together: that all of them miss the response is hypergeometric.
+    none = np.prod([(padded - 12 - k) / (padded - k) for k in range(kept)])
+    missed = np.count_nonzero(~rows.any(1))
+    assert abs(missed - draws * none) <= 5 * np.sqrt(draws * none * (1 - none)) + 1
+
+
+def test_official_rows_depend_on_the_longest_row_of_the_pack() -> None:
+    dialogue = EncodedDialogue("d", np.zeros(41, np.int32), np.ones(41, bool))
+    assert padded_length([]) == 0
+    assert padded_length([triple(4)]) == 8  # 3 + 4 + 1
+    assert padded_length([triple(5)]) == 16
+    assert padded_length([triple(0), dialogue]) == 48
+    objective = DertaObjective(rto_keep="official")
+    rng = np.random.default_rng(0)
+    counts = [objective.draw(triple(30), 2000, rng).depths.sum() for _ in range(300)]
+    assert min(counts) == 0 and 1 < np.mean(counts) < 2  # 100 of 2000 positions, 31 of them live
 
 
 def test_draws_depend_on_seed_epoch_and_example_alone() -> None:

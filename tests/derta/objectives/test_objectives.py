@@ -93,8 +93,8 @@ class SmallStates(Objective):
     terms = (Term("norm", "norm"),)
     columns: Mapping[str, Any] = {"is_last": False}  # type: ignore[assignment]
 
-    def draw(self, example: Any, rng: np.random.Generator) -> Drawn:
-        return DertaObjective(cuts="zero", rto_keep=0.0).draw(example, rng)
+    def draw(self, example: Any, padded: int, rng: np.random.Generator) -> Drawn:
+        return DertaObjective(cuts="zero", rto_keep=0.0).draw(example, padded, rng)
 
     def extent(self, example: Any) -> Extent:
         return Extent(branches=1, cut=0, depth=-1)

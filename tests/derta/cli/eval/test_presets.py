@@ -111,7 +111,7 @@ def test_given_keys_go_before_the_preset_and_searches_join_it(
         (("--preset", "official"), "preset needs preset_data, the folder of its test files"),
         (
             ("--preset", "other"),
-            "command line: preset: expected one of official or null, got 'other'",
+            "command line: preset: expected official or null, got 'other'",
         ),
         (
             ("--attacks", "{a: x.jsonl}", "--completions", "{a: x.jsonl}"),

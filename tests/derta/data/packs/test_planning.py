@@ -195,12 +195,32 @@ def test_an_epoch_of_the_paper_is_planned_within_seconds() -> None:
     assert time.process_time() - started < 5
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_packs_of_a_number_of_examples_are_cut_from_the_steps_order(ranks: int) -> None:
+    lengths = list(range(1, 31))
+    settings = {"max_tokens": 200, "examples_per_step": 14, "epochs": 2, "seed": 3}
+    plan = plan_packs(lengths, **settings, ranks=ranks, examples_per_pack=4)
+    everything = plan_packs(lengths, **{**settings, "max_tokens": 10_000})
+    shuffled = []
+    for packs, (whole,) in zip(plan.steps, everything.steps, strict=True):
+        filled = [pack for pack in packs if pack]
+        assert sorted(map(len, filled), reverse=True)[:-1] == [4] * (len(filled) - 1)
+        assert sorted(itertools.chain(*filled)) == sorted(whole)
+        shuffled += [list(pack) != sorted(pack, reverse=True) for pack in filled]
+    assert any(shuffled)
+    message = (
+        r"^max_tokens must hold examples_per_pack \(4\) of the longest examples, which have 114"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan_packs(lengths, **{**settings, "max_tokens": 113}, examples_per_pack=4)
+
+
 def test_an_example_longer_than_a_pack_is_named() -> None:
     with pytest.raises(ValueError, match=r"^lengths\[1\] must be at most max_tokens \(10\), got"):
         plan_packs([3, 11], max_tokens=10, examples_per_step=2, epochs=1, seed=0)
 
 
-@pytest.mark.parametrize("name", ["examples_per_step", "epochs", "ranks"])
+@pytest.mark.parametrize("name", ["examples_per_step", "epochs", "ranks", "examples_per_pack"])
 def test_counts_are_at_least_one(name: str) -> None:
     settings = {"max_tokens": 9, "examples_per_step": 2, "epochs": 1, "seed": 0, name: 0}
     with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0"):
