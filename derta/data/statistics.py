@@ -319,6 +319,7 @@ def data_statistics(
                 "apart": run.apart,
                 "shortened": run.shortened,
                 "truncated": run.fitting.truncated,
+                "context_only": run.whole.context_only,
                 "skipped": run.fitting.skipped,
             },
             "loss": shares,

@@ -301,6 +301,12 @@ class DertaTrainer(ResumableTrainer):
                 args.max_length,
                 args.max_tokens,
             )
+        if encoded.context_only:
+            logger.warning(
+                "%d earlier answers of dialogues are context without targets: chat_template writes "
+                "them otherwise once the conversation goes on (split dialogues to train on each)",
+                encoded.context_only,
+            )
         if not encoded.examples:
             raise ValueError(
                 f"no example is left: {given} given, {encoded.skipped} longer "

@@ -86,6 +86,11 @@ def _of_run(found: Mapping[str, Any], terms: Sequence[Term]) -> list[str]:
         f"longer than a run takes: {tokens['shortened']:,} harmful responses shortened, "
         f"{tokens['truncated']:,} other records truncated, {tokens['skipped']:,} skipped"
     )
+    if tokens["context_only"]:
+        lines.append(
+            f"context without targets: {tokens['context_only']:,} earlier answers of dialogues, "
+            "which chat_template rewrites"
+        )
     titles = "".join(f"{term.title:>16}" for term in terms)
     lines.append(f"{'share of the loss':<22}{titles}")
     for source, share in found["loss"].items():

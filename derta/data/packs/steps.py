@@ -42,6 +42,7 @@ class EncodedRecords:
         lengths: (examples,) int64, the most tokens that each takes in a pack.
         skipped: the number of records that did not fit.
         truncated: the number of dialogues and rendered next-token rows that lost their end.
+        context_only: the number of earlier answers without targets, see `Encoder`.
         roles: the number of examples by role, without rendered rows with next-token targets: those
             may be refusals, and their refusal curves say nothing.
         safe_starts: the number of safe responses that start with each token.
@@ -52,6 +53,7 @@ class EncodedRecords:
     lengths: np.ndarray
     skipped: int
     truncated: int
+    context_only: int
     roles: Counter[str]
     safe_starts: Counter[int]
     first_messages: Sequence[Message] | None
@@ -107,12 +109,14 @@ def encode_records(
             yield place, example
 
     skipped, truncated = encoder.skipped, encoder.truncated
+    context_only = encoder.context_only
     examples = ExampleStore(fitting())
     return EncodedRecords(
         examples=examples,
         lengths=np.array(lengths, np.int64),
         skipped=encoder.skipped - skipped,
         truncated=encoder.truncated - truncated,
+        context_only=encoder.context_only - context_only,
         roles=roles,
         safe_starts=safe_starts,
         first_messages=first_messages[0] if first_messages else None,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jinja2
 
@@ -37,6 +38,7 @@ TEMPLATE_ERRORS = (
 
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "Hello"},)
 _SENTINEL = "sentinel-answer"
+_WITHOUT_THINKING = {"enable_thinking": False, "thinking": False}
 
 
 class Answer(NamedTuple):
@@ -55,7 +57,9 @@ class Chat:
 
     Text that the template writes before a response (the generation prompt, an empty thinking block)
     belongs to the prompt, except spaces, which tokenizers join to the next word. Responses are read
-    from the rendered conversation, so they change as the template changes them (by trimming).
+    from the rendered conversation, so they change as the template changes them (by trimming). They
+    hold no reasoning: a template that opens a thinking block in its generation prompt is told
+    `enable_thinking: false` (and `thinking`, its other name).
 
     Control tokens in the texts of messages are read as plain text, and decode to the same text; the
     template's own stay tokens. `SpecialTokens` says which tokens control, and how.
@@ -64,6 +68,8 @@ class Chat:
         tokenizer: a tokenizer with a chat template.
         special_tokens_in_text: "plain"; "refuse", the same, and `check` raises an error; or "keep",
             which makes them control tokens, as if the template had written them.
+        needs_template: if False, a tokenizer without a template is taken too, for texts that were
+            rendered before; nothing else can be rendered then.
 
     Attributes:
         special: the tokenizer's control tokens.
@@ -74,7 +80,7 @@ class Chat:
         closing_ids: both as token ids.
 
     Raises:
-        ValueError: there is no chat template, it is no Jinja, it does not end (see
+        ValueError: there is no chat template and it is needed, it is no Jinja, it does not end (see
             `trial.check_ends`), it drops the assistant's text, a response does not begin with its
             generation prompt, there is no token to close a response, or special_tokens_in_text has
             another value.
@@ -84,39 +90,47 @@ class Chat:
         self,
         tokenizer: PreTrainedTokenizerBase,
         special_tokens_in_text: SpecialTokensInText = "plain",
+        *,
+        needs_template: bool = True,
     ) -> None:
         if special_tokens_in_text not in (choices := typing.get_args(SpecialTokensInText)):
             raise ValueError(
                 f"special_tokens_in_text must be one of {', '.join(choices)}, got "
                 f"{special_tokens_in_text!r}"
             )
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template: set chat_template (the configuration key, or "
-                f"the tokenizer's attribute) to that of the model's instruct version: a file, or "
-                f"one of {', '.join(CHAT_TEMPLATES)}"
-            )
         self.tokenizer = tokenizer
         self.special_tokens_in_text = special_tokens_in_text
         self.special = SpecialTokens(tokenizer)  # enough for the texts of the probes
-        answer: Message = {"role": "assistant", "content": _SENTINEL}
+        self.closing_text = ""
+        self.closing_ids: list[int] = []
+        self.appended_ids: list[int] = []
+        if not tokenizer.chat_template and not needs_template:
+            return
         check_ends(
             str(tokenizer.chat_template),
-            lambda: self._render(PROBE, generate=True) + self._render([*PROBE, answer]),
+            lambda: "".join([*self._probed({}), *self._probed(_WITHOUT_THINKING)]),
         )
-        opening = self._render(PROBE, generate=True)
-        answered = self._render([*PROBE, answer])
+        opening, answered = self._probed({})
+        if not answered.startswith(opening):
+            opening, answered = self._probed(_WITHOUT_THINKING)
         if _SENTINEL not in answered:
             raise ValueError("chat_template drops the assistant's messages")
         if not answered.startswith(opening):
+            own = opening[len(os.path.commonprefix([opening, answered])) :][:40]
             raise ValueError(
-                "chat_template does not begin a response with its generation prompt: set "
-                "chat_template to one whose generation prompt is a prefix of the answered chat"
+                f"chat_template ends its generation prompt with {own!r}, with which an answered "
+                "chat does not go on: set chat_template to a copy that leaves it out"
             )
         lead, _, self._tail = answered[len(opening) :].partition(_SENTINEL)
         self._lead = lead.rstrip(" ")
         self.special = SpecialTokens(tokenizer, self._written())
         self.closing_text, self.closing_ids, self.appended_ids = self._closing()
+
+    def _probed(self, options: dict[str, Any]) -> tuple[str, str]:
+        """Return a rendered prompt, and the same with an answer; options are the template's."""
+        self._options = options
+        answer: Message = {"role": "assistant", "content": _SENTINEL}
+        return self._render(PROBE, generate=True), self._render([*PROBE, answer])
 
     def _written(self) -> str:
         """Return the text that the template writes around messages, with probes in between."""
@@ -246,11 +260,17 @@ class Chat:
         return self._render(messages, generate=True) + self._lead
 
     def _render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template: set chat_template (the configuration key, or "
+                "the tokenizer's attribute) to that of the model's instruct version: a file, or "
+                f"one of {', '.join(CHAT_TEMPLATES)}"
+            )
         quoted = [{**one, "content": self._quoted(one["content"])} for one in messages]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    quoted, tokenize=False, add_generation_prompt=generate
+                    quoted, tokenize=False, add_generation_prompt=generate, **self._options
                 )
             )
         except jinja2.TemplateSyntaxError as error:

@@ -85,6 +85,10 @@ class Encoder(Chat):
     record that still does not fit (prompt and safe response, a dialogue, another rendered row) is
     skipped and counted.
 
+    A model sees earlier answers of a dialogue as the template writes them later on, where many drop
+    thinking blocks. Of an earlier answer, the targets are the tokens that it would have written
+    itself after what it sees: none if the template changes what precedes them.
+
     If too_long is "truncate", a dialogue or a rendered row keeps its first `max_length` tokens, of
     which the last is only a label, and is skipped if no target is among them; a harmful response is
     cut such that its closing label is counted too. The authors' code does so: an RTO row with a
@@ -97,7 +101,7 @@ class Encoder(Chat):
     whatever `special_tokens_in_text` says.
 
     Args:
-        tokenizer: a tokenizer with a chat template.
+        tokenizer: a tokenizer with a chat template; rendered rows need none.
         max_length: tokens of the longest logical sequence: |q| + |h|, |q| + cut + |r|, a dialogue.
         max_tokens: tokens of the longest pack; a triple with its branches must fit into it.
         branches: number of safe responses per triple.
@@ -109,9 +113,11 @@ class Encoder(Chat):
     Attributes:
         skipped: number of records so far that did not fit.
         truncated: number of dialogues and rendered next-token rows so far that lost their end.
+        context_only: number of earlier answers of dialogues so far that have no target, because the
+            template writes them otherwise once the conversation goes on.
 
     Raises:
-        ValueError: the tokenizer has no usable chat template, too_long has another value, or cuts
+        ValueError: the tokenizer's chat template is not usable, too_long has another value, or cuts
             is "official" and the tokenizer has no token offsets to find words by.
 
     Source: the authors' code, `preprocess_function` (`truncation=True, max_length=block_size`).
@@ -128,7 +134,7 @@ class Encoder(Chat):
         special_tokens_in_text: SpecialTokensInText = "plain",
         too_long: TooLong = "skip",
     ) -> None:
-        super().__init__(tokenizer, special_tokens_in_text)
+        super().__init__(tokenizer, special_tokens_in_text, needs_template=False)
         if too_long not in (choices := typing.get_args(TooLong)):
             raise ValueError(f"too_long must be one of {', '.join(choices)}, got {too_long!r}")
         self.max_length = max_length
@@ -142,7 +148,7 @@ class Encoder(Chat):
             )
         self.bos_ids = [id for id in tokenizer("")["input_ids"] if id == tokenizer.bos_token_id]
         self.truncates = too_long == "truncate"
-        self.skipped = self.truncated = 0
+        self.skipped = self.truncated = self.context_only = 0
 
     def encode(self, record: Record) -> Encoded | None:
         """Encode a record; return None if it does not fit.
@@ -191,14 +197,7 @@ class Encoder(Chat):
             answers: list[Answer] = []
             for index, message in enumerate(record.messages):
                 if message["role"] == "assistant":
-                    answer = self._closed(record.messages[:index], message["content"])
-                    if answers and not answer.prompt.startswith("".join(answers[-1])):
-                        raise ValueError(
-                            "chat_template rewrites earlier messages as the conversation goes on, "
-                            f"seen at messages[{index}]: set chat_template to one that does not, "
-                            "or split the dialogue"
-                        )
-                    answers.append(answer)
+                    answers.append(self._closed(record.messages[:index], message["content"]))
             return answers
 
     def _closed(self, messages: Sequence[Message], text: str) -> Answer:
@@ -257,8 +256,9 @@ class Encoder(Chat):
         is_target = np.zeros(len(ids), bool)
         is_target[len(last.prompt_ids) :] = True
         for turn in inner:
-            written = turn.prompt_ids + turn.response_ids
-            is_target[len(turn.prompt_ids) : _common(written, ids)] = True
+            start, end = len(turn.prompt_ids), _common(turn.prompt_ids + turn.response_ids, ids)
+            is_target[start:end] = True
+            self.context_only += end <= start
         role: Role = "borderline" if dialogue.borderline else "helpful"
         return self._plain(dialogue, role, ids, is_target)
 

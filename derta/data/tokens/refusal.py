@@ -137,6 +137,11 @@ def _word_id(chat: Chat, word: str, messages: Sequence[Message]) -> int:
             f"refusal must be a word without spaces around it, got {word!r}: the chat template "
             "decides whether a space comes first"
         )
+    if not chat.tokenizer.chat_template:
+        raise ValueError(
+            f"refusal {word!r} is looked up in the chat template, and the tokenizer has none: give "
+            "a token id, or set chat_template"
+        )
     ids = chat.response_ids(messages, word)
     pieces = [chat.text(id) for id in ids]
     if len(ids) != 1:

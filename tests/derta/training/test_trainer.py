@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import subprocess
@@ -33,7 +34,7 @@ from derta.data import (
     plan_packs,
     sequence_length,
 )
-from derta.evaluation import EvaluationSettings, forced_rates, refusal_curve, response
+from derta.evaluation import EvaluationSettings, forced_rates, generate, refusal_curve, response
 from derta.training.progress import format_figures
 from derta_kernels.attention.layout import Layout
 from derta_kernels.head_loss import custom_op
@@ -466,6 +467,31 @@ def test_rendered_rows_train_beside_triples_and_dialogues(tmp_path: Path) -> Non
     assert tuned.state.global_step == 1
     with pytest.raises(ValueError, match="^rendered-True: rto_keep is 0, and a rendered row of"):
         trainer(tmp_path, records=[*RECORDS, *rows], rto_keep=0)
+
+
+def test_neither_a_template_nor_a_pad_token_is_needed(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = tokenizer.pad_token = None
+    model = tiny_model("llama", pad_token_id=None)
+    rows = [
+        Rendered(
+            prefix="[INST] How? Sure,", text=" step one. " * (index + 1), rto=rto, id=f"{index}"
+        )
+        for index, rto in enumerate([True, False, True])
+    ]
+
+    def run(refusal: str | int) -> DertaTrainer:
+        args = settings(tmp_path, refusal=refusal)
+        return DertaTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+
+    with pytest.raises(ValueError, match="^refusal 'Sorry' is looked up in the chat template, and"):
+        run("Sorry")
+    run(5).train()
+    prompts = [[7, 8, 9], [4]]
+    limits: dict[str, Any] = {"stop_ids": {3}, "max_new_tokens": 3}
+    together = generate(model, prompts, ids=["a", "b"], batch_size=2, **limits)
+    apart = [generate(model, [one], ids=["a"], batch_size=1, **limits)[0] for one in prompts]
+    assert together == apart
 
 
 def test_steps_and_schedule_are_known_before_training(tmp_path: Path) -> None:
