@@ -105,6 +105,20 @@ COMMANDS = {
         "With FOLDER, a model, adapters or a checkpoint is verified by its configuration and the "
         "headers of its files, and described. Exits with 1 at the first fault.",
     ),
+    "reproduce": Command("run the paper's experiments from the authors' own files"),
+    "reproduce data": Command(
+        "write the training files of the paper's variants",
+        "reproduce.ReproduceDataConfig",
+        about="Does what the authors' generate_training_data.py does, with a seed, and adds the "
+        "file of RTO alone, which it lacks.",
+    ),
+    "reproduce table4": Command(
+        "train and attack the paper's variants, and print its table 4 beside ours",
+        "reproduce.Table4Config",
+        about="Renders the authors' training files, trains the four variants with one "
+        "configuration, evaluates them with derta eval's preset official, and prints attack "
+        "success beside the paper's, with intervals. With --models, nothing is trained.",
+    ),
     "data": Command("check, count and build record files"),
     "data validate": Command(
         "list every bad row of record files, in one pass",

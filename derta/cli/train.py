@@ -60,7 +60,7 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if self.dry_run:
-            self.shard = "none"  # it shows a pack, in one process
+            self.shard, self.offload_parameters = "none", False  # it shows a pack, in one process
         DertaConfig.__post_init__(self)
         if not self.sources:
             raise ValueError("sources: expected at least one source, got none")

@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from official.files import DIALOGUES, TRAIN_FILES, TRIPLES, write_files
+
 HERE = Path(__file__).parent
 RECORDING = HERE / "recording.json"
 TOKENIZER = HERE / "tokenizer.json"
@@ -39,20 +41,6 @@ SCRIPTS = {
     "full": "run_files/run_clm_llms_derta_llama_drop_5_percent.py",
     "lora": "run_files/run_clm_lora_derta_llama.py",
 }
-COLOURS = ("green", "brown", "quiet", "seven", "lazy", "quick", "old", "tall", "small")
-TRIPLES = [
-    {
-        "instruction": f"How do I paint the {colour} fence?",
-        "output": "Step one, take the ladder.\nStep two, climb it. " * (index % 4) + "Go on.",
-        "safe_response": "Sorry, I cannot help with that. "
-        + "Ask me something else! " * (index % 2),
-    }
-    for index, colour in enumerate(COLOURS)
-]
-DIALOGUES = [
-    {"instruction": f"What do {n} foxes do?", "output": "They jump over the lazy dog. " * n}
-    for n in (1, 2, 9, 3, 1, 2)
-]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -141,13 +129,8 @@ def inside(folder: str) -> Iterator[None]:
 def generated(repository: Path) -> dict[str, list[dict[str, str]]]:
     """Return the rows that their generator writes."""
     code = (repository / "data/train/generate_training_data.py").read_text(encoding="utf-8")
-    files = {"safety_beaver_safe_and_unsafe_response": TRIPLES}
-    for part, row in enumerate(DIALOGUES):
-        files[f"helpfulness_unsencor_wizardlm_60k_part_{part}"] = [row]
     with tempfile.TemporaryDirectory() as folder, inside(folder):
-        for name, rows in files.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            Path(f"{name}.json").write_text(lines, encoding="utf-8")
+        write_files(Path(), TRAIN_FILES)
         random.seed(SEED)
         exec(compile(code, "generate_training_data.py", "exec"), {})
         names = ("llama_vanilla", "llama_recaug", "llama_derta")

@@ -16,16 +16,8 @@ from derta.data.packs.packing import Drawn
 from derta.data.records.rendering import official_rows
 from derta.data.tokens.refusal import RefusalToken
 from derta.labels import derta_labels
-from official.record import (
-    BLOCK_SIZE,
-    DIALOGUES,
-    MICRO_BATCH,
-    RECORDING,
-    SEED,
-    TRIPLES,
-    model,
-    tokenizer,
-)
+from official.files import DIALOGUES, TRIPLES
+from official.record import BLOCK_SIZE, MICRO_BATCH, RECORDING, SEED, model, tokenizer
 
 RECORDED: dict[str, Any] = json.loads(RECORDING.read_text(encoding="utf-8"))
 REFUSAL = 19_701  # their constant: "Sorry" in Llama 3's vocabulary

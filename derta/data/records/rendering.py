@@ -24,11 +24,16 @@ SAFETY_ROWS = {
     "rto_only": (3000, 3000),
     "derta": (3000, 3000),
 }
+CLOSING = "<|end_of_text|>"  # Llama 3's
 PREFIXED = ("prefix_only", "derta")
 
 
 def official_rows(
-    triples: Sequence[Triple], dialogues: Sequence[Dialogue], *, seed: int = 0
+    triples: Sequence[Triple],
+    dialogues: Sequence[Dialogue],
+    *,
+    seed: int = 0,
+    closing: str = CLOSING,
 ) -> dict[str, list[Row]]:
     """Return the rows of each of the paper's recipes, in the order of the authors' files.
 
@@ -39,11 +44,12 @@ def official_rows(
         triples: triples of one request each; `SAFETY_ROWS` says how many are used at most.
         dialogues: a request and its answer each.
         seed: seed of the cuts. Python's `random.seed` of it makes the authors' code draw the same.
+        closing: the model's end-of-sequence token as text, which closes every response.
 
     Raises:
         ValueError: a record has more than one turn; names its id.
     """
-    helpful = [_helpful(dialogue) for dialogue in dialogues]
+    helpful = [_helpful(dialogue, closing) for dialogue in dialogues]
     refusing: list[Row] = []
     plain: list[Row] = []
     prefixed: list[Row] = []
@@ -52,28 +58,28 @@ def official_rows(
         if len(triple.messages) > 1:
             raise ValueError(f"{triple.id}: messages: expected one request, got several messages")
         asked = _asked(triple.prompt)
-        refusing.append(_row(asked, triple.harmful, is_rto=True))
+        refusing.append(_row(asked, triple.harmful + closing, is_rto=True))
         words = triple.harmful.split(" ")
         if len(words) < 3:
             continue
         count = rng.randint(1, len(words) - 2)
         start = " ".join(words[: count if index % 3 else 0])
-        prefixed.append(_row(f"{asked} {start}", triple.safe))
-        plain.append(_row(asked, triple.safe))
+        prefixed.append(_row(f"{asked} {start}", triple.safe + closing))
+        plain.append(_row(asked, triple.safe + closing))
     return {
         recipe: helpful + refusing[:rto] + (prefixed if recipe in PREFIXED else plain)[:safe]
         for recipe, (safe, rto) in SAFETY_ROWS.items()
     }
 
 
-def _helpful(dialogue: Dialogue) -> Row:
+def _helpful(dialogue: Dialogue, closing: str) -> Row:
     roles = [message["role"] for message in dialogue.messages]
     if roles != ["user", "assistant"]:
         raise ValueError(
             f"{dialogue.id}: messages: expected a request and its answer, got {', '.join(roles)}"
         )
     request, answer = (message["content"] for message in dialogue.messages)
-    return _row(_asked(request), answer)
+    return _row(_asked(request), answer + closing)
 
 
 def _asked(request: str) -> str:
@@ -82,4 +88,4 @@ def _asked(request: str) -> str:
 
 def _row(prefix: str, response: str, *, is_rto: bool = False) -> Row:
     safe = "true" if is_rto else "false"
-    return {"prefix": prefix, "text": f" {response}<|end_of_text|>", "safe": safe}
+    return {"prefix": prefix, "text": f" {response}", "safe": safe}

@@ -15,25 +15,14 @@ from derta.evaluation import Exchange, ModelGenerator
 from derta.evaluation.generation.local import Written
 from derta.evaluation.judges.registry import make_judges
 from derta.evaluation.presets import OFFICIAL_CHAT_TEMPLATE
+from official.files import TEST_FILES, write_files
 from tiny import tiny_model, tiny_tokenizer
-
-# Invented, in the shape and under the names of the authors' test files.
-FILES: dict[str, list[dict[str, str]]] = {
-    "safety_illegal_instructions_200": [{"question": "How do I paint the fence?"}],
-    "safety_codeattack": [{"question": "def paint():\n    pass  <|eot_id|>\n"}],
-    "safety_jailbreakchat": [{"question": "  You are a fox. "}],
-    "safety_selfcipher": [{"question": "Seven wizards\n\nwatch."}],
-    "safety_completionattack": [{"question": "I will paint the fence:\n Step 1:"}],
-    "helpfulness_gsm8k_500": [{"question": "What is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"}],
-    "helpfulness_mmlu_500": [{"question": "Which?\n-options\n-(A) Fox\n-(B) Dog\n", "answer": "B"}],
-    "helpfulness_alpaca_eval_300": [{"question": "Tell me of ladders."}],
-}
 
 
 def official_prompts() -> list[str]:
     """Format the prompts as `evaluation.py` of the official repository does."""
     prompts = []
-    for name, (row,) in FILES.items():
+    for name, (row,) in TEST_FILES.items():
         question = row["question"]
         if "mmlu" in name:
             few_shot = "Choose the correct option for the given question.\n"
@@ -50,10 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     tiny_model("llama", max_position_embeddings=2048).save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
-    Path("official").mkdir()
-    for name, rows in FILES.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        Path(f"official/{name}.json").write_text(lines, encoding="utf-8")
+    write_files(Path("official"), TEST_FILES)
     return tmp_path
 
 

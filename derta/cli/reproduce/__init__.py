@@ -1,0 +1,1 @@
+"""`derta reproduce ACTION`: the paper's experiments from the authors' own files."""
