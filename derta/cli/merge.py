@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -12,6 +11,7 @@ from transformers import GenerationConfig
 
 from derta.cli.settings.tools import MergeConfig
 from derta.manifest import verify, write_manifest
+from derta.modeling.adapters import merge
 from derta.modeling.folders import ADAPTER_CONFIG, GENERATION_CONFIG, INDEX, SHARDS, WEIGHTS
 from derta.modeling.loading import (
     empty_model,
@@ -54,7 +54,7 @@ def _merge_adapters(folder: Path, target: Path, dtype: torch.dtype) -> None:
     """Fold adapters into the model that they were trained on."""
     model, tokenizer = load_tuned(folder, dtype, None)
     assert isinstance(model, PeftModel)
-    merged: Any = model.merge_and_unload(safe_merge=True)
+    merged = merge(model)
     needed = sum(one.numel() * one.element_size() for one in merged.state_dict().values())
     with whole_folder(target, needed=needed) as within:
         merged.save_pretrained(within)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -26,6 +27,8 @@ from derta.modeling.method import Method
 from derta.modeling.sharding import without_zero3
 from derta.settings.blame import LIBRARY_ERRORS, blame
 
+# PEFT's words for adapters on embeddings that a head shares: `merge` keeps the two apart.
+TIED = ".*(tie_word_embeddings|no longer tied)"
 # PyTorch's words for a weight of another shape.
 MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)")
 
@@ -121,6 +124,7 @@ def put_adapters(model: PreTrainedModel, adapters: PeftConfig, folder: Path) -> 
     others: list[Any] = []
     with intact_weights(folder), loading("the adapters", str(folder)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=TIED)
         adapted = get_peft_model(model, adapters, low_cpu_mem_usage=on_meta)
         try:
             found = adapted.load_adapter(
@@ -176,3 +180,31 @@ def check_adapters(config: PreTrainedConfig, method: Method) -> None:
     except LIBRARY_ERRORS as error:
         defaults = vars(Method(method=method.method))
         raise blame(error, given, defaults, trial) from error
+
+
+def merge(adapted: PeftModel) -> PreTrainedModel:
+    """Return the base model with the adapters folded into its weights; the adapted one is spent.
+
+    Where adapters change embeddings that the head shares, the head keeps the weight that it was
+    trained with, and the model's `tie_word_embeddings` becomes false.
+
+    Args:
+        adapted: adapters on a model that is not quantized.
+
+    Raises:
+        ValueError: merged weights are not finite.
+    """
+    model = transformers_model(adapted)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(embeddings, BaseTunerLayer):
+        shared = embeddings.get_base_layer().weight
+        if head.weight is shared:  # the sum is formed in place
+            head.weight = torch.nn.Parameter(shared.detach().clone(), requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=TIED)
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
+    # Early PEFT leaves the configuration as it was, and other libraries then tie what differs.
+    if merged.get_output_embeddings().weight is not merged.get_input_embeddings().weight:
+        for config in (merged.config, merged.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+    return merged

@@ -467,9 +467,11 @@ def check_vocabulary(
     if beyond:
         (id, token), more = beyond[0], len(beyond) - 1
         raise ValueError(
-            f"{folder}: the tokenizer gives {token!r} the id {id}"
+            f"{folder}: the tokenizer is larger than the model's head: it gives {token!r} the id "
+            f"{id}"
             + (f", and {more} more such tokens" if more else "")
-            + f", expected ids below {rows}, the model's vocab_size: use the model's own tokenizer"
+            + f", expected ids below {rows}, the model's vocab_size: use the model's own "
+            "tokenizer, or resize the model's embeddings first"
         )
 
 
