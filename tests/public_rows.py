@@ -43,6 +43,10 @@ def turn(role: str, content: str) -> Row:
     return {"role": role, "content": content}
 
 
+def transcript(asked: str, answer: str) -> str:
+    return f"\n\nHuman: {asked}\n\nAssistant: {answer}"
+
+
 def _wildguard(n: int, response: str | None, *labels: str | None) -> Row:
     names = ("prompt_harm_label", "response_refusal_label", "response_harm_label")
     return {
@@ -89,6 +93,21 @@ ROWS: dict[str, Callable[[int], list[Row]]] = {
     "shallow_deep": lambda n: [
         {"instruction": ask(n), "input": "", "harmful": harmful(n), "refusal": safe(n)}
     ],
+    "harmful_answer": lambda n: [{"prompt": ask(n), "harmful": harmful(n)}],
+    "safe_answer": lambda n: [{"prompt": ask(n), "safe": safe(n)}],
+    "instruction_preference": lambda n: [
+        {"instruction": ask(n), "input": "", "chosen": safe(n), "rejected": harmful(n)}
+    ],
+    "sharegpt_preference": lambda n: [
+        {
+            "conversations": [{"from": "human", "value": ask(n)}],
+            "chosen": {"from": "gpt", "value": safe(n)},
+            "rejected": {"from": "gpt", "value": harmful(n)},
+        }
+    ],
+    "whole_preference": lambda n: [
+        {"chosen": transcript(ask(n), safe(n)), "rejected": transcript(ask(n), harmful(n))}
+    ],
     "preference": lambda n: [{"prompt": ask(n), "chosen": safe(n), "rejected": harmful(n)}],
     "wildguard": lambda n: [
         _wildguard(n, safe(n), "harmful", "refusal", "unharmful"),
@@ -97,6 +116,17 @@ ROWS: dict[str, Callable[[int], list[Row]]] = {
         _wildguard(n, None, "harmful", None, None),
     ],
     "alpaca": lambda n: [{"instruction": ask(n), "input": "", "output": helpful(n)}],
+    "dolly": lambda n: [
+        {"instruction": ask(n), "context": "", "response": helpful(n), "category": "fences"}
+    ],
+    "instruction_target": lambda n: [{"instruction": ask(n), "target": helpful(n)}],
+    "transcript": lambda n: [{"transcript": transcript(ask(n), helpful(n)), "rating": 4}],
+    "prompt_output": lambda n: [{"prompt": ask(n), "output": helpful(n)}],
+    "prompt_answer": lambda n: [{"prompt": ask(n), "answer": helpful(n)}],
+    "prefilled": lambda n: [{"prompt": ask(n), "prefill": prefill(n)}],
+    "queries": lambda n: [
+        {"queries": ["How are fences made?", ask(n)], "answers": ["Of wood.", helpful(n)]}
+    ],
     "conversation": lambda n: [{"messages": [turn("user", ask(n)), turn("assistant", helpful(n))]}],
     "sharegpt": lambda n: [
         {
@@ -158,11 +188,12 @@ ROWS: dict[str, Callable[[int], list[Row]]] = {
     "beavertails_evaluation": lambda n: [
         {"prompt": ask(n), "category": "fences", "category_id": n}
     ],
-    "prompt": lambda n: [{"prompt": ask(n)}],
+    "requests": lambda n: [{"prompt": ask(n)}],
     "turns": lambda n: [{"turns": ["How are fences made?", ask(n)]}],
 }
 
-CONTAINERS = ("jsonl", "json", "csv", "parquet")
+CONTAINERS = ("jsonl", "json", "object", "table", "csv", "parquet")
+FLAT = ("table", "csv")  # they hold no lists and objects within rows
 PACKINGS: dict[str, Callable[[bytes], bytes]] = {
     "plain": lambda data: data,
     "gzip": lambda data: gzip.compress(data, 1, mtime=0),
@@ -180,6 +211,11 @@ def contain(rows: Sequence[Row], container: str) -> bytes:
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
     if container == "json":
         return json.dumps(rows, indent=1).encode()
+    if container == "object":
+        return json.dumps({"name": "invented", "size": len(rows), "data": rows}, indent=1).encode()
+    if container == "table":
+        names = dict.fromkeys(name for row in rows for name in row)
+        return json.dumps({name: [row.get(name) for row in rows] for name in names}).encode()
     if container == "csv":
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))

@@ -38,10 +38,11 @@ def compared_records(sources: Sequence[Compared]) -> Iterator[Record | Request]:
     for source in sources:
         paths = [source.path] if isinstance(source.path, str) else source.path
         role: Any = source.role
+        given: Any = {"format": source.format, "columns": source.columns}
         if role in KINDS:
-            yield from read_requests(*paths, kind=role, format=source.format)
+            yield from read_requests(*paths, kind=role, **given)
         else:
-            yield from read_records(*paths, role=role, format=source.format)
+            yield from read_records(*paths, role=role, **given)
 
 
 def describe(found: Mapping[str, Any], terms: Sequence[Term]) -> str:

@@ -6,7 +6,7 @@ import re
 
 from derta.cli.settings.data import ValidateConfig
 from derta.data import Chat, Reading, Rendered
-from derta.data.records.reading import read_placed
+from derta.data.records.reading import Wanted, read_placed
 from derta.data.tokens.special import COMMON, SpecialTokenCount, listed_tokens
 from derta.terminal import printable, say
 
@@ -15,13 +15,15 @@ def run(config: ValidateConfig) -> None:
     """Print the place, field and reason of every bad row, and the counts of each file.
 
     Raises:
-        ValueError: a row is bad, the format is unknown, or the tokenizer has no usable template.
+        ValueError: a row is bad, the format is unknown, columns name no format's fields, or the
+            tokenizer has no usable template.
         FileNotFoundError: a file does not exist.
     """
     reading = Reading()
     special = SpecialTokenCount(_special_tokens(config))
     first = ""
-    for place, record in read_placed(config.files, config.role, config.format, reading):
+    wanted = Wanted(config.role, config.format, config.columns)
+    for place, record in read_placed(config.files, wanted, reading):
         if isinstance(record, ValueError):
             say(printable(str(record)))
         elif not isinstance(record, Rendered):  # those keep their marks

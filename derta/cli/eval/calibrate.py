@@ -25,7 +25,7 @@ def run(config: CalibrateConfig) -> None:
 
 
 def _run(config: CalibrateConfig, *, is_first: bool) -> None:
-    read = {path: read_labelled(path) for path in config.files}
+    read = {path: read_labelled(path, config.columns.get(path, {})) for path in config.files}
     judges = make_judges(config.judges, config.output_dir)
     found = calibrate({path: labelled for path, (labelled, _) in read.items()}, judges)
     if not is_first:

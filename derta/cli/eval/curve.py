@@ -66,7 +66,10 @@ def _run(config: CurveConfig, *, is_first: bool) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such model folder")
     check_paths(config.data)
-    records = [_readable(record) for record in read_records(*config.data, role=config.role)]
+    read = read_records(
+        *config.data, role=config.role, format=config.format, columns=config.columns
+    )
+    records = [_readable(record) for record in read]
     device = find_device(config.device)
     model: Any
     model, tokenizer = load_tuned(folder, weights_dtype(config.dtype, device), config.chat_template)

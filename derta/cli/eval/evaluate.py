@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from derta.cli.settings.evaluation import EvaluateConfig
 from derta.data import Chat, Request, Triple, read_requests
 from derta.data.records.formats import Kind
-from derta.data.records.reading import read_placed
+from derta.data.records.reading import Wanted, read_placed
 from derta.data.records.sources import check_paths
 from derta.evaluation import (
     Answered,
@@ -90,7 +90,12 @@ def read_data(config: EvaluateConfig) -> EvaluationData:
         return [
             request
             for path in paths
-            for request in read_requests(path, kind=kind, format=config.formats.get(path))
+            for request in read_requests(
+                path,
+                kind=kind,
+                format=config.formats.get(path),
+                columns=config.columns.get(path),
+            )
         ]
 
     def named(files: Mapping[str, str | list[str]], kind: Kind) -> dict[str, list[Request]]:
@@ -293,7 +298,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))
     kept = answers_folder(config)
     settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
-    triples = safe_responses(config.harmful, config.formats)
+    triples = safe_responses(config)
     answered: dict[str, Answered] = {}
     for name, folder in folders.items():
         model: Any = None
@@ -339,11 +344,13 @@ def report(config: EvaluateConfig, summary: Mapping[str, Any]) -> None:
     say("\n\n".join(filter(None, parts)))
 
 
-def safe_responses(paths: Sequence[str], formats: Mapping[str, str]) -> list[Triple]:
-    """Return the triples of the files. Their safe responses show how refusals start."""
+def safe_responses(config: EvaluateConfig) -> list[Triple]:
+    """Return the triples of the harmful files. Their safe responses show how refusals start."""
     return [
         record
-        for path in paths
-        for _, record in read_placed([path], None, formats.get(path))
+        for path in config.harmful
+        for _, record in read_placed(
+            [path], Wanted(None, config.formats.get(path), config.columns.get(path))
+        )
         if isinstance(record, Triple)
     ]

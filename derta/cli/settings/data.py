@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from derta.cli.settings.shared import TemplateSettings
 from derta.data.records.defaults import LISTED, NEAR
-from derta.data.records.sources import Source
+from derta.data.records.sources import COLUMNS_HELP, Source
 from derta.outputs import check_folder, check_new_file
 from derta.settings import check_ranges, setting
 from derta.training.settings import (
@@ -34,6 +34,7 @@ class ValidateConfig(TemplateSettings):
         "harmful, harmless, question."
     )
     format: str | None = setting(None, "Format of the rows, if their fields do not tell it.")
+    columns: dict[str, Any] = setting(help=COLUMNS_HELP, factory=dict)
     model: str | None = setting(
         None,
         "Folder with a tokenizer, or a name on the model hub, whose special tokens are looked for "
@@ -48,6 +49,7 @@ class Compared:
     path: str | list[str] = setting(help="Path of a file or a folder, or several.")
     role: Purpose = setting(help="Purpose of the files: a role in training, or a kind of request.")
     format: str | None = setting(None, "Format of the rows, if their fields do not tell it.")
+    columns: dict[str, Any] = setting(help=COLUMNS_HELP, factory=dict)
 
 
 @dataclass(kw_only=True)

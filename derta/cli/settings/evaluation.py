@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from derta.cli.settings.shared import LoadingSettings
 from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
+from derta.data.records.sources import COLUMNS_HELP
 from derta.evaluation.presets import PRESETS
 from derta.evaluation.scenarios import SLOT, check_name
 from derta.objectives.defaults import MAX_TOKENS
@@ -27,7 +28,8 @@ class EvaluateConfig(LoadingSettings, TextSettings):
 
     Raises:
         ValueError: there is nothing to evaluate on, a number is out of its range, a name cannot
-            stand in a metric, a format is for no given file, or output_dir cannot be a folder.
+            stand in a metric, a format or columns are for no given file, or output_dir cannot be a
+            folder.
     """
 
     model: str | list[str] | dict[str, str] = setting(
@@ -78,6 +80,11 @@ class EvaluateConfig(LoadingSettings, TextSettings):
     formats: dict[str, str] = setting(
         help="Formats by file, if a file has no header or its fields do not tell its format: "
         "'{hex-phi.csv: hex_phi}'.",
+        factory=dict,
+    )
+    columns: dict[str, dict[str, Any]] = setting(
+        help="Columns by file, for rows of no known format: '{attacks.csv: {prompt: behavior, "
+        "category: meta.topic}}'.",
         factory=dict,
     )
     lm_eval: list[str] = setting(
@@ -158,9 +165,10 @@ class EvaluateConfig(LoadingSettings, TextSettings):
                 raise ValueError(f"wrappers: {name!r} names none of {', '.join(NAMED)}")
             if SLOT not in text:
                 raise ValueError(f"wrappers.{name}: must have the slot {SLOT}, got {text!r}")
-        for path in self.formats:
-            if path not in self.files:
-                raise ValueError(f"formats: {path}: is no file that another key names")
+        for key in ("formats", "columns"):
+            for path in getattr(self, key):
+                if path not in self.files:
+                    raise ValueError(f"{key}: {path}: is no file that another key names")
         check_folder("output_dir", self.output_dir)
 
     @staticmethod
@@ -190,12 +198,18 @@ class CalibrateConfig:
     """A calibration.
 
     Raises:
-        ValueError: there is no file, or output_dir cannot be a folder.
+        ValueError: there is no file, columns are for no given file, or output_dir cannot be a
+            folder.
     """
 
     files: list[str] = setting(
         help="Answers labelled by people, as JSON, JSONL, CSV or parquet: JailbreakBench judge "
         "comparison, WildGuardTest, XSTest completions, or any with prompt, response, label."
+    )
+    columns: dict[str, dict[str, Any]] = setting(
+        help="Fields of a file by the names of these formats, by file: '{answers.csv: {prompt: "
+        "question, response: Response, label: verdict}}'.",
+        factory=dict,
     )
     output_dir: str = setting(
         help="Folder for calibration.json and the verdicts of judges behind a server."
@@ -211,6 +225,9 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         if not self.files:
             raise ValueError("files: expected at least one file of labelled answers, got none")
+        for path in self.columns:
+            if path not in self.files:
+                raise ValueError(f"columns: {path}: is none of the files")
         check_folder("output_dir", self.output_dir)
 
 
@@ -285,6 +302,8 @@ class CurveConfig(LoadingSettings, PackSettings):
     role: Literal["safety", "helpful", "borderline"] = setting(
         "safety", "Role of the files, as in training."
     )
+    format: str | None = setting(None, "Format of the rows, if their fields do not tell it.")
+    columns: dict[str, Any] = setting(help=COLUMNS_HELP, factory=dict)
     output_dir: str = setting(
         "outputs/curve", "Folder for curve.json, curve.png and curve.svg. None of them holds text."
     )

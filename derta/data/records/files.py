@@ -1,6 +1,8 @@
 """Stream the rows of record files: JSON Lines, JSON arrays, CSV and parquet, plain, gzip or xz.
 
-A JSON object that holds only lists of rows, under names that are no columns, stands for those rows.
+A JSON object that holds lists of rows, under names that are no columns, stands for those rows; the
+only object of a file may have other fields around them, or be a table of parallel lists. A list of
+messages is one row, and so is a text.
 
 The content of a file decides its type, never its name. Memory holds one row, or one batch of
 parquet rows, however long the file is. An error in one row is yielded in that row's place; an error
@@ -21,8 +23,11 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
+
+from derta.data.records.types import field_names
 
 GZIP, XZ, PARQUET = b"\x1f\x8b", b"\xfd7zXZ\0", b"PAR1"
 BATCH = 256  # rows of parquet in memory
@@ -35,8 +40,46 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 # The longest token that may be cut off without the error's position showing it.
 _TOKEN = 32
 
+# A cell that may name a column. Other cells may be texts, which no error quotes.
+_NAME = re.compile(r"\w[\w.-]{0,30}|")
+# Letters of MMLU's choices: columns, and answers.
+_CHOICES = frozenset("ABCD")
+# Fields of rows that a whole file may have as well, around its rows.
+_OF_FILES = frozenset("id source category type subject label text system context".split())
+
 # A place in a file, and the row there or its error.
 Placed = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields that are read from a file.
+
+    Args:
+        names: their names. A table must have at least one of them, an object of lists of rows none;
+            other parquet columns are not loaded.
+        lists: those that hold a list in each row, so that no list of theirs is a table's column.
+        bare: column names of a CSV file without a header. A file with only one such column may have
+            text lines with commas.
+    """
+
+    names: Collection[str]
+    lists: Collection[str] = ()
+    bare: Sequence[str] = ()
+
+
+class UnknownColumnsError(ValueError):
+    """A table has no column that is read.
+
+    Attributes:
+        names: its columns, each with nothing.
+    """
+
+    def __init__(self, place: str, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{place}: fields: found {field_names(names)}, which is no known format, expected one"
+        )
+        self.names = dict.fromkeys(names)
 
 
 def data_files(path: Path) -> Iterator[Path]:
@@ -63,23 +106,22 @@ def data_files(path: Path) -> Iterator[Path]:
         yield from data_files(child)
 
 
-def read_rows(path: Path, columns: Collection[str], bare: Sequence[str] = ()) -> Iterator[Placed]:
+def read_rows(path: Path, fields: Fields) -> Iterator[Placed]:
     """Yield (place, row) pairs; a place is `line`, `line[element]` in lists, `[row]` in tables.
 
     An unreadable row comes as a ValueError with the reason, and reading continues.
 
     Args:
         path: one of `data_files`.
-        columns: known column names. A table must have at least one of them, an object of lists
-            none; other parquet columns are ignored.
-        bare: column names of a CSV file without a header.
+        fields: what is read of it.
 
     Raises:
+        UnknownColumnsError: no column of the table is known.
         ValueError: `path:line: reason`; the rest of the file cannot be read.
         OSError: the file cannot be opened.
     """
     if path.is_dir():
-        yield from _dataset_rows(path, columns)
+        yield from _dataset_rows(path, fields.names)
         return
     last = "1"
     with path.open("rb") as raw:
@@ -90,9 +132,9 @@ def read_rows(path: Path, columns: Collection[str], bare: Sequence[str] = ()) ->
             elif raw.peek(6).startswith(XZ):
                 stream = lzma.LZMAFile(raw)
             if stream.peek(4).startswith(PARQUET):
-                rows = _parquet_rows(path, stream, columns, packed=stream is not raw)
+                rows = _parquet_rows(path, stream, fields.names, packed=stream is not raw)
             else:
-                rows = _text_rows(path, stream, columns, bare)
+                rows = _text_rows(path, stream, fields)
             for last, row in rows:
                 yield last, row
         except _DAMAGED as error:
@@ -102,9 +144,7 @@ def read_rows(path: Path, columns: Collection[str], bare: Sequence[str] = ()) ->
             ) from error
 
 
-def _text_rows(
-    path: Path, stream: Any, columns: Collection[str], bare: Sequence[str]
-) -> Iterator[Placed]:
+def _text_rows(path: Path, stream: Any, fields: Fields) -> Iterator[Placed]:
     if stream.peek(3).startswith(codecs.BOM_UTF8):
         stream.read(3)
     line = 1
@@ -116,10 +156,10 @@ def _text_rows(
         line += stream.read(read).count(b"\n")
     mark = head.lstrip()[:1]
     if mark == b"[":
-        return _array_rows(_Window(path, stream, line))
+        return _array_rows(_Window(path, stream, line))  # or lines that are lists
     if mark == b"{":
-        return _line_rows(path, stream, line, columns)
-    return _csv_rows(path, stream, line, columns, bare) if mark else iter(())
+        return _line_rows(path, stream, line, fields)
+    return _csv_rows(path, stream, line, fields) if mark else iter(())
 
 
 def _lines(path: Path, stream: Any, line: int) -> Iterator[bytes]:
@@ -144,12 +184,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _line_rows(path: Path, stream: Any, first: int, columns: Collection[str]) -> Iterator[Placed]:
+def _line_rows(path: Path, stream: Any, first: int, fields: Fields) -> Iterator[Placed]:
     for line, content in enumerate(_lines(path, stream, first), start=first):
         if content.isspace():
             continue
         if line == first and content.strip() == b"{":
-            yield from _listed_rows(_Window(path, stream, line + 1), columns)
+            yield from _listed_rows(_Window(path, stream, line + 1), fields)
             return
         row: Any
         try:
@@ -162,23 +202,74 @@ def _line_rows(path: Path, stream: Any, first: int, columns: Collection[str]) ->
             )
         except (RecursionError, ValueError) as error:  # nested too deeply, a number of 5000 digits
             row = ValueError(f"cannot be read ({error}), expected one object per line")
-        if isinstance(row, dict) and _holds_lists(row, columns):
-            rows = itertools.chain.from_iterable(row.values())
-            yield from ((f"{line}[{index}]", one) for index, one in enumerate(rows))
-        else:
+        rows = None
+        if isinstance(row, dict):
+            alone = line == first and not stream.peek(1).strip()
+            rows = _listed(row, fields, alone)
+        if rows is None:
             yield f"{line}", row
+        else:
+            yield from ((f"{line}[{index}]", one) for index, one in enumerate(rows))
 
 
-def _holds_lists(found: dict[str, Any], columns: Collection[str]) -> bool:
-    """Return True if the object is not a row but holds lists of rows under unknown names."""
-    return (
-        bool(found)
-        and found.keys().isdisjoint(columns)
-        and all(
-            isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
-            for rows in found.values()
-        )
+def _listed(found: dict[str, Any], fields: Fields, alone: bool) -> Sequence[Any] | None:
+    """Return the rows of an object that holds lists of them; None if it is a row itself.
+
+    Args:
+        found: the object.
+        fields: what is read.
+        alone: if True, the file holds nothing else.
+    """
+    listed = {
+        name: rows
+        for name, rows in found.items()
+        if isinstance(rows, list) and rows and all(map(_is_row, rows))
+    }
+    around = found.keys() - listed.keys()
+    if not listed:
+        return _parallel(found, fields) if alone else None
+    if around and not (alone and around.isdisjoint(set(fields.names) - _OF_FILES)):
+        return None
+    if not listed.keys().isdisjoint(fields.names):
+        return None
+    return list(itertools.chain.from_iterable(listed.values()))
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and (
+        {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
     )
+
+
+def _is_row(value: Any) -> bool:
+    """Return True if an element of a list may be a row: an object, or a list of messages."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_message, value))
+    return isinstance(value, dict) and not _is_message(value)
+
+
+def _parallel(found: dict[str, Any], fields: Fields) -> list[Any] | None:
+    """Return the rows of a table of lists, `{"prompts": [...], "answers": [...]}`, if it is one.
+
+    An empty list is a column without cells.
+    """
+    table: dict[str, list[Any]] = {}
+    for name, cells in found.items():
+        single = name.removesuffix("s")
+        known = single if single in fields.names and name not in fields.lists else name
+        if not isinstance(cells, list) or any(isinstance(cell, dict | list) for cell in cells):
+            return None
+        if known in table:
+            return None
+        if cells:
+            table[known] = cells
+    if len({len(cells) for cells in table.values()}) != 1 or not table.keys().isdisjoint(
+        fields.lists
+    ):
+        return None
+    if table.keys().isdisjoint(fields.names):
+        return None
+    return [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
 
 
 class _Window:
@@ -249,8 +340,18 @@ class _Window:
 
 
 def _array_rows(window: _Window) -> Iterator[Placed]:
-    window.skip()
-    yield from _elements(window, itertools.count())
+    """Yield the elements of an array; or each of several arrays, if they hold messages."""
+    while window.skip() == "[":
+        line = window.line
+        elements = _elements(window, itertools.count())
+        for place, first in elements:
+            if _is_message(first):
+                yield f"{line}", [first, *(message for _, message in elements)]
+                break
+            yield place, first
+            yield from elements
+            if window.skip():
+                window.fail("text after the array, expected nothing")
     if window.skip():
         window.fail("text after the array, expected nothing")
 
@@ -270,27 +371,44 @@ def _elements(window: _Window, indices: Iterator[int]) -> Iterator[Placed]:
     window.position += 1
 
 
-def _listed_rows(window: _Window, columns: Collection[str]) -> Iterator[Placed]:
+def _listed_rows(window: _Window, fields: Fields) -> Iterator[Placed]:
     """Yield the rows of the lists in an object of several lines whose first line is read."""
     indices = itertools.count()
+    around: dict[str, Any] = {}
+    start = window.line - 1
+    found = False
     mark = ","
     while mark == ",":
-        named = window.skip() == '"' and window.element() not in columns and window.skip() == ":"
-        window.position += 1
-        if not named or window.skip() != "[":
+        name = window.element() if window.skip() == '"' else None
+        if name is None or window.skip() != ":":
             window.fail("an object over several lines, expected one a line, or lists of rows")
-        yield from _elements(window, indices)
+        window.position += 1
+        if window.skip() == "[" and name not in fields.names:
+            cells = []
+            for place, row in _elements(window, indices):
+                if _is_row(row) or found:
+                    found = True
+                    yield place, row
+                else:
+                    cells.append(row)
+            around[name] = cells
+        else:
+            around[name] = window.element()
         mark = window.skip()
         if mark not in (",", "}"):
             window.fail("the object breaks off, expected ',' or '}'")
         window.position += 1
+    rows = None if found else _parallel(around, fields)
+    if found and around.keys().isdisjoint(set(fields.names) - _OF_FILES):
+        rows = []
+    if rows is None:
+        window.fail("an object over several lines, expected one a line, or lists of rows")
+    yield from ((f"{start}[{index}]", row) for index, row in enumerate(rows))
     if window.skip():
         window.fail("text after the object, expected nothing")
 
 
-def _csv_rows(
-    path: Path, stream: Any, first: int, columns: Collection[str], bare: Sequence[str]
-) -> Iterator[Placed]:
+def _csv_rows(path: Path, stream: Any, first: int, fields: Fields) -> Iterator[Placed]:
     csv.field_size_limit(LONGEST)
     undecodable: list[UnicodeDecodeError] = []
 
@@ -302,7 +420,16 @@ def _csv_rows(
                 undecodable.append(error)
                 yield content.decode("utf-8", "replace")
 
-    reader = csv.reader(texts(), strict=True)
+    lines = texts()
+    head = next(lines, "")
+    known = _names(head, fields.names)
+    # Without a header, a line of a file of one column is one cell, unless it is quoted.
+    single = len(fields.bare) == 1 and not known
+    if single and len(named := _cells(head)) > 1 and all(map(_NAME.fullmatch, named)):
+        raise ValueError(f"{path}:{first}: names several columns, expected a column of requests")
+    reader = csv.reader(
+        itertools.chain([head], lines), strict=True, delimiter="\x1f" if single else ","
+    )
     header: Sequence[str] = ()
     while True:
         line = first + reader.line_num
@@ -320,13 +447,14 @@ def _csv_rows(
         if not header:
             if undecodable:
                 raise ValueError(f"{path}:{line}: {_not_utf8(undecodable[0])}")
-            named = any(len(cell) > 1 and cell in columns for cell in cells)  # "A" is an answer
-            header = cells if named else bare[: len(cells)]
+            header = cells if known else fields.bare[: len(cells)]
+            if not header and len(cells) > 1 and all(map(_NAME.fullmatch, cells)):
+                raise UnknownColumnsError(f"{path}:{line}", cells)
             if not header:
                 raise ValueError(
                     f"{path}:{line}: neither JSON nor CSV with a header that names columns of any "
                     "format, expected records in JSON, CSV or parquet, plain, gzip or xz, or "
-                    "format: for CSV without a header"
+                    "format: for CSV without a header, such as format: requests"
                 )
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}:{line}: the header names a column twice")
@@ -344,6 +472,18 @@ def _csv_rows(
             yield f"{line}", dict(zip(header, cells, strict=True))
 
 
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line], strict=True))
+    except (csv.Error, StopIteration):
+        return []
+
+
+def _names(line: str, columns: Collection[str]) -> bool:
+    """Return True if a line is a header: one of its cells names a column, and is no choice."""
+    return any(cell in columns and cell not in _CHOICES for cell in _cells(line))
+
+
 def _parquet_rows(
     path: Path, stream: IO[bytes], columns: Collection[str], *, packed: bool
 ) -> Iterator[Placed]:
@@ -359,9 +499,10 @@ def _parquet_rows(
         try:
             file = pyarrow.parquet.ParquetFile(stream)
             names = _known(path, file.schema_arrow.names, columns)
+            others = dict.fromkeys(set(file.schema_arrow.names).difference(names))
             for batch in file.iter_batches(BATCH, columns=names):
                 for row in _rows_of(batch):
-                    yield f"[{index}]", row
+                    yield f"[{index}]", row if isinstance(row, ValueError) else others | row
                     index += 1
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = str(error).splitlines()[0]
@@ -386,7 +527,7 @@ def _known(path: Path, names: Sequence[str], columns: Collection[str]) -> list[s
         raise ValueError(f"{path}:[0]: the table names a column twice")
     known = [name for name in names if name in columns]
     if not known:
-        raise ValueError(f"{path}:[0]: no column of any format in this table")
+        raise UnknownColumnsError(f"{path}:[0]", names)
     return known
 
 
@@ -406,8 +547,9 @@ def _dataset_rows(path: Path, columns: Collection[str]) -> Iterator[Placed]:
             "written by its save_to_disk"
         ) from error
     known = _known(path, table.column_names, columns)
+    others = dict.fromkeys(set(table.column_names).difference(known))
     index = 0
     for batch in table.select_columns(known).with_format("arrow").iter(BATCH):
         for row in _rows_of(batch):
-            yield f"[{index}]", row
+            yield f"[{index}]", row if isinstance(row, ValueError) else others | row
             index += 1

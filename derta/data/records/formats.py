@@ -10,16 +10,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from string import ascii_uppercase
 from typing import Any, Literal, get_args
 
+from derta.data.records.chats import (
+    chat_messages,
+    sharegpt_messages,
+    transcript_messages,
+    unread_of,
+)
 from derta.data.records.types import (
     Dialogue,
     Message,
     Record,
     Rendered,
     Request,
+    Skipped,
     Triple,
     check_messages,
     check_text,
@@ -34,15 +41,8 @@ Row = Mapping[str, Any]
 Origin = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A row that was read and yields nothing.
-
-    Args:
-        reason: a constant text, under which such rows are counted.
-    """
-
-    reason: str
+UNDESIRABLE = Skipped("the answer is labelled undesirable")
+APART = Skipped("chosen and rejected answer different conversations")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Format:
         readers: by role and kind, a function from a row and its origin to a record.
         columns: fields of the safe and the harmful response, if only their names tell them apart.
         bare: column names of a CSV file without a header; they also satisfy the format in place of
-            `fields`.
+            `fields`. A file with only one such column may be text, a row a line.
     """
 
     fields: frozenset[str]
@@ -128,12 +128,12 @@ def _answer(name: str, value: Any, asked: Sequence[Message]) -> str:
     return last["content"]
 
 
-def _instruction(row: Row) -> str:
+def _instruction(row: Row, input: str = "input") -> str:
     """Return an instruction, followed by its input if it has one."""
     instruction = _text(row, "instruction")
-    if row.get("input") in (None, ""):
+    if row.get(input) in (None, ""):
         return instruction
-    return f"{instruction}\n\n{_text(row, 'input')}"
+    return f"{instruction}\n\n{_text(row, input)}"
 
 
 def _dialogue(asked: Sequence[Message], answer: str, origin: Origin) -> Dialogue:
@@ -173,8 +173,16 @@ def _rendered_helpful(row: Row, origin: Origin) -> Rendered:
     return rendered
 
 
-def _alpaca(row: Row, origin: Origin) -> Dialogue:
-    return _dialogue(_ask(_instruction(row)), _text(row, "output"), origin)
+def _instructed(row: Row, origin: Origin, *, answer: str, input: str = "input") -> Dialogue:
+    return _dialogue(_ask(_instruction(row, input)), _text(row, answer), origin)
+
+
+def _half(row: Row, origin: Origin, *, safe: bool) -> Half:
+    return Half(_text(row, "prompt"), _text(row, "safe" if safe else "harmful"), safe, origin)
+
+
+def _harmful_answer(row: Row, origin: Origin) -> Request:
+    return Request(prompt=_text(row, "prompt"), response=_text(row, "harmful"), **origin)
 
 
 def _beavertails(row: Row, origin: Origin) -> Half:
@@ -204,7 +212,79 @@ def _preference(row: Row, origin: Origin) -> Triple:
     )
 
 
-def _answered(row: Row, origin: Origin, *, answer: str) -> Dialogue:
+def _instruction_preference(row: Row, origin: Origin) -> Triple:
+    prompt, safe, harmful = _instruction(row), _text(row, "chosen"), _text(row, "rejected")
+    return Triple(prompt=prompt, safe=safe, harmful=harmful, **origin)
+
+
+def _turn_of(row: Row, name: str) -> Message | Skipped:
+    """Return an answer given as one turn of ShareGPT."""
+    messages = sharegpt_messages(name, [row[name]])
+    if not isinstance(messages, Skipped) and messages[0]["role"] != "assistant":
+        raise ValueError(f"{name}: is the {messages[0]['role']}'s, expected the assistant's")
+    return messages if isinstance(messages, Skipped) else messages[0]
+
+
+def _sharegpt_preference(row: Row, origin: Origin) -> Triple | Skipped:
+    asked = _sharegpt_asked(row)
+    if isinstance(asked, Skipped):
+        return asked
+    safe, harmful = _turn_of(row, "chosen"), _turn_of(row, "rejected")
+    if isinstance(safe, Skipped):
+        return safe
+    if isinstance(harmful, Skipped):
+        return harmful
+    return Triple(messages=asked, safe=safe["content"], harmful=harmful["content"], **origin)
+
+
+def _sharegpt_chosen(row: Row, origin: Origin) -> Dialogue | Skipped:
+    asked = _sharegpt_asked(row)
+    if isinstance(asked, Skipped):
+        return asked
+    answer = _turn_of(row, "chosen")
+    return answer if isinstance(answer, Skipped) else Dialogue(messages=[*asked, answer], **origin)
+
+
+def _whole(row: Row, name: str) -> Sequence[Message] | Skipped:
+    """Return a conversation, given as messages or as a transcript, that ends with an answer."""
+    value = row[name]
+    listed = isinstance(value, list)
+    messages = chat_messages(name, value) if listed else transcript_messages(name, value)
+    if not isinstance(messages, Skipped) and messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{name}: the last message is the {messages[-1]['role']}'s, expected the assistant's"
+        )
+    return messages
+
+
+def _whole_preference(row: Row, origin: Origin) -> Triple | Skipped:
+    safe, harmful = _whole(row, "chosen"), _whole(row, "rejected")
+    if isinstance(safe, Skipped):
+        return safe
+    if isinstance(harmful, Skipped):
+        return harmful
+    (*asked, good), (*before, bad) = safe, harmful
+    if asked != before or not asked:
+        return APART
+    return Triple(messages=asked, safe=good["content"], harmful=bad["content"], **origin)
+
+
+def _whole_dialogue(row: Row, origin: Origin, *, name: str) -> Dialogue | Skipped:
+    messages = _whole(row, name)
+    return messages if isinstance(messages, Skipped) else Dialogue(messages=messages, **origin)
+
+
+def _transcript_asked(row: Row, origin: Origin) -> Request:
+    """Return the conversation up to the last message of the user."""
+    messages = transcript_messages("transcript", row["transcript"])
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return Request(messages=messages or _ask(""), **origin)
+
+
+def _answered(row: Row, origin: Origin, *, answer: str) -> Dialogue | Skipped:
+    if row.get("label") is False:
+        return UNDESIRABLE
     asked = _asked(row)
     return _dialogue(asked, _answer(answer, row[answer], asked), origin)
 
@@ -247,43 +327,39 @@ def _wildguard_helpful(row: Row, origin: Origin) -> Dialogue | Skipped:
     return _dialogue(_ask(_text(row, "prompt")), _text(row, "response"), origin)
 
 
-def _conversation(row: Row, origin: Origin) -> Dialogue:
-    return Dialogue(messages=row["messages"], **origin)
+def _messages(row: Row) -> Sequence[Message] | Skipped:
+    return unread_of(row) or chat_messages("messages", row["messages"])
 
 
-_SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
+def _conversation(row: Row, origin: Origin) -> Dialogue | Skipped:
+    if row.get("label") is False:
+        return UNDESIRABLE
+    messages = _messages(row)
+    return messages if isinstance(messages, Skipped) else Dialogue(messages=messages, **origin)
 
 
-def _sharegpt(row: Row, origin: Origin) -> Dialogue:
-    turns = row["conversations"]
-    if not isinstance(turns, list):
-        raise TypeError(f"conversations: is {type(turns).__name__}, expected a list of turns")
-    messages = []
-    for index, turn in enumerate(turns):
-        name = f"conversations[{index}]"
-        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
-            raise ValueError(f"{name}: expected from and value")
-        if turn["from"] not in _SPEAKERS:
-            raise ValueError(f"{name}.from: expected one of {', '.join(_SPEAKERS)}")
-        content = check_text(f"{name}.value", turn["value"])
-        messages.append({"role": _SPEAKERS[turn["from"]], "content": content})
-    return Dialogue(messages=messages, **origin)
+def _conversation_asked(row: Row, origin: Origin) -> Request | Skipped:
+    messages = _messages(row)
+    return messages if isinstance(messages, Skipped) else Request(messages=messages, **origin)
 
 
-def _conversation_asked(row: Row, origin: Origin) -> Request:
-    return Request(messages=check_messages("messages", row["messages"]), **origin)
-
-
-def _conversation_harmless(row: Row, origin: Origin) -> Request | Dialogue:
-    messages = check_messages("messages", row["messages"])
-    answered = messages[-1]["role"] == "assistant"
+def _conversation_harmless(row: Row, origin: Origin) -> Request | Dialogue | Skipped:
+    messages = _messages(row)
+    answered = not isinstance(messages, Skipped) and messages[-1]["role"] == "assistant"
     return (_conversation if answered else _conversation_asked)(row, origin)
+
+
+def _sharegpt_asked(row: Row) -> Sequence[Message] | Skipped:
+    """Return the turns, after the row's own system message if it has one."""
+    turns = unread_of(row) or sharegpt_messages("conversations", row["conversations"])
+    if isinstance(turns, Skipped) or row.get("system") in (None, ""):
+        return turns
+    return [{"role": "system", "content": _text(row, "system")}, *turns]
+
+
+def _sharegpt(row: Row, origin: Origin) -> Dialogue | Skipped:
+    messages = _sharegpt_asked(row)
+    return messages if isinstance(messages, Skipped) else Dialogue(messages=messages, **origin)
 
 
 def _asking(
@@ -370,12 +446,26 @@ def _xstest(row: Row, origin: Origin, *, harmful: bool) -> Request | Skipped:
     return request if contrast == harmful else Skipped("of the other kind")
 
 
-def _turns(row: Row, origin: Origin) -> Request:
-    turns = row["turns"]
-    if not isinstance(turns, list):
-        raise TypeError(f"turns: is {type(turns).__name__}, expected a list of texts")
-    asked = [check_text(f"turns[{index}]", turn) for index, turn in enumerate(turns)]
-    return Request(messages=[message for turn in asked for message in _ask(turn)], **origin)
+def _texts(row: Row, name: str) -> list[str]:
+    texts = row.get(name)
+    if not isinstance(texts, list):
+        raise TypeError(f"{name}: is {type(texts).__name__}, expected a list of texts")
+    return [check_text(f"{name}[{index}]", text) for index, text in enumerate(texts)]
+
+
+def _turns(row: Row, origin: Origin, *, name: str) -> Request:
+    asked = [message for turn in _texts(row, name) for message in _ask(turn)]
+    return Request(messages=asked, **origin)
+
+
+def _queries_answered(row: Row, origin: Origin) -> Dialogue:
+    queries, answers = _texts(row, "queries"), _texts(row, "answers")
+    if len(queries) != len(answers):
+        raise ValueError(f"answers: are {len(answers)}, expected one for each of queries")
+    messages: list[Message] = []
+    for query, answer in zip(queries, answers, strict=True):
+        messages = [*messages, *_ask(query), {"role": "assistant", "content": answer}]
+    return Dialogue(messages=messages, **origin)
 
 
 def _safety(reader: Reader) -> dict[str, Reader]:
@@ -403,6 +493,14 @@ def _to_ask(fields: str, kinds: str, **settings: Any) -> Format:
     )
 
 
+def _answer_in(answer: str) -> Format:
+    return Format(
+        fields=frozenset({"prompt", answer}), readers=_helpful(partial(_answered, answer=answer))
+    )
+
+
+_BESIDE_TURNS = frozenset("system tools functions images videos audios".split())
+
 FORMATS: dict[str, Format] = {
     "triple": Format(
         fields=frozenset({"safe", "harmful"}),
@@ -427,9 +525,33 @@ FORMATS: dict[str, Format] = {
     ),
     "circuit_breakers": _of_two("prompt", "llama3_output", "output"),
     "shallow_deep": _of_two("instruction", "refusal", "harmful", "input"),
+    "harmful_answer": Format(
+        fields=frozenset({"prompt", "harmful"}),
+        readers={"safety": partial(_half, safe=False), "harmful": _harmful_answer},
+    ),
+    "safe_answer": Format(
+        fields=frozenset({"prompt", "safe"}), readers={"safety": partial(_half, safe=True)}
+    ),
     "preference": Format(
         fields=frozenset({"prompt", "chosen", "rejected"}),
         readers=_safety(_preference) | _helpful(partial(_answered, answer="chosen")),
+        columns=("chosen", "rejected"),
+    ),
+    "instruction_preference": Format(
+        fields=frozenset({"instruction", "chosen", "rejected"}),
+        beside=frozenset({"input"}),
+        readers=_safety(_instruction_preference) | _helpful(partial(_instructed, answer="chosen")),
+        columns=("chosen", "rejected"),
+    ),
+    "sharegpt_preference": Format(
+        fields=frozenset({"conversations", "chosen", "rejected"}),
+        beside=_BESIDE_TURNS,
+        readers=_safety(_sharegpt_preference) | _helpful(_sharegpt_chosen),
+        columns=("chosen", "rejected"),
+    ),
+    "whole_preference": Format(
+        fields=frozenset({"chosen", "rejected"}),
+        readers=_safety(_whole_preference) | _helpful(partial(_whole_dialogue, name="chosen")),
         columns=("chosen", "rejected"),
     ),
     "wildguard": Format(
@@ -439,18 +561,36 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format(
         fields=frozenset({"instruction", "output"}),
         beside=frozenset({"input", "text"}),
-        readers=_helpful(_alpaca),
+        readers=_helpful(partial(_instructed, answer="output")),
+    ),
+    "dolly": Format(
+        fields=frozenset({"instruction", "response"}),
+        beside=frozenset({"context"}),
+        readers=_helpful(partial(_instructed, answer="response", input="context")),
+    ),
+    "instruction_target": Format(
+        fields=frozenset({"instruction", "target"}),
+        beside=frozenset({"input"}),
+        readers=_helpful(partial(_instructed, answer="target"))
+        | {"harmful": partial(_asking, prompt="instruction", prefill="target")},
     ),
     "conversation": Format(
         fields=frozenset({"messages"}),
+        beside=_BESIDE_TURNS - {"system"},
         readers=_helpful(_conversation)
         | {"harmless": _conversation_harmless, "harmful": _conversation_asked},
     ),
-    "sharegpt": Format(fields=frozenset({"conversations"}), readers=_helpful(_sharegpt)),
-    "prompt_completion": Format(
-        fields=frozenset({"prompt", "completion"}),
-        readers=_helpful(partial(_answered, answer="completion")),
+    "sharegpt": Format(
+        fields=frozenset({"conversations"}), beside=_BESIDE_TURNS, readers=_helpful(_sharegpt)
     ),
+    "transcript": Format(
+        fields=frozenset({"transcript"}),
+        readers=_helpful(partial(_whole_dialogue, name="transcript"))
+        | dict.fromkeys(("harmful", "harmless"), _transcript_asked),
+    ),
+    "prompt_completion": _answer_in("completion"),
+    "prompt_output": _answer_in("output"),
+    "prompt_answer": _answer_in("answer"),
     "question": Format(
         fields=frozenset({"question"}),
         beside=frozenset({"answer"}),
@@ -499,9 +639,20 @@ FORMATS: dict[str, Format] = {
         "question risk_area", "harmful", prompt="question", category="risk_area"
     ),
     "beavertails_evaluation": _to_ask("prompt category category_id", "harmful", prompt="prompt"),
-    "prompt": _to_ask("prompt", "harmful harmless", prompt="prompt"),
+    "prefilled": _to_ask("prompt prefill", "harmful", prompt="prompt", prefill="prefill"),
+    "requests": Format(
+        fields=frozenset({"prompt"}),
+        readers=dict.fromkeys(("harmful", "harmless"), partial(_asking, prompt="prompt")),
+        bare=("prompt",),
+    ),
     "turns": Format(
-        fields=frozenset({"turns"}), readers=dict.fromkeys(("harmful", "harmless"), _turns)
+        fields=frozenset({"turns"}),
+        readers=dict.fromkeys(("harmful", "harmless"), partial(_turns, name="turns")),
+    ),
+    "queries": Format(
+        fields=frozenset({"queries"}),
+        readers=dict.fromkeys(("helpful", "borderline"), _queries_answered)
+        | dict.fromkeys(("harmful", "harmless"), partial(_turns, name="queries")),
     ),
 }
 
@@ -513,4 +664,20 @@ ABOUT = frozenset(
 # so that no part of a prompt is silently left out.
 _UNREAD = frozenset("system context history".split())
 KNOWN = _UNREAD.union(ABOUT, *(form.known for form in FORMATS.values()))
-COLUMNS = KNOWN | {"id", "source", "weight"}
+# Those of them that hold a list in each row.
+LISTS = frozenset("turns queries choices messages conversations".split())
+# `answers` is read beside `queries` only, and has no meaning elsewhere.
+COLUMNS = KNOWN | {"id", "source", "weight", "answers"}
+
+
+@lru_cache(maxsize=4096)
+def matching(found: frozenset[str]) -> tuple[str, ...]:
+    """Return the closest formats that have all of these fields."""
+    names = [
+        name for name, form in FORMATS.items() if form.fits(found) and found - ABOUT <= form.known
+    ]
+    return tuple(
+        name
+        for name in names
+        if not any(FORMATS[name].fields < FORMATS[other].fields for other in names)
+    )

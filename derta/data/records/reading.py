@@ -7,26 +7,26 @@ import hashlib
 import itertools
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from derta.data.records.files import data_files, read_rows
+from derta.data.records.columns import Columns, format_of_columns, read_columns, suggest
+from derta.data.records.files import Fields, UnknownColumnsError, data_files, read_rows
 from derta.data.records.formats import (
-    ABOUT,
     COLUMNS,
     FORMATS,
     KINDS,
     KNOWN,
+    LISTS,
     ROLES,
     Half,
     Kind,
     Origin,
     Role,
     Row,
-    Skipped,
+    matching,
 )
 from derta.data.records.refusal_keywords import opens_with_refusal, refuses
 from derta.data.records.types import (
@@ -34,6 +34,7 @@ from derta.data.records.types import (
     Record,
     Rendered,
     Request,
+    Skipped,
     Triple,
     check_text,
     field_names,
@@ -42,6 +43,7 @@ from derta.data.records.types import (
 # Prefixes that an id which is taken gets before it gets a number.
 PREFIXES = 4
 
+CONTRADICTION = Skipped("the responses contradict their labels")
 _RESULTS = (Triple, Dialogue, Rendered, Request)
 _Buckets = defaultdict[int, "array[int]"]
 
@@ -141,7 +143,11 @@ class Reading:
 
 
 def read_records(
-    *paths: str | Path, role: Role, format: str | None = None, reading: Reading | None = None
+    *paths: str | Path,
+    role: Role,
+    format: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[Record]:
     """Read training records from files and folders, one after the other, in bounded memory.
 
@@ -157,20 +163,26 @@ def read_records(
             "borderline" yield `Dialogue`s.
         format: a key of `FORMATS`, if the fields are ambiguous; responses whose texts contradict
             their columns are then accepted.
+        columns: the files' fields by the names that a format knows, for rows of no known format;
+            see `read_columns`. A safe response must then hold a refusal, unless `format` is given.
         reading: filled with the numbers of rows read and skipped.
 
     Raises:
         ValueError: `place: field: problem, expected value` for the first bad row, with names of
             fields and never their text; two rows of a file share an id; a file is given twice; or
-            the role or format is unknown.
+            the role or format is unknown, or `columns` name no format's fields.
         OSError: a file cannot be read.
     """
     _check_purpose("role", role, ROLES)
-    return _strict(paths, role, format, reading)
+    return _strict(paths, Wanted(role, format, columns), reading)
 
 
 def read_requests(
-    *paths: str | Path, kind: Kind, format: str | None = None, reading: Reading | None = None
+    *paths: str | Path,
+    kind: Kind,
+    format: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[Request]:
     """Read evaluation requests, as `read_records` does.
 
@@ -179,13 +191,13 @@ def read_requests(
 
     Args:
         kind: "harmful", "harmless", or "question": harmless, with its right answer.
-        format, reading: as for `read_records`.
+        format, columns, reading: as for `read_records`.
 
     Raises:
         ValueError, OSError: as `read_records`.
     """
     _check_purpose("kind", kind, KINDS)
-    return _strict(paths, kind, format, reading)
+    return _strict(paths, Wanted(kind, format, columns), reading)
 
 
 def _check_purpose(name: str, value: str, known: Sequence[str]) -> None:
@@ -193,13 +205,60 @@ def _check_purpose(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def _strict(
-    paths: Sequence[str | Path], purpose: str, format: str | None, reading: Reading | None
-) -> Iterator[Any]:
-    for place, record in read_placed(paths, purpose, format, reading):
+class Wanted:
+    """What rows are read as.
+
+    Args:
+        purpose: a role or a kind; None: the first role of the row's format.
+        format: a key of `FORMATS`; None: the fields of a row tell.
+        columns: see `read_records`.
+
+    Raises:
+        ValueError: the format is unknown, or `columns` are wrong or name no format's fields.
+    """
+
+    def __init__(
+        self,
+        purpose: str | None,
+        format: str | None = None,
+        columns: Mapping[str, Any] | None = None,
+    ) -> None:
+        if format is not None and format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        self.purpose = purpose
+        self.named = format
+        self.columns: Columns | None = None
+        self.mapped = ""
+        if columns:
+            self.columns = read_columns(columns)
+            self.mapped = format_of_columns(self.columns, purpose, format)
+
+    @property
+    def fields(self) -> Fields:
+        """The fields that are read from a file."""
+        if self.columns is not None:
+            return Fields(self.columns.roots(), self.columns.roots(LISTS))
+        return Fields(COLUMNS, LISTS, FORMATS[self.named].bare if self.named else ())
+
+    def row(self, row: Any) -> tuple[str, Row]:
+        """Return the format of a row, and the row with that format's fields."""
+        if self.columns is not None:
+            return self.mapped, self.columns.apply(row, FORMATS[self.mapped].fields)
+        if isinstance(row, str):
+            row = {"prompt": row}
+        elif isinstance(row, list):
+            turns = bool(row) and all(isinstance(one, dict) and "from" in one for one in row)
+            row = {"conversations" if turns else "messages": row}
+        elif not isinstance(row, dict):
+            raise TypeError(f"row: is {type(row).__name__}, expected an object")
+        return self.named or _format_of(row, self.purpose), row
+
+
+def _strict(paths: Sequence[str | Path], wanted: Wanted, reading: Reading | None) -> Iterator[Any]:
+    for place, record in read_placed(paths, wanted, reading):
         if isinstance(record, _Twice):
             # Read the file again: storing every row's place would take more memory than the ids.
-            again = read_placed([record.path], purpose, format)
+            again = read_placed([record.path], wanted)
             first = next(at for at, one in again if getattr(one, "id", None) == record.id)
             raise ValueError(
                 f"{place}: id: {record.id!r} is already used by {first}, expected a unique id"
@@ -210,23 +269,18 @@ def _strict(
 
 
 def read_placed(
-    paths: Iterable[str | Path],
-    purpose: str | None,
-    format: str | None = None,
-    reading: Reading | None = None,
+    paths: Iterable[str | Path], wanted: Wanted, reading: Reading | None = None
 ) -> Iterator[tuple[str, Record | Request | ValueError]]:
     """Yield records or requests with their places; a bad row is yielded as an error.
 
     Args:
-        purpose: a role or a kind; None: the first role of the row's format.
-        format, reading: as for `read_records`.
+        paths: the files and folders.
+        wanted: what rows are read as.
+        reading: as for `read_records`.
 
     Raises:
-        ValueError: the format is unknown.
         OSError: a file cannot be read.
     """
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     reading = reading or Reading()
     files = reading.files
     for path in map(Path, paths):
@@ -235,31 +289,30 @@ def read_placed(
             for file in data_files(path):
                 place = f"{file}"
                 counts = files.setdefault(place, FileReading())
-                reading.ids.begin(file, purpose)
-                yield from _read_file(file, purpose, format, counts, reading)
+                reading.ids.begin(file, wanted.purpose)
+                yield from _read_file(file, wanted, counts, reading)
+        except UnknownColumnsError as error:
+            files.setdefault(place, FileReading()).bad += 1
+            advice = suggest(error.names, wanted.purpose)
+            yield place, ValueError(f"{error}, or columns to read it by, from here: {advice}")
         except ValueError as error:
             files.setdefault(place, FileReading()).bad += 1
             yield place, error
 
 
 def _read_file(
-    path: Path,
-    purpose: str | None,
-    named: str | None,
-    counts: FileReading,
-    reading: Reading,
+    path: Path, wanted: Wanted, counts: FileReading, reading: Reading
 ) -> Iterator[tuple[str, Record | Request | ValueError]]:
     pairs = _Pairs()
     place = ""
     source = path.stem
-    bare = FORMATS[named].bare if named else ()
-    for within, row in read_rows(path, COLUMNS, bare):
+    for within, row in read_rows(path, wanted.fields):
         place = f"{path}:{within}"
         record: Any
         try:
             if isinstance(row, ValueError):
                 raise row
-            record = _record(row, purpose, named, pairs, place, source)
+            record = _record(row, wanted, pairs, place, source)
         except (TypeError, ValueError) as error:
             record = ValueError(f"{place}: {error}")
         if isinstance(record, Skipped):
@@ -285,12 +338,11 @@ def _read_file(
 
 
 def _record(
-    row: Any, purpose: str | None, named: str | None, pairs: _Pairs, place: str, source: str
+    row: Any, wanted: Wanted, pairs: _Pairs, place: str, source: str
 ) -> Record | Request | Skipped | None:
     """Return the row's record; None for an answer that waits for its other half."""
-    if not isinstance(row, dict):
-        raise TypeError(f"row: is {type(row).__name__}, expected an object")
-    name = named or _format_of(row, purpose)
+    purpose, trusted = wanted.purpose, wanted.named is not None
+    name, row = wanted.row(row)
     form = FORMATS[name]
     if not form.fits(row.keys()):
         raise ValueError(
@@ -305,13 +357,21 @@ def _record(
         )
     record: Any = reader(row, _origin(row, place, source, weighted=purpose not in KINDS))
     if isinstance(record, Half):
+        fits = refuses(record.text) if record.safe else not opens_with_refusal(record.text)
+        if wanted.columns is not None and not trusted and not fits:
+            return CONTRADICTION
         record = pairs.join(record)
     if isinstance(record, Triple):
-        against = _contradiction(record, name, *(form.columns or ("safe", "harmful")), bool(named))
+        safe, harmful = form.columns or ("safe", "harmful")
+        against = None
+        if record.safe == record.harmful:
+            against = f"{harmful}: equals {safe}, expected another response"
+        elif not trusted:
+            against = _contradiction(record, name, safe, harmful, wanted.columns is not None)
         if against and form.columns:
             raise ValueError(against)
         if against:
-            return Skipped("the responses contradict their labels")
+            return CONTRADICTION
     if purpose in KINDS and isinstance(record, Triple | Dialogue):
         return as_request(record)
     if purpose == "borderline" and isinstance(record, Dialogue):
@@ -320,11 +380,11 @@ def _record(
 
 
 def _format_of(row: Row, purpose: str | None) -> str:
-    names = _matching(frozenset(row.keys() & KNOWN))
+    names = matching(frozenset(row.keys() & KNOWN))
     filled = frozenset(row)
     if not names:  # ignore empty fields: one table may hold rows of several formats
         filled = frozenset(key for key in row if row[key] is not None and row[key] != "")
-        names = _matching(filled & KNOWN)
+        names = matching(filled & KNOWN)
     if len(names) == 1:
         return names[0]
     found = f"fields: found {field_names(row)}, which is "
@@ -337,32 +397,19 @@ def _format_of(row: Row, purpose: str | None) -> str:
     forms = {
         name: form for name, form in FORMATS.items() if purpose is None or purpose in form.readers
     }
-    if closest := _closest([name for name, form in forms.items() if form.fits(filled)]):
-        meant = " or ".join(closest)
+    covered = {name: form.known & filled for name, form in forms.items() if form.fits(filled)}
+    if covered:
+        most = [
+            name for name in covered if not any(covered[name] < other for other in covered.values())
+        ]
+        meant = " or ".join(most)
         raise ValueError(
             f"{found}{meant} with fields of other formats, expected format: {meant}, which "
             "ignores those"
         )
-    expected = " | ".join(
-        f"{', '.join(sorted(form.fields))} ({name})" for name, form in forms.items()
-    )
-    raise ValueError(f"{found}no known format, expected {expected}")
-
-
-@lru_cache(maxsize=4096)
-def _matching(found: frozenset[str]) -> tuple[str, ...]:
-    """Return the closest formats that have all of these fields."""
-    return _closest(
-        [name for name, form in FORMATS.items() if form.fits(found) and found - ABOUT <= form.known]
-    )
-
-
-def _closest(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the formats whose fields are no proper subset of another's."""
-    return tuple(
-        name
-        for name in names
-        if not any(FORMATS[name].fields < FORMATS[other].fields for other in names)
+    raise ValueError(
+        f"{found}no known format, expected one, or columns to read it by, from here: "
+        f"{suggest(row, purpose)}"
     )
 
 
@@ -386,15 +433,20 @@ def _number(name: str, value: Any) -> Any:
         raise ValueError(f"{name}: is text, expected a number") from None
 
 
-def _contradiction(triple: Triple, name: str, safe: str, harmful: str, named: bool) -> str | None:
-    if triple.safe == triple.harmful:
-        return f"{harmful}: equals {safe}, expected another response"
-    if not named and opens_with_refusal(triple.harmful) and not refuses(triple.safe):
+def _contradiction(triple: Triple, name: str, safe: str, harmful: str, mapped: bool) -> str | None:
+    """Return why the texts contradict their columns; None if they do not.
+
+    A format's own names vouch for its columns. A mapping may name any field, so that there the safe
+    response must refuse.
+    """
+    if refuses(triple.safe):
+        return None
+    accept = f"expected the refusal in {safe}, or format: {name} to accept the rows as they are"
+    if opens_with_refusal(triple.harmful):
         return (
-            f"{harmful}: opens with a refusal and {safe} holds none, so they look swapped; "
-            f"expected the refusal in {safe}, or format: {name} to accept the rows as they are"
+            f"{harmful}: opens with a refusal and {safe} holds none, so they look swapped; {accept}"
         )
-    return None
+    return f"{safe}: holds no refusal, as columns must show; {accept}" if mapped else None
 
 
 def as_request(record: Triple | Dialogue) -> Request:

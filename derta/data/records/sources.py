@@ -8,11 +8,16 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from derta.data.records.formats import ROLES, Role
-from derta.data.records.reading import Reading, read_records
+from derta.data.records.reading import Reading, Wanted, read_records
 from derta.data.records.types import Record, check_weight
 from derta.settings import setting
+
+COLUMNS_HELP = (
+    "Fields of a file by the names that a format knows: '{prompt: behavior, harmful: meta.text}'."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +26,8 @@ class Source:
 
     Raises:
         TypeError: the weight is no number.
-        ValueError: the path is empty, the role is unknown, the weight is not above 0, or the limit
-            is below 1.
+        ValueError: the path is empty, the role or the format is unknown, the weight is not above 0,
+            the limit is below 1, or `columns` name no format's fields.
     """
 
     path: str | list[str] = setting(help="Path of a file or a folder, or several.")
@@ -37,6 +42,7 @@ class Source:
         gt=0,
     )
     format: str | None = setting(None, "Format of the rows, if their fields do not tell it.")
+    columns: dict[str, Any] = setting(help=COLUMNS_HELP, factory=dict)
     limit: int | None = setting(
         None, "Number of records that are read, from the first; null: all.", ge=1
     )
@@ -49,6 +55,7 @@ class Source:
         check_weight("weight", self.weight)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit: is {self.limit}, expected at least 1")
+        Wanted(self.role, self.format, self.columns)
 
     @property
     def paths(self) -> Sequence[str]:
@@ -67,7 +74,13 @@ def source_records(source: Source, reading: Reading | None = None) -> Iterator[R
     Raises:
         ValueError, OSError: as `read_records`.
     """
-    records = read_records(*source.paths, role=source.role, format=source.format, reading=reading)
+    records = read_records(
+        *source.paths,
+        role=source.role,
+        format=source.format,
+        columns=source.columns,
+        reading=reading,
+    )
     limit = None if source.limit is None else min(source.limit, sys.maxsize)
     for record in itertools.islice(records, limit):
         if source.weight != 1.0:  # checking a copy takes time

@@ -134,6 +134,17 @@ class Rendered:
 Record = Triple | Dialogue | Rendered
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A row that was read and yields nothing.
+
+    Args:
+        reason: a constant text, under which such rows are counted.
+    """
+
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One request to evaluate a model with.

@@ -10,11 +10,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from derta.data.records.files import data_files, read_rows
+from derta.data.records.columns import read_columns
+from derta.data.records.files import Fields, data_files, read_rows
 from derta.data.records.types import check_text, field_names
 from derta.evaluation.judges.base import Exchange, Judge, Verdict, succeeded
 from derta.evaluation.measures.statistics import wilson_interval
@@ -74,11 +76,11 @@ FORMATS = {
 }
 
 
-_FIELDS = {
+_FIELDS = frozenset(
     field
     for format in FORMATS.values()
     for field in (format.prompt, format.response, *format.labels)
-}
+)
 
 
 @dataclass(frozen=True)
@@ -96,24 +98,30 @@ class Labelled:
     harmful: bool | None = None
 
 
-def read_labelled(path: str | Path) -> tuple[list[Labelled], int]:
+def read_labelled(
+    path: str | Path, columns: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[list[Labelled], int]:
     """Read labelled answers from a file in one of the `FORMATS`, recognised by its fields.
 
     Args:
         path: a file, a folder of files or one of `datasets`, see `derta.data.records.files`.
+        columns: the file's fields by the names of a format, see `read_columns`.
 
     Returns:
         the answers, and the number of rows left out because they have no answer or no label.
 
     Raises:
-        ValueError: a row has an unknown format, or a label is unknown; names the place, never
-            quotes a text.
+        ValueError: a row has an unknown format, a label is unknown, or columns are wrong; names the
+            place, never quotes a text.
         FileNotFoundError: the file does not exist.
     """
     labelled, left_out = [], 0
+    mapping = read_columns(columns, _FIELDS) if columns else None
     for file in data_files(Path(path)):
-        for place, row in read_rows(file, _FIELDS):
+        for place, row in read_rows(file, Fields(mapping.roots(_FIELDS) if mapping else _FIELDS)):
             try:
+                if mapping is not None and not isinstance(row, ValueError):
+                    row = mapping.apply(row, frozenset(columns))
                 one = _labelled(row)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{file}:{place}: {error}") from error

@@ -203,14 +203,18 @@ BAD = [
     (f'{{\n"data": [{json.dumps(OWN)}]}}\n3', "3: text after the object, expected nothing"),
     ('{"data": [3]}', "1: fields: found data, which is no known format"),
     ('{"data": []}', "1: fields: found data, which is no known format"),
-    ('{"data": [{"x": 1}], "prompt": "x"}', "1: fields: are those of format prompt"),
+    ('{"data": [{"x": 1}], "prompt": "x"}', "1: fields: are those of format requests"),
     (f'{{"data": [{json.dumps(OWN)}, {{}}]}}', r"1\[1\]: fields: found none, which is no known"),
     (b'[{\n"a": "\xff"}]', "2: byte 0xff is not UTF-8, expected UTF-8 text"),
     (b'\n{"a": "\xff"}', "2: byte 0xff is not UTF-8, expected UTF-8 text"),
     (b'["\xc3', "1: byte 0xc3 is not UTF-8, expected UTF-8 text"),
     (json.dumps(OWN).encode("utf-16"), "1: byte 0xff is not UTF-8"),
     ("Paint\nit", "1: neither JSON nor CSV with a header that names columns of any format"),
-    ("{}", "1: fields: found none, which is no known format, expected harmful, safe (triple) | "),
+    (
+        "{}",
+        "1: fields: found none, which is no known format, expected one, or columns to read it by, "
+        "from here: columns: {prompt: FIELD, safe: FIELD, harmful: FIELD}",
+    ),
     ('{"doubt": 1}', "1: fields: found doubt, which is no known format"),
     (json.dumps({**OWN, "messages": [SAY, {**ASK, "content": "Why?"}]}), "1: prompt: differs from"),
     (json.dumps({**OWN, "instruction": "x"}), "1: fields: found harmful, instruction, prompt"),
@@ -322,7 +326,7 @@ def test_an_unclosed_quote_or_bracket_does_not_swallow_the_file(
 ) -> None:
     monkeypatch.setattr(files, "LONGEST", 64)
     monkeypatch.setattr(files, "CHUNK", 16)
-    rows = files.read_rows(write(tmp_path, text), {"prompt"})
+    rows = files.read_rows(write(tmp_path, text), files.Fields({"prompt"}))
     with pytest.raises(ValueError, match=r"rows\.txt:" + message):
         for _ in rows:
             pass
@@ -366,7 +370,7 @@ def test_a_bad_row_of_a_table_is_named_by_its_index(tmp_path: Path) -> None:
             contain([OWN], "parquet").replace(b"harmful", b"\xffarmful"),
             r"\[0\]: not parquet \('utf-8' codec can't decode byte 0xff.*\), expected a whole file",
         ),
-        (contain([{"a": 1}], "parquet"), r"\[0\]: no column of any format in this table"),
+        (contain([{"a": 1}], "parquet"), r"\[0\]: fields: found a, which is no known"),
     ],
 )
 def test_a_file_without_records_is_an_error(tmp_path: Path, data: bytes, message: str) -> None:

@@ -22,9 +22,10 @@ from derta.data import (
     read_records,
     read_requests,
 )
-from derta.data.records.reading import read_placed
+from derta.data.records.reading import Wanted, read_placed
 from public_rows import (
     CONTAINERS,
+    FLAT,
     PACKINGS,
     ROWS,
     ask,
@@ -46,6 +47,18 @@ ASKED = Request(prompt=ask(7), id="x")
 ABOUT_FENCES = dataclasses.replace(ASKED, category="fences")
 BROKEN = Request(prompt=ask(7), response=harmful(7), id="x")
 ANSWERED = Request(prompt=ask(7), response=helpful(7), id="x")
+
+
+TWICE_ASKED = Request(messages=[turn("user", "How are fences made?"), turn("user", ask(7))], id="x")
+TWICE_ANSWERED = Dialogue(
+    messages=[
+        turn("user", "How are fences made?"),
+        turn("assistant", "Of wood."),
+        turn("user", ask(7)),
+        turn("assistant", helpful(7)),
+    ],
+    id="x",
+)
 
 
 def helpfully(dialogue: Dialogue) -> dict[str, list[Any]]:
@@ -74,8 +87,25 @@ IS: dict[str, dict[str, list[Any]]] = {
     "circuit_breakers": safely(TRIPLE),
     "shallow_deep": safely(TRIPLE),
     "preference": safely(TRIPLE) | helpfully(CHOSEN),
+    "harmful_answer": {"safety": [], "harmful": [BROKEN]},
+    "safe_answer": {"safety": []},
+    "instruction_preference": safely(TRIPLE) | helpfully(CHOSEN),
+    "sharegpt_preference": safely(TRIPLE) | helpfully(CHOSEN),
+    "whole_preference": safely(TRIPLE) | helpfully(CHOSEN),
     "wildguard": safely(TRIPLE) | helpfully(DIALOGUE),
     "alpaca": helpfully(DIALOGUE),
+    "dolly": helpfully(DIALOGUE),
+    "instruction_target": helpfully(DIALOGUE)
+    | {"harmful": [dataclasses.replace(ASKED, prefill=helpful(7))]},
+    "transcript": helpfully(DIALOGUE) | {"harmful": [ASKED], "harmless": [ASKED]},
+    "prompt_output": helpfully(DIALOGUE),
+    "prompt_answer": helpfully(DIALOGUE),
+    "prefilled": {"harmful": [dataclasses.replace(ASKED, prefill=prefill(7))]},
+    "queries": dict.fromkeys(("harmful", "harmless"), [TWICE_ASKED])
+    | {
+        role: [dataclasses.replace(TWICE_ANSWERED, borderline=role == "borderline")]
+        for role in ("helpful", "borderline")
+    },
     "conversation": helpfully(DIALOGUE),
     "sharegpt": helpfully(BRIEFED),
     "prompt_completion": helpfully(DIALOGUE),
@@ -110,13 +140,8 @@ IS: dict[str, dict[str, list[Any]]] = {
     "hex_phi": {"harmful": [ABOUT_FENCES], "harmless": [ABOUT_FENCES]},
     "do_not_answer": {"harmful": [ABOUT_FENCES]},
     "beavertails_evaluation": {"harmful": [ABOUT_FENCES]},
-    "prompt": {"harmful": [ASKED], "harmless": [ASKED]},
-    "turns": {
-        kind: [
-            Request(messages=[turn("user", "How are fences made?"), turn("user", ask(7))], id="x")
-        ]
-        for kind in ("harmful", "harmless")
-    },
+    "requests": {"harmful": [ASKED], "harmless": [ASKED]},
+    "turns": dict.fromkeys(("harmful", "harmless"), [TWICE_ASKED]),
 }
 PURPOSES = [(name, purpose) for name, purposes in IS.items() for purpose in purposes]
 
@@ -158,8 +183,8 @@ def test_every_format_reads_the_same_from_every_container(
 ) -> None:
     for name, purposes in IS.items():
         rows = ROWS[name](7)
-        if container == "csv" and any(isinstance(v, list) for v in rows[0].values()):
-            continue  # CSV has no lists
+        if container in FLAT and any(isinstance(v, list | dict) for v in rows[0].values()):
+            continue
         path = tmp_path / "rows.dat"
         path.write_bytes(PACKINGS[packing](contain(rows, container)))
         for purpose, expected in purposes.items():
@@ -378,7 +403,7 @@ def test_mmlu_may_have_one_column_for_each_letter(tmp_path: Path, header: bool) 
     if header:
         assert nameless(read(path, "question")) == expected
     else:
-        message = "rows:1: neither JSON nor CSV .*, or format: for CSV without a header$"
+        message = "rows:1: neither JSON nor CSV .*, or format: for CSV without a header, such as"
         with pytest.raises(ValueError, match=message):
             read(path, "question")
 
@@ -432,7 +457,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "helpful",
         edit("sharegpt", conversations=[{"from": "bot", "value": "x"}]),
-        r"conversations\[0\].from: expected one of system, human",
+        r"conversations\[0\].from: is 'bot', expected one of system, human",
     ),
     ("question", edit("question", answer=...), "answer: is NoneType, expected text"),
     ("question", edit("mmlu", choices="[1, 2]"), "choices: expected a list of 2 to 26 texts"),
@@ -480,7 +505,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "helpful",
         {"text": "So."},
-        r"fields: found text, which is no known format, expected .*prefix, safe, text \(rendered\)",
+        "fields: found text, which is no known format, expected one, or columns to read it by, "
+        "from here: columns: {prompt: text, answer: FIELD}$",
     ),
 ]
 
@@ -521,7 +547,7 @@ def test_one_pass_reports_every_bad_row(tmp_path: Path) -> None:
     lines = [json.dumps(good), "{", json.dumps({**good, "safe": ""}), b"\xff", json.dumps(good)]
     path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
     reading = Reading()
-    found = list(read_placed([path], "safety", reading=reading))
+    found = list(read_placed([path], Wanted("safety"), reading))
     assert [place for place, _ in found] == [f"{path}:{line}" for line in range(1, 6)]
     assert [isinstance(record, ValueError) for _, record in found] == [False, True, True, True, 0]
     assert str(reading.files[str(path)]) == "2 records, 3 errors, 0 skipped"

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from derta.data import FORMATS, KINDS, ROLES, Dialogue, Reading, Rendered, Triple
-from derta.data.records.reading import read_placed
+from derta.data.records.reading import Wanted, read_placed
 from public_rows import CONTAINERS, PACKINGS, ROWS, Row, contain, harmful, safe
 
 TEXTS = ('"', ",", "\n", "\r\n", "'", "\\", "{", "ä", "\u2028", "\ufeff")
 
 
-def damage(draw: st.DrawFn, row: Row, n: int) -> None:
-    """Damage the row in one of the ways seen in real files."""
+def damage(draw: st.DrawFn, format: str, row: Row, n: int) -> None:
+    """Damage the row of a format in one of the ways seen in real files."""
     name = draw(st.sampled_from(sorted(row)))
     value = row[name]
     what = draw(st.sampled_from(["type", "blank", "unusable", "quoting", "absent", "foreign"]))
@@ -35,7 +35,7 @@ def damage(draw: st.DrawFn, row: Row, n: int) -> None:
     elif what == "absent":
         del row[name]
     elif what == "foreign":
-        other = draw(st.sampled_from(sorted(ROWS)))
+        other = draw(st.sampled_from(sorted(ROWS.keys() - {format})))
         row.update({key: v for key, v in ROWS[other](n)[0].items() if key not in row})
 
 
@@ -47,7 +47,7 @@ def written(draw: st.DrawFn) -> tuple[str, str, list[Row], bytes]:
     numbered = [(n, row) for n in range(1, 5) for row in ROWS[name](n)]
     for n, row in draw(st.lists(st.sampled_from(numbered), max_size=2)):
         if row:
-            damage(draw, row, n)
+            damage(draw, name, row, n)
     rows = [row for _, row in numbered]
     container = draw(st.sampled_from(CONTAINERS))
     packing = draw(st.sampled_from(sorted(PACKINGS)))
@@ -95,7 +95,7 @@ def check_record(record: Any, name: str, purpose: str) -> None:
     elif isinstance(record, Dialogue):
         assert purpose in ("helpful", "borderline")
         assert record.borderline == (purpose == "borderline")
-        kind = "safe" if name == "preference" else "helpful"
+        kind = "safe" if name.endswith("preference") else "helpful"
         check(record.messages[-1]["content"], kind, item(record.messages[-2]["content"]))
     elif isinstance(record, Rendered):
         assert purpose in ("safety", "helpful") and not (record.rto and purpose == "helpful")
@@ -103,10 +103,11 @@ def check_record(record: Any, name: str, purpose: str) -> None:
     else:
         assert purpose in KINDS
         if record.response:
-            kind = {"preference": "safe"}.get(name, "helpful")
+            kind = "safe" if name.endswith("preference") else "helpful"
             check(record.response, "harmful" if purpose == "harmful" else kind, item(record.prompt))
         if record.prefill:
-            check(record.prefill, "prefill", item(record.prompt))
+            kind = "helpful" if name == "instruction_target" else "prefill"
+            check(record.prefill, kind, item(record.prompt))
         if name == "xstest" and record.category:  # a row without a type is a bare prompt
             assert record.category.startswith("contrast_") == (purpose == "harmful")
 
@@ -127,7 +128,7 @@ def test_no_damage_turns_a_row_into_a_different_record(tmp_path: Path) -> None:
         name, purpose, rows, data = case
         path.write_bytes(data)
         reading = Reading()
-        for place, found in read_placed([path], purpose, reading=reading):
+        for place, found in read_placed([path], Wanted(purpose), reading):
             if isinstance(found, ValueError):
                 message = str(found)
                 assert message.startswith(f"{path}:") and "\n" not in message
@@ -153,8 +154,10 @@ def test_swapped_columns_are_an_error_in_every_row(
 ) -> None:
     one, other = FORMATS[name].columns or ("", "")
     rows = [{**row, one: row[other], other: row[one]} for n in range(9) for row in ROWS[name](n)]
+    if container == "table" and isinstance(rows[0][one], dict):
+        return  # a table of lists has no objects
     (tmp_path / "rows").write_bytes(contain(rows, container))
-    found = [record for _, record in read_placed([tmp_path / "rows"], "safety")]
+    found = [record for _, record in read_placed([tmp_path / "rows"], Wanted("safety"))]
     assert len(found) == len(rows) and all(isinstance(record, ValueError) for record in found)
 
 

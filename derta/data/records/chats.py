@@ -1,0 +1,134 @@
+"""Messages as other houses write them: OpenAI's chat rows, ShareGPT's turns, transcripts.
+
+What our messages cannot hold is never dropped silently: a conversation that calls tools, or shows
+images, is `Skipped` with its reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from derta.data.records.types import Message, Skipped, check_messages, check_text
+
+TOOLS = Skipped("the conversation has tools")
+PARTS = Skipped("the conversation holds more than text")
+UNLEARNED = Skipped("an answer has weight 0, and all answers of a dialogue are learned")
+
+_CALLS = frozenset({"tool_calls", "function_call", "tool_call_id"})
+_CALLERS = frozenset("tool function function_call observation ipython".split())
+_MEDIA = ("images", "videos", "audios")
+_SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+def unread_of(row: Mapping[str, Any]) -> Skipped | None:
+    """Return why a row's conversation cannot be read from its messages alone, if so."""
+    if any(row.get(name) not in (None, "", "[]", []) for name in ("tools", "functions")):
+        return TOOLS
+    return PARTS if any(row.get(name) for name in _MEDIA) else None
+
+
+def chat_messages(field: str, value: Any) -> tuple[Message, ...] | Skipped:
+    """Return OpenAI's messages as ours.
+
+    Parts of text are joined, `name` is left out, `developer` is the system. An answer may have a
+    `weight` of 0 or 1.
+
+    Raises:
+        TypeError, ValueError: as `check_messages`, or the weight of an answer is another one.
+    """
+    if not isinstance(value, list | tuple):
+        return check_messages(field, value)
+    plain: list[Any] = []
+    unlearned = False
+    for index, message in enumerate(value):
+        if not isinstance(message, dict):
+            return check_messages(field, value)
+        given = {
+            key: one
+            for key, one in message.items()
+            if key in ("role", "content") or one not in (None, [], {})
+        }
+        role, content = given.get("role"), given.get("content")
+        if given.keys() & _CALLS or (isinstance(role, str) and role in _CALLERS):
+            return TOOLS
+        if isinstance(content, list):
+            content = _joined(f"{field}[{index}].content", content)
+            if isinstance(content, Skipped):
+                return content
+            given["content"] = content
+        weights = [given.pop(key) for key in ("weight", "loss_weight") if key in given]
+        if role == "assistant" and any(weight not in (0, 1) for weight in weights):
+            raise ValueError(f"{field}[{index}].weight: expected 0 or 1")
+        unlearned = unlearned or (role == "assistant" and 0 in weights)
+        given.pop("name", None)
+        plain.append({**given, "role": "system"} if role == "developer" else given)
+    messages = check_messages(field, plain)
+    return UNLEARNED if unlearned else messages
+
+
+def _joined(field: str, parts: Sequence[Any]) -> str | Skipped:
+    texts = []
+    for index, part in enumerate(parts):
+        name = f"{field}[{index}]"
+        if not isinstance(part, dict) or "type" not in part:
+            raise ValueError(f"{name}: expected a part with type and text")
+        if part["type"] != "text":
+            return PARTS
+        texts.append(check_text(f"{name}.text", part.get("text", part.get("value"))))
+    return "".join(texts)
+
+
+def sharegpt_messages(field: str, turns: Any) -> list[Message] | Skipped:
+    """Return ShareGPT's turns, {"from", "value"}, as messages.
+
+    Raises:
+        TypeError: there is no list of turns, or a value is no text.
+        ValueError: a turn has other fields or an unknown speaker, which the message names.
+    """
+    if not isinstance(turns, list):
+        raise TypeError(f"{field}: is {type(turns).__name__}, expected a list of turns")
+    messages = []
+    for index, turn in enumerate(turns):
+        name = f"{field}[{index}]"
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise ValueError(f"{name}: expected from and value")
+        speaker = turn["from"]
+        if isinstance(speaker, str) and speaker in _CALLERS:
+            return TOOLS
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT:
+            said = repr(speaker[:20]) if isinstance(speaker, str) else type(speaker).__name__
+            raise ValueError(f"{name}.from: is {said}, expected one of {', '.join(_SHAREGPT)}")
+        content = check_text(f"{name}.value", turn["value"])
+        messages.append({"role": _SHAREGPT[speaker], "content": content})
+    return messages
+
+
+def transcript_messages(field: str, value: Any) -> tuple[Message, ...]:
+    """Return the turns of a text that marks them by "Human:" and "Assistant:" after a blank line.
+
+    Raises:
+        TypeError: the value is no text.
+        ValueError: it starts otherwise, or a turn is blank.
+
+    Source: arXiv 2204.05862, the files hh-rlhf.
+    """
+    before, *turns = _TURN.split(check_text(field, value))
+    if before.strip() or not turns:
+        raise ValueError(f"{field}: expected a transcript that starts with Human:")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return check_messages(
+        field,
+        [
+            {"role": roles[speaker], "content": said.strip()}
+            for speaker, said in zip(turns[::2], turns[1::2], strict=True)
+        ],
+    )
