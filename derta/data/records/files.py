@@ -60,7 +60,7 @@ class Fields:
             other parquet columns are not loaded.
         lists: those that hold a list in each row, so that no list of theirs is a table's column.
         bare: column names of a CSV file without a header. A file with only one such column may have
-            text lines with commas.
+            text lines with commas, or be lists of texts under any names.
     """
 
     names: Collection[str]
@@ -227,7 +227,7 @@ def _listed(found: dict[str, Any], fields: Fields, alone: bool) -> Sequence[Any]
     }
     around = found.keys() - listed.keys()
     if not listed:
-        return _parallel(found, fields) if alone else None
+        return _parallel(found, fields) or _texts(found, fields) if alone else None
     if around and not (alone and around.isdisjoint(set(fields.names) - _OF_FILES)):
         return None
     if not listed.keys().isdisjoint(fields.names):
@@ -270,6 +270,19 @@ def _parallel(found: dict[str, Any], fields: Fields) -> list[Any] | None:
     if table.keys().isdisjoint(fields.names):
         return None
     return [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+
+
+def _texts(found: Any, fields: Fields) -> list[str] | None:
+    """Return the texts of an object that holds nothing but lists of them, by topic and subtopic.
+
+    None if it holds something else, or nobody asked for a file of one column.
+    """
+    if isinstance(found, list) and all(isinstance(text, str) for text in found):
+        return found
+    if len(fields.bare) != 1 or not isinstance(found, dict):
+        return None
+    texts = [_texts(value, fields) for value in found.values()]
+    return None if None in texts else [text for held in texts for text in held or ()]
 
 
 class _Window:
@@ -398,7 +411,7 @@ def _listed_rows(window: _Window, fields: Fields) -> Iterator[Placed]:
         if mark not in (",", "}"):
             window.fail("the object breaks off, expected ',' or '}'")
         window.position += 1
-    rows = None if found else _parallel(around, fields)
+    rows = None if found else _parallel(around, fields) or _texts(around, fields)
     if found and around.keys().isdisjoint(set(fields.names) - _OF_FILES):
         rows = []
     if rows is None:
@@ -423,9 +436,10 @@ def _csv_rows(path: Path, stream: Any, first: int, fields: Fields) -> Iterator[P
     lines = texts()
     head = next(lines, "")
     known = _names(head, fields.names)
-    # Without a header, a line of a file of one column is one cell, unless it is quoted.
-    single = len(fields.bare) == 1 and not known
-    if single and len(named := _cells(head)) > 1 and all(map(_NAME.fullmatch, named)):
+    named = _cells(head)
+    # A line of a file of one column is one cell, unless it is quoted.
+    single = len(fields.bare) == 1 and (not known or len(named) == 1)
+    if single and len(named) > 1 and all(map(_NAME.fullmatch, named)):
         raise ValueError(f"{path}:{first}: names several columns, expected a column of requests")
     reader = csv.reader(
         itertools.chain([head], lines), strict=True, delimiter="\x1f" if single else ","

@@ -17,6 +17,7 @@ import pytest
 
 from derta.data import Reading, Triple, read_records, read_requests
 from derta.data.records import files
+from derta.data.records.reading import Wanted, read_placed
 from public_rows import CONTAINERS, PACKINGS, contain
 
 ASK = {"role": "user", "content": "How?"}
@@ -257,6 +258,92 @@ BAD = [
     (b"prompt,safe,harmful\na,b\xff,c", "2: byte 0xff is not UTF-8, expected UTF-8 text"),
     ("prompt,safe,harmful\n", "1: no record"),
 ]
+PROMPTS = ["How?", 'He said "so", then?', "Why?"]
+TALK = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
+TURNS = [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(PROMPTS),
+        json.dumps(PROMPTS, indent=1),
+        json.dumps({"prompts": PROMPTS, "inputs": []}),
+        json.dumps({"prompt": PROMPTS, "tags": ["a", "b", "c"]}, indent=2),
+        json.dumps(
+            {"version": 2, "source": "x", "tags": ["a"], "rows": [{"prompt": p} for p in PROMPTS]}
+        ),
+        json.dumps({"rows": [{"prompt": p} for p in PROMPTS], "about": {"n": [1]}}, indent=2),
+    ],
+)
+def test_requests_are_read_from_lists_tables_and_objects_around_rows(
+    tmp_path: Path, text: str
+) -> None:
+    found = list(read_requests(write(tmp_path, text), kind="harmful"))
+    assert [one.prompt for one in found] == PROMPTS
+    assert len({one.id for one in found}) == 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "How?\nWhy, then, so?\n",
+        'How?\n"Why, then, so?"\n',
+        "prompt\nHow?\n\nWhy, then, so?",
+        json.dumps({"a": ["How?"], "b": {"c": ["Why, then, so?"]}}),
+        json.dumps({"a": {"b": ["How?", "Why, then, so?"]}, "c": []}, indent=1),
+    ],
+)
+def test_a_column_of_requests_is_read_where_it_is_asked_for(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, text)
+    found = read_requests(path, kind="harmful", format="requests")
+    assert [one.prompt for one in found] == ["How?", "Why, then, so?"]
+    if not text.startswith("prompt"):
+        with pytest.raises(ValueError, match=r"rows\.txt:1?"):
+            list(read_requests(path, kind="harmful"))
+
+
+def test_a_table_is_no_column_of_requests(tmp_path: Path) -> None:
+    path = write(tmp_path, "index,behaviour\n1,How?\n")
+    with pytest.raises(ValueError, match=r"txt:1: names several columns, expected a column of req"):
+        list(read_requests(path, kind="harmful", format="requests"))
+    with pytest.raises(ValueError, match=r"txt:1: fields: found behaviour, index, .*: behaviour}"):
+        list(read_requests(path, kind="harmful"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([TALK, TURNS]),
+        json.dumps([TALK, TURNS], indent=1),
+        f"{json.dumps(TALK)}\n{json.dumps(TURNS)}\n",
+        json.dumps({"size": 2, "talks": [TALK, TURNS]}),
+        json.dumps({"talks": [TALK, TURNS], "size": 2}, indent=1),
+    ],
+)
+def test_lists_of_messages_are_rows(tmp_path: Path, text: str) -> None:
+    found = read(write(tmp_path, text), "helpful")
+    assert [[one["content"] for one in record.messages] for record in found] == [
+        ["How?", "So."]
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        (json.dumps({"turns": ["How?", "Why?"]}), 1),
+        (json.dumps({"queries": ["How?", "Why?"], "tags": ["a", "b"]}), 1),
+        (f"{json.dumps({'prompt': ['How?']})}\n" * 2, 0),  # two rows are no table
+        (json.dumps({"prompt": ["How?"], "category": ["a", "b"]}), 0),
+    ],
+)
+def test_a_row_with_a_list_is_no_table(tmp_path: Path, text: str, count: int) -> None:
+    reading = Reading()
+    wanted = Wanted("harmful")
+    placed = list(read_placed([write(tmp_path, text)], wanted, reading))
+    assert [isinstance(one, ValueError) for _, one in placed].count(False) == count
+
+
 BAD_DIALOGUES = [
     ({"instruction": " ", "output": "y"}, "instruction: is blank, expected text"),
     ({"messages": [ASK]}, "messages: the last message is the user's, expected the"),

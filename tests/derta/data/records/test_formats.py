@@ -34,6 +34,7 @@ from public_rows import (
     helpful,
     prefill,
     safe,
+    transcript,
     turn,
 )
 
@@ -241,6 +242,30 @@ def test_a_refusal_late_in_a_harmful_response_is_accepted(tmp_path: Path) -> Non
     assert len(read(write(tmp_path, late, both), "safety")) == 2
 
 
+def messages(field: str, *turns: tuple[str, str]) -> dict[str, Any]:
+    return {field: [turn(role, content) for role, content in turns]}
+
+
+ASKING = ("user", "How?")
+TOOLS, MORE = "the conversation has tools", "the conversation holds more than text"
+UNLEARNED = "an answer has weight 0, and all answers of a dialogue are learned"
+UNDESIRABLE = "the answer is labelled undesirable"
+APART = "chosen and rejected answer different conversations"
+OTHER = transcript("Why?", harmful(7))
+
+
+def chat(*turns: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [turn("user", ask(7)), *turns, turn("assistant", helpful(7))]}
+
+
+CHAT = chat()
+
+
+def sharegpt(speaker: str) -> dict[str, Any]:
+    turns = [("human", ask(7)), (speaker, "{}"), ("gpt", helpful(7))]
+    return {"conversations": [{"from": who, "value": said} for who, said in turns]}
+
+
 Count = dict[str, int]
 NO_PAIR = "the responses contradict their labels"
 
@@ -292,6 +317,27 @@ def labelled(*answers: tuple[str, bool]) -> list[dict[str, Any]]:
             1,
             {"no harmless answer to a harmless prompt": 2, "not labelled": 1},
         ),
+        ("safety", [ROWS["whole_preference"](7)[0] | {"rejected": OTHER}], 0, {APART: 1}),
+        ("helpful", [CHAT | {"tools": [{"name": "search"}]}], 0, {TOOLS: 1}),
+        ("helpful", [CHAT | {"tools": []}, CHAT | {"tools": None}], 2, {}),
+        ("helpful", [chat({"role": "assistant", "tool_calls": [{"id": "x"}]})], 0, {TOOLS: 1}),
+        ("helpful", [chat({"role": "tool", "content": "3"})], 0, {TOOLS: 1}),
+        ("helpful", [sharegpt("function_call"), sharegpt("observation")], 0, {TOOLS: 2}),
+        ("helpful", [CHAT | {"images": ["x.png"]}], 0, {MORE: 1}),
+        (
+            "harmless",
+            [chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]})],
+            0,
+            {MORE: 1},
+        ),
+        ("helpful", [chat({**turn("assistant", "So."), "weight": 0})], 0, {UNLEARNED: 1}),
+        ("helpful", [CHAT | {"label": False}, CHAT | {"label": True}], 1, {UNDESIRABLE: 1}),
+        (
+            "helpful",
+            [row | {"label": False} for row in ROWS["prompt_completion"](7)],
+            0,
+            {UNDESIRABLE: 1},
+        ),
         ("harmful", ROWS["xstest"](7), 1, {"of the other kind": 1}),
         ("harmless", ROWS["xstest"](7), 1, {"of the other kind": 1}),
     ],
@@ -335,13 +381,6 @@ def test_only_records_have_weights(tmp_path: Path) -> None:
     assert read(path, "safety")[0].weight == 3.0
 
 
-def messages(field: str, *turns: tuple[str, str]) -> dict[str, Any]:
-    return {field: [turn(role, content) for role, content in turns]}
-
-
-ASKING = ("user", "How?")
-
-
 def test_preferences_and_completions_may_be_messages(tmp_path: Path) -> None:
     prompt = messages("prompt", ("system", "Be brief."), ASKING)
     good, bad = ("assistant", "Sorry."), ("assistant", "Sure.")
@@ -360,10 +399,51 @@ def test_preferences_and_completions_may_be_messages(tmp_path: Path) -> None:
     assert [one["role"] for one in dialogue.messages] == ["system", "user", "assistant"]
 
 
+def test_chat_rows_are_read_by_their_texts_and_roles(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "How "}, {"type": "text", "value": "many?"}]
+    row = {
+        "messages": [
+            {"role": "developer", "content": "Be brief.", "name": None},
+            {"role": "user", "content": parts, "name": "ann", "loss_weight": 0.0},
+            {"role": "assistant", "content": "Two.", "weight": 1, "tool_calls": None},
+        ],
+        "tools": "[]",
+    }
+    (dialogue,) = read(write(tmp_path, row), "helpful")
+    expected = [("system", "Be brief."), ("user", "How many?"), ("assistant", "Two.")]
+    assert [(one["role"], one["content"]) for one in dialogue.messages] == expected
+
+
+def test_a_row_of_sharegpt_may_have_a_system_message(tmp_path: Path) -> None:
+    turns = ROWS["sharegpt"](7)[0]["conversations"][1:]
+    for row in ({"conversations": turns, "system": "Be brief."}, *ROWS["sharegpt"](7)):
+        assert nameless(read(write(tmp_path, row), "helpful")) == [BRIEFED]
+
+
+def test_preferences_may_be_whole_conversations(tmp_path: Path) -> None:
+    asked = [turn("user", "Hi."), turn("assistant", "Yes?"), turn("user", ask(7))]
+    good, bad = turn("assistant", safe(7)), turn("assistant", harmful(7))
+    listed = {"chosen": [*asked, good], "rejected": [*asked, bad]}
+    before = "\n\nHuman: Hi.\n\nAssistant: Yes?"
+    told = {key: before + transcript(ask(7), text(7)) for key, text in
+            (("chosen", safe), ("rejected", harmful))}  # fmt: skip
+    expected = Triple(messages=asked, safe=safe(7), harmful=harmful(7), id="x")
+    assert nameless(read(write(tmp_path, listed, told), "safety")) == [expected] * 2
+
+
+def test_a_transcript_is_a_request_up_to_the_last_question(tmp_path: Path) -> None:
+    asked = "\n\nHuman: Hi.\n\nAssistant: Yes?\n\nHuman: How?"
+    path = write(tmp_path, {"transcript": asked}, {"transcript": asked + "\n\nAssistant: No."})
+    for request in read(path, "harmful"):
+        assert [one["content"] for one in request.messages] == ["Hi.", "Yes?", "How?"]
+        assert request.response == ""
+
+
 def test_an_instruction_is_followed_by_its_input(tmp_path: Path) -> None:
     row = {"instruction": "Count them.", "input": "a b", "output": "2", "text": "all of it"}
-    (dialogue,) = read(write(tmp_path, row), "helpful")
-    assert dialogue.messages[0]["content"] == "Count them.\n\na b"
+    dolly = {"instruction": "Count them.", "context": "a b", "response": "2"}
+    for dialogue in read(write(tmp_path, row, dolly), "helpful"):
+        assert dialogue.messages[0]["content"] == "Count them.\n\na b"
 
 
 def test_an_evaluation_conversation_may_lack_its_answer(tmp_path: Path) -> None:
@@ -458,6 +538,48 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "helpful",
         edit("sharegpt", conversations=[{"from": "bot", "value": "x"}]),
         r"conversations\[0\].from: is 'bot', expected one of system, human",
+    ),
+    (
+        "helpful",
+        edit("sharegpt", conversations=[{"from": ["x"], "value": "x"}]),
+        r"conversations\[0\].from: is list, expected one of system, human",
+    ),
+    (
+        "safety",
+        edit("sharegpt_preference", chosen={"from": "human", "value": "x"}),
+        "chosen: is the user's, expected the assistant's",
+    ),
+    (
+        "safety",
+        edit("whole_preference", chosen="Sorry."),
+        "chosen: expected a transcript that starts with Human:",
+    ),
+    (
+        "safety",
+        edit("whole_preference", chosen="Human: How?"),
+        "chosen: the last message is the user's, expected the assistant's",
+    ),
+    (
+        "helpful",
+        edit("transcript", transcript="\n\nHuman: How?\n\nAssistant: "),
+        r"transcript\[1\].content: is blank, expected text",
+    ),
+    ("helpful", edit("queries", answers=...), "answers: is NoneType, expected a list of texts"),
+    ("helpful", edit("queries", answers=["x"]), "answers: are 1, expected one for each of queries"),
+    (
+        "helpful",
+        messages("messages", ASKING, ("critic", "No.")),
+        r"messages\[1\].role: is 'critic', expected one of system, user, assistant",
+    ),
+    (
+        "helpful",
+        {"messages": [turn("user", "How?"), {**turn("assistant", "So."), "weight": 0.5}]},
+        r"messages\[1\].weight: expected 0 or 1",
+    ),
+    (
+        "helpful",
+        {"messages": [{"role": "user", "content": ["How?"]}, turn("assistant", "So.")]},
+        r"messages\[0\].content\[0\]: expected a part with type and text",
     ),
     ("question", edit("question", answer=...), "answer: is NoneType, expected text"),
     ("question", edit("mmlu", choices="[1, 2]"), "choices: expected a list of 2 to 26 texts"),

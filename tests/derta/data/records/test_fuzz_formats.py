@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from derta.data import FORMATS, KINDS, ROLES, Dialogue, Reading, Rendered, Triple
+from derta.data.records.formats import COLUMNS
 from derta.data.records.reading import Wanted, read_placed
 from public_rows import CONTAINERS, PACKINGS, ROWS, Row, contain, harmful, safe
 
@@ -40,8 +41,8 @@ def damage(draw: st.DrawFn, format: str, row: Row, n: int) -> None:
 
 
 @st.composite
-def written(draw: st.DrawFn) -> tuple[str, str, list[Row], bytes]:
-    """Draw a format, a purpose, rows, and the file that holds them."""
+def written(draw: st.DrawFn, mapped: bool) -> tuple[str, Wanted, list[Row], bytes]:
+    """Draw a format, a purpose, rows, and the file that holds them, under other names if mapped."""
     name = draw(st.sampled_from(sorted(FORMATS)))
     purpose = draw(st.sampled_from(sorted(FORMATS[name].readers) * 3 + [*ROLES, *KINDS]))
     numbered = [(n, row) for n in range(1, 5) for row in ROWS[name](n)]
@@ -49,6 +50,10 @@ def written(draw: st.DrawFn) -> tuple[str, str, list[Row], bytes]:
         if row:
             damage(draw, name, row, n)
     rows = [row for _, row in numbered]
+    columns = {}
+    if mapped:
+        columns = {field: f"x {field}" for field in ROWS[name](1)[0] if field in COLUMNS}
+        rows = [{columns.get(key, key): value for key, value in row.items()} for row in rows]
     container = draw(st.sampled_from(CONTAINERS))
     packing = draw(st.sampled_from(sorted(PACKINGS)))
     try:
@@ -62,7 +67,10 @@ def written(draw: st.DrawFn) -> tuple[str, str, list[Row], bytes]:
         data = data[:place]
     elif how == "patched":  # with bytes that no text holds
         data = data[:place] + b"\xff" + data[place + 1 :]
-    return name, purpose, rows, data
+    try:
+        return name, Wanted(purpose, None, columns), rows, data
+    except ValueError:  # the purpose is not the format's
+        return name, Wanted(purpose), rows, data
 
 
 def item(text: str) -> str | None:
@@ -83,7 +91,8 @@ def is_chosen(record: Any, rows: list[Row]) -> bool:
         answer = record.messages[-1]["content"]
     else:
         answer = getattr(record, "response", "")
-    return bool(answer) and any(row.get("chosen") == answer for row in rows)
+    chosen = (row.get("chosen", row.get("x chosen")) for row in rows)
+    return bool(answer) and any(answer in f"{one}" for one in chosen)
 
 
 def check_record(record: Any, name: str, purpose: str) -> None:
@@ -112,23 +121,29 @@ def check_record(record: Any, name: str, purpose: str) -> None:
             assert record.category.startswith("contrast_") == (purpose == "harmful")
 
 
-def test_no_damage_turns_a_row_into_a_different_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mapped", "files"),
+    [(False, 700), (True, 200), pytest.param(True, 1500, marks=pytest.mark.slow)],
+)
+def test_no_damage_turns_a_row_into_a_different_record(
+    tmp_path: Path, mapped: bool, files: int
+) -> None:
     figures: Counter[str] = Counter()
     path = tmp_path / "rows"
 
     @settings(
-        max_examples=700,
+        max_examples=files,
         derandomize=True,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(written())
-    def fuzz(case: tuple[str, str, list[Row], bytes]) -> None:
-        name, purpose, rows, data = case
+    @given(written(mapped))
+    def fuzz(case: tuple[str, Wanted, list[Row], bytes]) -> None:
+        name, wanted, rows, data = case
         path.write_bytes(data)
         reading = Reading()
-        for place, found in read_placed([path], Wanted(purpose), reading):
+        for place, found in read_placed([path], wanted, reading):
             if isinstance(found, ValueError):
                 message = str(found)
                 assert message.startswith(f"{path}:") and "\n" not in message
@@ -136,15 +151,16 @@ def test_no_damage_turns_a_row_into_a_different_record(tmp_path: Path) -> None:
                 figures["errors"] += 1
             else:
                 assert place.startswith(f"{path}:")
-                check_record(found, "preference" if is_chosen(found, rows) else name, purpose)
+                kind = "preference" if is_chosen(found, rows) else name
+                check_record(found, kind, wanted.purpose or "")
                 figures["records"] += 1
         (counts,) = reading.files.values()
         figures.update(files=1, rows=len(rows), skipped=counts.skipped.total())
 
     fuzz()
     print(f"\nfuzzed: {dict(figures)}")
-    assert figures["rows"] >= 3000 and figures["files"] >= 700
-    assert min(figures["records"], figures["errors"], figures["skipped"]) >= 100
+    assert figures["rows"] >= 4 * files and figures["files"] >= files
+    assert min(figures["records"], figures["errors"], 2 * figures["skipped"]) >= files / 7
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
