@@ -94,7 +94,6 @@ ROWS: dict[str, Callable[[int], list[Row]]] = {
         {"instruction": ask(n), "input": "", "harmful": harmful(n), "refusal": safe(n)}
     ],
     "harmful_answer": lambda n: [{"prompt": ask(n), "harmful": harmful(n)}],
-    "safe_answer": lambda n: [{"prompt": ask(n), "safe": safe(n)}],
     "instruction_preference": lambda n: [
         {"instruction": ask(n), "input": "", "chosen": safe(n), "rejected": harmful(n)}
     ],

@@ -113,7 +113,7 @@ def read_rows(path: Path, fields: Fields) -> Iterator[Placed]:
 
     Args:
         path: one of `data_files`.
-        fields: what is read of it.
+        fields: the names of its fields.
 
     Raises:
         UnknownColumnsError: no column of the table is known.
@@ -217,7 +217,7 @@ def _listed(found: dict[str, Any], fields: Fields, alone: bool) -> Sequence[Any]
 
     Args:
         found: the object.
-        fields: what is read.
+        fields: the names of fields that are read.
         alone: if True, the file holds nothing else.
     """
     listed = {
@@ -263,11 +263,9 @@ def _parallel(found: dict[str, Any], fields: Fields) -> list[Any] | None:
             return None
         if cells:
             table[known] = cells
-    if len({len(cells) for cells in table.values()}) != 1 or not table.keys().isdisjoint(
-        fields.lists
-    ):
+    if table.keys().isdisjoint(fields.names) or not table.keys().isdisjoint(fields.lists):
         return None
-    if table.keys().isdisjoint(fields.names):
+    if len({len(cells) for cells in table.values()}) != 1:
         return None
     return [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
 
@@ -395,16 +393,19 @@ def _listed_rows(window: _Window, fields: Fields) -> Iterator[Placed]:
         name = window.element() if window.skip() == '"' else None
         if name is None or window.skip() != ":":
             window.fail("an object over several lines, expected one a line, or lists of rows")
+        if name in around:
+            window.fail("an object has a field twice, expected it once")
         window.position += 1
         if window.skip() == "[" and name not in fields.names:
-            cells = []
+            around[name] = []
+            holds_rows = False
             for place, row in _elements(window, indices):
-                if _is_row(row) or found:
-                    found = True
+                holds_rows = holds_rows or _is_row(row)
+                if holds_rows:
                     yield place, row
                 else:
-                    cells.append(row)
-            around[name] = cells
+                    around[name].append(row)
+            found = found or holds_rows
         else:
             around[name] = window.element()
         mark = window.skip()

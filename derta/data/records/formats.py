@@ -177,10 +177,6 @@ def _instructed(row: Row, origin: Origin, *, answer: str, input: str = "input") 
     return _dialogue(_ask(_instruction(row, input)), _text(row, answer), origin)
 
 
-def _half(row: Row, origin: Origin, *, safe: bool) -> Half:
-    return Half(_text(row, "prompt"), _text(row, "safe" if safe else "harmful"), safe, origin)
-
-
 def _harmful_answer(row: Row, origin: Origin) -> Request:
     return Request(prompt=_text(row, "prompt"), response=_text(row, "harmful"), **origin)
 
@@ -526,11 +522,7 @@ FORMATS: dict[str, Format] = {
     "circuit_breakers": _of_two("prompt", "llama3_output", "output"),
     "shallow_deep": _of_two("instruction", "refusal", "harmful", "input"),
     "harmful_answer": Format(
-        fields=frozenset({"prompt", "harmful"}),
-        readers={"safety": partial(_half, safe=False), "harmful": _harmful_answer},
-    ),
-    "safe_answer": Format(
-        fields=frozenset({"prompt", "safe"}), readers={"safety": partial(_half, safe=True)}
+        fields=frozenset({"prompt", "harmful"}), readers={"harmful": _harmful_answer}
     ),
     "preference": Format(
         fields=frozenset({"prompt", "chosen", "rejected"}),

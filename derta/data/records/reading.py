@@ -206,7 +206,7 @@ def _check_purpose(name: str, value: str, known: Sequence[str]) -> None:
 
 
 class Wanted:
-    """What rows are read as.
+    """The purpose, format and columns that rows are read with.
 
     Args:
         purpose: a role or a kind; None: the first role of the row's format.
@@ -275,7 +275,7 @@ def read_placed(
 
     Args:
         paths: the files and folders.
-        wanted: what rows are read as.
+        wanted: the purpose, format and columns.
         reading: as for `read_records`.
 
     Raises:

@@ -292,7 +292,7 @@ def test_missing_settings_are_listed() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("a.jsonl", "expected path, role, weight, format, limit, got 'a.jsonl'"),
+        ("a.jsonl", "expected path, role, weight, format, columns, limit, got 'a.jsonl'"),
         ({"path": "a"}, "missing role"),
         ({**SOURCE, "rol": 1}, "unknown key 'rol'; did you mean 'role'?"),
         ({**SOURCE, "role": "x"}, ".role: expected one of safety, helpful, borderline, got 'x'"),

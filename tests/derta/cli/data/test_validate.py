@@ -30,8 +30,8 @@ def test_every_bad_row_of_every_file_is_named_in_one_pass(
     lines = out.splitlines()
     assert lines[:2] == [
         "a.jsonl:2: safe: is blank, expected text",
-        "a.jsonl:3: fields: are those of format prompt, which is for harmful, harmless, expected a "
-        "format for safety",
+        "a.jsonl:3: fields: are those of format requests, which is for harmful, harmless, "
+        "expected a format for safety",
     ]
     assert lines[2].startswith("c.gz:1: the file cannot be unpacked")
     assert lines[3:] == [
@@ -40,6 +40,24 @@ def test_every_bad_row_of_every_file_is_named_in_one_pass(
         "b.csv: 1 records, 0 errors, 1 skipped (1 harmful without a safe one)",
     ]
     assert err == "derta data validate: errors: 3 in 3 files\n"
+
+
+def test_an_unknown_file_passes_with_the_columns_that_its_error_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (good,) = ROWS["triple"](1)
+    row = {"question": good["prompt"], "refusal": good["safe"], "unsafe": good["harmful"]}
+    Path("d.jsonl").write_text(json.dumps(row))
+    assert main("data validate d.jsonl --role safety".split()) == 1
+    line = capsys.readouterr().out.splitlines()[0]
+    start, _, columns = line.partition(" columns: ")
+    assert start.startswith("d.jsonl:1: fields: found question, refusal, unsafe, which is no known")
+    assert columns == "{prompt: question, safe: refusal, harmful: unsafe}"
+    assert main(["data", "validate", "d.jsonl", "--role", "safety", "--columns", columns]) == 0
+    assert capsys.readouterr().out == "d.jsonl: 1 records, 0 errors, 0 skipped\n"
+    wrong = ["data", "validate", "d.jsonl", "--role", "safety", "--columns", "{promt: question}"]
+    assert main(wrong) == 1
+    assert "columns: no format knows a field 'promt'; did you mean" in capsys.readouterr().err
 
 
 def test_good_files_pass_in_every_role(capsys: pytest.CaptureFixture[str]) -> None:

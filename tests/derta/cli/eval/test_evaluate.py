@@ -96,14 +96,18 @@ def test_files_with_named_formats_and_equal_ids_are_read(
     Path("bare.csv").write_text("How?,fences\nWhy?,fences\n", encoding="utf-8")
     Path("one.jsonl").write_text('{"id": 1, "prompt": "When?"}\n', encoding="utf-8")
     Path("other.jsonl").write_text('{"id": 1, "prompt": "Where?"}\n', encoding="utf-8")
-    files = "[bare.csv,one.jsonl,other.jsonl]"
+    Path("own.jsonl").write_text('{"meta": {"ask": "Who?"}}\n', encoding="utf-8")
+    files = "[bare.csv,one.jsonl,other.jsonl,own.jsonl]"
     given = ["eval", "--model", "model", "--harmful", files, "--output_dir", "out"]
     assert main(given) == 1  # it has no header
     assert main([*given, "--formats", "{bar.csv: hex_phi}"]) == 1
     assert "formats: bar.csv: is no file that another key names" in capsys.readouterr().err
-    assert main([*given, "--formats", "{bare.csv: hex_phi}", "--max_new_tokens", "1"]) == 0
+    given += ["--formats", "{bare.csv: hex_phi}", "--max_new_tokens", "1"]
+    assert main([*given, "--columns", "{own.json: {prompt: meta.ask}}"]) == 1
+    assert "columns: own.json: is no file that another key names" in capsys.readouterr().err
+    assert main([*given, "--columns", "{own.jsonl: {prompt: meta.ask}}"]) == 0
     (entry,) = json.loads(Path("out/summary.json").read_text())["variants"].values()
-    assert entry["counts"]["asr"]["direct"]["trials"] == 4
+    assert entry["counts"]["asr"]["direct"]["trials"] == 5
 
 
 @pytest.mark.parametrize(

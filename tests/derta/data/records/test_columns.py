@@ -213,6 +213,6 @@ def test_a_mapped_safe_response_must_refuse_unless_the_format_is_named(tmp_path:
     (found,) = read_records(path, role="safety", columns=columns, format="triple")
     assert isinstance(found, Triple) and found.safe == harmful(7)
     reading = Reading()
-    halves = {"prompt": "q", "safe": "a"}
+    halves = {"prompt": "q", "response": "a", "is_safe": {"value": True}}
     assert not list(read_records(path, role="safety", columns=halves, reading=reading))
     assert reading.files[f"{path}"].skipped == Counter({"the responses contradict their labels": 1})

@@ -201,6 +201,7 @@ BAD = [
     (f'{{\n"data": [{json.dumps(OWN)},\n3]}}', r"3\[1\]: row: is int, expected an object"),
     (f'{{\n"data": [{json.dumps(OWN)}]\n', "3: the object breaks off, expected ',' or '}'"),
     (f'{{\n"data": [{json.dumps(OWN)}\n', "3: the array breaks off, expected ',' or ']'"),
+    ('{\n"a": 1,\n"a": 2}', "3: an object has a field twice, expected it once"),
     (f'{{\n"data": [{json.dumps(OWN)}]}}\n3', "3: text after the object, expected nothing"),
     ('{"data": [3]}', "1: fields: found data, which is no known format"),
     ('{"data": []}', "1: fields: found data, which is no known format"),
@@ -273,7 +274,9 @@ TURNS = [{"from": "human", "value": "How?"}, {"from": "gpt", "value": "So."}]
         json.dumps(
             {"version": 2, "source": "x", "tags": ["a"], "rows": [{"prompt": p} for p in PROMPTS]}
         ),
-        json.dumps({"rows": [{"prompt": p} for p in PROMPTS], "about": {"n": [1]}}, indent=2),
+        json.dumps(
+            {"rows": [{"prompt": p} for p in PROMPTS], "about": {"n": [1]}, "tags": ["a"]}, indent=2
+        ),
     ],
 )
 def test_requests_are_read_from_lists_tables_and_objects_around_rows(

@@ -189,6 +189,17 @@ def test_invalid_rows_are_refused_with_their_place(
     assert "secret" not in str(caught.value)
 
 
+def test_columns_name_the_texts_and_the_label(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "x.csv", ("q", "a", "verdict"), ("How?", "So.", "unsafe"))
+    columns = {"prompt": "q", "response": "a", "label": "verdict"}
+    ((one,), left_out) = read_labelled(path, columns)
+    assert (one.exchange.answer, one.harmful, left_out) == ("So.", True, 0)
+    with pytest.raises(ValueError, match="columns: no format knows a field 'answer'"):
+        read_labelled(path, {"prompt": "q", "answer": "a"})
+    with pytest.raises(ValueError, match="label: columns take it from no, found a, q, verdict"):
+        read_labelled(path, columns | {"label": "no"})
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="none.csv: no such record file"):
         read_labelled(tmp_path / "none.csv")
