@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
 
 from derta.data import FORMATS, Dialogue, Reading, Triple, read_records, read_requests
 from derta.data.records.formats import COLUMNS, Half
 from derta.data.records.reading import Wanted, read_placed
 from derta.data.records.sources import Source
-from public_rows import CONTAINERS, FLAT, ROWS, ask, contain, harmful, helpful, safe
+from public_rows import CONTAINERS, FLAT, ROWS, ask, contain, harmful, helpful, safe, transcript
 
 ROW = {
     "behavior": ask(7),
@@ -161,47 +161,53 @@ def test_renamed_fields_are_read_as_the_format_itself(
         assert [f"{one}" for one in mapped] == [f"{one}" for one in plain]
 
 
-SAFETY_ROWS = [
-    row
-    for name, form in sorted(FORMATS.items())
-    if "safety" in form.readers
-    for row in ROWS[name](3)
-]
+def told(answer: str) -> dict[str, Any]:
+    return {"from": "gpt", "value": answer}
 
 
-@settings(
-    max_examples=400,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
+# One row with every text of item 3, in every form that a field of a format for safety has.
+TEXTS = {"asked": ask(3), "refused": safe(3), "harmed": harmful(3), "helped": helpful(3)}
+EVERYTHING = {
+    **TEXTS,
+    **{f"{name}_told": told(text) for name, text in TEXTS.items()},
+    **{f"{name}_whole": transcript(ask(3), text) for name, text in TEXTS.items()},
+    "turns": [{"from": "human", "value": ask(3)}],
+    "yes": True,
+    "no": False,
+}
+
+
+def places(name: str, field: str) -> list[Any]:
+    """Return what a mapping can put into a field, right or wrong."""
+    if field.startswith("is_"):
+        return ["yes", "no", {"value": True}]
+    if field.endswith("_label"):
+        return [{"value": word} for word in ("harmful", "unharmful", "refusal", "compliance")]
+    if field == "conversations":
+        return ["turns"]
+    form = {"sharegpt_preference": "_told", "whole_preference": "_whole"}.get(name, "")
+    return [f"{text}{form}" for text in TEXTS]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, form in FORMATS.items() if {"safety"} & form.readers.keys()]
 )
-@given(st.data())
-def test_no_mapping_puts_a_harmful_text_into_the_safe_slot(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    row = data.draw(st.sampled_from(SAFETY_ROWS))
-    names = [key for key, value in row.items() if isinstance(value, str | bool | list | dict)]
-    name = data.draw(st.sampled_from([n for n, f in FORMATS.items() if "safety" in f.readers]))
-    places = st.sampled_from([*names, "conversations.0.value", "chosen.value", "rejected.value"])
-    constants = st.sampled_from([{"value": True}, {"value": False}, {"value": "harmful"}])
-    columns = {
-        slot: data.draw(
-            places | constants if slot.startswith(("is_", "prompt_", "resp")) else places
-        )
-        for slot in FORMATS[name].fields
-    }
-    alone: list[Half] = []
-    path = tmp_path_factory.mktemp("map") / "rows"
-    path.write_bytes(contain([row], "jsonl"))
-    try:
-        wanted = Wanted("safety", None, columns)
-    except ValueError:
-        return
-    for _, found in read_placed([path], wanted, Reading(alone=alone.append)):
-        if isinstance(found, Triple):
-            assert "harmful 3" not in found.safe
-    assert not any(half.safe and "harmful 3" in half.text for half in alone)
+def test_no_mapping_puts_a_harmful_text_into_the_safe_slot(tmp_path: Path, name: str) -> None:
+    """All mappings are tried, of which the right ones yield triples."""
+    fields = sorted(FORMATS[name].fields | ({"prompt"} if name == "triple" else set()))
+    path = write(tmp_path, EVERYTHING)
+    safe_texts: set[str] = set()
+    for chosen in itertools.product(*(places(name, field) for field in fields)):
+        columns = dict(zip(fields, chosen, strict=True))
+        alone: list[Half] = []
+        if name == "rendered":
+            with pytest.raises(ValueError, match="columns: are not for rendered rows"):
+                Wanted("safety", None, columns)
+            continue
+        found = read_placed([path], Wanted("safety", None, columns), Reading(alone=alone.append))
+        safe_texts |= {one.safe for _, one in found if isinstance(one, Triple)}
+        safe_texts |= {half.text for half in alone if half.safe}
+    assert safe_texts == (set() if name == "rendered" else {safe(3)})
 
 
 def test_a_mapped_safe_response_must_refuse_unless_the_format_is_named(tmp_path: Path) -> None:
