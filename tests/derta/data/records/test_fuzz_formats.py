@@ -160,7 +160,7 @@ def test_no_damage_turns_a_row_into_a_different_record(
     fuzz()
     print(f"\nfuzzed: {dict(figures)}")
     assert figures["rows"] >= 4 * files and figures["files"] >= files
-    assert min(figures["records"], figures["errors"], 2 * figures["skipped"]) >= files / 7
+    assert min(figures["records"], figures["errors"]) >= files / 7 and figures["skipped"] > 0
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
