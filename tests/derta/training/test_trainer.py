@@ -124,23 +124,26 @@ def test_gradients_do_not_depend_on_how_many_packs_a_step_takes(
     assert len(packs) == 3
 
 
-# Of one step each: loss_norm, architecture and records.
-RANKED = [
-    ("tokens", "llama", RECORDS),
-    ("terms", "llama", RECORDS),
-    ("official", "llama", RECORDS),
-    ("tokens", "mixtral", RECORDS),
-    ("tokens", "llama", RECORDS[:1]),
-]
 # Makes an uneven number of packs; where ranks share those of one rank, one runs an empty one.
-UNEVEN = 260
+UNEVEN = {"max_tokens": 260}
+# The authors' micro-batches, an uneven number too, each with its draws over the padded rows.
+MICRO_BATCHES = {"max_tokens": 800, "examples_per_pack": 3, "rto_keep": "official"}
+# Of one step each: loss_norm, architecture, records and how packs are formed.
+RANKED: list[tuple[str, str, list[Record], dict[str, Any]]] = [
+    ("tokens", "llama", RECORDS, UNEVEN),
+    ("terms", "llama", RECORDS, UNEVEN),
+    ("official", "llama", RECORDS, UNEVEN),
+    ("official", "llama", RECORDS, MICRO_BATCHES),
+    ("tokens", "mixtral", RECORDS, UNEVEN),
+    ("tokens", "llama", RECORDS[:1], UNEVEN),
+]
 
 
 def ranked_steps(directory: Path) -> list[dict[str, dict]]:
     """Gradients and logs of `RANKED`, on one of several ranks."""
     results = []
-    for loss_norm, architecture, records in RANKED:
-        changes = dict(records=records, max_tokens=UNEVEN, loss_norm=loss_norm, ddp_backend="gloo")
+    for loss_norm, architecture, records, packs in RANKED:
+        changes = dict(records=records, loss_norm=loss_norm, ddp_backend="gloo", **packs)
         gradient, log = one_step(directory, architecture, held_out=RECORDS, **changes)
         results.append({"gradient": gradient, "log": log})
     return results
@@ -266,11 +269,13 @@ def test_several_ranks_have_one_gradient_and_fail_as_one(tmp_path: Path) -> None
 
 
 def assert_same_as_one_rank(
-    directory: Path, ranked: tuple[str, str, list[Record]], *results: dict[str, Any]
+    directory: Path,
+    ranked: tuple[str, str, list[Record], dict[str, Any]],
+    *results: dict[str, Any],
 ) -> None:
     """Gradients and figures do not depend on the number of ranks."""
-    loss_norm, architecture, records = ranked
-    changes = {"loss_norm": loss_norm, "max_tokens": UNEVEN, "records": records}
+    loss_norm, architecture, records, packs = ranked
+    changes = {"loss_norm": loss_norm, "records": records, **packs}
     assert len(trainer(directory, **changes).train_dataset[0]) % 2 == 1
     expected, log = one_step(directory, architecture, RECORDS, **changes)
     assert "imbalance" not in log
