@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from derta.data.records.types import Message, Skipped, check_messages, check_text
+from derta.data.records.types import SPEAKERS, Message, Skipped, check_messages, check_text
 
 TOOLS = Skipped("the conversation has tools")
 PARTS = Skipped("the conversation holds more than text")
@@ -18,7 +18,9 @@ UNLEARNED = Skipped("an answer has weight 0, and all answers of a dialogue are l
 
 _CALLS = frozenset({"tool_calls", "function_call", "tool_call_id"})
 _CALLERS = frozenset("tool function function_call observation ipython".split())
+_OFFERS = ("tools", "functions")
 _MEDIA = ("images", "videos", "audios")
+_UNREAD = frozenset((*_OFFERS, *_MEDIA))
 _SHAREGPT = {
     "system": "system",
     "human": "user",
@@ -31,27 +33,29 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 def unread_of(row: Mapping[str, Any]) -> Skipped | None:
     """Return why a row's conversation cannot be read from its messages alone, if so."""
-    if any(row.get(name) not in (None, "", "[]", []) for name in ("tools", "functions")):
+    if row.keys().isdisjoint(_UNREAD):
+        return None
+    if any(row.get(name) not in (None, "", "[]", []) for name in _OFFERS):
         return TOOLS
     return PARTS if any(row.get(name) for name in _MEDIA) else None
 
 
-def chat_messages(field: str, value: Any) -> tuple[Message, ...] | Skipped:
-    """Return OpenAI's messages as ours.
+def chat_messages(field: str, value: Any) -> Any | Skipped:
+    """Return OpenAI's messages in our form, not checked yet; what is no list of them as it is.
 
     Parts of text are joined, `name` is left out, `developer` is the system. An answer may have a
     `weight` of 0 or 1.
 
     Raises:
-        TypeError, ValueError: as `check_messages`, or the weight of an answer is another one.
+        TypeError, ValueError: a part is none, or the weight of an answer is another one.
     """
-    if not isinstance(value, list | tuple):
-        return check_messages(field, value)
+    if not isinstance(value, list | tuple) or all(map(_is_plain, value)):
+        return value
     plain: list[Any] = []
     unlearned = False
     for index, message in enumerate(value):
         if not isinstance(message, dict):
-            return check_messages(field, value)
+            return value
         given = {
             key: one
             for key, one in message.items()
@@ -71,8 +75,17 @@ def chat_messages(field: str, value: Any) -> tuple[Message, ...] | Skipped:
         unlearned = unlearned or (role == "assistant" and 0 in weights)
         given.pop("name", None)
         plain.append({**given, "role": "system"} if role == "developer" else given)
-    messages = check_messages(field, plain)
-    return UNLEARNED if unlearned else messages
+    return UNLEARNED if unlearned else plain
+
+
+def _is_plain(message: Any) -> bool:
+    """Return True if a message is one of ours already, as most are: copying them takes time."""
+    return (
+        isinstance(message, dict)
+        and len(message) == 2
+        and message.get("role") in SPEAKERS
+        and isinstance(message.get("content"), str)
+    )
 
 
 def _joined(field: str, parts: Sequence[Any]) -> str | Skipped:

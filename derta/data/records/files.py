@@ -220,6 +220,8 @@ def _listed(found: dict[str, Any], fields: Fields, alone: bool) -> Sequence[Any]
         fields: the names of fields that are read.
         alone: if True, the file holds nothing else.
     """
+    if not alone and not found.keys().isdisjoint(fields.names):  # most rows
+        return None
     listed = {
         name: rows
         for name, rows in found.items()

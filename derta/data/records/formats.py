@@ -243,10 +243,13 @@ def _sharegpt_chosen(row: Row, origin: Origin) -> Dialogue | Skipped:
 
 def _whole(row: Row, name: str) -> Sequence[Message] | Skipped:
     """Return a conversation, given as messages or as a transcript, that ends with an answer."""
-    value = row[name]
-    listed = isinstance(value, list)
-    messages = chat_messages(name, value) if listed else transcript_messages(name, value)
-    if not isinstance(messages, Skipped) and messages[-1]["role"] != "assistant":
+    if not isinstance(row[name], list):
+        messages = transcript_messages(name, row[name])
+    elif isinstance(listed := chat_messages(name, row[name]), Skipped):
+        return listed
+    else:
+        messages = check_messages(name, listed)
+    if messages[-1]["role"] != "assistant":
         raise ValueError(
             f"{name}: the last message is the {messages[-1]['role']}'s, expected the assistant's"
         )
@@ -323,7 +326,7 @@ def _wildguard_helpful(row: Row, origin: Origin) -> Dialogue | Skipped:
     return _dialogue(_ask(_text(row, "prompt")), _text(row, "response"), origin)
 
 
-def _messages(row: Row) -> Sequence[Message] | Skipped:
+def _messages(row: Row) -> Any | Skipped:
     return unread_of(row) or chat_messages("messages", row["messages"])
 
 
@@ -341,7 +344,9 @@ def _conversation_asked(row: Row, origin: Origin) -> Request | Skipped:
 
 def _conversation_harmless(row: Row, origin: Origin) -> Request | Dialogue | Skipped:
     messages = _messages(row)
-    answered = not isinstance(messages, Skipped) and messages[-1]["role"] == "assistant"
+    if isinstance(messages, Skipped):
+        return messages
+    answered = check_messages("messages", messages)[-1]["role"] == "assistant"
     return (_conversation if answered else _conversation_asked)(row, origin)
 
 
