@@ -474,6 +474,18 @@ def test_rendered_rows_train_beside_triples_and_dialogues(tmp_path: Path) -> Non
         trainer(tmp_path, records=[*RECORDS, *rows], rto_keep=0)
 
 
+def test_a_dialogue_that_is_too_long_trains_as_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = trainer(tmp_path).train_dataset.examples[-1].input_ids
+    limits: dict[str, Any] = {"records": RECORDS[-2:], "max_length": len(whole) - 1}
+    skipping = trainer(tmp_path, **limits).train_dataset.examples
+    truncating = trainer(tmp_path, **limits, too_long="truncate").train_dataset.examples
+    assert (len(skipping), len(truncating)) == (1, 2)
+    assert truncating[-1].input_ids.tolist() == whole[:-1].tolist()
+    assert "1 of 2 examples, dialogues and rendered rows, lost their end" in caplog.text
+
+
 def test_neither_a_template_nor_a_pad_token_is_needed(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = tokenizer.pad_token = None

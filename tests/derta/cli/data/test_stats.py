@@ -78,6 +78,17 @@ def test_the_configuration_of_a_training_run_is_accepted(
     assert "run.yaml: unknown key 'max_lenght'; did you mean" in capsys.readouterr().err
 
 
+def test_records_that_are_too_long_are_counted_as_told(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ["--model", "model", "--max_length", "36"]
+    assert stats(*limits, "--output", "skip.json") == 0
+    assert stats(*limits, "--too_long", "truncate", "--output", "truncate.json") == 0
+    skip, truncate = (
+        json.loads(Path(f"{name}.json").read_text())["tokens"] for name in ("skip", "truncate")
+    )
+    assert skip["truncated"] == 0 and truncate["truncated"] == skip["skipped"] == 2
+    assert "2 other records truncated, 0 skipped" in capsys.readouterr().out
+
+
 def test_weights_of_sources_are_in_the_shares(capsys: pytest.CaptureFixture[str]) -> None:
     def share(weight: int) -> float:
         sources = SOURCES.replace("weight: 2", f"weight: {weight}")
