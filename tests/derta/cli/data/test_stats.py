@@ -89,6 +89,17 @@ def test_records_that_are_too_long_are_counted_as_told(capsys: pytest.CaptureFix
     assert "2 other records truncated, 0 skipped" in capsys.readouterr().out
 
 
+def test_columns_name_the_fields_of_both_sides(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.jsonl").write_text('{"ask": "Who sweeps?", "say": "Nobody."}\n')
+    sources = "[{path: own.jsonl, role: helpful, columns: {prompt: ask, answer: say}}]"
+    held = "[{path: own.jsonl, role: harmful, columns: {prompt: ask}}]"
+    assert main(["data", "stats", "--sources", sources, "--eval_sources", held]) == 0
+    assert "1 of 1 evaluation requests" in capsys.readouterr().out
+    wrong = sources.replace("prompt", "promt")
+    assert main(["data", "stats", "--sources", wrong]) == 1
+    assert "sources[0].columns: no format knows a field 'promt'" in capsys.readouterr().err
+
+
 def test_weights_of_sources_are_in_the_shares(capsys: pytest.CaptureFixture[str]) -> None:
     def share(weight: int) -> float:
         sources = SOURCES.replace("weight: 2", f"weight: {weight}")

@@ -405,6 +405,11 @@ def test_curves_of_all_kinds_of_records_are_read(
     arguments = "eval curve model benign.jsonl --role helpful --refusal 5 --output_dir c"
     assert main(arguments.split()) == 0
     assert json.loads(Path("c/curve.json").read_text())["refusal_curve"].keys() == {"benign"}
+    write("own.jsonl", {"ask": "Why?", "meta": {"no": "Sorry, no.", "yes": "Step one."}})
+    columns = "{prompt: ask, safe: meta.no, harmful: meta.yes}"
+    options = "--output_dir c --device cpu --columns".split()
+    assert main(["eval", "curve", "model", "own.jsonl", *options, columns]) == 0
+    assert len(json.loads(Path("c/curve.json").read_text())["records"]) == 3
 
 
 @pytest.mark.parametrize(
