@@ -33,6 +33,7 @@ def run(config: BenchConfig) -> None:
     launches = aot.launches()
     resources_of: dict[str, dict[int, str]] = {}
     bounds_of: dict[str, dict[int, str]] = {}
+    in_flight_of: dict[str, dict[int, str]] = {}
     excess = []
     found = aot.compile_all(capabilities)
     total = sum(capability in one.capabilities for one in launches for capability in capabilities)
@@ -40,7 +41,11 @@ def run(config: BenchConfig) -> None:
         cell = f"{resources.registers} {resources.shared_bytes / 1024:.1f}"
         resources_of.setdefault(launch.name, {})[capability] = cell
         bounds_of.setdefault(launch.name, {})[capability] = _bounds(launch, counts, capability)
-        too_much = aot.excess(resources, capability)
+        flight = aot.in_flight(launch, resources, capability)
+        if flight is not None:
+            cell = f"{flight.programs} {flight.share:.2f}"
+            in_flight_of.setdefault(launch.name, {})[capability] = cell
+        too_much = aot.excess(launch, resources, capability)
         if too_much is not None:
             excess.append(f"{launch.name} on sm_{capability}: {too_much}")
         issued = aot.redundancy(launch, counts)
@@ -55,6 +60,11 @@ def run(config: BenchConfig) -> None:
     )
     say("that leaves; issued / needed products, shared memory / without conflicts, sectors / least")
     _say_table(bounds_of, capabilities)
+    if in_flight_of:
+        say("")
+        say("programs of a multiprocessor, and the rows of all, at the longest, over the L2 cache:")
+        say("up to 1 their second read need not reach memory; longer rows have 128,256 logits")
+        _say_table(in_flight_of, capabilities)
     if excess:
         raise ValueError(f"launches that do not fit: {'; '.join(excess)}")
 

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from derta_kernels.attention.launches import attention_launches
 from derta_kernels.head_loss.launches import head_loss_launches
-from derta_kernels.launch import SHARED_KIB, Launch
+from derta_kernels.launch import L2, REGISTERS, SHARED_KIB, THREADS, Launch
 from derta_kernels.ptx_counts import Counts, inner_loops, total
 
 
@@ -97,10 +97,42 @@ def redundancy(launch: Launch, counts: Counts) -> float | None:
     return counts.tensor_flops / launch.tile_flops
 
 
-def excess(resources: Resources, capability: int) -> str | None:
-    """Describe the resource that a launch exceeds on a chip, in a clause; None: it fits."""
+class InFlight(NamedTuple):
+    """Programs of a multiprocessor, and what all programs read twice over the bytes of L2."""
+
+    programs: int
+    share: float
+
+
+def in_flight(launch: Launch, resources: Resources, capability: int) -> InFlight | None:
+    """Count what a launch has in flight, at most; None: it reads nothing twice, or has no L2.
+
+    A program that reads its bytes again finds them in a cache that replaces what was used least
+    recently, if the bytes of all programs fit into it.
+    """
+    if not launch.twice_read or capability not in L2:
+        return None
+    threads = 32 * launch.num_warps
+    by_warp = -(-32 * resources.registers // 256) * 256
+    # A program takes 1 KiB of shared memory for itself.
+    shared = (SHARED_KIB[capability] + 1) * 1024 // (resources.shared_bytes + 1024)
+    programs = min(
+        THREADS[capability] // threads, REGISTERS // (by_warp * launch.num_warps), shared
+    )
+    multiprocessors, mib = L2[capability]
+    return InFlight(programs, programs * multiprocessors * launch.twice_read / (mib * 2**20))
+
+
+def excess(launch: Launch, resources: Resources, capability: int) -> str | None:
+    """Describe the resource that a launch exceeds on a chip, in a clause; None: it fits.
+
+    A launch may exceed the L2 cache if it has one program on each multiprocessor, the fewest.
+    """
     if resources.local_bytes:
         return f"{resources.local_bytes} bytes of local memory per thread, 0 allowed"
+    flight = in_flight(launch, resources, capability)
+    if flight is not None and flight.programs > 1 and flight.share > 1:
+        return f"{flight.share:.2f} of the L2 cache in flight, by {flight.programs} programs"
     limit_kib = SHARED_KIB[capability]
     if resources.shared_bytes > limit_kib * 1024:
         return f"{resources.shared_bytes} bytes of shared memory, the chip has {limit_kib} KiB"

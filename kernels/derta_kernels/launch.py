@@ -10,6 +10,12 @@ from typing import Any
 # "Technical specifications per compute capability").
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
+# Threads of a multiprocessor; multiprocessors and MiB of L2 cache of an A100, RTX 4090, H100, B200
+# and RTX 5090. Chips of 8.6 have 6 MiB at most, which hold no long row of each multiprocessor.
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+L2 = {80: (108, 40), 89: (128, 72), 90: (132, 50), 100: (148, 126), 120: (170, 96)}
+REGISTERS = 2**16  # of a multiprocessor, given out to a warp by 256
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -25,6 +31,7 @@ class Launch:
         num_stages: iterations of a loop whose loads are in flight.
         tile_flops: floating-point operations of the products that a pass of the loop over tiles
             needs; 16-bit types leave them to tensor cores.
+        twice_read: bytes of memory that each program reads twice; 0: none.
         capabilities: compute capabilities that the launch is for (90 for 9.0).
     """
 
@@ -36,4 +43,5 @@ class Launch:
     num_warps: int
     num_stages: int = 3
     tile_flops: int = 0
+    twice_read: int = 0
     capabilities: Sequence[int] = tuple(SHARED_KIB)

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from derta_kernels import aot  # noqa: E402
+from derta_kernels.launch import Launch  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,25 +35,52 @@ def test_the_largest_launches_fit_their_gpus() -> None:
     """`make aot` compiles every launch for every GPU; `make test` takes this sample."""
     code = """
 from derta_kernels import aot
-largest = "bf16, V <= 2147483647, softcap, grad", "keys, bf16, D 128, softcap, window, parts"
+largest = "bf16, longer rows, softcap, grad", "keys, bf16, D 128, softcap, window, parts"
 launches = [l for l in aot.launches() if any(name in l.name for name in largest)]
 assert len(launches) == 2 + 4, [launch.name for launch in launches]
 for launch in launches:
     capability = launch.capabilities[0]
     resources = aot.compiled(launch, capability)
     assert 16 <= resources.registers <= 255, resources
-    assert aot.excess(resources, capability) is None, (launch.name, capability, resources)
+    excess = aot.excess(launch, resources, capability)
+    assert excess is None, (launch.name, capability, excess)
 print("fit")
 """
     assert run(code) == "fit\n"
 
 
+def launch_named(name: str) -> Launch:
+    return next(launch for launch in aot.launches() if launch.name == name)
+
+
 def test_excess_local_or_shared_memory_is_reported_for_the_chip() -> None:
+    launch = launch_named("row pass, bf16, rows up to 2 KiB")
     fits = aot.Resources(registers=40, local_bytes=0, shared_bytes=100 * 1024)
-    assert aot.excess(fits, 90) is None
-    assert aot.excess(fits, 89) == "102400 bytes of shared memory, the chip has 99 KiB"
+    assert aot.excess(launch, fits, 90) is None
+    assert aot.excess(launch, fits, 89) == "102400 bytes of shared memory, the chip has 99 KiB"
     spills = fits._replace(local_bytes=8)
-    assert aot.excess(spills, 90) == "8 bytes of local memory per thread, 0 allowed"
+    assert aot.excess(launch, spills, 90) == "8 bytes of local memory per thread, 0 allowed"
+
+
+def test_rows_that_leave_the_l2_cache_before_their_second_read_are_reported() -> None:
+    """An H100 has 132 multiprocessors and 50 MiB; a row of bfloat16 has 256,512 bytes."""
+    launch = launch_named("row pass, bf16, longer rows, gradient")
+    one = aot.Resources(registers=40, local_bytes=0, shared_bytes=16 * 1024)
+    found = aot.in_flight(launch, one, 90)
+    assert found is not None and found.programs == 1
+    assert found.share == pytest.approx(132 * 256512 / (50 * 2**20))
+    assert aot.excess(launch, one, 90) is None
+    for more, said in [
+        ((launch, one._replace(registers=32), 90), "1.29 of the L2 cache in flight, by 2 programs"),
+        ((replace(launch, num_warps=16), one, 90), "1.94 of the L2 cache in flight, by 3 programs"),
+        ((replace(launch, num_warps=8), one, 80), "3.96 of the L2 cache in flight, by 6 programs"),
+    ]:
+        assert aot.excess(*more) == said
+    double = launch_named("row pass, fp32, longer rows, gradient")
+    found = aot.in_flight(double, one, 90)
+    assert found is not None and found.share > 1 and aot.excess(double, one, 90) is None
+    once = launch_named("row pass, bf16, longer rows")
+    assert aot.in_flight(once, one, 90) is None and aot.in_flight(launch, one, 86) is None
 
 
 def test_a_launch_that_spills_is_measured_as_spilling() -> None:
@@ -60,7 +88,7 @@ def test_a_launch_that_spills_is_measured_as_spilling() -> None:
     code = """
 from dataclasses import replace
 from derta_kernels import aot
-launch = next(l for l in aot.launches() if l.name == "row pass, fp32, V <= 1024")
+launch = next(l for l in aot.launches() if l.name == "row pass, fp32, rows up to 2 KiB")
 launch = replace(launch, constants={**launch.constants, "BLOCK": 8192})
 print(aot.compiled(replace(launch, num_warps=1), 90).local_bytes > 0)
 """
@@ -73,7 +101,7 @@ def test_products_of_logits_are_not_fused_with_later_subtractions() -> None:
 import re
 from derta_kernels import aot
 for launch in aot.launches():
-    if re.match("row pass, fp32, V <= 1024.*gradient$", launch.name):
+    if re.match("row pass, fp32, rows up to 2 KiB.*gradient$", launch.name):
         lines = aot.kernel_of(launch, 90).asm["ptx"].splitlines()
         found = [re.match(r"\s*(\w+)\S*\s+(%r\d+), (%r\d+)", line) for line in lines]
         made = {m[2]: (m[1], m[3]) for m in found if m}

@@ -24,6 +24,9 @@ from derta_kernels.launch import SHARED_KIB, Launch
 STAGES = {WHOLE.value: "", FIRST_WALK.value: ", first walk", SECOND_WALK.value: ", second walk"}
 
 
+ROWS = {most: f"rows up to {most // 2**10} KiB" for most in LAUNCH_CONFIGS}
+ROWS[max(ROWS)] = "longer rows"
+LONG_VOCABULARY = 128256  # Llama 3's, which stands for all longer rows
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -46,6 +49,8 @@ def _row_passes() -> Iterator[Launch]:
         if stage == FIRST_WALK.value and formed or stage != WHOLE.value and form_blocks:
             continue
         config = launch_config(most, has_unlikely or form_blocks)
+        if config != LAUNCH_CONFIGS[most]:
+            continue  # the next rows have it
         constants = {
             "STAGE": stage,
             "HAS_SOFTCAP": has_softcap,
@@ -55,7 +60,7 @@ def _row_passes() -> Iterator[Launch]:
             "BLOCK": config.block,
         }
         yield Launch(
-            name=f"row pass, {dtype}{STAGES[stage]}, V <= {most}"
+            name=f"row pass, {dtype}{STAGES[stage]}, {ROWS[most]}"
             + ", softcap" * has_softcap
             + ", unlikely" * has_unlikely
             + formed,
@@ -65,6 +70,9 @@ def _row_passes() -> Iterator[Launch]:
             constants=constants,
             divisible=frozenset({"logits", *pointers, "row_stride"}),  # V may be, and gains nothing
             num_warps=config.num_warps,
+            twice_read=min(most, LONG_VOCABULARY * DTYPES[dtype])
+            if stage == WHOLE.value and formed
+            else 0,
         )
 
 

@@ -49,31 +49,29 @@ class RowLaunch(NamedTuple):
     num_warps: int
 
 
-# By the largest vocabulary of each. Eight logits per thread are one 16-byte load of bfloat16 and
-# take under 64 registers, so that three programs of 16 warps share a multiprocessor.
+# By the largest row of each, in bytes. Eight logits per thread are one 16-byte load of bfloat16.
+# The second walk finds its row in the L2 cache if all rows in flight fit. So a multiprocessor
+# takes one of the longest at a time (32 warps of more than 32 registers), and loads a round ahead.
 LAUNCH_CONFIGS = {
-    1024: RowLaunch(1024, 4),
-    16384: RowLaunch(2048, 8),
-    2**31 - 1: RowLaunch(4096, 16),
+    2 * 2**10: RowLaunch(1024, 4),
+    32 * 2**10: RowLaunch(2048, 8),
+    96 * 2**10: RowLaunch(4096, 16),
+    2**40: RowLaunch(8192, 32),
 }
+# With an unlikely token or figures of blocks it spills; with 32 warps, fewer registers suffice.
+SPILLING_WARPS = 16
 
 
-# With an unlikely token or figures of blocks, 16 warps have too few registers and spill; 8 have
-# enough.
-MOST_WARPS_WITH_MORE = 8
-
-
-def launch_config(vocabulary: int, forms_more: bool) -> RowLaunch:
-    """Return the row of `LAUNCH_CONFIGS` for `vocabulary` logits, on every architecture.
+def launch_config(row_bytes: int, forms_more: bool) -> RowLaunch:
+    """Return the row of `LAUNCH_CONFIGS` for a row of the logits, on every architecture.
 
     forms_more: if True, there is an unlikely token, or the figures of blocks are formed.
     """
-    fitting = [
-        (most, config)
+    return next(
+        config
         for most, config in LAUNCH_CONFIGS.items()
-        if not forms_more or config.num_warps <= MOST_WARPS_WITH_MORE
-    ]
-    return next((config for most, config in fitting if vocabulary <= most), fitting[-1][1])
+        if row_bytes <= most and not (forms_more and config.num_warps == SPILLING_WARPS)
+    )
 
 
 def row_pass_triton(
@@ -184,7 +182,8 @@ def _launch(
     if rows == 0:
         return
     has_unlikely = numbers[0].shape[1] == 3
-    config = launch_config(vocabulary, has_unlikely or blocks is not None)
+    row_bytes = vocabulary * logits.itemsize
+    config = launch_config(row_bytes, has_unlikely or blocks is not None)
     with torch.cuda.device_of(logits):
         row_pass[(rows,)](
             logits,
@@ -246,8 +245,10 @@ def row_pass(
         b_highest = tl.full([LANES], LOWEST, tl.float32)
         b_ones = tl.zeros([LANES], tl.float32)
         b_rest = tl.zeros([LANES], tl.float32)
-        for start in range(0, whole, BLOCK):
-            b_logit = tl.load(p_row + start + o_block)
+        b_next = tl.load(p_row + o_block, mask=0 < whole, other=0.0)
+        for start in range(BLOCK, whole + BLOCK, BLOCK):
+            b_logit = b_next
+            b_next = tl.load(p_row + start + o_block, mask=start < whole, other=0.0)
             b_z, _ = _final_logit(b_logit, softcap, logit_scale, HAS_SOFTCAP)
             b_highest, b_ones, b_rest = _with_block(b_highest, b_ones, b_rest, b_z)
         if whole < vocabulary:
