@@ -74,6 +74,7 @@ class StepSettings:
         offload: if True, these inputs are offloaded to the host.
         mlp_tile: see `tile_mlp`.
         liger: if True, Liger's layers replace the model's (`use_liger_kernel: true`).
+        scratch_mb, sparse_backward: see `derta_kernels.head_loss.head_loss`.
         gpus: number of GPUs, each of which runs its own packs.
         shard: engine over them, see `ShardSettings`; "none" is "ddp" if there are several.
         offload_parameters: if True, shards lie on the host.
@@ -91,6 +92,8 @@ class StepSettings:
     offload: bool = False
     mlp_tile: int | None = None
     liger: bool = False
+    scratch_mb: float | None = None
+    sparse_backward: float = 0.0
     gpus: int = 1
     shard: str = "none"
     offload_parameters: bool = False
@@ -132,6 +135,8 @@ def make_step(
         offload=config.offload_checkpoints,
         mlp_tile=config.mlp_tile,
         liger=config.use_liger_kernel,
+        scratch_mb=config.scratch_mb,
+        sparse_backward=config.sparse_backward,
         gpus=gpus,
         shard=config.shard,
         offload_parameters=config.offload_parameters and device_type != "cpu",
@@ -297,7 +302,10 @@ def _run(
             form_weight = args[FORMS][1]
             (vocabulary, width), rows = weight.shape, int(len(hidden) * live)
             dtypes = hidden.dtype, weight.dtype
-            return working_bytes(rows, vocabulary, width, *dtypes, step.chip, form_weight)
+            sparse = step.sparse_backward > 0
+            return working_bytes(
+                rows, vocabulary, width, *dtypes, step.chip, form_weight, step.scratch_mb, sparse
+            )
         if name == "derta::interval_attention_backward":
             q, k = args[1:3]
             tokens, heads = q.shape[:2].numel(), q.shape[2]

@@ -80,6 +80,7 @@ class Patch:
     objective: Objective
     impl: str
     offload: bool
+    scratch_mb: float | None
     sparse_backward: float
     twins: tuple[Twin, ...]
     is_checked: bool = False
@@ -93,6 +94,7 @@ def apply_derta(
     impl: str = "auto",
     attention: str = "auto",
     offload: bool = False,
+    scratch_mb: float | None = None,
     sparse_backward: float = 0.0,
     check: bool = True,
 ) -> nn.Module:
@@ -133,8 +135,8 @@ def apply_derta(
         offload: if True, what the body keeps for the backward pass of a pack waits on the host,
             see `derta.modeling.offloading`. With gradient checkpointing those are the layers'
             inputs. Changes nothing on a CPU.
-        sparse_backward: tolerance of the head's backward pass, see
-            `derta_kernels.head_loss.head_loss`.
+        scratch_mb, sparse_backward: MiB of the head loss's scratch, and tolerance of its backward
+            pass, see `derta_kernels.head_loss.head_loss`.
         check: if False, the self-check is left to `check_derta`, for a model whose weights are
             about to be sharded. Until then a pack is refused.
 
@@ -159,7 +161,8 @@ def apply_derta(
     with contextlib.ExitStack() as undo:
         undo.callback(remove_derta, patched)
         vars(patched)["_derta_unpacked"] = forbid_packing(patched)
-        _install(patched, refusal_token_id, impl, attention, offload, sparse_backward)
+        head = (scratch_mb, sparse_backward)
+        _install(patched, refusal_token_id, impl, attention, offload, *head)
         if check:
             check_derta(patched)
         if objective is not None:
@@ -296,6 +299,7 @@ def _install(
     impl: str,
     attention: str,
     offload: bool,
+    scratch_mb: float | None,
     sparse_backward: float,
 ) -> None:
     configs: dict[int, Any] = {
@@ -311,7 +315,13 @@ def _install(
         twins.append(Twin(config, own, twin))
     state = vars(model)
     state["_derta_patch"] = Patch(
-        refusal_token_id, DertaObjective(), impl, offload, sparse_backward, tuple(twins)
+        refusal_token_id,
+        DertaObjective(),
+        impl,
+        offload,
+        scratch_mb,
+        sparse_backward,
+        tuple(twins),
     )
     ours = state.get("_derta_forward")
     reached = inspect.unwrap(model.forward, stop=lambda wrapper: _function(wrapper) is ours)
@@ -400,6 +410,7 @@ def _forward_packed(
             num_items=num_items,
             reduction=reduction,
             impl=patch.impl,
+            scratch_mb=patch.scratch_mb,
             sparse_backward=patch.sparse_backward,
         )
 

@@ -192,6 +192,7 @@ class Objective(ABC):
         num_items: int | Tensor | None,
         reduction: str,
         impl: str,
+        scratch_mb: float | None,
         sparse_backward: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a pack.
@@ -206,7 +207,7 @@ class Objective(ABC):
             term_weights: factor of each term by its name.
             num_items: the divisor of "mean"; None: the number of targets.
             reduction: "mean" or "sum".
-            impl, sparse_backward: see `derta_kernels.head_loss.head_loss`.
+            impl, scratch_mb, sparse_backward: see `derta_kernels.head_loss.head_loss`.
 
         Returns:
             The loss (), and by row, (1, N), detached: each term's unweighted losses, nats, and

@@ -120,6 +120,7 @@ class DertaObjective(DrawSettings, Objective):
         num_items: int | Tensor | None,
         reduction: str,
         impl: str,
+        scratch_mb: float | None,
         sparse_backward: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         labels = columns.get("shift_labels")
@@ -137,6 +138,7 @@ class DertaObjective(DrawSettings, Objective):
             num_items=num_items,
             reduction=reduction,
             impl=impl,
+            scratch_mb=scratch_mb,
             sparse_backward=sparse_backward,
             **self._further_targets(columns, term_weights),
         )

@@ -31,6 +31,7 @@ RESULT_KEYS = (
     "rto_depth",
     "unlikelihood_weight",
     "loss_norm",
+    "scratch_mb",
     "sparse_backward",
     "max_length",
     "max_tokens",

@@ -281,6 +281,24 @@ class MemorySettings:
         "none on a full GPU, and copies over the bus. Low-bit states are less precise.",
     )
 
+    scratch_mb: float | None = setting(
+        None,
+        "MiB of the head loss's scratch of logits; null: 1024, less on a GPU below 32 GiB or a "
+        "CPU. Fewer save memory where the loss runs out of it. Costs time, and changes how sums "
+        "are rounded.",
+        gt=0,
+        unit="MiB",
+    )
+    sparse_backward: float = setting(
+        0.0,
+        "Tolerance of the head's backward pass: tiles of 128 rows by 128 tokens are skipped if no "
+        "gradient in them exceeds this share of its row's weight. Saves time, costs a sixteenth of "
+        "a byte per logit of the scratch, and changes the gradients: skipped_gradient is logged. "
+        "0: exact. Not with a head in vocabulary shards.",
+        ge=0,
+        lt=1,
+    )
+
     def check_memory(self) -> None:
         """Check what memory keys need.
 
@@ -358,14 +376,6 @@ class RuntimeSettings:
     )
     attention_impl: str = setting(
         "auto", "Implementation of the attention, see derta_kernels.interval_attention."
-    )
-    sparse_backward: float = setting(
-        0.0,
-        "Tolerance of the head's backward pass: tiles of 128 rows by 128 tokens are skipped if no "
-        "gradient in them exceeds this share of its row's weight. Saves time, and changes the "
-        "gradients: skipped_gradient is logged. 0: exact. Not with a head in vocabulary shards.",
-        ge=0,
-        lt=1,
     )
 
 

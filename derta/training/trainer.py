@@ -214,6 +214,7 @@ class DertaTrainer(ResumableTrainer):
             impl=args.head_impl,
             attention=args.attention_impl,
             offload=args.offload_checkpoints,
+            scratch_mb=args.scratch_mb,
             sparse_backward=args.sparse_backward,
             check=not self._shards_weights,
         )

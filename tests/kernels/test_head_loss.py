@@ -776,14 +776,23 @@ def test_the_scratch_keeps_to_its_budget_and_a_chunk_to_whole_tiles(
     assert rows(1) == 128  # fewer would leave the machine idle
 
 
-def test_the_plan_knows_the_memory_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # chunks of their real size, 256 rows and 204
-    hidden, weight = torch.randn(460, 8), torch.randn(80_003, 8)
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("scratch_mb", [None, 40.0])
+def test_the_plan_knows_the_memory_of_a_call(
+    scratch_mb: float | None, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # chunks of their real size: 256 rows and 204, or of 128 at most
+    hidden, weight = torch.randn(460, 8, requires_grad=True), torch.randn(80_003, 8)
     target = torch.randint(len(weight), (460,))
     shape = (460, *weight.shape, torch.float32, torch.float32)
-    planned = working_bytes(*shape, Chip("cpu"), trainable=False)
-    assert planned == pytest.approx(256 * 4 * 80_003, rel=0.01)
-    peak = peak_bytes(lambda: head_loss(hidden, weight, target, impl="torch"))
+    options = dict(scratch_mb=scratch_mb, sparse=sparse)
+    planned = working_bytes(*shape, Chip("cpu"), trainable=False, **options)
+    rows = 256 if scratch_mb is None else 128
+    blocks = 8 * rows * 626 + 4 * 2**20 if sparse else 0
+    assert planned == pytest.approx(4 * rows * 80_003 + blocks, rel=0.01)
+    # All tiles are live, or the first walk of the rectangles would make the peak.
+    arguments = dict(scratch_mb=scratch_mb, sparse_backward=1e-30 * sparse, impl="torch")
+    peak = peak_bytes(lambda: head_loss(hidden, weight, target, **arguments))
     assert peak == pytest.approx(planned, rel=0.01)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from derta_kernels.head_loss.chunks import Chip, Problem, chip_of, chunk_rows, split
-from derta_kernels.head_loss.row_pass import RowPass
+from derta_kernels.head_loss.row_pass import SIZES, TILE, RowPass
 from derta_kernels.head_loss.shards import Shards
 
 if TYPE_CHECKING:
@@ -221,6 +221,8 @@ def working_bytes(
     weight_dtype: torch.dtype,
     chip: Chip,
     trainable: bool,
+    scratch_mb: float | None = None,
+    sparse: bool = False,
 ) -> int:
     """Estimate the peak bytes for `count` live rows, beyond inputs and results.
 
@@ -229,15 +231,22 @@ def working_bytes(
         weight_dtype: dtype of weight, which is cast to hidden's under autocast.
         chip: the device, see `chunks.chip_of`.
         trainable: if True, the gradient of weight is formed.
+        scratch_mb: see `head_loss_chunked`.
+        sparse: if True, the backward pass is sparse.
     """
     size = product_dtype(dtype, chip.device_type).itemsize
-    most = chunk_rows(count, Problem(vocabulary, width, size, trainable), chip, None)
+    most = chunk_rows(count, Problem(vocabulary, width, size, trainable), chip, scratch_mb)
     rows = _longest(split(count, most))
     # On a CPU no product of narrow matrices has a float32 result.
     slices = chip.device_type == "cpu" and dtype.itemsize < 4
     sliced = 4 * min(SLICE_ELEMENTS, vocabulary * width) if slices else 0
     cast = vocabulary * width * dtype.itemsize if weight_dtype != dtype else 0
-    return rows * (_padded(vocabulary, size) + 3 * width) * size + sliced + cast
+    blocks = 0
+    if sparse:
+        blocks = 8 * rows * -(-vocabulary // TILE)
+        if chip.device_type == "cpu":  # figures are formed after the row pass
+            blocks += size * min(rows * vocabulary, max(SIZES, vocabulary))
+    return rows * (_padded(vocabulary, size) + 3 * width) * size + sliced + cast + blocks
 
 
 def _longest(chunks: list[slice]) -> int:

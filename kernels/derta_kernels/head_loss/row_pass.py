@@ -74,16 +74,20 @@ def then_blocks(
 def _figures_of_blocks(gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the largest |gradient| (C, V) of each block and their sum, (C, 2, ceil(V / TILE))."""
     count, vocabulary = gradient.shape
-    whole = vocabulary - vocabulary % TILE
     blocks = gradient.new_empty(count, 2, -(-vocabulary // TILE), dtype=dtype)
     step = max(1, SIZES // vocabulary)
     for part in (slice(start, start + step) for start in range(0, count, step)):
-        size = gradient[part].abs()
-        for columns, place in (
-            (size[:, :whole].unflatten(1, (whole // TILE, TILE)), slice(None, whole // TILE)),
-            (size[:, None, whole:], slice(whole // TILE, None)),
-        ):
-            if columns.numel():
-                blocks[part, 0, place] = columns.amax(2).to(dtype)
-                blocks[part, 1, place] = columns.sum(2, dtype=dtype)
+        _put_figures(blocks[part], gradient[part].abs())  # without a name, or two would exist
     return blocks
+
+
+def _put_figures(blocks: Tensor, size: Tensor) -> None:
+    """Set blocks (c, 2, ceil(V / TILE)) to each block's largest of size (c, V), and its sum."""
+    whole = size.shape[1] // TILE
+    for columns, place in (
+        (size[:, : whole * TILE].unflatten(1, (whole, TILE)), slice(None, whole)),
+        (size[:, None, whole * TILE :], slice(whole, None)),
+    ):
+        if columns.numel():
+            blocks[:, 0, place] = columns.amax(2).to(blocks.dtype)
+            blocks[:, 1, place] = columns.sum(2, dtype=blocks.dtype)

@@ -56,7 +56,8 @@ def allocated(step: StepSettings) -> int:
         checkpoint_layers(model)
     if step.mlp_tile is not None:
         tile_mlp(model, step.mlp_tile)
-    apply_derta(adapted, 1).train()
+    head = dict(scratch_mb=step.scratch_mb, sparse_backward=step.sparse_backward)
+    apply_derta(adapted, 1, **head).train()
     ids = torch.arange(TOKENS)[None] % 2000
     pack = dict(
         input_ids=ids,
@@ -85,6 +86,7 @@ def allocated(step: StepSettings) -> int:
         ("llama", dict(checkpointing=True)),
         ("llama", dict(checkpointing=True, mlp_tile=128)),
         ("llama", dict(checkpointing=True, autocast=True)),
+        ("llama", dict(checkpointing=True, scratch_mb=1.0, sparse_backward=1e-3)),
         ("llama", dict(checkpointing=True, dtype=torch.bfloat16)),
         ("llama", dict(method=Method(method="lora"))),
         ("llama", dict(method=Method(method="lora", lora_dropout=0.0), checkpointing=True)),
@@ -268,13 +270,15 @@ def test_a_training_configuration_can_be_planned(
     AutoConfig.for_model("llama", **TINY).save_pretrained(tmp_path)
     path = tmp_path / "run.yaml"
     path.write_text(
-        "sources: {path: a, role: safety}\noutput_dir: b\nmethod: lora\nlora_r: 4\nmlp_tile: 9\n",
+        "sources: {path: a, role: safety}\noutput_dir: b\nmethod: lora\nlora_r: 4\nmlp_tile: 9\n"
+        "scratch_mb: 64\nsparse_backward: 0.01\n",
         encoding="utf-8",
     )
     assert main(["plan", str(path), "--model", str(tmp_path), "--gpu", "8"]) == 0
     (step,) = planned
     assert (step.method, step.mlp_tile) == (Method(method="lora", lora_r=4), 9)
     assert step.capacity == 8 * GIB
+    assert (step.scratch_mb, step.sparse_backward) == (64, 0.01)
     path.write_text("lora_rank: 4\n", encoding="utf-8")
     assert main(["plan", str(path), "--model", str(tmp_path), "--gpu", "8"]) == 1
     assert f"{path}: unknown key 'lora_rank'; did you mean 'lora_r'?" in capsys.readouterr().err

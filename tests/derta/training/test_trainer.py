@@ -387,6 +387,21 @@ def test_a_sparse_backward_pass_says_what_it_skipped(
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_the_scratch_of_the_head_is_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def rows(count: int, problem: Any, chip: Any, scratch_mb: float | None) -> int:
+        given.append(scratch_mb)
+        return 128
+
+    monkeypatch.setattr("derta_kernels.head_loss.chunked.chunk_rows", rows)
+    one_step(tmp_path / "default")
+    one_step(tmp_path / "given", scratch_mb=64)
+    assert set(given[: len(given) // 2]) == {None} and set(given[len(given) // 2 :]) == {64}
+
+
 def answers(pack: PackedBatch) -> list[tuple[int, int]]:
     """Where the dialogues of a pack are."""
     pairs = zip(pack.example_ids, pack.example_bounds, strict=True)
