@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 TILE = 128  # columns of a block; as many rows make a tile
-SIZES = 2**20  # of the gradient, that are formed at a time
+SIZES = 2**18  # of the gradient, that are formed at a time: a MiB of float32, as an L2 cache holds
 
 
 class RowPass(NamedTuple):
@@ -55,7 +55,7 @@ def then_blocks(
 ) -> Callable[[Tensor, Tensor, Tensor, float | None, float], tuple[Tensor, Tensor, Tensor]]:
     """Return a `with_blocks` that reads the gradient once more after a row pass.
 
-    Memory: 2^20 numbers in the dtype of the logits, or one row of them if that is more.
+    Memory: 2^18 numbers in the dtype of the logits, or one row of them if that is more.
     """
 
     def with_blocks(
