@@ -89,7 +89,7 @@ def execute(kernel: str, capability: int, dtype: str, special: bool) -> list[Exe
         impl = "native" if kernel == "native" else "triton"
         runs = list(cases.rows(impl, capability, DTYPES[dtype], **options))
         if impl == "triton":  # its launches of 16 and 32 warps
-            long = dict(vocabularies=(50014,)) | options
+            long = dict(vocabularies=(50014, 50003)) | options
             runs += cases.rows(impl, capability, DTYPES[dtype], **long)
         list(
             cases.rows(
