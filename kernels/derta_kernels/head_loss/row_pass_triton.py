@@ -40,6 +40,8 @@ WHOLE = tl.constexpr(0)
 FIRST_WALK = tl.constexpr(1)
 SECOND_WALK = tl.constexpr(2)
 TILE_COLUMNS = tl.constexpr(TILE)
+# The least block whose next round is loaded early: with more registers, others would spill.
+LOADS_AHEAD_FROM = tl.constexpr(8192)
 
 
 class RowLaunch(NamedTuple):
@@ -245,10 +247,15 @@ def row_pass(
         b_highest = tl.full([LANES], LOWEST, tl.float32)
         b_ones = tl.zeros([LANES], tl.float32)
         b_rest = tl.zeros([LANES], tl.float32)
-        b_next = tl.load(p_row + o_block, mask=0 < whole, other=0.0)
-        for start in range(BLOCK, whole + BLOCK, BLOCK):
-            b_logit = b_next
-            b_next = tl.load(p_row + start + o_block, mask=start < whole, other=0.0)
+        AHEAD: tl.constexpr = BLOCK if BLOCK >= LOADS_AHEAD_FROM else 0
+        if AHEAD:
+            b_next = tl.load(p_row + o_block, mask=0 < whole, other=0.0)
+        for start in range(AHEAD, whole + AHEAD, BLOCK):
+            if AHEAD:
+                b_logit = b_next
+                b_next = tl.load(p_row + start + o_block, mask=start < whole, other=0.0)
+            else:
+                b_logit = tl.load(p_row + start + o_block)
             b_z, _ = _final_logit(b_logit, softcap, logit_scale, HAS_SOFTCAP)
             b_highest, b_ones, b_rest = _with_block(b_highest, b_ones, b_rest, b_z)
         if whole < vocabulary:
