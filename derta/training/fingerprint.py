@@ -102,12 +102,14 @@ def fingerprint(
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Return how each key differs, in words, without those that are the same."""
-    missing = object()
+    """Return how each key differs, in words, without those that are the same.
+
+    A key that an earlier version did not know was None there.
+    """
     return {
         key: f"{key}: {then.get(key)} then, {now.get(key)} now"
         for key in [*then, *(key for key in now if key not in then)]
-        if then.get(key, missing) != now.get(key, missing)
+        if then.get(key) != now.get(key)
     }
 
 

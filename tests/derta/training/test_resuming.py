@@ -23,7 +23,7 @@ from derta import DertaTrainer
 from derta.manifest import COMPLETE, MANIFEST, DamagedError, verify, write_manifest
 from derta.modeling.method import Method
 from derta.training import checkpoints
-from derta.training.fingerprint import RESULT_KEYS
+from derta.training.fingerprint import RESULT_KEYS, differences
 from derta.training.resumable import RunFinished
 from derta.training.settings import DertaSettings
 from runs import RECORDS, settings, trainer
@@ -158,6 +158,13 @@ def test_other_settings_are_listed_old_and_new(
     changed = trainer(folder, full(), **{**RUN, "resume": True, "resume_changed": True, **changes})
     changed.train()
     assert changed.state.global_step == changes.get("max_steps", STEPS)
+
+
+def test_a_setting_that_an_earlier_version_lacked_was_none_there() -> None:
+    then = {"seed": 1}
+    assert differences(then, {"seed": 1, "scratch_mb": None}) == {}
+    found = differences(then, {"seed": 1, "scratch_mb": 64.0})
+    assert found == {"scratch_mb": "scratch_mb: None then, 64.0 now"}
 
 
 @pytest.mark.promise(OTHERS)
