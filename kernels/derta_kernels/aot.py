@@ -92,7 +92,8 @@ def loop_counts(launch: Launch, capability: int) -> Counts:
 
 def redundancy(launch: Launch, counts: Counts) -> float | None:
     """Return products that are issued over those needed; None: tensor cores have none."""
-    if not launch.tile_flops or launch.signature["q"] == "*fp32":
+    first_factor = next(iter(launch.signature.values()))
+    if not launch.tile_flops or first_factor == "*fp32":
         return None
     return counts.tensor_flops / launch.tile_flops
 

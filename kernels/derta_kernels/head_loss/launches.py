@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from derta_kernels.head_loss.row_pass import TILE
 from derta_kernels.head_loss.row_pass_triton import (
     FIRST_WALK,
     LAUNCH_CONFIGS,
@@ -103,5 +104,6 @@ def _tile_products() -> Iterator[Launch]:
                 divisible=frozenset({*pointers, "width", "gradient_stride", "other_stride"}),
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
+                tile_flops=2 * TILE * config.width * config.depth,
                 capabilities=capabilities,
             )
