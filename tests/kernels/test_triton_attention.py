@@ -194,8 +194,10 @@ def test_an_example_may_have_more_tiles_than_one_scan(scan: int) -> None:
     arguments = triton_inputs(row, heads=1)
     assert len(row.visible_until) > 32 * scan
     sdpa = results({n: x.double() if n in "qkv" else x for n, x in arguments.items()}, impl="sdpa")
+    # Compiled, the row is so long that the trunk's gradients are sums of thousands of numbers.
+    limit = max(3e-6, torch.finfo(torch.float32).eps * math.sqrt(len(row.visible_until)))
     for actual, wanted in zip(results(arguments, impl="triton"), sdpa, strict=True):
-        assert distance(actual.double(), wanted) < 3e-6
+        assert distance(actual.double(), wanted) < limit
 
 
 def test_scores_near_the_lowest_float32_are_not_mistaken_for_masked_ones() -> None:

@@ -1,12 +1,14 @@
 """Execute every kernel as compiled for every architecture, then spoil it: the tables of the docs.
 
-    python -m ptx.campaign [--every N] [--full] [--out FOLDER]
+    python -m ptx.campaign [--every N] [--seed S] [--full] [--processes N] [--out FOLDER]
 
 Kernels run at their real tile sizes, and again as ptxas and the hardware may change them: products
 fused into sums, approximations off by two units, copies that land early. 97% of each kernel's
-instructions must be executed. Then every N-th of its executed barriers, waits, guards, comparisons,
-swizzles and shuffles is spoilt, in small tiles; `mutation` says how. 90% of what is spoilt must be
-noticed, and survivors.toml must explain the rest. A step that fails fails the run.
+instructions must be executed. The kernels' own tests run, one case of each on every architecture.
+Then one in N of the executed barriers, waits, guards, comparisons, bounds, swizzles and shuffles is
+spoilt, in small tiles; `mutation` says how, and the seed which. Bounds and shuffles apart, 90% of
+what is spoilt must be noticed, and survivors.toml must explain the rest. A step that fails fails
+the run. What is known so far is in the folder at any time.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
+import subprocess
 import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -29,9 +33,10 @@ from typing import Any
 import torch
 
 from derta.terminal import say
+from packs import Packed
 from ptx import cases, native
 from ptx.launches import Run
-from ptx.mutation import KINDS, Subject, line_of, mutations, recorded, subjects
+from ptx.mutation import KINDS, line_of, recorded, subjects
 
 HERE = Path(__file__).parent
 CAPABILITIES = (80, 86, 90, 100, 120)
@@ -40,11 +45,25 @@ NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**NARROW, "fp32": torch.float32}
 VARIANTS = [("bf16", False), ("fp16", True), ("fp32", False)]
 LEAST_COVERAGE = 0.97
-LEAST_SCORE = 0.90
+LEAST_SCORE = 0.90  # of these kinds
+SCORED = ("barrier", "wait", "guard", "comparison", "swizzle")
 # Small ones, so that a short pack has many: of products of a warp, and of 64 rows at once.
 SMALL_TILES = {capability: (32, 32, 4, 3) for capability in (80, 86, 120)}
 SMALL_TILES |= {capability: (64, 32, 4, 3) for capability in (90, 100)}
-KERNELS = ("forward", "backward_queries", "backward_keys", "row_pass", "native")
+WIDE_TILES = {capability: (32, 32, 4, 2) for capability in (80, 86, 120)}
+WIDE_TILES |= {capability: (64, 64, 4, 2) for capability in (90, 100)}
+APART_TILES = {capability: (32, 32, 4, 1, True) for capability in (80, 86, 90, 100, 120)}
+KERNELS = ("forward", "backward_queries", "backward_keys", "row_pass", "tile_product", "native")
+TESTS = [
+    f"tests/kernels/test_{name}.py"
+    for name in (
+        "triton_attention",
+        "head_loss",
+        "sparse_backward",
+        "vocabulary_shards",
+        "peer_grids",
+    )
+]
 EXPLAINED = tomllib.loads((HERE / "survivors.toml").read_text(encoding="utf-8"))
 
 
@@ -61,10 +80,19 @@ class Executed:
 
 
 @dataclass
+class Tested:
+    """Tests of the kernels that passed on compiled code."""
+
+    capability: int
+    passed: int
+
+
+@dataclass
 class Spoilt:
     """A kernel's mutations of a kind, and those that nobody noticed: instruction, source line."""
 
     kernel: str
+    case: str
     capability: int
     kind: str
     spoilt: int
@@ -73,16 +101,19 @@ class Spoilt:
 
 def execute(kernel: str, capability: int, dtype: str, special: bool) -> list[Executed]:
     """Run a kernel's cases, its options, and say what was executed."""
-    if kernel == "attention":
+    changed = dict(changed=cases.CHANGED)
+    if kernel == "sparse":
+        variant = dtype
+        runs = list(cases.rows_with_blocks(capability, DTYPES[dtype]))
+        list(cases.rows_with_blocks(capability, DTYPES[dtype], (3001,), **changed))
+        runs += cases.tiles(capability, DTYPES[dtype])
+        list(cases.tiles(capability, DTYPES[dtype], cases.TILED[:1], **changed))
+    elif kernel == "attention":
         options = cases.WINDOW if special else {}
         variant = f"{dtype}, window and soft cap" if special else dtype
         packs = [cases.LONG, cases.SEVERAL, *map(cases.drawn, range(3))]
         runs = list(cases.attention(capability, DTYPES[dtype], packs, **options))
-        list(
-            cases.attention(
-                capability, DTYPES[dtype], [cases.LONG], changed=cases.CHANGED, **options
-            )
-        )
+        list(cases.attention(capability, DTYPES[dtype], [cases.LONG], **changed, **options))
     else:
         options = cases.SOFTCAP if special else cases.NO_SOFTCAP
         variant = f"{dtype}, soft cap" if special else dtype
@@ -91,16 +122,8 @@ def execute(kernel: str, capability: int, dtype: str, special: bool) -> list[Exe
         if impl == "triton":  # its launches of 16 and 32 warps, with long tails
             long = dict(vocabularies=(56953,)) | options
             runs += cases.rows(impl, capability, DTYPES[dtype], **long)
-        list(
-            cases.rows(
-                impl,
-                capability,
-                DTYPES[dtype],
-                vocabularies=(3001,),
-                changed=cases.CHANGED,
-                **options,
-            )
-        )
+        short = dict(vocabularies=(3001,))
+        list(cases.rows(impl, capability, DTYPES[dtype], **short, **changed, **options))
     return _executed(runs, kernel, capability, variant)
 
 
@@ -122,6 +145,28 @@ def _executed(runs: Sequence[Run], kernel: str, capability: int, variant: str) -
     return found
 
 
+def existing(capability: int) -> list[Tested]:
+    """Run the kernels' own tests on compiled code: one case of each, see `plugin`.
+
+    Raises:
+        RuntimeError: a test fails, or has a hazard.
+    """
+    turn = str(CAPABILITIES.index(capability))
+    given = {"DERTA_PTX": str(capability), "DERTA_PTX_SAMPLE": turn}
+    command = [sys.executable, "-m", "pytest", *TESTS, "-m", "not slow", "-q", "--tb=line"]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "-W", "ignore"],
+        cwd=HERE.parents[1],
+        env=os.environ | given,
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(r"(\d+) passed", done.stdout)
+    if done.returncode or not found:
+        raise RuntimeError(done.stdout[-2000:])
+    return [Tested(capability, int(found[1]))]
+
+
 def is_unreachable(kernel: str, text: str, line: str) -> bool:
     """Return True if survivors.toml says why nothing can execute an instruction."""
     return any(
@@ -132,30 +177,54 @@ def is_unreachable(kernel: str, text: str, line: str) -> bool:
     )
 
 
-def spoil(kernel: str, capability: int, every: int, part: int, parts: int) -> list[Spoilt]:
-    """Spoil every N-th instruction of a kernel; of those, one of `parts` parts."""
-    tails = dict(vocabularies=cases.TAILS)
-    with recorded(kernel) as found:
-        if kernel == "row_pass":
-            list(cases.rows("triton", capability, torch.float32, **cases.SOFTCAP, **tails))
-        else:
-            packs = [*cases.ENDS, cases.SEVERAL, cases.FAR_APART]
-            tiles = SMALL_TILES[capability]
-            list(cases.attention(capability, torch.bfloat16, packs, width=32, tiles=tiles))
-    by_kind = {kind: Spoilt(kernel, capability, kind, 0) for kind in KINDS}
-    for subject in _worth_spoiling(subjects(found)):
-        wanted = list(mutations(subject.kernel, subject.executed))
+def _attend(
+    capability: int, tiles: dict[int, tuple[Any, ...]], packs: Sequence[Packed], **options: Any
+) -> None:
+    list(cases.attention(capability, torch.bfloat16, packs, tiles=tiles[capability], **options))
+
+
+def _rows(impl: str, capability: int, dtype: torch.dtype) -> None:
+    list(cases.rows(impl, capability, dtype, **cases.SOFTCAP, vocabularies=cases.TAILS))
+
+
+FEW = [*cases.EDGES, cases.SEVERAL]
+MANY = [*cases.ENDS, *FEW, cases.FAR_APART]
+# What is launched to be spoilt, given a compute capability.
+SUBJECTS: dict[str, Callable[[int], object]] = {
+    "D 32": lambda c: _attend(c, SMALL_TILES, MANY, width=32),
+    "D 32, window and soft cap": lambda c: _attend(
+        c, SMALL_TILES, MANY, width=32, window=66, softcap=60.0
+    ),
+    "D 120": lambda c: _attend(c, WIDE_TILES, FEW, width=120),
+    "D 248": lambda c: _attend(c, APART_TILES, FEW, width=248),
+    "soft cap": lambda c: _rows("triton", c, torch.float32),
+    "blocks": lambda c: list(cases.rows_with_blocks(c, torch.float32, cases.TAILS)),
+    "tiles": lambda c: list(cases.tiles(c, torch.bfloat16, cases.TILED)),
+    "CUDA": lambda c: _rows("native", c, torch.bfloat16),
+}
+
+
+ONLY_IN_FULL = ("D 248", "CUDA")
+
+
+def spoil(case: str, capability: int, every: int, seed: int, part: int, parts: int) -> list[Spoilt]:
+    """Spoil one in `every` instructions of the kernels of a case: one of `parts` parts of them."""
+    with recorded() as found:
+        SUBJECTS[case](capability)
+    by_kind: dict[tuple[str, str], Spoilt] = {}
+    for subject in subjects(found):
+        wanted = list(subject.mutations())
+        kernel = "native" if case == "CUDA" else subject.kernel.name
         for kind in KINDS:
-            for one in [x for x in wanted if x.kind == kind][::every][part::parts]:
-                by_kind[kind].spoilt += 1
+            some = [one for one in wanted if one.kind == kind]
+            draw = random.Random(f"{seed} {case} {capability} {kernel} {kind}")
+            drawn = draw.sample(some, -(-len(some) // every))
+            spoilt = by_kind.setdefault((kernel, kind), Spoilt(kernel, case, capability, kind, 0))
+            for one in drawn[part::parts]:
+                spoilt.spoilt += 1
                 if subject.notices(one) is None:
-                    by_kind[kind].survivors.append((one.spoilt.text, line_of(one.spoilt)))
+                    spoilt.survivors.append((str(one), line_of(one.spoilt)))
     return list(by_kind.values())
-
-
-def _worth_spoiling(found: list[Subject]) -> list[Subject]:
-    """Return the kernel with the most instructions of those that a kernel is specialised to."""
-    return [max(found, key=lambda one: len(one.kernel.instructions))]
 
 
 def explanation(spoilt: Spoilt, text: str, line: str) -> str:
@@ -171,34 +240,53 @@ def explanation(spoilt: Spoilt, text: str, line: str) -> str:
     return ""
 
 
-def jobs(every: int, full: bool) -> Iterable[tuple[Any, ...]]:
-    """Yield every call, the long ones first; unless full, each dtype with one of two variants."""
+def jobs(every: int, seed: int, full: bool) -> Iterable[tuple[Any, ...]]:
+    """Yield every call, the long ones first.
+
+    Unless full, a case is spoilt on one architecture, and each dtype runs in one of two variants.
+    """
+    for capability in CAPABILITIES:
+        yield (existing, capability)
     parts = max(1, 8 // every)
-    for kernel, capability, part in product(KERNELS[:4], (80, 90, 100, 120), range(parts)):
-        yield (spoil, kernel, capability, every, part, parts)
+    has_native = native.missing() is None
+    for turn, part in product(range(4 if full else 1), range(parts)):
+        for case in SUBJECTS:
+            chips = NATIVE_CAPABILITIES if case == "CUDA" else (80, 90, 100, 120)
+            drawn = random.Random(f"{seed} {case}").sample(chips, len(chips))
+            if case in ONLY_IN_FULL and not full:
+                continue
+            if turn < len(chips) and (has_native or case != "CUDA"):
+                yield (spoil, case, drawn[turn], every, seed, part, parts)
     variants = [*product(DTYPES, (False, True))] if full else VARIANTS
     for capability, (dtype, special) in product(CAPABILITIES, variants):
         yield (execute, "row_pass", capability, dtype, special)
         if dtype in NARROW:
             yield (execute, "attention", capability, dtype, special)
-        if capability in NATIVE_CAPABILITIES and native.missing() is None:
+        if special or full:
+            yield (execute, "sparse", capability, dtype, True)
+        if capability in NATIVE_CAPABILITIES and has_native:
             yield (execute, "native", capability, dtype, special)
 
 
 def main() -> int:
     """Run it; return 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--every", type=int, default=24, help="spoil every N-th; 1: all")
-    parser.add_argument("--full", action="store_true", help="every variant in every data type")
+    parser.add_argument("--every", type=int, default=48, help="spoil one in N; 1: all")
+    parser.add_argument("--seed", type=int, default=0, help="draws what is spoilt")
+    parser.add_argument("--full", action="store_true", help="every variant and architecture")
+    parser.add_argument(
+        "--processes", type=int, default=min(8, os.cpu_count() or 1), help="at a time"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/ptx"), help="folder of the tables")
     arguments = parser.parse_args()
     if why := native.missing():
         say(f"the CUDA row pass is skipped: {why}")
     start, text = time.perf_counter(), ""
-    found: list[Executed | Spoilt] = []
+    found: list[Executed | Spoilt | Tested] = []
     failed: list[str] = []
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        waiting = {pool.submit(*job): job for job in jobs(arguments.every, arguments.full)}
+    with ProcessPoolExecutor(arguments.processes) as pool:
+        wanted = jobs(arguments.every, arguments.seed, arguments.full)
+        waiting = {pool.submit(*job): job for job in wanted}
         for done in as_completed(waiting):
             function, *given = waiting[done]
             name = f"{function.__name__} {' '.join(map(str, given))}"
@@ -209,51 +297,51 @@ def main() -> int:
             say(f"{time.perf_counter() - start:5.0f} s  {name}")
             text = written(found, arguments.every, arguments.out)
     say(text)
-    failed += complaints(*of_kinds(found))
+    failed += complaints(
+        [one for one in found if isinstance(one, Executed)],
+        [one for one in found if isinstance(one, Spoilt)],
+        arguments.every,
+    )
     for one in failed:
         say(f"FAILED {one}")
     return 1 if failed else 0
 
 
-def of_kinds(found: Sequence[Executed | Spoilt]) -> tuple[list[Executed], list[Spoilt]]:
-    """Return what was executed, and what was spoilt."""
-    return (
-        [one for one in found if isinstance(one, Executed)],
-        [one for one in found if isinstance(one, Spoilt)],
-    )
-
-
-def written(found: Sequence[Executed | Spoilt], every: int, folder: Path) -> str:
+def written(found: Sequence[Executed | Spoilt | Tested], every: int, folder: Path) -> str:
     """Write what is known so far into a folder; return its tables."""
-    executed, spoilt = of_kinds(found)
+    executed = [one for one in found if isinstance(one, Executed)]
+    spoilt = [one for one in found if isinstance(one, Spoilt)]
+    tested = [one for one in found if isinstance(one, Tested)]
     folder.mkdir(parents=True, exist_ok=True)
     record = dict(
         every=every,
         executed=[asdict(one) for one in executed],
         spoilt=[asdict(one) for one in spoilt],
+        tested=[asdict(one) for one in tested],
     )
     (folder / "campaign.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    text = tables(executed, spoilt, every)
+    text = tables(executed, spoilt, tested, every)
     (folder / "campaign.md").write_text(text, encoding="utf-8")
     return text
 
 
-def complaints(executed: Sequence[Executed], spoilt: Sequence[Spoilt]) -> list[str]:
-    """Return what is below its limit, or without an explanation."""
+def complaints(executed: Sequence[Executed], spoilt: Sequence[Spoilt], every: int = 1) -> list[str]:
+    """Return what is below its limit, or without an explanation.
+
+    A sample, `every` > 1, may be worse than the limit by two standard deviations.
+    """
     found = [
         f"{one.kernel}, sm_{one.capability}, {one.variant}: {one.executed} of {one.instructions} "
         f"instructions are executed, under {LEAST_COVERAGE:.0%}"
         for one in executed
         if one.executed < LEAST_COVERAGE * one.instructions
     ]
-    for kernel in KERNELS:
-        of_kernel = [one for one in spoilt if one.kernel == kernel]
-        total = sum(one.spoilt for one in of_kernel)
-        left = sum(len(one.survivors) for one in of_kernel)
-        if left > (1 - LEAST_SCORE) * total:
-            found.append(
-                f"{kernel}: {left} of {total} mutations survive, over {1 - LEAST_SCORE:.0%}"
-            )
+    scored = [one for one in spoilt if one.kind in SCORED]
+    total = sum(one.spoilt for one in scored)
+    left = sum(len(one.survivors) for one in scored)
+    chance = 2 * (LEAST_SCORE * (1 - LEAST_SCORE) * total) ** 0.5 if every > 1 else 0
+    if left > (1 - LEAST_SCORE) * total + chance:
+        found.append(f"{left} of {total} mutations survive, over {1 - LEAST_SCORE:.0%}")
     found += [
         f"{one.kernel}, sm_{one.capability}: no reason for a survivor, {one.kind}: {text} ({line})"
         for one in spoilt
@@ -263,12 +351,14 @@ def complaints(executed: Sequence[Executed], spoilt: Sequence[Spoilt]) -> list[s
     return found
 
 
-def tables(executed: Sequence[Executed], spoilt: Sequence[Spoilt], every: int) -> str:
-    """Return coverage, mutations and survivors as Markdown."""
+def tables(
+    executed: Sequence[Executed], spoilt: Sequence[Spoilt], tested: Sequence[Tested], every: int
+) -> str:
+    """Return coverage, tests, mutations and survivors as Markdown."""
     capabilities = sorted({one.capability for one in executed})
     lines = [
         "Instructions executed of those of each kernel that can be reached, the least of its",
-        "variants: data types, window, soft cap, an unlikely token, shards.",
+        "variants: data types, window, soft cap, an unlikely token, blocks, shards.",
         "",
         "| kernel | " + " | ".join(f"sm_{one}" for one in capabilities) + " |",
         "|---|" + "---:|" * len(capabilities),
@@ -283,31 +373,41 @@ def tables(executed: Sequence[Executed], spoilt: Sequence[Spoilt], every: int) -
             ]
             least.append(f"{100 * min(shares):.1f}%" if shares else "")
         lines.append(f"| {kernel} | " + " | ".join(least) + " |")
-    which = "Every executed" if every == 1 else f"Every {every}th executed"
+    passed = {one.capability: str(one.passed) for one in tested}
+    cells = [passed.get(capability, "") for capability in capabilities]
+    lines += ["| the kernels' own tests, passed | " + " | ".join(cells) + " |"]
+    which = "Every executed" if every == 1 else f"One in {every} of the executed"
     lines += [
         "",
-        f"{which} instruction of a kind, spoilt: noticed of spoilt.",
+        f"{which} instructions of a kind, spoilt: noticed of spoilt.",
         "",
         "| kernel | " + " | ".join(KINDS) + " | together |",
         "|---|" + "---:|" * (len(KINDS) + 1),
     ]
-    for kernel in KERNELS:
-        cells = []
-        for kind in (*KINDS, None):
-            some = [x for x in spoilt if x.kernel == kernel and kind in (x.kind, None)]
-            total = sum(one.spoilt for one in some)
-            seen = total - sum(len(one.survivors) for one in some)
-            cells.append(f"{seen} of {total}" if total else "")
-            if kind is None and total:
-                cells[-1] += f" ({100 * seen / total:.0f}%)"
-        if any(cells):
-            lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
+    named = {(one.kernel, one.case): f"{one.kernel}, {one.case}" for one in spoilt}
+    for kernel, case in sorted(named, key=lambda one: (KERNELS.index(one[0]), one[1])):
+        some = [x for x in spoilt if (x.kernel, x.case) == (kernel, case)]
+        lines.append(f"| {named[kernel, case]} | " + _noticed(some) + " |")
+    lines.append("| all | " + _noticed(spoilt) + " |")
     reasons = Counter(
         (one.kind, explanation(one, *survivor)) for one in spoilt for survivor in one.survivors
     )
     lines += ["", "| survivors | kind | why |", "|---:|---|---|"]
     lines += [f"| {n} | {kind} | {why} |" for (kind, why), n in reasons.most_common()]
     return "\n".join(lines) + "\n"
+
+
+def _noticed(spoilt: Sequence[Spoilt]) -> str:
+    """Return the cells of a row: of each kind, and together."""
+    cells = []
+    for kind in (*KINDS, None):
+        some = [one for one in spoilt if kind in (one.kind, None)]
+        total = sum(one.spoilt for one in some)
+        seen = total - sum(len(one.survivors) for one in some)
+        cells.append(f"{seen} of {total}" if total else "")
+        if kind is None and total:
+            cells[-1] += f" ({100 * seen / total:.0f}%)"
+    return " | ".join(cells)
 
 
 if __name__ == "__main__":

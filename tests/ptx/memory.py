@@ -131,9 +131,9 @@ class GlobalMemory(Space):
         self.written[self.units(tensor)] = True
 
     def store(self, tensor: Tensor) -> None:
-        """Copy the elements of a tensor, which has some, back."""
+        """Copy the elements of a tensor, which has some, back. Autograd is not told."""
         values = torch.from_numpy(self.data.view(np.int16)[self.units(tensor)])
-        tensor.detach().copy_(values.view(tensor.dtype).view(tensor.shape))
+        tensor.data.copy_(values.view(tensor.dtype).view(tensor.shape))
 
     def _elements(self, tensor: Tensor) -> np.ndarray:
         """Return the offsets of the units of a tensor's elements from `GLOBAL_BASE`, in bytes."""

@@ -60,7 +60,7 @@ def rows(dtype: torch.dtype) -> Case:
 
 def attention(dtype: torch.dtype, head_dim: int, **options: Any) -> Case:
     """Run attention and its backward pass in the tiles of a chip."""
-    given = tensors(ROW, dtype=dtype, heads=1, kv_heads=1, width=head_dim, value_width=head_dim)
+    given = tensors(ROW, dtype=dtype, heads=2, kv_heads=2, width=head_dim, value_width=head_dim)
     ours, eager = (results(given, impl=impl, **options) for impl in ("triton", "sdpa"))
     return Case(f"attention {options}", dtype, ours, oracle(given, **options), eager)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ptx import campaign, cases, launches, native, snippets
-from ptx.campaign import Executed, Spoilt, complaints, tables
-from ptx.mutation import mutations, recorded, subjects
+from ptx.campaign import Executed, Spoilt, Tested, complaints, tables
+from ptx.mutation import recorded, subjects
 
 # Two warps hand each other a number through swizzled shared memory; 60 of 64 threads store the sum
-# of theirs and a neighbour's. The second barrier orders nothing.
+# of theirs and a neighbour's. The second barrier orders nothing, and no thread is near bound 100.
 EXCHANGE = """
 mov.b32 %r1, global_smem;
 shl.b32 %r2, %r0, 2;
@@ -29,6 +29,7 @@ add.s32 %r11, %r9, %r10;
 mul.wide.u32 %rd10, %r0, 4;
 add.s64 %rd11, %rd0, %rd10;
 setp.lt.s32 %p1, %r0, 60;
+setp.lt.s32 %p2, %r0, 100;
 @%p1 st.global.b32 [%rd11], %r11;
 """
 
@@ -39,13 +40,12 @@ def test_what_is_spoilt_is_noticed_and_what_changes_nothing_survives(
     monkeypatch.setattr(snippets, "execute", lambda *given: launches.execute(*given))
     out = torch.zeros(60, dtype=torch.int32)
     scale = torch.ones(1)  # results of integers have a float's rounding beside them
-    with recorded("snippet") as found:
+    with recorded() as found:
         snippets.run(EXCHANGE, threads=64, shared=1024, outputs=("out",), out=out, scale=scale)
     assert out.tolist() == [63 - i + (63 - (i ^ 1)) for i in range(60)]
     (subject,) = subjects(found)
     noticed = [
-        (one.kind, one.spoilt.text.split()[0], subject.notices(one))
-        for one in mutations(subject.kernel, subject.executed)
+        (one.kind, one.spoilt.text.split()[0], subject.notices(one)) for one in subject.mutations()
     ]
     assert [one[:2] for one in noticed] == [
         ("swizzle", "xor.b32"),
@@ -54,33 +54,42 @@ def test_what_is_spoilt_is_noticed_and_what_changes_nothing_survives(
         ("swizzle", "xor.b32"),
         ("shuffle", "shfl.sync.bfly.b32"),
         ("comparison", "setp.lt.s32"),
+        ("bound", "setp.lt.s32"),
+        ("bound", "setp.lt.s32"),
+        ("comparison", "setp.lt.s32"),
         ("guard", "@%p1"),
     ]
     why = [one[2] for one in noticed]
     assert why[1:3] == [None, None]  # either barrier is enough
     assert why[0] == why[3] == why[4] == "out differs"
-    assert "outside of any tensor" in str(why[5]) and "outside of any tensor" in str(why[6])
+    assert all("outside of any tensor" in str(one) for one in (why[5], why[6], why[9]))
+    assert why[7] == "an output is not written"  # the 60th thread no longer stores
 
 
 def test_low_coverage_a_low_score_and_unexplained_survivors_are_complaints() -> None:
     well = Executed("forward", 80, "bf16", 100, 97)
-    assert complaints([well], [Spoilt("forward", 80, "wait", 10, [])]) == []
+    assert complaints([well], [Spoilt("forward", "D 32", 80, "wait", 10, [])]) == []
     low = Executed("forward", 90, "bf16", 100, 96)
     assert complaints([low], []) == [
         "forward, sm_90, bf16: 96 of 100 instructions are executed, under 97%"
     ]
     survivor = ("bar.sync 0", "a line that no kernel has")
-    bad = Spoilt("row_pass", 90, "wait", 5, [survivor])
+    bad = Spoilt("row_pass", "soft cap", 90, "wait", 5, [survivor])
     assert complaints([], [bad]) == [
-        "row_pass: 1 of 5 mutations survive, over 10%",
+        "1 of 5 mutations survive, over 10%",
         "row_pass, sm_90: no reason for a survivor, wait: bar.sync 0 (a line that no kernel has)",
     ]
+    assert not any("over 10%" in one for one in complaints([], [bad], 48))
+    worse = Spoilt("row_pass", "soft cap", 90, "wait", 40, [survivor] * 9)
+    assert complaints([], [worse], 48)[0] == "9 of 40 mutations survive, over 10%"
     no_run = ("forward", "mov.b32 \t%r1, 0f00000000", "b_product = tl.dot(b_q, b_k)")
     assert campaign.is_unreachable(*no_run)
     assert not campaign.is_unreachable("row_pass", *no_run[1:])
     assert not campaign.is_unreachable("forward", "mma.sync.aligned", no_run[2])
-    assert "| forward | 97.0% | 96.0% |" in tables([well, low], [bad], 3)
-    assert "4 of 5 (80%)" in tables([well, low], [bad], 3)
+    assert "| forward | 97.0% | 96.0% |" in tables([well, low], [bad], [Tested(90, 38)], 3)
+    assert "passed |  | 38 |" in tables([well, low], [bad], [Tested(90, 38)], 3)
+    assert "| row_pass, soft cap | " in tables([well, low], [bad], [Tested(90, 38)], 3)
+    assert "4 of 5 (80%)" in tables([well, low], [bad], [Tested(90, 38)], 3)
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
