@@ -10,7 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from derta.data.records.types import SPEAKERS, Message, Skipped, check_messages, check_text
+from derta.data.records.types import (
+    SPEAKERS,
+    Message,
+    Skipped,
+    check_messages,
+    check_text,
+    speaker_name,
+)
 
 TOOLS = Skipped("the conversation has tools")
 PARTS = Skipped("the conversation holds more than text")
@@ -118,8 +125,9 @@ def sharegpt_messages(field: str, turns: Any) -> list[Message] | Skipped:
         if isinstance(speaker, str) and speaker in _CALLERS:
             return TOOLS
         if not isinstance(speaker, str) or speaker not in _SHAREGPT:
-            said = repr(speaker[:20]) if isinstance(speaker, str) else type(speaker).__name__
-            raise ValueError(f"{name}.from: is {said}, expected one of {', '.join(_SHAREGPT)}")
+            raise ValueError(
+                f"{name}.from: is {speaker_name(speaker)}, expected one of {', '.join(_SHAREGPT)}"
+            )
         content = check_text(f"{name}.value", turn["value"])
         messages.append({"role": _SHAREGPT[speaker], "content": content})
     return messages

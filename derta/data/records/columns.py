@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from derta.data.records.formats import COLUMNS, FORMATS, KNOWN, ROLES, Row, matching
-from derta.data.records.types import SPEAKERS, check_text, field_names
+from derta.data.records.types import SPEAKERS, check_text, field_names, speaker_name
 
 _ABSENT = object()
 
@@ -51,9 +51,9 @@ class Turns:
             if speaker is _ABSENT or text is _ABSENT:
                 raise ValueError(f"{name}: expected {self.role} and {self.text}")
             if not isinstance(speaker, str) or speaker not in self.speakers:
-                said = repr(speaker[:20]) if isinstance(speaker, str) else type(speaker).__name__
                 raise ValueError(
-                    f"{name}.{self.role}: is {said}, expected one of {', '.join(self.speakers)}"
+                    f"{name}.{self.role}: is {speaker_name(speaker)}, expected one of "
+                    f"{', '.join(self.speakers)}"
                 )
             messages.append({"role": self.speakers[speaker], "content": text})
         return messages

@@ -97,6 +97,12 @@ def _flag(name: str, value: Any) -> bool:
     raise TypeError(f"{name}: is {type(value).__name__}, expected true or false")
 
 
+def is_undesirable(row: Row) -> bool:
+    """Return True if a row labels its answer undesirable, as TRL and LLaMA-Factory do for KTO."""
+    labels = row.get("label"), row.get("kto_tag")
+    return any(label is False or label in ("False", "false") for label in labels)
+
+
 def _text(row: Row, name: str) -> str:
     return check_text(name, row[name])
 
@@ -281,9 +287,7 @@ def _transcript_asked(row: Row, origin: Origin) -> Request:
     return Request(messages=messages or _ask(""), **origin)
 
 
-def _answered(row: Row, origin: Origin, *, answer: str) -> Dialogue | Skipped:
-    if row.get("label") is False:
-        return UNDESIRABLE
+def _answered(row: Row, origin: Origin, *, answer: str) -> Dialogue:
     asked = _asked(row)
     return _dialogue(asked, _answer(answer, row[answer], asked), origin)
 
@@ -331,8 +335,6 @@ def _messages(row: Row) -> Any | Skipped:
 
 
 def _conversation(row: Row, origin: Origin) -> Dialogue | Skipped:
-    if row.get("label") is False:
-        return UNDESIRABLE
     messages = _messages(row)
     return messages if isinstance(messages, Skipped) else Dialogue(messages=messages, **origin)
 
@@ -655,7 +657,8 @@ FORMATS: dict[str, Format] = {
 
 # Descriptive fields that rows of any format may have, and that may tell formats apart.
 ABOUT = frozenset(
-    "category category_id type risk_area subject BehaviorID SemanticCategory Category label".split()
+    "category category_id type risk_area subject BehaviorID SemanticCategory Category label "
+    "kto_tag".split()
 )
 # Fields under which public data sets keep text or labels that no format here reads. They are known
 # so that no part of a prompt is silently left out.

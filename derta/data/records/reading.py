@@ -21,11 +21,13 @@ from derta.data.records.formats import (
     KNOWN,
     LISTS,
     ROLES,
+    UNDESIRABLE,
     Half,
     Kind,
     Origin,
     Role,
     Row,
+    is_undesirable,
     matching,
 )
 from derta.data.records.refusal_keywords import opens_with_refusal, refuses
@@ -372,6 +374,8 @@ def _record(
             raise ValueError(against)
         if against:
             return CONTRADICTION
+    if isinstance(record, Dialogue) and is_undesirable(row):
+        return UNDESIRABLE
     if purpose in KINDS and isinstance(record, Triple | Dialogue):
         return as_request(record)
     if purpose == "borderline" and isinstance(record, Dialogue):

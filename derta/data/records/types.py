@@ -13,6 +13,7 @@ Message = dict[str, str]
 SPEAKERS = ("system", "user", "assistant")
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
+_NAME = re.compile(r"[\w.-]{1,20}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +270,13 @@ def field_names(names: Iterable[Any]) -> str:
     """Format arbitrary names for an error: a few of them, short, on one line."""
     shown = sorted(f"{name}"[:40].encode("unicode_escape").decode("ascii") for name in names)
     return ", ".join(shown[:12] + ["..."] * (len(shown) > 12)) or "none"
+
+
+def speaker_name(speaker: Any) -> str:
+    """Format a turn's speaker for an error: a short name, or the type of what may be a text."""
+    if isinstance(speaker, str):
+        return repr(speaker) if _NAME.fullmatch(speaker) else "text"
+    return type(speaker).__name__
 
 
 class Named(Protocol):

@@ -337,6 +337,20 @@ def labelled(*answers: tuple[str, bool]) -> list[dict[str, Any]]:
             0,
             {UNDESIRABLE: 1},
         ),
+        (
+            "helpful",
+            [row | {"label": "False"} for row in ROWS["prompt_completion"](7)],  # from CSV
+            0,
+            {UNDESIRABLE: 1},
+        ),
+        ("helpful", [row | {"label": False} for row in ROWS["sharegpt"](7)], 0, {UNDESIRABLE: 1}),
+        (
+            "borderline",
+            [row | {"kto_tag": False} for row in ROWS["alpaca"](7)],
+            0,
+            {UNDESIRABLE: 1},
+        ),
+        ("helpful", [row | {"kto_tag": True} for row in ROWS["alpaca"](7)], 1, {}),
         ("harmful", ROWS["xstest"](7), 1, {"of the other kind": 1}),
         ("harmless", ROWS["xstest"](7), 1, {"of the other kind": 1}),
     ],
@@ -542,6 +556,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "helpful",
         edit("sharegpt", conversations=[{"from": ["x"], "value": "x"}]),
         r"conversations\[0\].from: is list, expected one of system, human",
+    ),
+    (
+        "helpful",
+        edit("sharegpt", conversations=[{"from": "How do I?", "value": "x"}]),
+        r"conversations\[0\].from: is text, expected one of system, human",
     ),
     (
         "safety",
