@@ -128,7 +128,10 @@ def wrapped(request: Request, wrapper: str) -> Request:
 
 
 def write_exports(config: EvaluateConfig, name: str, answered: Answered) -> None:
-    """Write a model's answers to the requests of `exports`, as AlpacaEval reads them."""
+    """Write a model's answers to the requests of `exports`, as AlpacaEval reads them.
+
+    Only their owner can read them.
+    """
     folder = Path(config.output_dir) / "exports" / safe_name(name)
     for title, pairs in answered.exports.items():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -136,7 +139,8 @@ def write_exports(config: EvaluateConfig, name: str, answered: Answered) -> None
             {"dataset": title, "instruction": asked, "output": said, "generator": name}
             for asked, said in pairs
         ]
-        write_whole(folder / f"{safe_name(title)}.json", json.dumps(rows, indent=1).encode())
+        path = folder / f"{safe_name(title)}.json"
+        write_whole(path, json.dumps(rows, indent=1).encode(), private=True)
 
 
 def safe_name(name: str) -> str:

@@ -13,6 +13,7 @@ from derta.cli.settings.reproduce import Table4Config
 from derta.evaluation.presets import official
 from derta.evaluation.reporting.paper import table_4
 from derta.evaluation.reporting.tables import to_text
+from derta.modeling.loading import load_tokenizer
 from derta.outputs import compact_json, write_whole
 from derta.settings import build, read_yaml
 from derta.terminal import say
@@ -24,6 +25,7 @@ def train_variants(config: Table4Config) -> dict[str, str]:
     Of the same data and seed, a file is the same again: `resume: auto` continues a variant's run.
 
     Raises:
+        ValueError: closing is not the model's end-of-sequence token.
         ValueError, OSError: as `read_rows` and `derta train`.
     """
     assert config.training is not None
@@ -32,17 +34,28 @@ def train_variants(config: Table4Config) -> dict[str, str]:
     folders = {}
     for recipe, rows in read_rows(config).items():
         path = folder / "data" / f"{recipe}.jsonl"
-        write_rows(rows, path)
         folders[recipe] = str(folder / "models" / recipe)
         own = {
             "sources": [{"path": str(path), "role": "safety"}],
             "output_dir": folders[recipe],
             **({} if config.model is None else {"model": config.model}),
         }
+        training = build(train.TrainConfig, {config.training: values, "table4": own})
+        _check_closing(config.closing, training.model)
+        write_rows(rows, path)
         say(f"{recipe}: {len(rows):,} rows")
         gc.collect()  # a trainer refers to itself: the model before would stay on the GPU
-        train.run(build(train.TrainConfig, {config.training: values, "table4": own}))
+        train.run(training)
     return folders
+
+
+def _check_closing(closing: str, model: str) -> None:
+    """Raise a ValueError unless the model ends a text with this token."""
+    token = load_tokenizer(model, None).eos_token
+    if closing != token:
+        raise ValueError(
+            f"closing: is {closing!r}, expected {token!r}, the end-of-sequence token of {model}"
+        )
 
 
 def run(config: Table4Config) -> None:

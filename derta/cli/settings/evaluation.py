@@ -155,6 +155,8 @@ class EvaluateConfig(LoadingSettings, TextSettings):
             raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
         if self.templates and not self.harmful:
             raise ValueError("templates: go around the requests of harmful, got no file of them")
+        if self.preset_data is not None and self.preset is None:
+            raise ValueError("preset_data: is the folder of a preset's files, expected preset too")
         for key in NAMED:
             for name in getattr(self, key):
                 check_name(key, name)

@@ -69,6 +69,12 @@ class Table4Config(RenderSettings, LoadingSettings):
         help="Folders of tuned models by variant, which are not trained: '{vanilla: a, derta: b}'.",
         factory=dict,
     )
+    chat_template: str | None = setting(
+        None,
+        "Chat template of the evaluation, as in derta eval.",
+        shown="the authors'",
+        heading="evaluation",
+    )
     output_dir: str = setting(
         help="Folder for data/, models/, evaluation/ and table4.json.", heading=""
     )

@@ -56,7 +56,14 @@ def test_four_variants_are_trained_evaluated_and_set_beside_the_paper(
     }
     Path("run.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     options = ["--training", "run.yaml", "--model", "base", "--max_new_tokens", "2"]
-    assert reproduce("table4", *options, "--device", "cpu") == 0
+    # Rows that end with the token of another model would teach this one to go on.
+    assert reproduce("table4", *options) == 1
+    assert (
+        "closing: is '<|end_of_text|>', expected '<|eot_id|>', the end-of-sequence token of base"
+        in capsys.readouterr().err
+    )
+    assert not Path("out").exists()
+    assert reproduce("table4", *options, "--device", "cpu", "--closing", "<|eot_id|>") == 0
     out = capsys.readouterr().out
     rows = {recipe: len(Path(f"out/data/{recipe}.jsonl").open().readlines()) for recipe in RECIPES}
     assert rows == {"vanilla": 12, "prefix_only": 12, "rto_only": 21, "derta": 21}

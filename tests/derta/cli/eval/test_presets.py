@@ -74,7 +74,9 @@ def test_every_prompt_has_the_tokens_that_the_authors_code_gives_it(
     assert entry["asr"]["file"].keys() == attacks
     assert entry["accuracy"].keys() == {"gsm8k", "mmlu"}
     assert entry["judge"] == "official_keywords"
-    (exported,) = json.loads(Path("out/exports/model/alpaca_eval.json").read_text())
+    path = Path("out/exports/model/alpaca_eval.json")
+    assert path.stat().st_mode & 0o77 == 0
+    (exported,) = json.loads(path.read_text())
     assert exported["instruction"] == "Tell me of ladders." and exported["generator"] == "model"
     assert exported["output"] in ("Sorry, no.", "(B) 2")
 
@@ -95,6 +97,10 @@ def test_given_keys_go_before_the_preset_and_searches_join_it(
     ("options", "message"),
     [
         (("--preset", "official"), "preset needs preset_data, the folder of its test files"),
+        (
+            ("--preset_data", "official", "--harmful", "x.jsonl"),
+            "preset_data: is the folder of a preset's files, expected preset too",
+        ),
         (
             ("--preset", "other"),
             "command line: preset: expected official or null, got 'other'",
