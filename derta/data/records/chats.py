@@ -27,6 +27,7 @@ _CALLS = frozenset({"tool_calls", "function_call", "tool_call_id"})
 _CALLERS = frozenset("tool function function_call observation ipython".split())
 _OFFERS = ("tools", "functions")
 _MEDIA = ("images", "videos", "audios")
+_WEIGHTS = ("weight", "loss_weight")
 _UNREAD = frozenset((*_OFFERS, *_MEDIA))
 _SHAREGPT = {
     "system": "system",
@@ -76,11 +77,9 @@ def chat_messages(field: str, value: Any) -> Any | Skipped:
             if isinstance(content, Skipped):
                 return content
             given["content"] = content
-        weights = [given.pop(key) for key in ("weight", "loss_weight") if key in given]
-        if role == "assistant" and any(weight not in (0, 1) for weight in weights):
-            raise ValueError(f"{field}[{index}].weight: expected 0 or 1")
-        unlearned = unlearned or (role == "assistant" and 0 in weights)
-        given.pop("name", None)
+        if role == "assistant" and not _is_learned(f"{field}[{index}]", given):
+            unlearned = True
+        given = {key: one for key, one in given.items() if key not in ("name", *_WEIGHTS)}
         plain.append({**given, "role": "system"} if role == "developer" else given)
     return UNLEARNED if unlearned else plain
 
@@ -93,6 +92,14 @@ def _is_plain(message: Any) -> bool:
         and message.get("role") in SPEAKERS
         and isinstance(message.get("content"), str)
     )
+
+
+def _is_learned(name: str, answer: Mapping[str, Any]) -> bool:
+    """Return False if an answer has weight 0."""
+    weights = [answer[key] for key in _WEIGHTS if answer.get(key) is not None]
+    if any(weight not in (0, 1) for weight in weights):
+        raise ValueError(f"{name}.weight: expected 0 or 1")
+    return 0 not in weights
 
 
 def _joined(field: str, parts: Sequence[Any]) -> str | Skipped:
@@ -108,15 +115,17 @@ def _joined(field: str, parts: Sequence[Any]) -> str | Skipped:
 
 
 def sharegpt_messages(field: str, turns: Any) -> list[Message] | Skipped:
-    """Return ShareGPT's turns, {"from", "value"}, as messages.
+    """Return ShareGPT's turns, {"from", "value"}, as messages; an answer may have a weight too.
 
     Raises:
         TypeError: there is no list of turns, or a value is no text.
-        ValueError: a turn has other fields or an unknown speaker, which the message names.
+        ValueError: a turn lacks a field, has an unknown speaker, which the message names, or a
+            weight other than 0 and 1.
     """
     if not isinstance(turns, list):
         raise TypeError(f"{field}: is {type(turns).__name__}, expected a list of turns")
     messages = []
+    unlearned = False
     for index, turn in enumerate(turns):
         name = f"{field}[{index}]"
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
@@ -129,8 +138,11 @@ def sharegpt_messages(field: str, turns: Any) -> list[Message] | Skipped:
                 f"{name}.from: is {speaker_name(speaker)}, expected one of {', '.join(_SHAREGPT)}"
             )
         content = check_text(f"{name}.value", turn["value"])
-        messages.append({"role": _SHAREGPT[speaker], "content": content})
-    return messages
+        role = _SHAREGPT[speaker]
+        if role == "assistant" and not _is_learned(name, turn):
+            unlearned = True
+        messages.append({"role": role, "content": content})
+    return UNLEARNED if unlearned else messages
 
 
 def transcript_messages(field: str, value: Any) -> tuple[Message, ...]:

@@ -183,6 +183,11 @@ def _instructed(row: Row, origin: Origin, *, answer: str, input: str = "input") 
     return _dialogue(_ask(_instruction(row, input)), _text(row, answer), origin)
 
 
+def _instructed_attack(row: Row, origin: Origin) -> Request:
+    attack = _asking(row, origin, prompt="instruction", prefill="target")
+    return dataclasses.replace(attack, prompt=_instruction(row), messages=())
+
+
 def _harmful_answer(row: Row, origin: Origin) -> Request:
     return Request(prompt=_text(row, "prompt"), response=_text(row, "harmful"), **origin)
 
@@ -570,8 +575,7 @@ FORMATS: dict[str, Format] = {
     "instruction_target": Format(
         fields=frozenset({"instruction", "target"}),
         beside=frozenset({"input"}),
-        readers=_helpful(partial(_instructed, answer="target"))
-        | {"harmful": partial(_asking, prompt="instruction", prefill="target")},
+        readers=_helpful(partial(_instructed, answer="target")) | {"harmful": _instructed_attack},
     ),
     "conversation": Format(
         fields=frozenset({"messages"}),

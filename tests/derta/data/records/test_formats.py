@@ -247,6 +247,7 @@ def messages(field: str, *turns: tuple[str, str]) -> dict[str, Any]:
 
 ASKING = ("user", "How?")
 TOOLS, MORE = "the conversation has tools", "the conversation holds more than text"
+ANSWERED = {"from": "gpt", "value": "So."}
 UNLEARNED = "an answer has weight 0, and all answers of a dialogue are learned"
 UNDESIRABLE = "the answer is labelled undesirable"
 APART = "chosen and rejected answer different conversations"
@@ -330,6 +331,20 @@ def labelled(*answers: tuple[str, bool]) -> list[dict[str, Any]]:
             {MORE: 1},
         ),
         ("helpful", [chat({**turn("assistant", "So."), "weight": 0})], 0, {UNLEARNED: 1}),
+        (
+            "helpful",
+            [
+                {
+                    "conversations": [
+                        {"from": "human", "value": "How?"},
+                        ANSWERED | {"weight": weight},
+                    ]
+                }
+                for weight in (0, 1, None)
+            ],
+            2,
+            {UNLEARNED: 1},
+        ),
         ("helpful", [CHAT | {"label": False}, CHAT | {"label": True}], 1, {UNDESIRABLE: 1}),
         (
             "helpful",
@@ -457,6 +472,9 @@ def test_an_instruction_is_followed_by_its_input(tmp_path: Path) -> None:
     dolly = {"instruction": "Count them.", "context": "a b", "response": "2"}
     for dialogue in read(write(tmp_path, row, dolly), "helpful"):
         assert dialogue.messages[0]["content"] == "Count them.\n\na b"
+    row = {"instruction": "Count them.", "input": "a b", "target": "Sure: 2"}
+    (attack,) = read(write(tmp_path, row), "harmful")
+    assert (attack.prompt, attack.prefill) == ("Count them.\n\na b", "Sure: 2")
 
 
 def test_an_evaluation_conversation_may_lack_its_answer(tmp_path: Path) -> None:
