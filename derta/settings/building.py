@@ -13,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from derta.settings.fields import about_of, all_finite, choices_of, element_of, leaves
+from derta.settings.help import type_words
 from derta.settings.reading import Text, read_text, shortened
 
 Config = TypeVar("Config")
@@ -171,6 +172,8 @@ def _expected(hint: Any) -> str:
         return " or ".join(
             "null" if one is type(None) else _expected(one) for one in typing.get_args(hint)
         )
+    if typing.get_origin(hint) is dict:
+        return type_words(hint)
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

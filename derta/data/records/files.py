@@ -42,6 +42,8 @@ _TOKEN = 32
 
 # A cell that may name a column. Other cells may be texts, which no error quotes.
 _NAME = re.compile(r"\w[\w.-]{0,30}|")
+# A line that may be the name of a file's only column.
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 # Letters of MMLU's choices: columns, and answers.
 _CHOICES = frozenset("ABCD")
 # Fields of rows that a whole file may have as well, around its rows.
@@ -444,6 +446,11 @@ def _csv_rows(path: Path, stream: Any, first: int, fields: Fields) -> Iterator[P
     single = len(fields.bare) == 1 and (not known or len(named) == 1)
     if single and len(named) > 1 and all(map(_NAME.fullmatch, named)):
         raise ValueError(f"{path}:{first}: names several columns, expected a column of requests")
+    if single and not known and _WORD.fullmatch(head.strip()):
+        raise ValueError(
+            f"{path}:{first}: is one word, which may name a column, expected a request (in quotes "
+            "if it is one word), or columns to read the column by"
+        )
     reader = csv.reader(
         itertools.chain([head], lines), strict=True, delimiter="\x1f" if single else ","
     )

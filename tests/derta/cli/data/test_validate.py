@@ -55,6 +55,8 @@ def test_an_unknown_file_passes_with_the_columns_that_its_error_names(
     assert columns == "{prompt: question, safe: refusal, harmful: unsafe}"
     assert main(["data", "validate", "d.jsonl", "--role", "safety", "--columns", columns]) == 0
     assert capsys.readouterr().out == "d.jsonl: 1 records, 0 errors, 0 skipped\n"
+    assert main("data validate d.jsonl --role safety --columns question".split()) == 1
+    assert "columns: expected {name: value, ...}, got 'question'" in capsys.readouterr().err
     wrong = ["data", "validate", "d.jsonl", "--role", "safety", "--columns", "{promt: question}"]
     assert main(wrong) == 1
     assert "columns: no format knows a field 'promt'; did you mean" in capsys.readouterr().err

@@ -306,6 +306,15 @@ def test_a_column_of_requests_is_read_where_it_is_asked_for(tmp_path: Path, text
             list(read_requests(path, kind="harmful"))
 
 
+def test_a_word_above_requests_may_name_their_column(tmp_path: Path) -> None:
+    path = write(tmp_path, "behaviour\nHow?\nWhy, then, so?\n")
+    with pytest.raises(ValueError, match=r"txt:1: is one word, which may name a column, expected"):
+        list(read_requests(path, kind="harmful", format="requests"))
+    path = write(tmp_path, '"behaviour"\nHow?\n')
+    found = read_requests(path, kind="harmful", format="requests")
+    assert [one.prompt for one in found] == ["behaviour", "How?"]
+
+
 def test_a_table_is_no_column_of_requests(tmp_path: Path) -> None:
     path = write(tmp_path, "index,behaviour\n1,How?\n")
     with pytest.raises(ValueError, match=r"txt:1: names several columns, expected a column of req"):
