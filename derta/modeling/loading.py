@@ -390,7 +390,7 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: chat_template is no name, no Jinja text and no file.
-        ValueError: a file of the tokenizer is damaged.
+        ValueError: a file of the tokenizer is damaged, or chat_template's is not UTF-8.
         OSError: there is no tokenizer.
     """
     path = Path(folder)
@@ -420,7 +420,12 @@ def _template(given: str) -> str:
             f"chat_template: {given}: expected one of {', '.join(CHAT_TEMPLATES)}, a file, or "
             "Jinja text"
         )
-    return Path(given).read_text(encoding="utf-8")
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"chat_template: {given}: byte {error.object[error.start]:#04x} is not UTF-8"
+        ) from None
 
 
 def _check_if_known(folder: Path) -> None:

@@ -156,6 +156,9 @@ def test_a_chat_template_is_a_name_jinja_text_or_a_file(workplace: Path) -> None
         FileNotFoundError, match="^chat_template: llama4: expected one of official, "
     ):
         load_tokenizer("model", "llama4")
+    Path("latin.jinja").write_bytes(b"{{ x }}\xff")
+    with pytest.raises(ValueError, match="^chat_template: latin.jinja: byte 0xff is not UTF-8$"):
+        load_tokenizer("model", "latin.jinja")
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     assert train("--chat_template", template, "--max_steps", "1") == 0
     saved = load_tokenizer("out", None)
