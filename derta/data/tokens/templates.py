@@ -73,3 +73,10 @@ CHAT_TEMPLATES = {
     "gemma": GEMMA,
     "plain": PLAIN,
 }
+
+# The tokens of a model that a template is written in.
+TEMPLATE_TOKENS = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+}

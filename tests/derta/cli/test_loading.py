@@ -151,7 +151,12 @@ def test_a_chat_template_is_a_name_jinja_text_or_a_file(workplace: Path) -> None
     Path("chat.jinja").write_text(LLAMA3_TEMPLATE, encoding="utf-8")
     for given in (LLAMA3_TEMPLATE, "chat.jinja"):
         assert load_tokenizer("model", given).chat_template == LLAMA3_TEMPLATE
-    assert load_tokenizer("model", "official").chat_template == CHAT_TEMPLATES["official"]
+    for name in ("official", "llama3"):
+        assert load_tokenizer("model", name).chat_template == CHAT_TEMPLATES[name]
+    with pytest.raises(
+        ValueError, match=r"^chat_template: chatml needs the token <\|im_start\|>, which"
+    ):
+        load_tokenizer("model", "chatml")
     with pytest.raises(
         FileNotFoundError, match="^chat_template: llama4: expected one of official, "
     ):
