@@ -33,6 +33,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from derta.data.tokens.special import is_token
 from derta.data.tokens.templates import CHAT_TEMPLATES, TEMPLATE_TOKENS
 from derta.manifest import check_model
 from derta.modeling.adapters import put_adapters, read_adapters
@@ -408,7 +409,7 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
         for token in TEMPLATE_TOKENS.get(chat_template, ()):
-            if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            if not is_token(tokenizer, token):
                 raise ValueError(
                     f"chat_template: {chat_template} needs the token {token}, which the tokenizer "
                     f"of {folder} lacks and would read as ordinary text: expected one that is "

@@ -15,10 +15,12 @@ from derta.data.records.defaults import SpecialTokensInText, TooLong
 from derta.data.records.sources import Role
 from derta.data.records.types import Dialogue, Message, Record, Rendered, Triple, naming
 from derta.data.tokens.chat import BATCH, Answer, Chat, batched
-from derta.data.tokens.special import unquoted
+from derta.data.tokens.special import COMMON, is_token, unquoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_CLOSING = re.compile(rf"(?=<)(?:{COMMON.pattern})\Z")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +156,8 @@ class Encoder(Chat):
         """Encode a record; return None if it does not fit.
 
         Raises:
-            ValueError: the chat template rejects the record, or a text of it has a special token
-                that is refused; names its id.
+            ValueError: the chat template rejects the record, a text of it has a special token that
+                is refused, or a rendered row ends in one of another model; names its id.
         """
         (encoded,) = self.encode_many([record])
         return encoded
@@ -185,6 +187,8 @@ class Encoder(Chat):
     def _answers(self, record: Record) -> list[Answer]:
         """Return all answers: harmful and safe response, a dialogue's turns, or a rendered text."""
         if isinstance(record, Rendered):
+            with naming(record):
+                self._check_closing(record.text)
             verbatim = self.special.verbatim
             return [Answer(verbatim(record.prefix), verbatim(record.text))]
         with naming(record):
@@ -261,6 +265,15 @@ class Encoder(Chat):
             self.context_only += end <= start
         role: Role = "borderline" if dialogue.borderline else "helpful"
         return self._plain(dialogue, role, ids, is_target)
+
+    def _check_closing(self, text: str) -> None:
+        """Check that what looks like the closing token of a rendered text is one."""
+        closing = _CLOSING.search(text)
+        if closing and not is_token(self.tokenizer, closing[0]):
+            raise ValueError(
+                f"text: ends in {closing[0]}, which is no token of the tokenizer and would be "
+                "trained as ordinary text: expected a file that is rendered for the model"
+            )
 
     def _rendered(self, row: Rendered, turns: list[_Turn]) -> Encoded | None:
         (turn,) = turns

@@ -43,6 +43,11 @@ _OWN_ESCAPE, _OWN_BREAK = "\ufdd1\ufdd2", "\ufdd1\ufdd3"
 _ALIAS = "\ufdd4"
 
 
+def is_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return True if a text is the name of one token."""
+    return tokenizer.convert_tokens_to_ids(text) not in (None, tokenizer.unk_token_id)
+
+
 class SpecialTokens:
     """The control tokens of a tokenizer, and an encoding in which texts have none of them.
 

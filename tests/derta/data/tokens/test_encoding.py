@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -344,6 +345,17 @@ def test_a_rendered_prefix_keeps_its_own_tokens(templated) -> None:
     first = int(np.argmax(example.is_target))
     assert tokenizer.decode(example.input_ids[:first]) == row.prefix
     assert tokenizer.decode(example.input_ids[first:]) == row.text
+
+
+@pytest.mark.parametrize("closing", ["<|end_of_text|>", "</s>", "<｜end｜>"])
+def test_a_row_that_ends_in_another_models_token_is_refused(templated, closing: str) -> None:
+    """It would train the model to write the token's letters, and never to end."""
+    encoder = Encoder(templated("llama3"), **ENDLESS)
+    message = f"^r: text: ends in {re.escape(closing)}, which is no token of the tokenizer"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(rendered(text=f" It is green.{closing}"))
+    for text in (f" It is {closing} green.<|eot_id|>", f" It is {closing} green", " [/INST]"):
+        assert encoder.encode(rendered(text=text)) is not None
 
 
 def test_a_long_rendered_row_is_cut_if_rto_and_skipped_otherwise(templated) -> None:
