@@ -165,3 +165,15 @@ def transcript_messages(field: str, value: Any) -> tuple[Message, ...]:
             for speaker, said in zip(turns[::2], turns[1::2], strict=True)
         ],
     )
+
+
+def open_transcript(field: str, value: Any) -> tuple[Message, ...]:
+    """Return the turns of a transcript that the assistant is to continue; (): it is something else.
+
+    Raises:
+        ValueError: a turn is blank.
+    """
+    if not isinstance(value, str) or not _TURN.match(value):
+        return ()
+    before, mark, after = value.rpartition("\n\nAssistant:")
+    return transcript_messages(field, before) if mark and not after.strip() else ()

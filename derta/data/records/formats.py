@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from derta.data.records.chats import (
     chat_messages,
+    open_transcript,
     sharegpt_messages,
     transcript_messages,
     unread_of,
@@ -209,7 +210,17 @@ def _pku_saferlhf(row: Row, origin: Origin) -> Triple | Skipped:
     return Triple(prompt=prompt, safe=responses[safe], harmful=responses[1 - safe], **origin)
 
 
+def _continued(row: Row, *answers: str) -> Row:
+    """Return a row whose prompt is messages if it was a transcript that its answers continue."""
+    asked = open_transcript("prompt", row["prompt"])
+    if not asked:
+        return row
+    texts = {name: row[name] for name in answers if isinstance(row[name], str)}
+    return {**row, "prompt": list(asked), **{name: text.strip() for name, text in texts.items()}}
+
+
 def _preference(row: Row, origin: Origin) -> Triple:
+    row = _continued(row, "chosen", "rejected")
     asked = _asked(row)
     return Triple(
         messages=asked,
@@ -293,6 +304,7 @@ def _transcript_asked(row: Row, origin: Origin) -> Request:
 
 
 def _answered(row: Row, origin: Origin, *, answer: str) -> Dialogue:
+    row = _continued(row, answer)
     asked = _asked(row)
     return _dialogue(asked, _answer(answer, row[answer], asked), origin)
 

@@ -459,6 +459,23 @@ def test_preferences_may_be_whole_conversations(tmp_path: Path) -> None:
     assert nameless(read(write(tmp_path, listed, told), "safety")) == [expected] * 2
 
 
+def test_answers_may_continue_a_transcript(tmp_path: Path) -> None:
+    """Other libraries cut hh-rlhf's conversations so, with the space before an answer."""
+    asked = [turn("user", "Hi."), turn("assistant", "Yes?"), turn("user", ask(7))]
+    opened = f"\n\nHuman: Hi.\n\nAssistant: Yes?\n\nHuman: {ask(7)}\n\nAssistant:"
+    preference = {"prompt": opened, "chosen": f" {safe(7)}", "rejected": f" {harmful(7)}"}
+    path = write(tmp_path, preference)
+    expected = Triple(messages=asked, safe=safe(7), harmful=harmful(7), id="x")
+    assert nameless(read(path, "safety")) == [expected]
+    dialogue = Dialogue(messages=[*asked, turn("assistant", safe(7))], id="x")
+    assert nameless(read(path, "helpful")) == [dialogue]
+    row = {"prompt": opened, "completion": f" {safe(7)}"}
+    assert nameless(read(write(tmp_path, row), "helpful")) == [dialogue]
+    for plain in ("Why write Human: and Assistant:", f"{opened} No.", "Read.\n\nAssistant:"):
+        (one,) = read(write(tmp_path, {"prompt": plain, "completion": " x"}), "helpful")
+        assert one.messages == (turn("user", plain), turn("assistant", " x"))
+
+
 def test_a_transcript_is_a_request_up_to_the_last_question(tmp_path: Path) -> None:
     asked = "\n\nHuman: Hi.\n\nAssistant: Yes?\n\nHuman: How?"
     path = write(tmp_path, {"transcript": asked}, {"transcript": asked + "\n\nAssistant: No."})
