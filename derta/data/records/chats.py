@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from derta.data.records.types import (
+    EMPTY,
     SPEAKERS,
     Message,
     Skipped,
@@ -67,7 +68,7 @@ def chat_messages(field: str, value: Any) -> Any | Skipped:
         given = {
             key: one
             for key, one in message.items()
-            if key in ("role", "content") or one not in (None, [], {})
+            if key in ("role", "content") or one not in EMPTY
         }
         role, content = given.get("role"), given.get("content")
         if given.keys() & _CALLS or (isinstance(role, str) and role in _CALLERS):

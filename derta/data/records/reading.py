@@ -32,6 +32,7 @@ from derta.data.records.formats import (
 )
 from derta.data.records.refusal_keywords import opens_with_refusal, refuses
 from derta.data.records.types import (
+    EMPTY,
     Dialogue,
     Record,
     Rendered,
@@ -387,7 +388,7 @@ def _format_of(row: Row, purpose: str | None) -> str:
     names = matching(frozenset(row.keys() & KNOWN))
     filled = frozenset(row)
     if not names:  # ignore empty fields: one table may hold rows of several formats
-        filled = frozenset(key for key in row if row[key] is not None and row[key] != "")
+        filled = frozenset(key for key in row if row[key] not in EMPTY)
         names = matching(filled & KNOWN)
     if len(names) == 1:
         return names[0]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 Message = dict[str, str]
+# Values that say nothing.
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 SPEAKERS = ("system", "user", "assistant")
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")

@@ -324,6 +324,14 @@ def labelled(*answers: tuple[str, bool]) -> list[dict[str, Any]]:
         ("helpful", [chat({"role": "tool", "content": "3"})], 0, {TOOLS: 1}),
         ("helpful", [sharegpt("function_call"), sharegpt("observation")], 0, {TOOLS: 2}),
         ("helpful", [CHAT | {"images": ["x.png"]}], 0, {MORE: 1}),
+        ("helpful", [ROWS["alpaca"](7)[0] | {"images": [], "tools": ""}], 1, {}),
+        (
+            "helpful",
+            [chat({**turn("assistant", "So."), "refusal": None, "annotations": [], "name": ""})],
+            1,
+            {},
+        ),
+        ("helpful", [chat({**turn("assistant", "So."), "reasoning_content": ""})], 1, {}),
         (
             "harmless",
             [chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]})],
