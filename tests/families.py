@@ -9,8 +9,8 @@ Their tokenizers are read as they are; of `trl` come the chat templates of model
 
 from __future__ import annotations
 
+import html
 import importlib.util
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -157,10 +157,10 @@ def found(family: Family) -> str:
         return f"| {family.name} | {shown} | refused: its prompt opens a thinking block | |"
     chat = Chat(tokenizer)
     token, closing = (
-        json.dumps(text, ensure_ascii=False)
-        for text in (refusal.text, chat.text(chat.closing_ids[-1]))
+        f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>"
+        for text in (f'"{refusal.text}"', f'"{chat.text(chat.closing_ids[-1])}"')
     )
-    return f"| {family.name} | {shown} | `{token}` ({refusal.id}) | `{closing}` |"
+    return f"| {family.name} | {shown} | {token} ({refusal.id}) | {closing} |"
 
 
 def rows() -> Iterator[tuple[Family, str]]:
