@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from derta.data.records.formats import COLUMNS, FORMATS, KNOWN, ROLES, Row, matching
-from derta.data.records.types import SPEAKERS, check_text, field_names, speaker_name
+from derta.data.records.types import SPEAKERS, check_text, field_names, is_name, speaker_name
 
 _ABSENT = object()
 
@@ -221,14 +221,14 @@ _LISTED = {"role": "role from speaker author sender", "text": "content value tex
 
 def suggest(row: Row, purpose: str | None) -> str:
     """Return a `columns:` line to start from, guessed from names of fields, never from texts."""
-    left = [f"{name}" for name in row]
+    left = [f"{name}" for name in row if is_name(f"{name}")]
     guessed = {}
     for slot in _WANTED[purpose or "safety"]:
         found = _guess(_WORDS[slot].split(), left)
         guessed[slot] = found or "FIELD"
         left = [name for name in left if name != found]
     for name, value in row.items() if "answer" in guessed else ():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        if is_name(f"{name}") and isinstance(value, list) and value and isinstance(value[0], dict):
             keys = [f"{key}" for key in value[0]]
             inner = {key: _guess(words.split(), keys) or "FIELD" for key, words in _LISTED.items()}
             turns = {"path": name, **inner, "user": "NAME", "assistant": "NAME"}
@@ -250,7 +250,7 @@ def _words_of(name: str) -> Iterator[str]:
 
 def _yaml(names: Mapping[str, str]) -> str:
     def quoted(name: str) -> str:
-        plain = re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII) and len(name) <= 40
-        return name if plain else json.dumps(name[:40])
+        plain = re.fullmatch(r"[A-Za-z_][\w.-]*", name, re.ASCII)
+        return name if plain else json.dumps(name)
 
     return "{" + ", ".join(f"{key}: {quoted(name)}" for key, name in names.items()) + "}"

@@ -268,9 +268,15 @@ def check_messages(field: str, value: Any) -> tuple[Message, ...]:
     return tuple(dict(message) for message in value)
 
 
+def is_name(text: str) -> bool:
+    """Return True if a key is short enough to be a name: files have texts as keys, too."""
+    return len(text) <= 40 and len(text.split()) <= 4
+
+
 def field_names(names: Iterable[Any]) -> str:
-    """Format arbitrary names for an error: a few of them, short, on one line."""
-    shown = sorted(f"{name}"[:40].encode("unicode_escape").decode("ascii") for name in names)
+    """Format arbitrary names for an error: a few of them, on one line, and no texts."""
+    given = (f"{name}" if is_name(f"{name}") else "(a text)" for name in names)
+    shown = sorted({name.encode("unicode_escape").decode("ascii") for name in given})
     return ", ".join(shown[:12] + ["..."] * (len(shown) > 12)) or "none"
 
 

@@ -724,6 +724,16 @@ def test_strange_field_names_are_shortened_to_one_line(tmp_path: Path) -> None:
     assert found.isprintable() and found.endswith(", ...") and len(found.split(":")[-1]) < 300
 
 
+@pytest.mark.parametrize("role", ["safety", "helpful", "harmful"])
+def test_texts_that_are_keys_are_shown_by_no_error(tmp_path: Path, role: str) -> None:
+    asked = "How do I answer a prompt?"
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({asked: "So.", f"{asked} " * 3: "No."}))
+    with pytest.raises(ValueError, match=r"found \(a text\), which is") as error:
+        read(path, role)
+    assert "How do I" not in str(error.value)
+
+
 def test_one_pass_reports_every_bad_row(tmp_path: Path) -> None:
     good = ROWS["triple"](1)[0]
     path = tmp_path / "rows"
