@@ -92,9 +92,7 @@ class Columns:
             path = place.path if isinstance(place, Turns) else place
             value = _at(row, path)
             if value is _ABSENT and name in required:
-                raise ValueError(
-                    f"{name}: columns take it from {field_names([path])}, found {field_names(row)}"
-                )
+                raise ValueError(f"{name}: columns take it from {path}, found {field_names(row)}")
             if value is not _ABSENT:
                 mapped[name] = place.messages(value) if isinstance(place, Turns) else value
         return mapped
@@ -221,7 +219,7 @@ _LISTED = {"role": "role from speaker author sender", "text": "content value tex
 
 def suggest(row: Row, purpose: str | None) -> str:
     """Return a `columns:` line to start from, guessed from names of fields, never from texts."""
-    left = [f"{name}" for name in row if is_name(f"{name}")]
+    left = [f"{name}" for name in row]
     guessed = {}
     for slot in _WANTED[purpose or "safety"]:
         found = _guess(_WORDS[slot].split(), left)
@@ -238,7 +236,7 @@ def suggest(row: Row, purpose: str | None) -> str:
 
 def _guess(words: list[str], names: list[str]) -> str | None:
     for word in words:
-        for name in sorted(names, key=len):
+        for name in sorted(filter(is_name, names), key=len):
             if word in _words_of(name):
                 return name
     return None
