@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shutil
 import sys
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import TrainerCallback
 
+from benchmarks.harness.measuring import watch_resident_memory
 from derta import DertaTrainer
 from derta.cli import main
 from derta.manifest import verify
@@ -220,7 +220,7 @@ def test_the_first_version_of_fsdp_is_refused_before_training(tmp_path: Path) ->
 
 
 def measure(folder: Path, engine: str) -> None:
-    """Save a model of 140 MB after a step; write the bytes that this took of the host's memory."""
+    """Save a model of 140 MB after a step; write the MiB that this took of the host's memory."""
     model = tiny_model(
         "llama",
         hidden_size=512,
@@ -231,17 +231,9 @@ def measure(folder: Path, engine: str) -> None:
     )
     run = trainer(folder, model, shard=engine, ddp_backend="gloo", max_length=160, max_tokens=160)
     run.train()
-    ctypes.CDLL(None).malloc_trim(0)  # or what training has freed would be used first
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
+    took_mib = watch_resident_memory()
     run.save_model()
-    took = resident("VmHWM") - before
-    (folder / f"took-{run.args.process_index}").write_text(str(took))
-
-
-def resident(kind: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
+    (folder / f"took-{run.args.process_index}").write_text(str(took_mib()))
 
 
 @pytest.mark.slow
@@ -254,11 +246,11 @@ def resident(kind: str) -> int:
     ],
 )
 def test_no_rank_holds_the_model_that_is_saved(engine: str, tmp_path: Path) -> None:
-    """Each holds three weights at a time, of 4 MiB here: gathered, whole, and being written."""
+    """Each holds four weights of 4 MiB at most: the one before, gathered, whole, and written."""
     # What is freed goes back to the system, else the peak is that of the allocator's free lists.
     run_ranks(SCRIPT, "measure", tmp_path, engine, MALLOC_MMAP_THRESHOLD_="65536")
     size = (tmp_path / "model.safetensors").stat().st_size
     for rank in range(2):
-        took = int((tmp_path / f"took-{rank}").read_text())
-        print(f"{engine}, rank {rank}: {took / 2**20:.0f} MiB to save {size / 2**20:.0f} MiB")
-        assert took < 5 * 4 * 2**20
+        took_mib = float((tmp_path / f"took-{rank}").read_text())
+        print(f"{engine}, rank {rank}: {took_mib:.0f} MiB to save {size / 2**20:.0f} MiB")
+        assert took_mib < 5 * 4
