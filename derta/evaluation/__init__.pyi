@@ -6,6 +6,7 @@ from derta.evaluation.evaluate import (
     judge_answers as judge_answers,
 )
 from derta.evaluation.generation.answers import AnswerFile as AnswerFile, fingerprint as fingerprint
+from derta.evaluation.generation.decoding import Decoding as Decoding
 from derta.evaluation.generation.local import ModelGenerator as ModelGenerator, generate as generate
 from derta.evaluation.generation.server import (
     Server as Server,

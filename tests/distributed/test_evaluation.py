@@ -33,13 +33,13 @@ command.time = evaluate.time = SimpleNamespace(perf_counter=lambda: 0.0)
 rank = os.environ["RANK"]
 run, batches = local._run, []
 
-def noted(model, batch, stop_ids):
+def noted(model, batch, *how):
     if rank == "1" and len(batches) == int(killed_at):
         os.kill(os.getpid(), signal.SIGKILL)
     batches.append(batch)
     with open(notes + rank, "a") as file:
         file.writelines(json.dumps(prompt) + "\\n" for prompt in batch)
-    return run(model, batch, stop_ids)
+    return run(model, batch, *how)
 
 local._run = noted
 if main(["eval", *arguments]):
@@ -150,9 +150,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], lis
     monkeypatch.setattr("derta.evaluation.evaluate.time", clock)
     run, noted = local._run, []
 
-    def note(model: Any, batch: Any, stop_ids: Any) -> Any:
+    def note(model: Any, batch: Any, *how: Any) -> Any:
         noted.extend(map(json.dumps, batch))
-        return run(model, batch, stop_ids)
+        return run(model, batch, *how)
 
     def evaluated(arguments: list[str]) -> list[str]:
         noted.clear()

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.modeling.shared_work import ranks
 
 Prompt = tuple[int, ...]
@@ -98,11 +99,11 @@ class AnswerFile:
     base.jsonl.rank1, and the first rank joins the parts. Those that a kill has left are joined by
     the next start, on any number of ranks.
 
-    An answer is found again only for the same prompt, limits and model. Answers can thus be judged
-    again without generating them. An incomplete last line, left by a kill, is dropped.
+    An answer is found again only for the same prompt, limits, decoding and model. Answers can thus
+    be judged again without generating them. An incomplete last line, left by a kill, is dropped.
 
-    A line has "key", a digest of prompt, limits and model, and "value": the record's "id", "prompt"
-    and "answer" as text, and "ids", the answer's tokens.
+    A line has "key", a digest of prompt, limits, decoding and model, and "value": the record's
+    "id", "prompt" and "answer" as text, and "ids", the answer's tokens.
 
     Args:
         path: the file, created with its folder for the first answer.
@@ -125,10 +126,14 @@ class AnswerFile:
         self._model = model
 
     def find(
-        self, prompts: Collection[Prompt], stop_ids: Collection[int], max_new_tokens: int
+        self,
+        prompts: Collection[Prompt],
+        stop_ids: Collection[int],
+        max_new_tokens: int,
+        decoding: Decoding = GREEDY,
     ) -> dict[Prompt, list[int]]:
         """Return the stored answers to `prompts`; only the first rank knows them."""
-        keys = {prompt: self._key(prompt, stop_ids, max_new_tokens) for prompt in prompts}
+        keys = {p: self._key(p, stop_ids, max_new_tokens, decoding) for p in prompts}
         return {p: self._lines[key]["ids"] for p, key in keys.items() if key in self._lines}
 
     def add(
@@ -136,31 +141,33 @@ class AnswerFile:
         answers: Sequence[tuple[str, Prompt, list[int]]],
         stop_ids: Collection[int],
         max_new_tokens: int,
+        decoding: Decoding = GREEDY,
     ) -> None:
         """Store answers, each with the id of its record and its prompt.
 
         Pass the answers of a batch together. If a batch were split, a resumed run would form other
         batches, and answers depend on the batch through rounding.
         """
-        (self._part or self._lines).keep(self._entries(answers, stop_ids, max_new_tokens))
+        (self._part or self._lines).keep(self._entries(answers, stop_ids, max_new_tokens, decoding))
 
     def join(
         self,
         batches: Sequence[Sequence[tuple[str, Prompt, list[int]]]],
         stop_ids: Collection[int],
         max_new_tokens: int,
+        decoding: Decoding = GREEDY,
     ) -> None:
         """Store the answers of all ranks in the order of one process, and remove the parts.
 
         Args:
             batches: the additions of all ranks, in order.
-            stop_ids, max_new_tokens: as for `add`.
+            stop_ids, max_new_tokens, decoding: as for `add`.
         """
         if self._part is None:
             return
         if ranks().rank == 0:
             for answers in batches:
-                self._lines.keep(self._entries(answers, stop_ids, max_new_tokens))
+                self._lines.keep(self._entries(answers, stop_ids, max_new_tokens, decoding))
         ranks().wait()
         self._part.remove()
 
@@ -169,9 +176,10 @@ class AnswerFile:
         answers: Sequence[tuple[str, Prompt, list[int]]],
         stop_ids: Collection[int],
         max_new_tokens: int,
+        decoding: Decoding,
     ) -> dict[str, Any]:
         return {
-            self._key(prompt, stop_ids, max_new_tokens): {
+            self._key(prompt, stop_ids, max_new_tokens, decoding): {
                 "id": id,
                 "prompt": self._tokenizer.decode(list(prompt)),
                 "answer": self._tokenizer.decode(ids, skip_special_tokens=True),
@@ -180,8 +188,10 @@ class AnswerFile:
             for id, prompt, ids in answers
         }
 
-    def _key(self, prompt: Prompt, stop_ids: Collection[int], max_new_tokens: int) -> str:
-        asked = [self._model, prompt, sorted(stop_ids), max_new_tokens]
+    def _key(
+        self, prompt: Prompt, stop_ids: Collection[int], max_new_tokens: int, decoding: Decoding
+    ) -> str:
+        asked = [self._model, prompt, sorted(stop_ids), max_new_tokens, *decoding.key()]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts: the generator interface, and a model on this machine."""
+"""Answers to many prompts: the generator interface, and a model on this machine."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Protocol
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from derta.data import Chat
 from derta.data.records.defaults import SHOWN_AFTER_S as SHOWN_AFTER_S
 from derta.evaluation.generation.answers import AnswerFile
+from derta.evaluation.generation.decoding import GREEDY, Decoding, TokenChoice
 from derta.modeling.introspection import context_length, evaluating
 from derta.modeling.shared_work import ranks
 
@@ -32,9 +38,11 @@ class Written:
 
 
 class Generator(Protocol):
-    """A greedy generator for many prompts at once: a model on this machine, or a served model."""
+    """A generator for many prompts at once: a model on this machine, or a served model."""
 
-    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Written]:
         """Return the answer to each prompt of token ids, in order; `ids` name them in errors."""
         ...
 
@@ -64,8 +72,9 @@ def generate(
     batch_size: int,
     title: str = "generate",
     answers: AnswerFile | None = None,
+    decoding: Decoding = GREEDY,
 ) -> list[list[int]]:
-    """Return the model's greedy answer to each prompt.
+    """Return the model's answer to each prompt.
 
     Sampling, penalties and beams in `generation_config` are ignored. Prompts run in batches of
     similar length, padded on the left and masked. Equal prompts run once. Inside `over_ranks`,
@@ -80,6 +89,7 @@ def generate(
         batch_size: prompts per batch.
         title: title of the progress bar, which appears after two seconds.
         answers: file of known answers, to which new ones are added batch by batch.
+        decoding: the choice of tokens, by default the likeliest.
 
     Returns:
         for each prompt, the token ids of the answer, without the token that ended it.
@@ -102,7 +112,9 @@ def generate(
             )
     distinct = {tuple(prompt): id for id, prompt in zip(ids, prompts, strict=True)}
     known = ranks().from_first(
-        lambda: {} if answers is None else answers.find(distinct, stop_ids, max_new_tokens)
+        lambda: (
+            {} if answers is None else answers.find(distinct, stop_ids, max_new_tokens, decoding)
+        )
     )
     # The longest prompts come first, to fail early if memory is short.
     missing = sorted(distinct.keys() - known.keys(), key=_longest_first)
@@ -123,15 +135,15 @@ def generate(
         ) as bar,
     ):
         for batch in batches:
-            written = _run(model, batch, stop_ids)
+            written = _run(model, batch, stop_ids, max_new_tokens, decoding)
             named = zip((distinct[prompt] for prompt in batch), batch, written, strict=True)
             made.append(list(named))
             if answers is not None:
-                answers.add(made[-1], stop_ids, max_new_tokens)
+                answers.add(made[-1], stop_ids, max_new_tokens, decoding)
             bar.update(len(batch))
     everything = ranks().gather(made)
     if answers is not None:
-        answers.join(everything, stop_ids, max_new_tokens)
+        answers.join(everything, stop_ids, max_new_tokens, decoding)
     known |= {prompt: ids for batch in everything for _, prompt, ids in batch}
     return [known[tuple(prompt)] for prompt in prompts]
 
@@ -141,7 +153,11 @@ def _longest_first(prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
 
 
 def _run(
-    model: PreTrainedModel, batch: Sequence[Sequence[int]], stop_ids: Collection[int]
+    model: PreTrainedModel,
+    batch: Sequence[Sequence[int]],
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    decoding: Decoding,
 ) -> list[list[int]]:
     longest = max(map(len, batch))
     device = model.device
@@ -153,8 +169,12 @@ def _run(
     router = (
         {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
     )
+    choice = [] if decoding == GREEDY else [TokenChoice(decoding, batch, max_new_tokens)]
     output = model.generate(  # type: ignore[operator]
-        input_ids=input_ids, attention_mask=attention_mask.long(), **router
+        input_ids=input_ids,
+        attention_mask=attention_mask.long(),
+        logits_processor=LogitsProcessorList(choice),
+        **router,
     )
     return [_until_stop(row, stop_ids) for row in output[:, longest:].tolist()]
 
@@ -183,7 +203,7 @@ def _greedy(
 
 
 class ModelGenerator:
-    """Greedy answers of a model on this machine.
+    """Answers of a model on this machine.
 
     Args:
         model: as for `generate`.
@@ -206,7 +226,9 @@ class ModelGenerator:
         self.batch_size = batch_size
         self.answers = answers
 
-    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Written]:
         """Generate answers, see `Generator`.
 
         Raises:
@@ -220,5 +242,6 @@ class ModelGenerator:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             answers=self.answers,
+            decoding=decoding,
         )
         return [Written(decode(self.chat.tokenizer, answer), answer) for answer in made]

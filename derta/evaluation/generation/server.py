@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from derta.data import Chat
 from derta.evaluation.generation.answers import Replies
 from derta.evaluation.generation.bounded import bounded_client, broke_off, fault_of, value_of
-from derta.evaluation.generation.local import SHOWN_AFTER_S, Written
+from derta.evaluation.generation.decoding import GREEDY, Decoding
+from derta.evaluation.generation.local import SHOWN_AFTER_S, Written, decode
 from derta.modeling.shared_work import ranks
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ PLACEHOLDER = "none"
 LOST_IN_A_ROW = 20
 # Statuses below 500 that may be due to one request's content.
 OWN_STATUSES = (400, 408, 409, 413, 422)
+# The lowest bias that the interface allows.
+BAN = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,10 +385,13 @@ def _pace(per_minute: float | None) -> Callable[[], Awaitable[None]]:
 
 
 class ServerGenerator:
-    """Greedy answers of any OpenAI-compatible server that takes prompts of token ids, as vLLM does.
+    """Answers of any OpenAI-compatible server that takes prompts of token ids, as vLLM does.
 
     The server gets the same tokens as a model on this machine and renders nothing. The model's own
     sampling settings are overridden. Equal prompts are sent once, the longest first.
+
+    Tokens are forbidden by `logit_bias`: the server first writes the tokens to which that applies,
+    and then continues without it. Samples are the server's own draws, each from a seed of its own.
 
     Args:
         server: client of the model.
@@ -406,48 +413,100 @@ class ServerGenerator:
         self.max_new_tokens = max_new_tokens
         self._ends = self.stop_ids | set(self.tokenizer.all_special_ids)
 
-    def __call__(self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str]) -> list[Written]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, ids: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Written]:
         """Generate answers, see `derta.evaluation.generation.local.Generator`.
 
         Raises:
             ValueError: a prompt is empty, or does not fit the model's context together with its
-                answer; names its id.
+                answer (names its id); or the server's `body` sets what the decoding needs.
             ConnectionError: as `Server.ask_all`.
         """
         for id, prompt in zip(ids, prompts, strict=True):
             if not len(prompt):
                 raise ValueError(f"{id}: the prompt is empty, expected at least one token")
+        needed = {"logit_bias"} if decoding.bans else set()
+        needed |= {"temperature", "seed"} if decoding.temperature else set()
+        if fixed := needed & self.server.settings.body.keys():
+            raise ValueError(
+                f"body: sets {min(fixed)}, which an attack sets: remove it, or leave out the attack"
+            )
+        biased = min(decoding.banned_for, self.max_new_tokens) if decoding.bans else 0
+        started = [_Part("", [], ended=False)] * len(prompts)
+        if biased:
+            bias = {"logit_bias": dict.fromkeys(map(str, decoding.banned), BAN)}
+            started = self._parts(prompts, ids, decoding, biased, bias)
+        open_ = [n for n, part in enumerate(started) if not part.ended]
+        rest = self.max_new_tokens - biased
+        if rest:
+            longer = [[*prompts[n], *started[n].ids] for n in open_]
+            written = self._parts(longer, [ids[n] for n in open_], decoding, rest, {})
+            for n, part in zip(open_, written, strict=True):
+                started[n] = started[n].joined(part, self.tokenizer)
+        return [Written(part.text, part.ids) for part in started]
+
+    def _parts(
+        self,
+        prompts: Sequence[Sequence[int]],
+        ids: Sequence[str],
+        decoding: Decoding,
+        max_tokens: int,
+        bias: Mapping[str, Any],
+    ) -> list[_Part]:
+        """Return what the server writes after each prompt."""
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
         replies = self.server.ask_all(
-            [Query(ids[place], self._fields(prompts[place])) for place in order],
+            [
+                Query(ids[n], {**self._fields(prompts[n], decoding, max_tokens), **bias})
+                for n in order
+            ],
             self._read,
             chat=False,
             title="generate",
         )
-        written = [Written("", [])] * len(prompts)
+        parts = [_Part("", [], ended=True)] * len(prompts)
         for place, reply in zip(order, replies, strict=True):
-            written[place] = Written(**reply)
-        return written
+            parts[place] = _Part(**reply)
+        return parts
 
-    def _fields(self, prompt: Sequence[int]) -> dict[str, Any]:
+    def _fields(self, prompt: Sequence[int], decoding: Decoding, max_tokens: int) -> dict[str, Any]:
+        seed = {"seed": decoding.seed_of(prompt) % 2**31} if decoding.temperature else {}
         return {
             "prompt": list(prompt),
-            "max_tokens": self.max_new_tokens,
-            "temperature": 0.0,
+            "max_tokens": max_tokens,
+            "temperature": float(decoding.temperature),
             "top_p": 1.0,
             # These are vLLM's, whose defaults come from the model's generation_config.
             "repetition_penalty": 1.0,
             "stop_token_ids": sorted(self.stop_ids),
             "return_token_ids": True,
+            **seed,
         }
 
     def _read(self, text: str, choice: Mapping[str, Any]) -> dict[str, Any]:
         ids = choice.get("token_ids")
+        ended = choice.get("finish_reason") != "length"
         if ids is None:
-            return {"text": text, "ids": self.chat.text_ids(text)}
+            return {"text": text, "ids": self.chat.text_ids(text), "ended": ended}
         known = range(len(self.tokenizer))
         if type(ids) is not list or not all(type(id) is int and id in known for id in ids):
             raise ValueError("token_ids: expected ids of the tokenizer")
         if choice.get("finish_reason") == "stop" and ids and ids[-1] in self._ends:
             ids = ids[:-1]
-        return {"text": str(self.tokenizer.decode(ids, skip_special_tokens=True)), "ids": ids}
+        return {"text": decode(self.tokenizer, ids), "ids": ids, "ended": ended}
+
+
+class _Part(NamedTuple):
+    """A part of an answer; `ended` if nothing follows it."""
+
+    text: str
+    ids: list[int]
+    ended: bool = True  # in replies that versions without parts have stored
+
+    def joined(self, rest: _Part, tokenizer: PreTrainedTokenizerBase) -> _Part:
+        """Return this part with the rest of the answer."""
+        if not self.ids:
+            return rest
+        ids = [*self.ids, *rest.ids]
+        return _Part(decode(tokenizer, ids), ids, rest.ended)

@@ -28,9 +28,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Return the list of prompts that the model really ran, in order."""
     run, seen = generation._run, []
 
-    def watched(model: PreTrainedModel, batch: list, stop_ids: set) -> list[list[int]]:
+    def watched(model: PreTrainedModel, batch: list, *how: object) -> list[list[int]]:
         seen.extend(map(list, batch))
-        return run(model, batch, stop_ids)
+        return run(model, batch, *how)
 
     monkeypatch.setattr(generation, "_run", watched)
     return seen
