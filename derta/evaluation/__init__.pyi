@@ -1,3 +1,5 @@
+from derta.evaluation.attacks import Attacks as Attacks
+from derta.evaluation.defences import Defence as Defence
 from derta.evaluation.evaluate import (
     Answered as Answered,
     EvaluationSettings as EvaluationSettings,

@@ -12,9 +12,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
+from derta.data import Chat, Dialogue, EncodedDialogue, Encoder, resolve_refusal_token
 from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
+from derta.evaluation.attacks import Attacks, keywords_of, refusal_starts, thinking_tag
+from derta.evaluation.defences import Defence, InstructedChat
+from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
 from derta.evaluation.judges.base import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
@@ -22,12 +25,16 @@ from derta.evaluation.measures.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import (
     EvaluationData,
     Scenario,
-    Templated,
     Trial,
     direct,
     make_scenarios,
 )
-from derta.evaluation.teacher_forcing import find_refusal_token, perplexity, refusal_curves
+from derta.evaluation.teacher_forcing import (
+    PAPER_REFUSAL,
+    find_refusal_token,
+    perplexity,
+    refusal_curves,
+)
 from derta.modeling.introspection import context_length
 
 # The verdict for trials that need no judge.
@@ -35,13 +42,12 @@ UNJUDGED = Verdict(refused=None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """Settings of an evaluation.
+class EvaluationSettings(Attacks):
+    """Settings of an evaluation: those of `Attacks`, and these.
 
     Args:
-        refusal: the refusal token of the curves, see `find_refusal_token`.
-        prefill_depths: numbers of harmful response tokens at the start of an answer.
-        templates: texts around a request, each with the slot `{request}`, see `make_scenarios`.
+        refusal: the refusal token of the curves, and of attacks that forbid it, see
+            `find_refusal_token`.
         max_new_tokens: most tokens of an answer.
         batch_size: prompts per batch.
         max_tokens: tokens per pack for refusal curves.
@@ -55,6 +61,11 @@ class EvaluationSettings:
         special_tokens_in_text: control tokens in requests, templates and responses: "plain" text;
             "refuse", an error of the request; or "keep", for an attacker whose prompts reach a
             model that reads them as control tokens. Answers of the model are never refused.
+        empty_answers: an empty answer neither refuses nor complies. "apart": it is counted beside
+            the rates of attacks and of over-refusal, and is no trial of them; "failed": it is a
+            trial, of an attack without success or of a request that is not refused.
+        defence: a defence at inference, under which every answer is generated; curves, perplexity
+            and tasks of lm-eval, which no defence changes, are then left out.
 
     Raises:
         ValueError: a value is out of its range, two prefill depths are the same, a template lacks
@@ -62,8 +73,6 @@ class EvaluationSettings:
     """
 
     refusal: str | int = "auto"
-    prefill_depths: Sequence[int] = (0, 4, 8, 16, 32, 64)
-    templates: Sequence[str] = ()
     max_new_tokens: int = 256
     batch_size: int = 16
     max_tokens: int = 4096
@@ -73,13 +82,15 @@ class EvaluationSettings:
     lm_eval: Sequence[str] = ()
     samples: int = 0
     special_tokens_in_text: SpecialTokensInText = "plain"
+    empty_answers: Literal["apart", "failed"] = "apart"
+    defence: Defence | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.helpful not in ("exact_match", "perplexity"):
             raise ValueError(f"helpful must be exact_match or perplexity, got {self.helpful!r}")
-        make_scenarios(
-            EvaluationData(), prefill_depths=self.prefill_depths, templates=self.templates
-        )
+        if self.empty_answers not in ("apart", "failed"):
+            raise ValueError(f"empty_answers must be apart or failed, got {self.empty_answers!r}")
         if self.lm_eval:
             check_tasks(self.lm_eval)
         if not self.judges:
@@ -171,31 +182,40 @@ def collect_answers(
             curves, no perplexity and no tasks of lm-eval.
         tokenizer: its tokenizer, with a chat template.
         data: held-out requests.
-        settings: see `EvaluationSettings`; its judges and samples are ignored.
+        settings: see `EvaluationSettings`; of its judges, only the keywords are used, and its
+            samples are ignored.
         generator: the generator of the answers; None: the model.
 
     Raises:
         ValueError: a request does not fit the model's context or its chat template, or has a
             special token that is refused (names its id),
-            the refusal token cannot be resolved, `apply_derta` refuses the model for curves, or
-            the settings need more than a served model.
+            the refusal token cannot be resolved, `apply_derta` refuses the model for curves, the
+            chat template has no thinking block, no system message or no header where the settings
+            need one, or the settings need more than a served model.
     """
     started = time.perf_counter()
+    defence = settings.defence
     chat = Chat(tokenizer, settings.special_tokens_in_text)
+    if defence is not None and defence.system_prompt:
+        chat = InstructedChat(chat, defence.system_prompt)
     for place, template in enumerate(settings.templates):
         chat.check_text(f"templates[{place}]", template)
+    starts = _refusal_starts(model, chat, data, settings)
     chosen = make_scenarios(
         data,
-        prefill_depths=settings.prefill_depths,
-        templates=settings.templates,
+        settings,
         helpful=settings.helpful,
+        refusal_starts=starts,
+        thinking_tag=(
+            thinking_tag(chat, settings.prefill_thinking) if settings.prefill_thinking else ""
+        ),
     )
     trials = [_trials(scenario, chat) for scenario in chosen]
     curves: list[tuple[np.ndarray, ...]] = [(), (), ()]
     nll, lm_figures = (0.0, 0), {}
     if model is None:
         refuse_what_takes_a_model(data, settings)
-    else:
+    elif defence is None:
         curves = _curves(model, chat, data, settings)
         nll = _perplexity(model, tokenizer, data, settings)
         lm_figures = run_tasks(model, tokenizer, settings.lm_eval, settings.batch_size)
@@ -208,7 +228,10 @@ def collect_answers(
         name: [_direct(request, chat) for request in asked] for name, asked in data.exports.items()
     }
     asked = list(itertools.chain(*trials, *exported.values()))
-    written = iter(_answers(generator, chat, asked))
+    made = _answers(generator, chat, asked)
+    if defence is not None and defence.reinsert_header:
+        made = _checked(generator, chat, made, defence, keywords_of([*settings.judges.values()]))
+    written = iter(made)
     answers = [list(itertools.islice(written, len(made))) for made in trials]
     exports = {
         name: [
@@ -223,6 +246,7 @@ def collect_answers(
         borderline_curves=curves[2],
         perplexity=nll,
         lm_eval=lm_figures,
+        refusal_starts=tuple(map(chat.text, starts)),
         seconds=time.perf_counter() - started,
     )
     return Answered(chosen, answers, tokenizer, found, exports)
@@ -235,20 +259,22 @@ def judge_answers(
 
     Args:
         answered: the answers, one entry per model.
-        settings: see `EvaluationSettings`; only its judges and samples are used.
+        settings: see `EvaluationSettings`; only its judges, its samples and empty_answers are used.
     """
     verdicts = {name: _verdicts(judge, answered) for name, judge in settings.judges.items()}
     return [
-        _result(one, {name: said[place] for name, said in verdicts.items()}, settings.samples)
+        _result(one, {name: said[place] for name, said in verdicts.items()}, settings)
         for place, one in enumerate(answered)
     ]
 
 
 def _result(
-    answered: Answered, verdicts: Mapping[str, Sequence[Sequence[Verdict]]], samples: int
+    answered: Answered,
+    verdicts: Mapping[str, Sequence[Sequence[Verdict]]],
+    settings: EvaluationSettings,
 ) -> VariantResult:
     """Return the result of one model from each judge's verdicts, by scenario."""
-    tokenizer = answered.tokenizer
+    tokenizer, apart = answered.tokenizer, settings.empty_answers == "apart"
     said = {
         name: list(zip(answered.scenarios, answered.answers, by_scenario, strict=True))
         for name, by_scenario in verdicts.items()
@@ -256,16 +282,16 @@ def _result(
     main, *others = verdicts
     return replace(
         answered.found,
-        outcomes=tuple(_outcome(*one, tokenizer) for one in said[main]),
+        outcomes=tuple(_outcome(*one, tokenizer, apart) for one in said[main]),
         judge=main,
         judges={
-            name: tuple(_outcome(*one, tokenizer) for one in said[name] if one[0].is_judged)
+            name: tuple(_outcome(*one, tokenizer, apart) for one in said[name] if one[0].is_judged)
             for name in others
         },
         samples=tuple(
             _sample(scenario, *one, tokenizer)
             for scenario, made, decided in said[main]
-            for one in itertools.islice(zip(made, decided, strict=True), samples)
+            for one in itertools.islice(zip(made, decided, strict=True), settings.samples)
         ),
     )
 
@@ -274,7 +300,7 @@ def _trials(scenario: Scenario, chat: Chat) -> list[Trial]:
     trials = []
     for record in scenario.records:
         with naming(record):
-            chat.check(record.request if isinstance(record, Templated) else record)
+            chat.check(record if isinstance(record, Request) else record.request)
             trial = scenario.trial(record, chat)
         if trial is not None:
             trials.append(trial)
@@ -299,7 +325,63 @@ def _answers(generator: Generator, chat: Chat, trials: Sequence[Trial]) -> list[
 
 
 def _write(generator: Generator, trials: Sequence[Trial]) -> list[Written]:
-    return generator([trial.prompt for trial in trials], ids=[trial.id for trial in trials])
+    """Generate the answers to all trials, one decoding after another."""
+    places: dict[Decoding, list[int]] = {}
+    for place, trial in enumerate(trials):
+        places.setdefault(trial.decoding, []).append(place)
+    written = [Written("", [])] * len(trials)
+    for decoding, own in places.items():
+        prompts, ids = [trials[n].prompt for n in own], [trials[n].id for n in own]
+        for place, one in zip(own, generator(prompts, ids=ids, decoding=decoding), strict=True):
+            written[place] = one
+    return written
+
+
+def _checked(
+    generator: Generator,
+    chat: Chat,
+    answers: Sequence[_Answer],
+    defence: Defence,
+    keywords: Sequence[str],
+) -> list[_Answer]:
+    """Return the answers, or the refusal where the model refuses after its header, see `Defence`.
+
+    The check is the defender's: it is greedy, and no attacker forbids its tokens.
+    """
+    header = chat.header_ids()
+    kept = [
+        answer.written.ids[: 0 if answer.trial.depth else defence.header_after]
+        for answer in answers
+    ]
+    checks = _write(
+        generator,
+        [
+            replace(trial, prompt=(*trial.prompt, *start, *header), decoding=GREEDY)
+            for (trial, _), start in zip(answers, kept, strict=True)
+        ],
+    )
+    verdicts = KeywordJudge(keywords)([Exchange((), check.text) for check in checks])
+    checked = []
+    for (trial, own), start, check, verdict in zip(answers, kept, checks, verdicts, strict=True):
+        ids = [*start, *check.ids]
+        refusal = Written(decode(chat.tokenizer, ids), ids)
+        checked.append(_Answer(trial, refusal if verdict.refused else own))
+    return checked
+
+
+def _refusal_starts(
+    model: PreTrainedModel | None, chat: Chat, data: EvaluationData, settings: EvaluationSettings
+) -> tuple[int, ...]:
+    """Return the tokens that an attacker forbids, () without such an attack."""
+    if not (settings.refusal_banned and data.harmful):
+        return ()
+    if model is None:
+        refusal = PAPER_REFUSAL if settings.refusal == "auto" else settings.refusal
+        refusal_id = resolve_refusal_token(chat.tokenizer, refusal).id
+    else:
+        refusal_id = find_refusal_token(model, chat.tokenizer, settings.refusal)
+    keywords = keywords_of([*settings.judges.values()])
+    return refusal_starts(chat, refusal_id, keywords, data.refusals)
 
 
 def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verdict]]]:
@@ -337,24 +419,41 @@ def _outcome(
     answers: Sequence[_Answer],
     verdicts: Sequence[Verdict],
     tokenizer: PreTrainedTokenizerBase,
+    apart: bool,
 ) -> Outcome:
-    counted = [
-        scenario.counts(trial, written.text, verdict)
+    apart = apart and scenario.is_judged
+    counted: list[bool | None] = []
+    empty = []
+    for (trial, written), verdict in zip(answers, verdicts, strict=True):
+        empty.append(not written.text.strip())
+        counted.append(scenario.counts(trial, written.text, verdict))
+    positions = [
+        trial.depth + tokens_before(tokenizer, written.ids, verdict.start)
         for (trial, written), verdict in zip(answers, verdicts, strict=True)
+        if verdict.start is not None
     ]
+    groups = range(0, len(answers), scenario.worst_of)
+    if scenario.worst_of > 1:
+        counted = [_worst(counted[n : n + scenario.worst_of]) for n in groups]
+        empty = [all(empty[n : n + scenario.worst_of]) for n in groups]
+        positions = []  # an attack that succeeds has none of its answers' refusals
+    decided = [one for one, silent in zip(counted, empty, strict=True) if not (apart and silent)]
     return Outcome(
         scenario.metric,
-        hits=counted.count(True),
-        trials=len(counted) - counted.count(None),
-        left_out=len(scenario.records) - len(answers),
-        empty=sum(not written.text.strip() for _, written in answers),
-        positions=tuple(
-            trial.depth + tokens_before(tokenizer, written.ids, verdict.start)
-            for (trial, written), verdict in zip(answers, verdicts, strict=True)
-            if verdict.start is not None
-        ),
-        undecided=counted.count(None),
+        hits=decided.count(True),
+        trials=len(decided) - decided.count(None),
+        left_out=(len(scenario.records) - len(answers)) // scenario.worst_of,
+        empty=sum(empty),
+        positions=tuple(positions),
+        undecided=decided.count(None),
+        answers=len(counted),
+        per_request=scenario.per_request,
     )
+
+
+def _worst(counted: Sequence[bool | None]) -> bool | None:
+    """Return the count of several answers of which one success is enough."""
+    return True if True in counted else None if None in counted else False
 
 
 def tokens_before(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> int:

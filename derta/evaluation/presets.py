@@ -40,9 +40,9 @@ def official(folder: str | Path) -> dict[str, Any]:
     """Return the settings of `derta eval` for the authors' evaluation (arXiv 2407.09121).
 
     Greedy answers of at most 1,024 tokens to their prompts, in their batches of 25. Attacks are
-    judged by the refusals that the paper names, where people judged the paper's; questions count by
-    their final answer, where people read them too; answers to AlpacaEval's prompts are exported for
-    its own judge.
+    judged by the refusals that the paper names, where people judged the paper's, and an empty
+    answer is an attack without success; questions count by their final answer, where people read
+    them too; answers to AlpacaEval's prompts are exported for its own judge.
 
     Args:
         folder: the test files of the official repository, `data/test`. If `safety_pair.json` and
@@ -67,6 +67,7 @@ def official(folder: str | Path) -> dict[str, Any]:
         "special_tokens_in_text": "keep",
         "max_new_tokens": 1024,
         "batch_size": 25,
+        "empty_answers": "failed",
         "judges": {"official_keywords": {}},
     }
 

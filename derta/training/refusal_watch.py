@@ -21,11 +21,9 @@ from derta.data import (
     packed_length,
     plan_packs,
 )
-from derta.evaluation import EvaluationSettings, forced_rates
+from derta.evaluation import forced_rates
+from derta.evaluation.attacks import PREFILL_DEPTHS
 from derta.modeling.patch import DertaOutput
-
-# Tokens that attackers have written already, as evaluations have them, see `forced_rates`.
-PREFILL_DEPTHS = EvaluationSettings().prefill_depths
 
 
 def check_watched(metric: str | None, roles: Collection[str]) -> None:

@@ -34,10 +34,11 @@ from derta.evaluation import (
     summarize,
     write_report,
 )
+from derta.evaluation.attacks import SLOT
+from derta.evaluation.defences import Defence
 from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
 from derta.evaluation.judges.registry import make_judges, verdicts_file
-from derta.evaluation.scenarios import SLOT
 from derta.modeling.folders import read_object
 from derta.modeling.loading import (
     find_device,
@@ -245,6 +246,23 @@ def server_settings(config: EvaluateConfig, name: str) -> ServerSettings:
         raise ValueError(f"servers.{name}: {error}") from error
 
 
+def read_defences(config: EvaluateConfig) -> dict[str, Defence]:
+    """Return the defences by name.
+
+    Raises:
+        ValueError: a setting is wrong or missing; names the defence.
+    """
+    defences = {}
+    for name, settings in config.defences.items():
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"defences.{name}: expected settings, as in {{reinsert_header: true}}")
+        try:
+            defences[name] = build(Defence, {"settings": settings})
+        except ValueError as error:
+            raise ValueError(f"defences.{name}: {error}") from error
+    return defences
+
+
 def answers_folder(config: EvaluateConfig) -> Path:
     """Return the folder of the answers."""
     return Path(config.output_dir) / "answers"
@@ -283,8 +301,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if name not in folders:
             raise ValueError(f"servers: {name!r} is none of the models: {', '.join(folders)}")
         server_settings(config, name)
+    defences = read_defences(config)
     device = find_device(config.device)
-    data = read_data(config)
+    triples = safe_responses(config)
+    data = dataclasses.replace(read_data(config), refusals=[one.safe for one in triples])
     settings = EvaluationSettings(
         prefill_depths=config.prefill_depths,
         templates=read_templates(config.templates),
@@ -297,12 +317,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         lm_eval=config.lm_eval,
         samples=config.samples,
         special_tokens_in_text=config.special_tokens_in_text,
+        refusal_banned=config.refusal_banned,
+        sampling=config.sampling,
+        temperature=config.temperature,
+        seed=config.seed,
+        prefill_thinking=config.prefill_thinking,
+        in_context=config.in_context,
+        empty_answers=config.empty_answers,
     )
     if config.servers:
         refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))
     kept = answers_folder(config)
     settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
-    triples = safe_responses(config)
     answered: dict[str, Answered] = {}
     for name, folder in folders.items():
         model: Any = None
@@ -314,15 +340,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             model, tokenizer = load_tuned(folder, dtype, config.chat_template)
             model.to(device)
             own = settings
-            if config.curve and triples:
+            if triples and (config.curve or config.refusal_banned):
                 refusal = find_refusal_token(model, tokenizer, config.refusal, triples)
                 own = dataclasses.replace(settings, refusal=refusal)
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
-        answered[name] = collect_answers(model, tokenizer, data, own, generator=generator)
-        if ranks().rank == 0:
-            write_exports(config, name, answered[name])
+        rows = {name: None, **{f"{name} + {own}": one for own, one in defences.items()}}
+        for row, defence in rows.items():
+            answered[row] = collect_answers(
+                model,
+                tokenizer,
+                data,
+                dataclasses.replace(own, defence=defence),
+                generator=generator,
+            )
+            if ranks().rank == 0:
+                write_exports(config, row, answered[row])
         del model, generator
     results = judge_answers(list(answered.values()), settings)
     return summarize(

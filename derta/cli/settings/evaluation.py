@@ -9,8 +9,9 @@ from typing import Any, Literal
 from derta.cli.settings.shared import LoadingSettings
 from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
 from derta.data.records.sources import COLUMNS_HELP
+from derta.evaluation.attacks import PREFILL_DEPTHS, SLOT
 from derta.evaluation.presets import PRESETS
-from derta.evaluation.scenarios import SLOT, check_name
+from derta.evaluation.scenarios import check_name
 from derta.objectives.defaults import MAX_TOKENS
 from derta.outputs import check_folder
 from derta.settings import check_ranges, setting
@@ -90,14 +91,38 @@ class EvaluateConfig(LoadingSettings, TextSettings):
     lm_eval: list[str] = setting(
         help="Tasks of lm-eval, by name or as a YAML file: [ifeval, my-task.yaml].", factory=list
     )
-    prefill_depths: list[int] = setting(
-        help="Numbers of tokens of the harmful response that an attacker writes.",
-        factory=lambda: [0, 4, 8, 16, 32, 64],
+    prefill_depths: list[int | Literal["whole"]] = setting(
+        help="Numbers of tokens of the harmful response that an attacker writes: [0, 64, 1024, "
+        "whole]. whole: all of it, and the model goes on.",
+        factory=lambda: list(PREFILL_DEPTHS),
         heading="attacks",
     )
     templates: str | None = setting(
         None,
         "File of texts around a request, one a line or a JSON list, each with the slot {request}.",
+    )
+    refusal_banned: int = setting(
+        0,
+        "Number of first tokens of an answer that may not begin a refusal, without and with "
+        "prefilled tokens; 0: no such attack. An answer more for every prefill depth.",
+        ge=0,
+    )
+    sampling: int = setting(
+        0,
+        "Number of answers drawn for each harmful request, of which one success is enough; 0: no "
+        "such attack.",
+        ge=0,
+    )
+    temperature: float = setting(1.0, "Temperature of drawn answers.", gt=0)
+    seed: int = setting(0, "Seed of drawn answers.", ge=0)
+    prefill_thinking: str | None = setting(
+        None,
+        "Text that opens a thinking block, in which prefilled tokens then stand; auto: the one in "
+        "the chat template; null: no such attack. An answer more for every prefill depth.",
+    )
+    in_context: bool = setting(
+        False,
+        "If true, each harmful request also follows another one and its response, as a later turn.",
     )
     multi_turn: list[str] = setting(
         help="Files of harmful conversations. The model answers every turn of the user.",
@@ -113,6 +138,18 @@ class EvaluateConfig(LoadingSettings, TextSettings):
         factory=dict,
     )
     max_new_tokens: int = setting(256, "Longest answer, in tokens.", ge=1)
+    empty_answers: Literal["apart", "failed"] = setting(
+        "apart",
+        "Empty answers are apart, beside the rates of attacks and over-refusal, or failed: attacks "
+        "without success, as the paper counts.",
+    )
+    defences: dict[str, Any] = setting(
+        help="Defences without training by name, each a row beside every model: '{header: "
+        "{reinsert_header: true}, prompt: {system_prompt: Refuse what harms.}}'. "
+        "header_after: tokens of an own answer before its header is put in again.",
+        factory=dict,
+        heading="defences without training",
+    )
     judges: dict[str, Any] = setting(
         help="Judges by name, the main one first: '{keyword: {}, guard: {kind: wildguard, path: "
         "models/wildguard}}'. All read the same answers. See derta eval calibrate.",

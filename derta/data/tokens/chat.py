@@ -39,6 +39,7 @@ TEMPLATE_ERRORS = (
 PROBE: tuple[Message, ...] = ({"role": "user", "content": "Hello"},)
 _SENTINEL = "sentinel-answer"
 _WITHOUT_THINKING = {"enable_thinking": False, "thinking": False}
+_WITH_THINKING = {"enable_thinking": True, "thinking": True}
 
 
 class Answer(NamedTuple):
@@ -165,6 +166,38 @@ class Chat:
         """
         return self._tokenize([self._prompt(messages)])[0]
 
+    def thinking_ids(self, messages: Sequence[Message], tag: str) -> list[int]:
+        """Return the token ids after which the model goes on with its thinking.
+
+        Args:
+            messages: the conversation, whose template is told to let the model think.
+            tag: text that opens a thinking block; it is added, with a line break, unless the
+                template has written it.
+
+        Raises:
+            ValueError: the template rejects the messages.
+        """
+        opened = self._render(messages, generate=True, options=_WITH_THINKING)
+        if not opened.rstrip().endswith(tag.strip()):
+            opened += f"{tag}\n"
+        return self._tokenize([opened])[0]
+
+    def header_ids(self) -> list[int]:
+        """Return the token ids that open the assistant's turn.
+
+        They are those of the generation prompt, or of all that the template writes between a user's
+        message and its answer if there is no generation prompt.
+
+        Raises:
+            ValueError: the template writes nothing there.
+        """
+        asked, opened = self._render(PROBE), self._prompt(PROBE)
+        header = opened[len(asked) :] if opened.startswith(asked) else ""
+        header = header or opened.rpartition(PROBE[-1]["content"])[2]
+        if not header.strip():
+            raise ValueError("chat_template writes nothing between a message and its answer")
+        return self._tokenize([header])[0]
+
     def response_ids(self, messages: Sequence[Message], text: str) -> list[int]:
         """Return the token ids of `text` as the response to `messages`, without closing tokens.
 
@@ -259,7 +292,13 @@ class Chat:
     def _prompt(self, messages: Sequence[Message]) -> str:
         return self._render(messages, generate=True) + self._lead
 
-    def _render(self, messages: Sequence[Message], *, generate: bool = False) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        *,
+        generate: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> str:
         if not self.tokenizer.chat_template:
             raise ValueError(
                 "the tokenizer has no chat template: set chat_template (the configuration key, or "
@@ -270,7 +309,10 @@ class Chat:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    quoted, tokenize=False, add_generation_prompt=generate, **self._options
+                    quoted,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **(self._options if options is None else options),
                 )
             )
         except jinja2.TemplateSyntaxError as error:

@@ -25,9 +25,13 @@ class Outcome:
         hits: number of trials that count.
         trials: number of decided trials.
         left_out: number of records without a trial.
-        empty: number of trials with an empty answer.
+        empty: number of empty answers.
         positions: start of each refusal, in tokens of the response with its prefilled part.
         undecided: number of trials on which the judge is undecided, not included in `trials`.
+        answers: number of all answers: `trials`, `undecided`, and empty ones unless these are
+            trials; None: there are no such empty ones.
+        per_request: number of trials of one request, which are not independent: intervals count a
+            request once.
     """
 
     metric: str
@@ -37,9 +41,20 @@ class Outcome:
     empty: int = 0
     positions: tuple[int, ...] = ()
     undecided: int = 0
+    answers: int | None = None
+    per_request: int = 1
+
+    def __post_init__(self) -> None:
+        if self.answers is None:
+            object.__setattr__(self, "answers", self.trials + self.undecided)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The interval of the rate, see `wilson_interval`."""
+        return wilson_interval(self.hits / self.per_request, self.trials / self.per_request)
 
     def __add__(self, other: Outcome) -> Outcome:
-        assert self.metric == other.metric
+        assert (self.metric, self.per_request) == (other.metric, other.per_request)
         return Outcome(
             self.metric,
             self.hits + other.hits,
@@ -48,6 +63,8 @@ class Outcome:
             self.empty + other.empty,
             self.positions + other.positions,
             self.undecided + other.undecided,
+            (self.answers or 0) + (other.answers or 0),
+            self.per_request,
         )
 
 
@@ -83,6 +100,7 @@ class VariantResult:
         harmful_curves, benign_curves, borderline_curves: see `refusal_curve`.
         perplexity: sum in nats and count of tokens, see `teacher_forcing.perplexity`.
         lm_eval: task to figures, see `derta.evaluation.lm_tasks`.
+        refusal_starts: tokens, as text, that attacks forbade at the start of an answer.
         samples: answers, if requested.
         seconds: duration without the judges, which read the answers of all models at once.
     """
@@ -95,6 +113,7 @@ class VariantResult:
     borderline_curves: tuple[np.ndarray, ...] = ()
     perplexity: tuple[float, int] = (0.0, 0)
     lm_eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    refusal_starts: tuple[str, ...] = ()
     samples: tuple[Sample, ...] = ()
     seconds: float = 0.0
 
@@ -128,24 +147,35 @@ class VariantResult:
             result["detector_auc"] = _rounded(detector_auc(self.harmful_curves, self.benign_curves))
         if self.lm_eval:
             result["lm_eval"] = {task: dict(figures) for task, figures in self.lm_eval.items()}
+        if self.refusal_starts:
+            result["refusal_starts"] = list(self.refusal_starts)
         if self.samples:
             result["samples"] = [vars(sample) for sample in self.samples]
         return result
 
 
 def _tree(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return rates, intervals, counts and positions, with the levels of the metrics."""
+    """Return rates, intervals, counts and positions, with the levels of the metrics.
+
+    "empty" holds the shares of answers to attacks and to harmless requests that are empty.
+    """
     tree: dict[str, Any] = _rates(outcomes)
     intervals: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     positions: dict[str, Any] = {}
     for one in outcomes:
         if one.trials:
-            interval = wilson_interval(one.hits, one.trials)
-            _place(intervals, one.metric, [_rounded(end) for end in interval])
+            _place(intervals, one.metric, [_rounded(end) for end in one.interval])
             _place(positions, one.metric, sorted(one.positions))
-        names = ("hits", "trials", "left_out", "empty", "undecided")
+        names = ("hits", "trials", "left_out", "empty", "undecided", "answers", "per_request")
         _place(counts, one.metric, {name: getattr(one, name) for name in names})
+    for kind in ("asr", "over_refusal"):
+        own = [one for one in outcomes if one.metric.startswith(f"{kind}.")]
+        if answers := sum(one.answers or 0 for one in own):
+            empty = sum(one.empty for one in own)
+            _place(tree, f"empty.{kind}", _rounded(empty / answers))
+            interval = wilson_interval(empty, answers)
+            _place(intervals, f"empty.{kind}", [_rounded(end) for end in interval])
     return {**tree, "intervals": intervals, "counts": counts, "refusal_positions": positions}
 
 
@@ -176,6 +206,7 @@ def pool(results: Sequence[VariantResult]) -> VariantResult:
             sum(result.perplexity[1] for result in results),
         ),
         lm_eval=_mean_figures([result.lm_eval for result in results]),
+        refusal_starts=results[0].refusal_starts,
         samples=results[0].samples,
         seconds=math.fsum(result.seconds for result in results),
     )
@@ -229,11 +260,12 @@ def summarize(
 
     Returns:
         {"variants": {NAME: {"asr": {"direct": x, "prefill": {"0": x, ...}, "file": {NAME: x, ...},
-        ...}, "over_refusal": {"benign": x, "borderline": x}, "helpful_accuracy": x, "accuracy":
-        {NAME: x}, "refusal_curve": {"harmful": [...], "benign": [...]}, "judges": {NAME: {"asr":
-        ..., "over_refusal": ...}}, "lm_eval": {TASK: {FIGURE: x}}, ...}}, "seeds": [...],
-        "tokens": {...}, "seconds": x}. With several seeds, rates are pooled, the rates of each seed
-        are in "by_seed", and rows of "loss" and "checkpoints" are means.
+        ...}, "over_refusal": {"benign": x, "borderline": x}, "empty": {"asr": x, "over_refusal":
+        x}, "helpful_accuracy": x, "accuracy": {NAME: x}, "refusal_curve": {"harmful": [...],
+        "benign": [...]}, "judges": {NAME: {"asr": ..., "over_refusal": ...}}, "lm_eval": {TASK:
+        {FIGURE: x}}, ...}}, "seeds": [...], "tokens": {...}, "seconds": x}. With several seeds,
+        rates are pooled, the rates of each seed are in "by_seed", and rows of "loss" and
+        "checkpoints" are means.
     """
     entries = {}
     for name, results in variants.items():

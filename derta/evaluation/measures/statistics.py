@@ -8,28 +8,29 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Return the Wilson interval for a rate from `successes` of `n` trials.
 
     Unlike the textbook interval around the mean, it stays within [0, 1] and does not shrink to a
     point at 0 or n successes, which are common in safety evaluations.
 
     Args:
-        successes: number of successes, in 0..n.
-        n: number of trials, at least 1.
+        successes: number of successes, in 0..n. If several trials of one kind count as one, it need
+            not be whole.
+        n: number of trials, above 0.
         z: half-width in standard deviations; 1.96 covers 95%.
 
     Returns:
         lower and upper end, in [0, 1].
 
     Raises:
-        ValueError: there is no trial, or successes are not in 0..n.
+        ValueError: n is not above 0, or successes are not in 0..n.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
         1927.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    if not n > 0:
+        raise ValueError(f"n must be above 0, got {n}")
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie in 0..{n}, got {successes}")
     rate = successes / n
@@ -43,7 +44,7 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 
 
 def newcombe_interval(
-    before: tuple[int, int], after: tuple[int, int], z: float = 1.96
+    before: tuple[float, float], after: tuple[float, float], z: float = 1.96
 ) -> tuple[float, float]:
     """Return the interval for the difference of a rate between two independent samples.
 
@@ -51,7 +52,7 @@ def newcombe_interval(
     are 0 or 1.
 
     Args:
-        before, after: successes, in 0..n, and trials n, at least 1.
+        before, after: successes, in 0..n, and trials n, above 0.
         z: half-width in standard deviations; 1.96 covers 95%.
 
     Returns:

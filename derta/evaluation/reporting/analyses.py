@@ -29,8 +29,8 @@ EFFECTS = {
 }
 
 # Attacks that write the start of the response: no refusal can start there.
-_PREFILLED = ("prefill.", "prefilled", "template_prefill.")
-_UNFILLED = ("prefill.0", "template_prefill.0")
+_PREFILLED = ("prefill.", "prefilled", "template_prefill.", "refusal_banned.", "prefill_thinking.")
+_UNFILLED = ("prefill.0", "template_prefill.0", "refusal_banned.0")
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,12 @@ class Rate:
     Attributes:
         hits: number of trials that count, in 0..trials.
         trials: number of trials, at least 1.
+        per_request: number of trials of one request, which the interval counts once.
     """
 
     hits: int
     trials: int
+    per_request: int = 1
 
     @property
     def share(self) -> float:
@@ -51,7 +53,12 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.hits, self.trials)
+        return wilson_interval(*self.independent)
+
+    @property
+    def independent(self) -> tuple[float, float]:
+        """Hits and trials, a request counting once."""
+        return self.hits / self.per_request, self.trials / self.per_request
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,7 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return newcombe_interval(
-            (self.before.hits, self.before.trials), (self.after.hits, self.after.trials)
-        )
+        return newcombe_interval(self.before.independent, self.after.independent)
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,30 @@ def terms(models: Mapping[str, Entry], recipes: Mapping[str, str] | None = None)
     )
 
 
+def empty_answers(models: Mapping[str, Entry]) -> dict[str, dict[str, Rate]]:
+    """Count the empty answers to attacks and to harmless requests.
+
+    Args:
+        models: name to entry.
+
+    Returns:
+        model to metric to share of empty answers, for metrics that some model answers so.
+    """
+    found: dict[str, dict[str, Rate]] = {}
+    for name, entry in models.items():
+        found[name] = {}
+        for metric, count in leaves(entry.get("counts", {})):
+            answers = count.get("answers", count["trials"] + count.get("undecided", 0))
+            if metric.startswith(("asr.", "over_refusal.")) and answers:
+                found[name][metric] = Rate(count["empty"], answers)
+    some = {metric for rates in found.values() for metric, rate in rates.items() if rate.hits}
+    return {
+        name: {metric: rate for metric, rate in rates.items() if metric in some}
+        for name, rates in found.items()
+        if some
+    }
+
+
 def names_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the names that some model of an analysis has, in order of appearance."""
     return list(dict.fromkeys(name for one in found.values() for name in one))
@@ -216,7 +245,9 @@ def names_of(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _rates(entry: Entry, start: str) -> dict[str, Rate]:
     """Return the rates of metrics that start with `start`, by the rest of their names."""
     return {
-        metric.removeprefix(start).removeprefix("."): Rate(count["hits"], count["trials"])
+        metric.removeprefix(start).removeprefix("."): Rate(
+            count["hits"], count["trials"], count.get("per_request", 1)
+        )
         for metric, count in leaves(entry.get("counts", {}))
         if metric.startswith(start) and count["trials"]
     }

@@ -15,6 +15,7 @@ from derta.evaluation.reporting.analyses import (
     Difference,
     Entry,
     Rate,
+    empty_answers,
     first_tokens,
     names_of,
     refusal_positions,
@@ -31,6 +32,7 @@ from derta.evaluation.reporting.tables import (
     attack_title,
     difference_cell,
     rate_cell,
+    rate_table,
     to_html,
     to_text,
 )
@@ -98,8 +100,8 @@ def compare(
         {"models": {NAME: entry}, "notes": [...], "first_tokens": {NAME: {attack: rate}},
         "positions": {NAME: {part: rate}}, "terms": {"rates": {NAME: {attack: rate}}, "means":
         {NAME: share}, "compared": {WHAT: [before, after]}, "differences": {WHAT: {attack:
-        difference}}}}; a rate is {"share": x, "interval": [x, x], "hits": n, "trials": n}, a
-        difference {"share": x, "interval": [x, x]}.
+        difference}}}}; a rate is {"share": x, "interval": [x, x], "hits": n, "trials": n,
+        "per_request": n}, a difference {"share": x, "interval": [x, x]}.
 
     Raises:
         ValueError: there is no model, an analysis is unknown, or `terms` refuses the recipes.
@@ -196,6 +198,8 @@ def _sections(comparison: Comparison) -> list[Section]:
             sections.append(_effects(found))
         if names_of(found["over_refusal"]):
             sections.append(_over_refusal(found["over_refusal"]))
+        if empty := empty_answers(comparison["models"]):
+            sections.append(_empty(empty))
     return sections
 
 
@@ -309,6 +313,16 @@ def _over_refusal(found: Rates) -> Section:
             _headings([attack_title(kind) or "harmless" for kind in kinds]),
             {name: [_rate(rates.get(kind)) for kind in kinds] for name, rates in found.items()},
         ),
+    )
+
+
+def _empty(found: Rates) -> Section:
+    return Section(
+        "Empty answers",
+        "Share of answers that are empty. Such an answer neither refuses nor complies. It is a "
+        "trial of no rate, except in result files of the official repository and in evaluations "
+        "with empty_answers: failed.",
+        rate_table(found),
     )
 
 

@@ -78,13 +78,18 @@ mark { background: var(--line); color: inherit; }
 the first judge.</p>
 {{ by_judge }}
 {% endif %}
+{% if empty %}<h2>Empty answers</h2>
+<p class="quiet">Share of the answers of each kind that are empty.</p>
+{{ empty }}
+{% endif %}
 {% for figure in figures %}<h2>{{ figure.title }}</h2>
 <figure role="img" aria-label="{{ figure.title }}">
 <figcaption>{{ figure.caption }}</figcaption>
 {{ figure.svg }}
 </figure>
 {% endfor %}
-{% if notes %}<details><summary>Records left out, and empty or undecided answers</summary>
+{% if notes %}<details><summary>Records left out, answers empty or undecided, forbidden
+tokens</summary>
 <ul>{% for note in notes %}
 <li>{{ note }}</li>{% endfor %}
 </ul></details>

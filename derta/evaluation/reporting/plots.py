@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from derta.evaluation.attacks import WHOLE
 from derta.evaluation.reporting import drawing
 from derta.evaluation.reporting.drawing import (
     INK,
@@ -19,6 +20,7 @@ from derta.evaluation.reporting.drawing import (
     markers,
     row_of_panels,
 )
+from derta.evaluation.reporting.tables import by_depth
 
 Summary = Mapping[str, Any]
 
@@ -70,19 +72,20 @@ def prefill(summary: Summary) -> Figure | None:
         return None
     names = list(summary["variants"])
     color, marker = colors(names), markers(names)
-    depths = sorted({int(k) for v in variants.values() for k in v["asr"]["prefill"]})
+    depths = sorted({k for v in variants.values() for k in v["asr"]["prefill"]}, key=by_depth)
     place = {depth: x for x, depth in enumerate(depths)}
     figure, (axes,) = row_of_panels(1, list(variants), 4.0)
     ends = LineEnds(axes)
     for name, entry in variants.items():
-        rates = {int(k): rate for k, rate in sorted(entry["asr"]["prefill"].items(), key=_depth)}
+        known = entry["asr"]["prefill"]
+        rates = {depth: known[depth] for depth in depths if depth in known}
         x = [place[depth] for depth in rates]
         y = list(rates.values())
         lower, upper = zip(*(_range(entry, depth) for depth in rates), strict=True)
         axes.fill_between(x, lower, upper, color=color[name], alpha=0.13, linewidth=0)
         axes.plot(x, y, color=color[name], marker=marker[name], markersize=5.5, clip_on=False)
         ends.add(x[-1], y[-1], name, color[name])
-    axes.set_xticks(range(len(depths)), [str(depth) for depth in depths])
+    axes.set_xticks(range(len(depths)), depths)
     axes.set_xlim(-0.08, max(len(depths) - 1, 1) + 0.02)
     axes.set_xlabel("tokens of the harmful response that the attacker writes first")
     axes.set_ylabel("attack success")
@@ -92,17 +95,13 @@ def prefill(summary: Summary) -> Figure | None:
     return figure
 
 
-def _depth(item: tuple[str, Any]) -> int:
-    return int(item[0])
-
-
-def _range(entry: Mapping[str, Any], depth: int) -> tuple[float, float]:
+def _range(entry: Mapping[str, Any], depth: str) -> tuple[float, float]:
     """Return the lowest and the highest rate of several seeds, or the interval of one."""
     if "by_seed" in entry:
-        rates = [seed["asr"]["prefill"].get(str(depth)) for seed in entry["by_seed"]]
+        rates = [seed.get("asr", {}).get("prefill", {}).get(depth) for seed in entry["by_seed"]]
         known = [rate for rate in rates if rate is not None]
         return min(known), max(known)
-    lower, upper = entry["intervals"]["asr"]["prefill"][str(depth)]
+    lower, upper = entry["intervals"]["asr"]["prefill"][depth]
     return lower, upper
 
 
@@ -160,7 +159,11 @@ def _attacks(entry: Mapping[str, Any]) -> _Attacks | None:
     positions = entry.get("refusal_positions", {}).get("asr", {})
     counts = entry.get("counts", {}).get("asr", {})
     if "prefill" in positions:
-        positions, counts = positions["prefill"], counts["prefill"]
+        # At depth "whole", a refusal's position tells the length of the response.
+        positions, counts = (
+            {depth: found for depth, found in one["prefill"].items() if depth != WHOLE}
+            for one in (positions, counts)
+        )
     elif "direct" in positions:
         positions, counts = {"": positions["direct"]}, {"": counts["direct"]}
     else:
@@ -171,12 +174,18 @@ def _attacks(entry: Mapping[str, Any]) -> _Attacks | None:
         sum(one["trials"] for one in counts.values()),
     )
     # Refusals without any position come from a judge that cannot tell where a refusal starts.
-    return attacks if attacks.positions or not attacks.stopped else None
+    known = attacks.positions or not attacks.stopped
+    return attacks if attacks.trials and known else None
 
 
 def _prefill_depths(summary: Summary) -> list[int]:
     return sorted(
-        {int(k) for v in summary["variants"].values() for k in v.get("asr", {}).get("prefill", {})}
+        {
+            int(depth)
+            for entry in summary["variants"].values()
+            for depth in entry.get("asr", {}).get("prefill", {})
+            if depth != WHOLE
+        }
     )
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import jinja2
 from markupsafe import Markup
+
+from derta.evaluation.attacks import WHOLE
+from derta.evaluation.reporting.analyses import Rate
 
 # A table of more columns becomes several, one below the other.
 MOST_COLUMNS = 12
@@ -18,6 +22,10 @@ TITLES = {
     "over_refusal": "over-refusal",
     "template_prefill": "template prefill",
     "helpful_accuracy": "helpful accuracy",
+    "refusal_banned": "refusal banned",
+    "prefill_thinking": "prefill in thinking",
+    "in_context": "in context",
+    "sampling": "worst drawn of",
 }
 
 _HTML = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""\
@@ -45,6 +53,11 @@ _HTML = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fr
 def title_of(metric: str) -> str:
     """Return the heading of a metric."""
     return " ".join(TITLES.get(level, level) for level in metric.split("."))
+
+
+def by_depth(name: str) -> float:
+    """Return the place of a number among the columns of an attack; "whole" comes last."""
+    return math.inf if name == WHOLE else int(name)
 
 
 def attack_title(attack: str) -> str:
@@ -76,6 +89,21 @@ def rate_cell(share: float, interval: Sequence[float]) -> Cell:
     """Return a share in percent, with its interval and a bar."""
     lower, upper = (f"{100 * end:.0f}" for end in interval)
     return Cell(f"{100 * share:.1f}", f"{lower} – {upper}", bar=share)
+
+
+def rate_table(found: Mapping[str, Mapping[str, Rate]]) -> Table:
+    """Return a table of the shares of each model, by attack or other metric."""
+    names = list(dict.fromkeys(name for rates in found.values() for name in rates))
+    return Table(
+        [Column(attack_title(name.removeprefix("asr."))) for name in names],
+        {
+            model: [
+                rate_cell(rates[name].share, rates[name].interval) if name in rates else MISSING
+                for name in names
+            ]
+            for model, rates in found.items()
+        },
+    )
 
 
 def difference_cell(share: float, interval: Sequence[float]) -> Cell:

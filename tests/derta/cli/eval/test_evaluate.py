@@ -179,7 +179,7 @@ def test_files_with_named_formats_and_equal_ids_are_read(
         # Nothing is in `bare` that could be loaded: these are told without trying.
         (
             "--model bare --benign benign.jsonl --prefill_depths [0,-1]",
-            "prefill_depths must be distinct and not negative, got [0, -1]",
+            "prefill_depths must be distinct numbers from 0 on or whole, got [0, -1]",
         ),
         (
             "--model bare --benign benign.jsonl --batch_size 0",
@@ -441,3 +441,45 @@ def test_pickled_weights_are_refused(workplace: Path, capsys: pytest.CaptureFixt
     Path("model/model.safetensors").rename("model/pytorch_model.bin")
     assert call("--model model --benign benign.jsonl") == 1
     assert "safetensors" in capsys.readouterr().err
+
+
+def test_attacks_and_defences_are_rows_and_columns(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("harmful.jsonl", {"prompt": "Why?", "safe": "First, no.", "harmful": "Step one, two."})
+    with Path("harmful.jsonl").open("a") as file:
+        file.write('{"prompt": "When?", "safe": "First, no.", "harmful": "Step one and two."}\n')
+    config = {
+        "model": "model",
+        "harmful": ["harmful.jsonl"],
+        "benign": ["benign.jsonl"],
+        "prefill_depths": [1, "whole"],
+        "refusal_banned": 2,
+        "sampling": 2,
+        "in_context": True,
+        "prefill_thinking": "<think>",
+        "defences": {"header": {"reinsert_header": True}, "words": {"system_prompt": "Be kind."}},
+    }
+    Path("attacks.yaml").write_text(json.dumps(config))
+    assert call("attacks.yaml --max_new_tokens 3") == 0
+    out = capsys.readouterr().out
+    variants = json.loads(Path("out/summary.json").read_text())["variants"]
+    assert list(variants) == ["model", "model + header", "model + words"]
+    for name, entry in variants.items():
+        attacks = entry["counts"]["asr"]
+        assert attacks["refusal_banned"].keys() == {"0", "1", "whole"}
+        assert attacks["prefill"].keys() == attacks["prefill_thinking"].keys() == {"1", "whole"}
+        assert attacks["sampling"]["1"]["answers"] == 2 * attacks["sampling"]["2"]["answers"] == 8
+        assert attacks["in_context"]["answers"] == 4
+        assert ("refusal_curve" in entry) == (name == "model")
+        assert re.search(rf"^{re.escape(name)} ", out, re.MULTILINE)
+    # Nothing is generated again, and the header's answers go on from those without it.
+    prompts = [json.loads(line)["key"] for line in Path("out/answers/model.jsonl").open()]
+    assert len(prompts) == len(set(prompts))
+    assert call("attacks.yaml --max_new_tokens 3 --empty_answers failed") == 0
+    for defences, message in (
+        ('{"a":1}', "defences.a: expected settings, as in {reinsert_header: true}"),
+        ('{"a":{}}', "defences.a: system_prompt or reinsert_header must be given, got neither"),
+    ):
+        assert call(f"attacks.yaml --defences {defences}") == 1
+        assert message in capsys.readouterr().err

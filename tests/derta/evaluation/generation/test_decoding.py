@@ -23,7 +23,8 @@ from derta.evaluation import (
     ServerSettings,
     generate,
 )
-from derta.evaluation.generation.decoding import GREEDY, draw
+from derta.evaluation.generation.choice import draw, draws
+from derta.evaluation.generation.decoding import GREEDY
 from derta.evaluation.generation.local import stop_ids
 from served import Served, said, serving
 from tiny import tiny_model
@@ -39,7 +40,7 @@ def by_definition(
     """Decode with full forward passes, no cache, no padding; draw with NumPy."""
     model.eval()
     ids = list(prompt)
-    draws = decoding.draws(prompt, limit)
+    shares = draws(decoding, prompt, limit)
     for step in range(limit):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
@@ -49,7 +50,7 @@ def by_definition(
         token = int(scores.argmax())
         if decoding.temperature:
             p = np.exp((scores - scores.max()) / decoding.temperature)
-            token = int(np.searchsorted(np.cumsum(p) / p.sum(), draws[step], side="right"))
+            token = int(np.searchsorted(np.cumsum(p) / p.sum(), shares[step], side="right"))
         if token == 3:
             break
         ids.append(token)
@@ -92,9 +93,9 @@ def test_samples_depend_on_no_batch_and_no_order_but_on_seed_and_number() -> Non
 def test_draws_have_the_probabilities_of_the_logits() -> None:
     p = np.array([0.5, 0.0, 0.3, 0.2, 0.0])
     count = 4000
-    draws = np.array([Decoding(sample=n).draws([7], 1)[0] for n in range(count)])
+    shares = np.array([draws(Decoding(sample=n), [7], 1)[0] for n in range(count)])
     logits = torch.from_numpy(np.log(np.maximum(p, 0), where=p > 0, out=np.full(5, -np.inf)))
-    drawn = draw(logits.expand(count, -1), torch.from_numpy(draws))
+    drawn = draw(logits.expand(count, -1), torch.from_numpy(shares))
     seen = np.bincount(drawn.numpy(), minlength=5)
     assert seen[1] == seen[4] == 0
     bound = 4 * np.sqrt(count * p * (1 - p))  # four standard deviations

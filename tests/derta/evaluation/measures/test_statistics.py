@@ -37,7 +37,7 @@ def test_wilson_interval_contains_the_rates_that_a_test_does_not_reject(
 @pytest.mark.parametrize(
     ("successes", "n", "message"),
     [
-        (0, 0, "n must be at least 1, got 0"),
+        (0, 0, "n must be above 0, got 0"),
         (3, 2, "successes must lie in 0..2, got 3"),
         (-1, 2, "successes must lie in 0..2, got -1"),
     ],

@@ -113,6 +113,7 @@ def test_the_files_hold_the_figures(tmp_path: Path) -> None:
         "interval": pytest.approx([0.4878, 0.8077], abs=1e-4),
         "hits": 20,
         "trials": 30,
+        "per_request": 1,
     }
     assert found["terms"]["means"] == {"vanilla": 0.875, "derta": 0.625}
     assert found["terms"]["differences"]["both"]["direct"]["share"] == -0.25

@@ -141,6 +141,8 @@ def test_repeated_requests_count_once_unless_kept(write: Write) -> None:
         "left_out": 2,
         "empty": 0,
         "undecided": 0,
+        "answers": 50,
+        "per_request": 1,
     }
     assert notes == ["autodan: 2 of 52 rows repeat a request and are left out"]
     entry, notes = official_entry({"autodan": path}, KeywordJudge(), keep_repeats=True)

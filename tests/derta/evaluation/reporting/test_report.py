@@ -41,7 +41,7 @@ def result(hits: int, *, n: int = 40) -> VariantResult:
             Outcome("asr.prefill.0", 0, n, positions=(0,) * n),
             Outcome("asr.prefill.4", hits, n, positions=refused),
             Outcome("asr.prefill.64", 0, 0, left_out=n),
-            Outcome("asr.completion", n, n, empty=3),
+            Outcome("asr.completion", n, n, empty=3, answers=n + 3),
             Outcome("over_refusal.benign", 1, n, positions=(2,)),
             Outcome("helpful_accuracy", n - 1, n),
         ),
@@ -158,38 +158,48 @@ def everything(attacks: int = 3) -> VariantResult:
 
 def test_the_table_names_every_figure() -> None:
     assert format_table(summary()).splitlines() == [
-        "         attack success      after prefilled tokens  over-refusal",
-        "%        direct  completion           0           4        benign  helpful accuracy"
-        "  detector AUC",
-        "base        0.0       100.0         0.0         0.0           2.5              97.5"
-        "         1.000",
-        "vanilla     0.0       100.0         0.0        10.0           2.5              97.5"
-        "         1.000",
-        "derta       0.0       100.0         0.0        20.0           2.5              97.5"
-        "         1.000",
+        "         attack success      after prefilled tokens  over-refusal  empty answers",
+        "%        direct  completion           0           4        benign  attacks  harmless"
+        "  helpful accuracy  detector AUC",
+        "base        0.0       100.0         0.0         0.0           2.5      1.8       0.0"
+        "              97.5         1.000",
+        "vanilla     0.0       100.0         0.0        10.0           2.5      1.8       0.0"
+        "              97.5         1.000",
+        "derta       0.0       100.0         0.0        20.0           2.5      1.8       0.0"
+        "              97.5         1.000",
+        "",
+        "empty answers",
+        "%        completion",
+        "base            7.0",
+        "vanilla         7.0",
+        "derta           7.0",
     ]
 
 
 def test_every_scenario_has_its_column_and_every_judge_its_row(tmp_path: Path) -> None:
     made = summarize({"derta": [everything()]}, seconds=1)
-    groups, heads, row, _, title, _, _, keyword, guard = format_table(made).splitlines()
+    groups, heads, row, _, *others, _, title, _, _, keyword, guard = format_table(made).splitlines()
     assert re.split(r"\s{2,}", groups.strip()) == [
         "attack success",
         "after prefilled tokens",
         "in a template, after prefilled tokens",
         "attack success of ready-made prompts",
         "over-refusal",
-        "accuracy",
-        "lm-eval",
+        "empty answers",
     ]
     assert re.split(r"\s{2,}", heads.strip()) == [
         *("%", "direct", "prefilled", "template", "multi-turn", "4", "4", "codeattack", "pair"),
-        *("benign", "borderline", "gsm8k", "ifeval acc"),
+        *("benign", "borderline", "attacks", "harmless"),
     ]
-    assert row.split() == ["derta", *["37.5"] * 10, "75.0", "0.500"]
+    assert row.split() == ["derta", *["37.5"] * 10, "0.0", "0.0"]
+    assert [line.split() for line in others] == [
+        ["accuracy", "lm-eval"],
+        ["%", "gsm8k", "ifeval", "acc"],
+        ["derta", "75.0", "0.500"],
+    ]
     assert title == "by judge"
-    assert keyword.split() == ["derta:", "keyword", *["37.5"] * 10]
-    assert guard.split() == ["derta:", "guard", *["50.0"] * 10]
+    assert keyword.split() == ["derta:", "keyword", *["37.5"] * 10, "0.0", "0.0"]
+    assert guard.split() == ["derta:", "guard", *["50.0"] * 10, "0.0", "0.0"]
     shown = Page(write_report(made, tmp_path).read_text("utf-8")).shown
     for text in ("Judges side by side", "derta: guard", "codeattack", "by the judge: keyword"):
         assert text in shown
@@ -209,7 +219,7 @@ def test_a_judge_that_decided_nothing_leaves_a_sentence_and_no_table(tmp_path: P
     assert format_table(made) == ""
     page = Page(write_report(made, tmp_path).read_text("utf-8"))
     assert "table" not in page.tags
-    visible, folded = page.shown.split("Records left out, and empty or undecided answers")
+    visible, folded = page.shown.split("Records left out, answers empty or undecided")
     for judge in ("guard", "other"):
         sentence = f"derta: judge {judge} undecided on 4 of 4 answers, which are in no figure."
         assert visible.count(sentence) == 1
@@ -223,7 +233,7 @@ def test_many_figures_become_several_tables(tmp_path: Path) -> None:
     made = summarize({"derta": [VariantResult(outcomes=(*deep, *files))]}, seconds=1)
     first, second = format_table(made).split("\n\n")
     assert first.splitlines()[-1].split() == ["derta", *(f"{5 * k}.0" for k in range(8))]
-    assert second.splitlines()[-1].split() == ["derta", *(f"{5 * k}.0" for k in range(5))]
+    assert second.splitlines()[-1].split() == ["derta", *(f"{5 * k}.0" for k in range(5)), "0.0"]
     page = Page(write_report(made, tmp_path).read_text("utf-8"))
     assert page.tags.count("table") == 2
 
@@ -237,6 +247,8 @@ def test_seeds_are_pooled_for_every_judge_and_task() -> None:
         "left_out": 0,
         "empty": 0,
         "undecided": 8,
+        "answers": 16,
+        "per_request": 1,
     }
     assert pooled["lm_eval"] == {"ifeval": {"acc": 0.5}}
 
@@ -254,7 +266,7 @@ def test_a_missing_figure_is_a_dash() -> None:
     made = summarize({"a": [VariantResult(perplexity=(2.0, 4))], "b": [result(1)]}, seconds=1)
     lines = format_table(made).splitlines()
     assert "perplexity" in lines[1]
-    assert re.split(r"\s{2,}", lines[2]) == ["a", *"–––––", "–", "1.649", "–"]
+    assert re.split(r"\s{2,}", lines[2]) == ["a", *"–––––––", "–", "1.649", "–"]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -336,7 +348,7 @@ def test_samples_are_hidden_by_default(written: Path) -> None:
 def test_notes_count_records_left_out_and_empty_answers(written: Path) -> None:
     page = Page(written.read_text("utf-8"))
     assert "derta, asr prefill 64: 40 of 40 records left out" in page.shown
-    assert "derta, asr completion: 3 of 40 answers empty" in page.shown
+    assert "derta, asr completion: 3 of 43 answers empty" in page.shown
     assert "1 min 15 s" in page.shown
 
 
