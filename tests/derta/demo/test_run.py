@@ -41,11 +41,12 @@ def test_the_summary_has_its_fixed_structure(written: tuple[Path, dict[str, Any]
     assert list(summary["tokens"]) == list(VARIANTS)
     assert summary["seconds"] > 0
     for entry in summary["variants"].values():
+        counts = entry["counts"]  # a model of two steps may answer nothing, which has no rate
         attacks = {"direct", "prefill", "completion", "template", "template_prefill"}
-        assert set(entry["asr"]) == attacks
+        assert set(counts["asr"]) == attacks
         for prefilled in ("prefill", "template_prefill"):
-            assert set(entry["asr"][prefilled]) == {"0", "4", "8", "16"}
-        assert set(entry["over_refusal"]) == {"benign", "borderline"}
+            assert set(counts["asr"][prefilled]) == {"0", "4", "8", "16"}
+        assert set(counts["over_refusal"]) == {"benign", "borderline"}
         assert "helpful_accuracy" in entry
         assert set(entry["refusal_curve"]) == {"harmful", "benign", "borderline"}
 
