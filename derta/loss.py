@@ -7,6 +7,7 @@ for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
@@ -27,7 +28,7 @@ def derta_loss(
     target: Tensor,
     rto_mask: Tensor | None = None,
     *,
-    refusal_token_id: int | None = None,
+    refusal_token_id: int | Sequence[int] | None = None,
     rto_weight: float | Tensor = 1.0,
     unlikely_target: Tensor | None = None,
     unlikelihood_weight: float | Tensor = 1.0,
@@ -56,7 +57,9 @@ def derta_loss(
         nll, has_next = -torch.log_softmax(z, dim=-1), target != ignore_index
         next_nll = nll.gather(-1, target.clamp(min=0)[..., None])[..., 0]
         loss = (loss_weight * next_nll)[has_next].sum()
-        loss = loss + (loss_weight * rto_weight * nll[..., refusal_token_id])[rto_mask].sum()
+        refusals = [refusal_token_id] if isinstance(refusal_token_id, int) else refusal_token_id
+        refusal_nll = -torch.logsumexp(-nll[..., refusals], dim=-1)  # of the sum of their p
+        loss = loss + (loss_weight * rto_weight * refusal_nll)[rto_mask].sum()
         loss = loss / (has_next.sum() + rto_mask.sum() if num_items is None else num_items)
 
     and with unlikely_target, before the division:
@@ -73,8 +76,9 @@ def derta_loss(
         weight: (V, d) in hidden's dtype; under autocast any floating dtype. With a group this
             rank's rows of it; a DTensor that is sharded by row brings its group itself.
         target: (...) int64 in [0, V), or `ignore_index` where a row has no next token.
-        rto_mask: (...) bool, rows that are trained to say the refusal token; None: no row.
-        refusal_token_id: in [0, V); required with rto_mask.
+        rto_mask: (...) bool, rows that are trained to say a refusal token; None: no row.
+        refusal_token_id: in [0, V), or several distinct ones, a set: its loss is -log of the sum of
+            their probabilities. Required with rto_mask.
         rto_weight: factor of the refusal losses, a number or a tensor of shape () or (...).
         unlikely_target: (...) int64 in [0, V), the token that a row is trained not to say, or
             `ignore_index`; None: no row has one.
@@ -132,7 +136,7 @@ def derta_loss_with_rows(
     target: Tensor,
     rto_mask: Tensor | None = None,
     *,
-    refusal_token_id: int | None = None,
+    refusal_token_id: int | Sequence[int] | None = None,
     rto_weight: float | Tensor = 1.0,
     unlikely_target: Tensor | None = None,
     unlikelihood_weight: float | Tensor = 1.0,
@@ -245,16 +249,17 @@ def rto_loss(
     weight: Tensor,
     rto_mask: Tensor,
     *,
-    refusal_token_id: int,
+    refusal_token_id: int | Sequence[int],
     **options: Unpack[LossOptions],
 ) -> Tensor:
-    """Compute only the RTO term: -log p(refusal token) at every row of rto_mask.
+    """Compute only the RTO term, -log p of the refusal token or set, at every row of rto_mask.
 
     Equals, up to rounding:
 
         z = logit_scale * F.linear(hidden, weight, bias).float()
         z = softcap * torch.tanh(z / softcap) if softcap else z
-        nll = -torch.log_softmax(z, dim=-1)[..., refusal_token_id]
+        refusals = [refusal_token_id] if isinstance(refusal_token_id, int) else refusal_token_id
+        nll = -torch.logsumexp(torch.log_softmax(z, dim=-1)[..., refusals], dim=-1)
         loss = (loss_weight * nll)[rto_mask].sum()
         loss = loss / (rto_mask.sum() if num_items is None else num_items)
 
@@ -362,7 +367,7 @@ class DertaLoss(nn.Module):
 
     def __init__(
         self,
-        refusal_token_id: int,
+        refusal_token_id: int | Sequence[int],
         *,
         rto_weight: float = 1.0,
         ignore_index: int = IGNORE_INDEX,

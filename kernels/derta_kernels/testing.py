@@ -29,7 +29,7 @@ class HeadCase:
     weight: Tensor
     target: Tensor
     rto_mask: Tensor
-    refusal_token_id: int
+    refusal_token_id: int | Sequence[int]
     next_weight: Tensor
     rto_weight: Tensor
     bias: Tensor | None
@@ -79,6 +79,7 @@ def head_case(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     unlikely: bool = False,
+    refusals: int = 1,
     seed: int = 0,
 ) -> HeadCase:
     """Make rows of every kind, each as sure of a target as `probabilities` says.
@@ -94,6 +95,8 @@ def head_case(
         bias, softcap, logit_scale: the head's, see `head_loss`.
         unlikely: if True, rows also have a token to make unlikely, seven kinds in turn: the
             surest token twice, the refusal token, any token three times, none.
+        refusals: the refusal tokens; several are a set that shares its probability evenly, and all
+            of them are one for the kinds of rows.
         seed: seed of all random numbers.
 
     Raises:
@@ -105,26 +108,31 @@ def head_case(
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     refusal_token_id = vocabulary // 3
+    last = refusal_token_id + refusals
     kind = torch.arange(rows) % 5
-    target = torch.randint(vocabulary - 1, (rows,), generator=generator)
-    target += target >= refusal_token_id  # any token but the refusal token
+    target = torch.randint(vocabulary - refusals, (rows,), generator=generator)
+    target += refusals * (target >= refusal_token_id)  # any token but the refusal tokens
     target[kind == 3] = refusal_token_id
     sure_of = torch.where(kind == 1, refusal_token_id, target)
     target[(kind == 1) | (kind == 4)] = -100
 
     weight = normal(vocabulary, width) / math.sqrt(width)
+    if refusals > 1:
+        weight[refusal_token_id:last] = weight[refusal_token_id] + 0.03 * normal(refusals, width)
     bias_vector = normal(vocabulary) if bias else None
     towards = weight[sure_of] / weight[sure_of].square().sum(1, keepdim=True)
     hidden = normal(rows, width)
     odds = torch.tensor(probabilities, dtype=torch.float64).logit()
     odds = odds[torch.arange(rows) // 5 % len(probabilities), None]
+    is_sure = sure_of[:, None] == torch.arange(vocabulary)
+    is_sure[sure_of == refusal_token_id, refusal_token_id:last] = True
     for _ in range(40):
         z = hidden @ weight.T if bias_vector is None else hidden @ weight.T + bias_vector
         z = logit_scale * z
         if softcap is not None:
             z = softcap * torch.tanh(z / softcap)
-        own = z.gather(1, sure_of[:, None])
-        others = z.scatter(1, sure_of[:, None], -torch.inf).logsumexp(1, keepdim=True)
+        own = z.masked_fill(~is_sure, -torch.inf).logsumexp(1, keepdim=True)
+        others = z.masked_fill(is_sure, -torch.inf).logsumexp(1, keepdim=True)
         missing = odds - (own - others)
         hidden += missing / logit_scale * towards
     if (missing.abs() > 1e-3).any():
@@ -138,7 +146,7 @@ def head_case(
         weight=weight,
         target=target,
         rto_mask=(kind == 1) | (kind == 2) | (kind == 3),
-        refusal_token_id=refusal_token_id,
+        refusal_token_id=refusal_token_id if refusals == 1 else range(refusal_token_id, last),
         next_weight=0.5 + torch.rand(rows, generator=generator),
         rto_weight=0.5 + torch.rand(rows, generator=generator),
         bias=bias_vector,

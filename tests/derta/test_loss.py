@@ -57,11 +57,13 @@ def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("num_items", [None, 37])
 @pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("refusal", [REFUSAL, (9, 1, 4)])
 def test_derta_loss_equals_its_documented_equation(
-    impl: str, num_items: int | None, softcap: float | None
+    impl: str, num_items: int | None, softcap: float | None, refusal: int | tuple[int, ...]
 ) -> None:
     generator = torch.Generator().manual_seed(2)
     arguments = batch(
+        refusal_token_id=refusal,
         rto_weight=0.3,
         loss_weight=torch.rand(3, 8, generator=generator, dtype=torch.float64),
         bias=torch.randn(11, generator=generator, dtype=torch.float64, requires_grad=True),
@@ -79,9 +81,11 @@ def test_derta_loss_equals_its_documented_equation(
     )
 
 
+@pytest.mark.parametrize("refusal", [REFUSAL, (9, 1, 4)])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_rto_loss_equals_its_documented_equation(impl: str) -> None:
+def test_rto_loss_equals_its_documented_equation(impl: str, refusal: int | tuple[int, ...]) -> None:
     arguments = batch(
+        refusal_token_id=refusal,
         loss_weight=torch.linspace(0, 1, 24, dtype=torch.float64).reshape(3, 8),
         bias=torch.linspace(-1, 1, 11, dtype=torch.float64),
         softcap=5.0,

@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 HEADS: dict[str, dict[str, Any]] = {
     "plain": dict(),
     "unlikely, bias": dict(unlikely=True, bias=True),
+    "set, softcap": dict(refusals=30, softcap=60.0),
     "unlikely, bias, softcap and scale": dict(
         unlikely=True, bias=True, softcap=60.0, logit_scale=2.0
     ),
@@ -202,6 +203,7 @@ def differences_between_ranks() -> None:
         (vars(case.to(torch.bfloat16)), f"{same} dtype of hidden, got torch.float32 on rank 0 and"),
         (dict(softcap=30.0), f"{same} softcap, got 0 on rank 0 and 30 {where}"),
         (dict(logit_scale=0.5), f"{same} logit_scale, got 1 on rank 0 and 0.5 {where}"),
+        (dict(refusal_token_id=[3, 5]), f"{same} refusal tokens, got those with the fingerprint"),
         (dict(target=other_target), f"{same} targets and weights, got those with the fingerprint"),
         (dict(rto_weight=2 * case.rto_weight), f"{same} targets and weights"),
         (dict(unlikely_target=case.target), f"{same} number of tokens of a row, got 2 on rank 0"),
@@ -210,6 +212,10 @@ def differences_between_ranks() -> None:
         assert_refused(case.arguments() | (change if last else {}), message)
     everyone = (
         (dict(refusal_token_id=VOCABULARY), r"refusal_token_id must lie in [0, V) = [0, 97)"),
+        (
+            dict(refusal_token_id=[3, VOCABULARY]),
+            "refusal_token_id must lie in [0, V) = [0, 97), g",
+        ),
         (dict(target=case.target + VOCABULARY), "target must lie in [0, V) = [0, 97)"),
         (dict(weight=case.weight[:0]), "weight must have at least one row on some rank"),
         (dict(impl="reference"), 'impl must not be "reference" with a group'),

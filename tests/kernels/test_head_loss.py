@@ -58,6 +58,10 @@ HEADS: dict[str, dict[str, Any]] = {
     "unlikely, bias, softcap and scale": dict(
         unlikely=True, bias=True, softcap=60.0, logit_scale=2.0
     ),
+    "set": dict(refusals=5),
+    "set, unlikely, bias, softcap and scale": dict(
+        refusals=5, unlikely=True, bias=True, softcap=60.0, logit_scale=-2.0
+    ),
 }
 
 
@@ -607,9 +611,11 @@ def test_the_operators_pass_the_checks_of_torch_library(
         case.weight.requires_grad_(required[1]),
     )
     arguments = (hidden, weight, case.bias, tokens, has_target, weights, None, 1.0, "torch", None)
-    torch.library.opcheck(custom_op.head_loss_op, (*arguments, *required, False))
+    torch.library.opcheck(custom_op.head_loss_op, (*arguments, *required, False, []))
     rows = has_target.any(1).nonzero().squeeze(1)
-    torch.library.opcheck(custom_op.head_loss_of_rows_op, (*arguments, *required, False, rows))
+    torch.library.opcheck(
+        custom_op.head_loss_of_rows_op, (*arguments, *required, False, [3, 7], rows)
+    )
     gradients = [torch.ones(3, 4) for _ in range(3)]
     torch.library.opcheck(
         custom_op.scale_gradients_op,
@@ -939,7 +945,11 @@ def test_given_rows_that_are_not_the_live_ones_are_refused(impl: str) -> None:
         (dict(refusal_token_id=None), ValueError, "refusal_token_id is required with rto_mask"),
         (dict(refusal_token_id=11), ValueError, r"refusal_token_id must lie in \[0, V\) = \[0, 11"),
         (dict(refusal_token_id=-1), ValueError, "refusal_token_id must lie in"),
-        (dict(refusal_token_id="Sorry"), TypeError, "refusal_token_id must be int or NoneType"),
+        (dict(refusal_token_id="Sorry"), TypeError, "refusal_token_id must be int, a sequence"),
+        (dict(refusal_token_id=[3, "I"]), TypeError, "of int or None, got str in a sequence"),
+        (dict(refusal_token_id=()), ValueError, "refusal_token_id must have at least one token"),
+        (dict(refusal_token_id=[3, 5, 3]), ValueError, "distinct tokens, got 3 twice"),
+        (dict(refusal_token_id=[3, 11]), ValueError, r"must lie in \[0, V\) = \[0, 11\), got 11"),
         (dict(next_weight=torch.ones(4)), ValueError, r"next_weight must have shape \(N,\)"),
         (dict(rto_weight=torch.ones(5).long()), ValueError, "rto_weight must be float16 or"),
         (

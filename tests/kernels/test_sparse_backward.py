@@ -35,6 +35,7 @@ HEADS: dict[str, tuple[float, dict[str, Any]]] = {
     "plain": (TWO_CHUNKS, dict()),
     "bias, softcap and scale": (ONE_CHUNK, dict(bias=True, softcap=60.0, logit_scale=2.0)),
     "unlikely": (TWO_CHUNKS, dict(unlikely=True)),
+    "set": (TWO_CHUNKS, dict(refusals=5)),
 }
 
 

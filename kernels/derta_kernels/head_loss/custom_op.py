@@ -9,6 +9,7 @@ host decides nothing there, so a CUDA graph may capture it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from derta_kernels.head_loss.chunked import SLICE_ELEMENTS, head_loss_chunked, s
 from derta_kernels.head_loss.live_rows import checked_rows, counted_rows, gathered, scattered
 from derta_kernels.head_loss.shards import agree
 from derta_kernels.head_loss.sparse import Masses, SparseBackward
+from derta_kernels.head_loss.token_set import check_in_vocabulary, token_set, with_set
 
 
 def loss_and_gradients(
@@ -35,6 +37,7 @@ def loss_and_gradients(
     form_hidden: bool,
     form_weight: bool,
     form_bias: bool,
+    refusal_tokens: Sequence[int] = (),
     group: str | None = None,
     live_rows: Tensor | None = None,
     sparse_backward: float = 0.0,
@@ -46,7 +49,8 @@ def loss_and_gradients(
     The targets of `head_loss` come as columns: K tokens of each row (`live_rows.COLUMNS`), flags of
     those that are targets, and their weights, 0 without a target. `group` is the name of the
     process group that shares the vocabulary. Weight and bias are cast to hidden's dtype. Live
-    rows that are not given are counted on the host.
+    rows that are not given are counted on the host. `refusal_tokens`, ascending, are the set that
+    the second column is of; without any it is of its token.
     """
     weight = weight.to(hidden.dtype)
     bias = None if bias is None else bias.to(hidden.dtype)
@@ -63,8 +67,10 @@ def loss_and_gradients(
             logit_scale,
             form_hidden,
             shard_chunk_rows(hidden, weight, scratch_mb, form_weight),
+            refusal_tokens,
         )
     vocabulary = len(weight) if shards is None else shards.vocabulary
+    check_in_vocabulary(refusal_tokens, vocabulary)
     rows = (
         counted_rows(tokens, has_target, vocabulary)
         if live_rows is None
@@ -75,11 +81,15 @@ def loss_and_gradients(
         live_tokens = shards.own(live_tokens, len(weight))
     live_weight = gathered(token_weight, rows)
     name = choose(impl, hidden.device, hidden.dtype).name
+    passes = row_pass(name)
+    if refusal_tokens:
+        start = 0 if shards is None else shards.start
+        passes = with_set(passes, token_set(refusal_tokens, start, len(weight), hidden.device))
     sparse = None
     if sparse_backward and (form_hidden or form_weight):
         sparse = SparseBackward(
             sparse_backward,
-            row_pass(name),
+            passes,
             name == "triton",
             live_weight,
             logit_scale,
@@ -96,7 +106,7 @@ def loss_and_gradients(
             rows,
             softcap,
             logit_scale,
-            row_pass(name),
+            passes,
             scratch_mb,
             (form_hidden, form_weight, form_bias),
             shards,
@@ -123,7 +133,7 @@ FORMS = slice(10, 13)  # form_hidden, form_weight and form_bias among the argume
 ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor tokens, Tensor has_target, "
     "Tensor token_weight, float? softcap, float logit_scale, str impl, float? scratch_mb, "
-    "bool form_hidden, bool form_weight, bool form_bias"
+    "bool form_hidden, bool form_weight, bool form_bias, int[] refusal_tokens"
 )
 RESULTS = f"({', '.join(['Tensor'] * 9)})"
 
@@ -159,6 +169,7 @@ def _(
     form_hidden: bool,
     form_weight: bool,
     form_bias: bool,
+    refusal_tokens: Sequence[int],
     group: Any = None,  # the live rows of `head_loss_of_rows`
     live_rows: Tensor | None = None,
     sparse_backward: float = 0.0,

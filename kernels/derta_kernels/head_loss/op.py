@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from derta_kernels.head_loss.head import own_rows
 from derta_kernels.head_loss.live_rows import checked_rows, counted_rows, gathered, scattered
 from derta_kernels.head_loss.reference import head_loss_reference
 from derta_kernels.head_loss.shards import FLOATS
+from derta_kernels.head_loss.token_set import check_in_vocabulary, checked_ids
 
 _LAYOUT: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "hidden": ("(N, d)", FLOATS),
@@ -36,8 +38,9 @@ class HeadLoss(NamedTuple):
         loss: (), nats, the weighted sum over all targets; differentiable.
         logsumexp: (N,), log of the sum of exp(logits); detached; 0 on dead rows.
         next_nll: (N,), nats, -log p(target); detached; 0 where the row has no next token.
-        refusal_nll: (N,), nats, -log p(refusal token) of every live row, in rto_mask or not;
-            detached; 0 on dead rows, and everywhere if no refusal token was given.
+        refusal_nll: (N,), nats, -log p(refusal token) of every live row, in rto_mask or not, of a
+            set -log of its probability; detached; 0 on dead rows, and everywhere if no refusal
+            token was given.
         unlikelihood: (N,), nats, -log(1 - p(unlikely target)); detached; 0 where the row has none.
         gradient_mass: (N,), the sum of |dloss / dlogit| over a row's logits, before cap and scale;
             detached; 0 unless a sparse backward pass formed gradients.
@@ -59,7 +62,7 @@ def head_loss(
     target: Tensor,
     rto_mask: Tensor | None = None,
     *,
-    refusal_token_id: int | None = None,
+    refusal_token_id: int | Sequence[int] | None = None,
     next_weight: Tensor | None = None,
     rto_weight: Tensor | None = None,
     unlikely_target: Tensor | None = None,
@@ -86,7 +89,9 @@ def head_loss(
         z = softcap * torch.tanh(z / softcap) if softcap else z
         nll, has_next = -torch.log_softmax(z, dim=1), target != ignore_index
         loss = (next_weight * nll.gather(1, target.clamp(min=0)[:, None])[:, 0])[has_next].sum()
-        loss = loss + (rto_weight * nll[:, refusal_token_id])[rto_mask].sum()
+        refusals = [refusal_token_id] if isinstance(refusal_token_id, int) else refusal_token_id
+        refusal_nll = -torch.logsumexp(-nll[:, refusals], dim=1)  # of the sum of their p
+        loss = loss + (rto_weight * refusal_nll)[rto_mask].sum()
 
     and with unlikely_target:
 
@@ -104,7 +109,8 @@ def head_loss(
     Gradients of hidden and weight are then approximate; skipped_mass says by how much. The loss and
     the gradient of bias stay exact.
 
-    Memory: see `head_loss_chunked`. Under autocast also the cast weight.
+    Memory: see `head_loss_chunked`. Under autocast also the cast weight; with a set of S refusal
+        tokens about 8 S numbers for each row of a chunk.
     Numerics: logits and their gradient are rounded to hidden's dtype once each, all else is
         float32, or float64 for float64 inputs. Under autocast, the gradients of a float32 weight
         and bias are not rounded. No row's loss is negative. Deterministic.
@@ -119,7 +125,8 @@ def head_loss(
             must have the placement Shard(0) on a mesh of one dimension.
         target: (N,) int64 in [0, V), or `ignore_index` where the row has no next token.
         rto_mask: (N,) bool, rows with the refusal token as target; None: no such row.
-        refusal_token_id: in [0, V); required with rto_mask.
+        refusal_token_id: in [0, V), or several distinct ones, a set: its loss is -log of the sum of
+            their probabilities, exact where that is near 1. Required with rto_mask.
         next_weight: (N,) floating point, factor of each row's next-token loss; None: ones.
         rto_weight: (N,) floating point, factor of each row's refusal loss; None: ones.
         unlikely_target: (N,) int64 in [0, V), the token that the row is trained not to say, or
@@ -147,10 +154,10 @@ def head_loss(
     Raises:
         TypeError: an argument is of the wrong Python type.
         ValueError: a wrong shape, dtype, device or range; a target outside [0, V); rto_mask
-            without refusal_token_id; weights that require a gradient; an unknown impl, or one
-            that cannot run there; impl "reference" with a group; sparse_backward with either of
-            them. On every rank of a group: ranks that differ in d, dtype, N, targets, weights,
-            softcap or logit_scale.
+            without refusal_token_id; a refusal token given twice; weights that require a gradient;
+            an unknown impl, or one that cannot run there; impl "reference" with a group;
+            sparse_backward with either of them. On every rank of a group: ranks that differ in d,
+            dtype, N, targets, weights, refusal tokens, softcap or logit_scale.
         RuntimeError: live_rows are not the rows with a target, or a target lies outside [0, V);
             on CUDA as a device-side assertion.
 
@@ -173,8 +180,11 @@ def head_loss(
     _check_sparse(sparse_backward, group, impl)
     _check_tensors(tensors, is_shard=group is not None)
     vocabulary = len(weight) if group is None else None
-    _check_numbers(refusal_token_id, softcap, logit_scale, ignore_index, scratch_mb, vocabulary)
-    if rto_mask is not None and refusal_token_id is None:
+    _check_numbers(softcap, logit_scale, ignore_index, scratch_mb)
+    refusal_ids = checked_ids(refusal_token_id)
+    if vocabulary is not None:  # with shards, no rank knows it yet
+        check_in_vocabulary(refusal_ids, vocabulary)
+    if rto_mask is not None and not refusal_ids:
         raise ValueError("refusal_token_id is required with rto_mask, got None")
     hidden = _autocast(hidden, weight, bias)
 
@@ -182,7 +192,8 @@ def head_loss(
     is_rto = torch.zeros_like(has_next) if rto_mask is None else rto_mask
     wide = torch.promote_types(hidden.dtype, torch.float32)
     # One column a kind of target, in the order of `live_rows.COLUMNS`.
-    refusals = torch.full_like(target, refusal_token_id or 0)
+    refusals = torch.full_like(target, refusal_ids[0] if refusal_ids else 0)
+    refusal_set = refusal_ids if len(refusal_ids) > 1 else ()
     columns = [
         (target.where(has_next, 0), has_next, next_weight),
         (refusals, is_rto, rto_weight),
@@ -213,6 +224,7 @@ def head_loss(
             gathered(token_weight, rows),
             softcap,
             logit_scale,
+            refusal_set,
         )
         logsumexp = scattered(logsumexp, rows, len(target))
         nll = scattered(nll, rows, len(target))
@@ -232,6 +244,7 @@ def head_loss(
                 torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
                 for tensor in (hidden, weight, bias)
             ),
+            refusal_set,
         )
         if live_rows is None or group is not None or sparse_backward:
             name = None if group is None else group.group_name
@@ -245,7 +258,7 @@ def head_loss(
         loss=loss,
         logsumexp=logsumexp,
         next_nll=nll[:, 0].where(has_next, 0.0),
-        refusal_nll=nothing if refusal_token_id is None else nll[:, 1],
+        refusal_nll=nll[:, 1] if refusal_ids else nothing,
         unlikelihood=nothing if unlikely_target is None else nll[:, 2].where(is_unlikely, 0.0),
         gradient_mass=masses[0],
         skipped_mass=masses[1],
@@ -347,19 +360,13 @@ def _check_tensors(tensors: dict[str, Tensor], is_shard: bool) -> None:
 
 
 def _check_numbers(
-    refusal_token_id: int | None,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
     scratch_mb: float | None,
-    vocabulary: int | None,
 ) -> None:
-    """Check types and ranges of the arguments that are not tensors.
-
-    With shards, no rank knows the vocabulary yet; `counted_rows` then checks the refusal token.
-    """
+    """Check types and ranges of the arguments that are not tensors."""
     for name, number, kinds in (
-        ("refusal_token_id", refusal_token_id, (int, type(None))),
         ("softcap", softcap, (int, float, type(None))),
         ("logit_scale", logit_scale, (int, float)),
         ("ignore_index", ignore_index, (int,)),
@@ -368,11 +375,6 @@ def _check_numbers(
         if isinstance(number, bool) or not isinstance(number, kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
             raise TypeError(f"{name} must be {names}, got {type(number).__name__}")
-    if refusal_token_id is not None and vocabulary is not None:
-        if not 0 <= refusal_token_id < vocabulary:
-            raise ValueError(
-                f"refusal_token_id must lie in [0, V) = [0, {vocabulary}), got {refusal_token_id}"
-            )
     if softcap is not None and not 0 < softcap < inf:
         raise ValueError(f"softcap must be finite and > 0, or None, got {softcap}")
     if not 0 < abs(logit_scale) < inf:

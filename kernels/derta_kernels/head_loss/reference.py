@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ def head_loss_reference(
     token_weight: Tensor,
     softcap: float | None,
     logit_scale: float,
+    refusal_tokens: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute loss, logsumexp and nll of rows that all have a target.
 
@@ -32,6 +35,7 @@ def head_loss_reference(
             weight 0 is no target: its nll is returned but kept out of the loss.
         softcap: bound of the logits, > 0, or None.
         logit_scale: factor of the logits.
+        refusal_tokens: the set whose probability the second column is of; empty: of its token.
 
     Returns:
         loss (), differentiable; logsumexp (n,) and nll (n, K), detached; all in token_weight's
@@ -44,7 +48,11 @@ def head_loss_reference(
     highest = z.detach().amax(1, keepdim=True)  # a constant to autograd: it cancels
     terms = (z - highest).exp()
     log_sum = terms.sum(1, keepdim=True).log()
-    nll = (highest - z.gather(1, tokens)) + log_sum
+    token_logits = z.gather(1, tokens)
+    if refusal_tokens:
+        of_set = z[:, list(refusal_tokens)].logsumexp(1, keepdim=True)
+        token_logits = torch.cat((token_logits[:, :1], of_set, token_logits[:, 2:]), 1)
+    nll = (highest - token_logits) + log_sum
     if tokens.shape[1] == 3:
         # -log1p(-p) below p = 0.5, else by the sum of the other terms, as 1 - p loses its digits.
         unlikely = tokens[:, 2:]

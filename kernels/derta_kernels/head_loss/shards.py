@@ -9,7 +9,8 @@ stay where they are. kernels/README.md has the mathematics and the bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -77,13 +78,19 @@ def merged(summaries: Tensor) -> Tensor:
 
 
 def sent_bytes(
-    rows: int, width: int, columns: int, ranks: int, dtype: torch.dtype, hidden_gradient: bool
+    rows: int,
+    width: int,
+    columns: int,
+    ranks: int,
+    dtype: torch.dtype,
+    hidden_gradient: bool,
+    refusal_tokens: int = 0,
 ) -> float:
     """Return the bytes that a rank sends for `rows` live rows, by collectives that go in a ring.
 
-    With w bytes of the dtype computed in, a summary has 3 + K numbers and d_hidden has d:
+    With w bytes of the dtype computed in, a summary has 3 + K + S numbers and d_hidden has d:
 
-        (R - 1) n (3 + K) w  +  2 (R - 1) / R n d w
+        (R - 1) n (3 + K + S) w  +  2 (R - 1) / R n d w
 
     The exchange of a call's facts, 8 bytes for each of `FACTS` and rank, is left out. A gathered
     head costs (R - 1) / R V d b bytes a gathering, and as many for d_weight where it is trained.
@@ -94,9 +101,10 @@ def sent_bytes(
         ranks: R.
         dtype: dtype of hidden.
         hidden_gradient: if True, hidden requires a gradient.
+        refusal_tokens: S, the refusal tokens if they are several, else 0.
     """
     size = torch.promote_types(dtype, torch.float32).itemsize
-    summaries = (ranks - 1) * rows * (3 + columns) * size
+    summaries = (ranks - 1) * rows * (3 + columns + refusal_tokens) * size
     return summaries + hidden_gradient * 2 * (ranks - 1) / ranks * rows * width * size
 
 
@@ -111,6 +119,7 @@ FACTS = (
     "gradient of hidden",
     "softcap",
     "logit_scale",
+    "refusal tokens",
     "targets and weights",
 )
 
@@ -126,6 +135,7 @@ def agree(
     logit_scale: float,
     form_hidden: bool,
     chunk_rows: int,
+    refusal_tokens: Sequence[int],
 ) -> Shards:
     """Exchange what the ranks have to know of one another, in one small collective.
 
@@ -152,6 +162,7 @@ def agree(
         int(form_hidden),
         _bits(softcap or 0.0),
         _bits(logit_scale),
+        _digest(refusal_tokens),
     ]
     fingerprint = _fingerprint(tokens, has_target, token_weight)
     mine = torch.cat((torch.tensor(known, device=tokens.device), fingerprint[None]))
@@ -181,13 +192,19 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
+def _digest(ids: Sequence[int]) -> int:
+    """Return an int64 that other ids would hardly have."""
+    digest = blake2b(struct.pack(f"<{len(ids)}q", *ids), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 def _shown(name: str, value: int) -> str:
     """Return an exchanged value as an error message shows it."""
     if name == "dtype of hidden":
         return str(FLOATS[value])
     if name in ("softcap", "logit_scale"):
         return f"{struct.unpack('<d', struct.pack('<q', value))[0]:g}"
-    if name == "targets and weights":
+    if name in ("refusal tokens", "targets and weights"):
         return f"those with the fingerprint {value & 0xFFFFFFFF:08x}"
     return str(value)
 
