@@ -123,11 +123,11 @@ def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
 
 
 def describe(trainer: DertaTrainer) -> str:
-    """Describe the refusal token, the examples, each source's share, and the tokens saved."""
+    """Describe the refusal tokens, the examples, each source's share, and the tokens saved."""
     steps = trainer.train_dataset
     shares = describe_shares(steps.shares(trainer.args.loss_norm), trainer.objective.terms)
     return (
-        f"refusal token {trainer.refusal_token.text!r} (id {trainer.refusal_token.id}); "
+        f"{trainer.refusals}; "
         f"{len(steps.examples)} examples, {len(steps)} steps, {steps.packs} packs of at most "
         f"{trainer.args.max_tokens} tokens\n{shares}\n{steps.tokens}"
     )
@@ -219,8 +219,8 @@ def run(config: TrainConfig) -> None:
     if config.dry_run:
         batch = trainer.train_dataset[0][0]
         color = sys.stdout.isatty()
-        refusal_id = trainer.refusal_token.id
-        shown = render_pack(batch, trainer.objective, tokenizer, refusal_id, color=color)
+        refusal = trainer.refusals.target
+        shown = render_pack(batch, trainer.objective, tokenizer, refusal, color=color)
         if trainer.is_world_process_zero():
             say(shown, colors=color)
         return

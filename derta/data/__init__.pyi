@@ -44,7 +44,9 @@ from derta.data.tokens.encoding import (
     Encoder as Encoder,
 )
 from derta.data.tokens.refusal import (
+    RefusalSet as RefusalSet,
     RefusalToken as RefusalToken,
+    choose_refusal_set as choose_refusal_set,
     choose_refusal_token as choose_refusal_token,
     resolve_refusal_token as resolve_refusal_token,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from derta.data.records.duplicates import (
 from derta.data.records.types import Dialogue, Message, Record, Rendered, Request, Triple
 from derta.data.tokens.chat import BATCH, batched
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple, Encoder
-from derta.data.tokens.refusal import choose_refusal_token
+from derta.data.tokens.refusal import choose_refusal_set
 from derta.data.tokens.special import COMMON, SpecialTokenCount
 from derta.objectives.base import Drawn, LossNorm
 
@@ -150,21 +150,26 @@ class RunStatistics:
             self.shortened += len(fitted.harmful) < len(whole.harmful)
         return fitted
 
-    def refusal(self, refusal: str | int) -> dict[str, Any] | None:
-        """Return the refusal token and a warning about it; None without triples.
+    def refusal(
+        self,
+        refusal: str | int,
+        refusal_tokens: Literal["auto"] | Sequence[str | int] | None = None,
+    ) -> dict[str, Any] | None:
+        """Return the refusal tokens and a warning about them; None without triples.
 
         Raises:
             TypeError, ValueError: as `resolve_refusal_token`.
         """
         if not self._safe_starts:
             return None
-        token = choose_refusal_token(self.whole, refusal, self._safe_starts, self._first_messages)
-        return {
-            "id": token.id,
-            "text": token.text,
-            "safe_start_share": token.safe_start_share,
-            "warning": token.warning,
-        }
+        refusals = choose_refusal_set(
+            self.whole, refusal, refusal_tokens, self._safe_starts, self._first_messages
+        )
+        tokens = [
+            {"id": token.id, "text": token.text, "safe_start_share": token.safe_start_share}
+            for token in refusals.tokens
+        ]
+        return {"tokens": tokens, "warning": refusals.warning}
 
 
 class Repeats:
@@ -274,6 +279,7 @@ def data_statistics(
     run: RunStatistics | None = None,
     *,
     refusal: str | int = "auto",
+    refusal_tokens: Literal["auto"] | Sequence[str | int] | None = None,
     loss_norm: LossNorm = "tokens",
 ) -> dict[str, Any]:
     """Compute statistics of training records, and of a run on them.
@@ -282,7 +288,7 @@ def data_statistics(
         records: training records, read once.
         repeats: counts repeated requests; holds the evaluation records.
         run: counts tokens and targets; None counts characters and leaves the run out.
-        refusal, loss_norm: as in `DertaConfig`.
+        refusal, refusal_tokens, loss_norm: as in `DertaConfig`.
 
     Returns:
         Plain values without any text of a record: "rows" by source and kind, "unit" and "lengths"
@@ -323,7 +329,7 @@ def data_statistics(
                 "skipped": run.fitting.skipped,
             },
             "loss": shares,
-            "refusal": run.refusal(refusal),
+            "refusal": run.refusal(refusal, refusal_tokens),
         }
     return {
         "rows": {source: dict(kinds) for source, kinds in rows.items()},

@@ -83,7 +83,10 @@ def _is_count(value: object) -> bool:
 
 
 def refusal_starts(
-    chat: Chat, refusal_id: int, keywords: Sequence[str], refusals: Sequence[str] = ()
+    chat: Chat,
+    refusal_id: int | Sequence[int],
+    keywords: Sequence[str],
+    refusals: Sequence[str] = (),
 ) -> tuple[int, ...]:
     """Return the tokens that an attacker forbids: those that begin a known refusal.
 
@@ -92,7 +95,7 @@ def refusal_starts(
 
     Args:
         chat: the model's tokenizer and template.
-        refusal_id: the refusal token.
+        refusal_id: the refusal token, or several.
         keywords: phrases by which a judge recognizes a refusal.
         refusals: texts of refusals; a token counts if at least one in a hundred begins with it.
 
@@ -100,9 +103,8 @@ def refusal_starts(
         token ids in ascending order; none of them ends an answer.
     """
     begun = Counter(_start(chat, chat.response_ids(PROBE, text)) for text in refusals)
-    found = {refusal_id} | {
-        id for id, count in begun.items() if count >= LEAST_SHARE * len(refusals)
-    }
+    found = {refusal_id} if isinstance(refusal_id, int) else set(refusal_id)
+    found |= {id for id, count in begun.items() if count >= LEAST_SHARE * len(refusals)}
     for keyword in keywords:
         for text in {keyword, keyword.lower(), keyword.upper(), keyword[0].upper() + keyword[1:]}:
             written = chat.response_ids(PROBE, text), chat.text_ids(text), chat.text_ids(f" {text}")

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from derta.data import Chat, Dialogue, EncodedDialogue, Encoder, resolve_refusal_token
+from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
 from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
 from derta.evaluation.attacks import Attacks, keywords_of, refusal_starts, thinking_tag
@@ -30,10 +30,10 @@ from derta.evaluation.scenarios import (
     make_scenarios,
 )
 from derta.evaluation.teacher_forcing import (
-    PAPER_REFUSAL,
     find_refusal_token,
     perplexity,
     refusal_curves,
+    refusal_ids,
 )
 from derta.modeling.introspection import context_length
 
@@ -72,7 +72,7 @@ class EvaluationSettings(Attacks):
             its slot, there is no judge, or lm-eval is not installed or lacks a task.
     """
 
-    refusal: str | int = "auto"
+    refusal: str | int | Sequence[str | int] = "auto"
     max_new_tokens: int = 256
     batch_size: int = 16
     max_tokens: int = 4096
@@ -376,12 +376,11 @@ def _refusal_starts(
     if not (settings.refusal_banned and data.harmful):
         return ()
     if model is None:
-        refusal = PAPER_REFUSAL if settings.refusal == "auto" else settings.refusal
-        refusal_id = resolve_refusal_token(chat.tokenizer, refusal).id
+        refusal = refusal_ids(chat.tokenizer, settings.refusal)
     else:
-        refusal_id = find_refusal_token(model, chat.tokenizer, settings.refusal)
+        refusal = find_refusal_token(model, chat.tokenizer, settings.refusal)
     keywords = keywords_of([*settings.judges.values()])
-    return refusal_starts(chat, refusal_id, keywords, data.refusals)
+    return refusal_starts(chat, refusal, keywords, data.refusals)
 
 
 def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verdict]]]:

@@ -66,7 +66,7 @@ def refusal_curves(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Triple | Dialogue | Request],
     *,
-    refusal: str | int = "auto",
+    refusal: str | int | Sequence[str | int] = "auto",
     max_tokens: int = 4096,
     special_tokens_in_text: SpecialTokensInText = "plain",
 ) -> list[np.ndarray]:
@@ -121,16 +121,16 @@ def _response_of(record: Triple | Dialogue | Request) -> tuple[Sequence[Message]
 def find_refusal_token(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    refusal: str | int = "auto",
+    refusal: str | int | Sequence[str | int] = "auto",
     triples: Sequence[Triple] = (),
-) -> int:
-    """Return the id of the refusal token.
+) -> int | tuple[int, ...]:
+    """Return the id of the refusal token, or those of a set.
 
     Args:
         model: a model, patched or not.
         tokenizer: its tokenizer, with a chat template.
-        refusal: a word, a token id, or "auto": the token given to `apply_derta` if the model is
-            patched, else the most common first token of the safe responses, else "Sorry".
+        refusal: a word, a token id, several of them, or "auto": what `apply_derta` was given if the
+            model is patched, else the most common first token of the safe responses, else "Sorry".
         triples: triples with safe responses, for "auto".
 
     Raises:
@@ -139,22 +139,34 @@ def find_refusal_token(
     patch = patch_of(model)
     if refusal == "auto" and patch is not None:
         return patch.refusal_token_id
+    return refusal_ids(tokenizer, refusal, triples)
+
+
+def refusal_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    refusal: str | int | Sequence[str | int] = "auto",
+    triples: Sequence[Triple] = (),
+) -> int | tuple[int, ...]:
+    """Do as `find_refusal_token`, for a model that is not patched."""
     if refusal == "auto" and not triples:
         refusal = PAPER_REFUSAL
-    return resolve_refusal_token(tokenizer, refusal, triples).id
+    if isinstance(refusal, str | int):
+        return resolve_refusal_token(tokenizer, refusal, triples).id
+    return tuple(resolve_refusal_token(tokenizer, one, triples).id for one in refusal)
 
 
 def refusal_curve(
     model: PreTrainedModel,
     examples: Sequence[EncodedTriple],
-    refusal_token_id: int,
+    refusal_token_id: int | Sequence[int],
     max_tokens: int = 4096,
 ) -> list[np.ndarray]:
-    """Return the probability of the refusal token after every token of each harmful response.
+    """Return the probability of a refusal token after every token of each harmful response.
 
     Equals, up to rounding:
         logits = model(torch.cat([prompt, harmful])[None]).logits[0].float()
-        curve = logits.softmax(-1)[len(prompt) - 1 :, refusal_token_id]
+        refusals = [refusal_token_id] if isinstance(refusal_token_id, int) else refusal_token_id
+        curve = logits.softmax(-1)[len(prompt) - 1 :, refusals].sum(-1)
 
     The model may be patched or not, and its state is restored. Inside `over_ranks`, ranks share the
     packs.
@@ -162,7 +174,7 @@ def refusal_curve(
     Args:
         model: a model that `apply_derta` supports.
         examples: examples with harmful responses; safe responses are ignored.
-        refusal_token_id: see `derta.resolve_refusal_token`.
+        refusal_token_id: see `derta.resolve_refusal_token`; several: their probabilities add up.
         max_tokens: tokens per pack; a longer example has its own pack.
 
     Returns:
@@ -271,7 +283,9 @@ def _read(
 
 
 @contextlib.contextmanager
-def _reading(model: PreTrainedModel, refusal_token_id: int | None = None) -> Iterator[None]:
+def _reading(
+    model: PreTrainedModel, refusal_token_id: int | Sequence[int] | None = None
+) -> Iterator[None]:
     """Patch the model in evaluation mode, and restore it; without an id, any token will do."""
     patch = patch_of(model)
     if patch is not None and refusal_token_id not in (None, patch.refusal_token_id):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from derta.modeling.sharding import class_name, inside, is_whole
 from derta.objectives.base import Number, Objective
 from derta.objectives.derta import DertaObjective
 from derta_kernels.attention import Bounds
+from derta_kernels.head_loss import checked_ids
 
 MASKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -73,10 +74,11 @@ class Twin(NamedTuple):
 class Patch:
     """The arguments of `apply_derta` and its changes, kept on the model.
 
-    is_checked is True once the self-check has passed, or while it runs.
+    refusal_token_id is an int, or several in ascending order. is_checked is True once the
+    self-check has passed, or while it runs.
     """
 
-    refusal_token_id: int
+    refusal_token_id: int | tuple[int, ...]
     objective: Objective
     impl: str
     offload: bool
@@ -88,7 +90,7 @@ class Patch:
 
 def apply_derta(
     model: nn.Module,
-    refusal_token_id: int,
+    refusal_token_id: int | Sequence[int],
     *,
     objective: Objective | None = None,
     impl: str = "auto",
@@ -127,7 +129,8 @@ def apply_derta(
 
     Args:
         model: a transformers model with a language model's head, or a PEFT model of one.
-        refusal_token_id: in [0, vocabulary).
+        refusal_token_id: in [0, vocabulary), or several, whose set RTO trains towards, see
+            `derta_kernels.head_loss.head_loss`.
         objective: the objective of packs; None: DeRTa's with its defaults.
         impl: implementation of the head loss, see `derta_kernels.head_loss.head_loss`.
         attention: implementation of attention over packs, see
@@ -144,13 +147,15 @@ def apply_derta(
         `model`.
 
     Raises:
-        TypeError: model is not a transformers model.
+        TypeError: model is not a transformers model, or refusal_token_id is of the wrong type.
         ValueError: packs would train the model wrongly; names the reason: an encoder-decoder, no
             head, an adapter on the head or a quantized head, attention that cannot be replaced or
             carries a state, missing weights, 4-bit weights that a CPU misreads, or a failed
             self-check. The model is then unchanged.
     """
     patched = transformers_model(model)
+    ids = checked_ids(refusal_token_id)
+    refusal = ids if len(ids) > 1 else ids[0]
     remove_derta(patched)
     _refuse_unfit(patched)
     if check and not is_whole(patched):
@@ -162,7 +167,7 @@ def apply_derta(
         undo.callback(remove_derta, patched)
         vars(patched)["_derta_unpacked"] = forbid_packing(patched)
         head = (scratch_mb, sparse_backward)
-        _install(patched, refusal_token_id, impl, attention, offload, *head)
+        _install(patched, refusal, impl, attention, offload, *head)
         if check:
             check_derta(patched)
         if objective is not None:
@@ -295,7 +300,7 @@ def _refuse_unfit(model: PreTrainedModel) -> None:
 
 def _install(
     model: PreTrainedModel,
-    refusal_token_id: int,
+    refusal_token_id: int | tuple[int, ...],
     impl: str,
     attention: str,
     offload: bool,

@@ -5,7 +5,7 @@ Every pass is a call of the whole model, or of the engine that holds its weights
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ class Proof:
             routers = whole.aux_loss, router_loss(self.model, body)
         return Passes(torch.cat(hidden), torch.cat(logits), dtypes[-1], routers)
 
-    def check(self, refusal_token_id: int, expected: Passes) -> None:
+    def check(self, refusal_token_id: int | Sequence[int], expected: Passes) -> None:
         """Run the pack through the patched model and compare.
 
         Raises:
@@ -105,12 +105,13 @@ class Proof:
         self._judge("hidden states", error, hidden.dtype)
 
         logits = expected.logits.to(output.rows["mle"].dtype)
-        nll = logits.logsumexp(1, keepdim=True) - logits
-        for what, tokens, losses in (
-            ("next-token losses", self.pack["shift_labels"], output.rows["mle"]),
-            ("refusal losses", torch.full((1, 19), refusal_token_id), output.rows["rto"]),
+        next_tokens = self.pack["shift_labels"].to(logits.device).T
+        refusals = [refusal_token_id] if isinstance(refusal_token_id, int) else refusal_token_id
+        for what, said, losses in (
+            ("next-token losses", logits.gather(1, next_tokens), output.rows["mle"]),
+            ("refusal losses", logits[:, refusals], output.rows["rto"]),
         ):
-            own = nll.gather(1, tokens.to(nll.device).T)[:, 0]
+            own = logits.logsumexp(1) - said.logsumexp(1)
             error = (losses[0] - own).abs() / _size(logits.abs().amax(1))
             self._judge(what, error, expected.logits_dtype)
 

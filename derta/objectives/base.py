@@ -185,7 +185,7 @@ class Objective(ABC):
         head: Head,
         columns: Mapping[str, Tensor],
         *,
-        refusal_token_id: int,
+        refusal_token_id: int | Sequence[int],
         loss_weight: Tensor | None,
         live_rows: Tensor | None,
         term_weights: Mapping[str, Number],
@@ -201,7 +201,7 @@ class Objective(ABC):
             hidden: (1, N, d) hidden states.
             head: the vocabulary projection.
             columns: those of `columns` that were given, (1, N) each.
-            refusal_token_id: the token that refusals start with.
+            refusal_token_id: the token that refusals start with, or several.
             loss_weight: (1, N) weight of each row's example; None: ones.
             live_rows: (n,) int64, the rows with a target; None: the loss counts them.
             term_weights: factor of each term by its name.

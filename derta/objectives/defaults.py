@@ -12,6 +12,7 @@ LossNorm = Literal["tokens", "official", "terms"]
 RtoKeep = float | Literal["official"]
 
 RTO_WEIGHT = 1.0
+MOST_REFUSALS = 64
 MAX_LENGTH = 1024
 MAX_TOKENS = 4096
 # Tokens of a prompt and of a safe response, about the means of the official data.

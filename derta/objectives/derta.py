@@ -1,13 +1,14 @@
 """DeRTa (arXiv 2407.09121): safe responses after harmful prefixes, and refusal at every position.
 
 Terms: `mle`, next-token loss on safe responses and dialogues; `rto`, reinforced transition
-optimization, the refusal token as a target at every drawn depth of a harmful response. Both kinds
-of target of one row are read from the same scratch row of logits.
+optimization, the refusal token as a target at every drawn depth of a harmful response, or a set of
+refusal tokens by the sum of their probabilities, whatever token a safe response starts with. Both
+kinds of target of one row are read from the same scratch row of logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,7 @@ class DertaObjective(DrawSettings, Objective):
         head: Head,
         columns: Mapping[str, Tensor],
         *,
-        refusal_token_id: int,
+        refusal_token_id: int | Sequence[int],
         loss_weight: Tensor | None,
         live_rows: Tensor | None,
         term_weights: Mapping[str, Number],
@@ -156,7 +157,7 @@ class DertaObjective(DrawSettings, Objective):
         return {"mle": rows.next_nll, "rto": rows.refusal_nll}
 
     def means(self, batch: Any, rows: Mapping[str, Tensor]) -> dict[str, Mean]:
-        """Return the mean probability of the refusal token, and what a sparse backward pass lost.
+        """Return the mean probability of refusal tokens, and what a sparse backward pass lost.
 
         `refusal_p`: at RTO targets, by tenths of the harmful response. `benign_refusal_p`: in
         answers to harmless requests. `skipped_gradient`: the share of sum |dloss / dlogit| that was

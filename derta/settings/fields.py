@@ -195,7 +195,9 @@ def check_ranges(config: Any, others: Mapping[str, About] | None = None) -> None
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if isinstance(value, str) and (words := words_of(key.hint)):
             if value not in words:
-                raise ValueError(f"{name} must be a number or {', '.join(words)}, got {value!r}")
+                lists = any(typing.get_origin(one) is list for one in typing.get_args(key.hint))
+                kind = "a list" if lists else "a number"
+                raise ValueError(f"{name} must be {kind} or {', '.join(words)}, got {value!r}")
         else:
             _check_range(name, key.about, value)
     for name, about in (others or {}).items():

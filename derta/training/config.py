@@ -152,6 +152,7 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
                 "resume and resume_from_checkpoint name two places to continue from: leave one out"
             )
         self.follow_recipe()
+        self.check_refusals()
         self.check_memory()
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -82,7 +82,7 @@ SAMPLED = 64
 
 
 def fingerprint(
-    settings: Any, model: nn.Module, data: str, held_out: str | None, refusal_id: int
+    settings: Any, model: nn.Module, data: str, held_out: str | None, refusal: int | Sequence[int]
 ) -> dict[str, Any]:
     """Return the fingerprint, as plain values. All ranks call it together.
 
@@ -91,9 +91,9 @@ def fingerprint(
         model: the model before its first step.
         data: the digest of its examples.
         held_out: the digest of the examples that it is evaluated on, if there are some.
-        refusal_id: id of the refusal token.
+        refusal: id of the refusal token, or those of several.
     """
-    found = {"data": data, "model": _described(model), "refusal token": refusal_id}
+    found = {"data": data, "model": _described(model), "refusal token": _plain(refusal)}
     names = [name for name in RESULT_KEYS if hasattr(settings, name)]
     if settings.load_best_model_at_end:
         names += SELECTION_KEYS

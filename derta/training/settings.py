@@ -17,6 +17,7 @@ from derta.objectives.defaults import (
     DERTA,
     MAX_LENGTH,
     MAX_TOKENS,
+    MOST_REFUSALS,
     RECIPES,
     RTO_WEIGHT,
     CutPolicy,
@@ -97,6 +98,12 @@ class LossSettings:
         "safe responses.",
         heading="objective",
     )
+    refusal_tokens: Literal["auto"] | list[str | int] | None = setting(
+        None,
+        "Several refusal tokens: RTO raises the sum of their probabilities, and the model keeps "
+        "more than one way to stop. Words and token ids, at most 64, or auto, the first tokens of "
+        "the safe responses by frequency, at most 8, each of 1% of them. null: refusal alone.",
+    )
     rto_weight: float = setting(
         RTO_WEIGHT, "Weight of every RTO target in the loss's numerator.", ge=0, le=1000
     )
@@ -118,6 +125,26 @@ class LossSettings:
         "mean over each pack, averaged; terms: each kind of target by its own mean. Weights of "
         "records count in these means, in numerator and denominator.",
     )
+
+    def check_refusals(self) -> None:
+        """Check that one key names the refusal tokens, and how many.
+
+        Raises:
+            ValueError: both do, or the list is empty, too long or has auto in it.
+        """
+        given = self.refusal_tokens
+        if given is None:
+            return
+        if self.refusal != "auto":
+            raise ValueError(
+                f"refusal_tokens and refusal: {self.refusal} both name the refusal: leave one out"
+            )
+        if isinstance(given, list) and not 1 <= len(given) <= MOST_REFUSALS:
+            raise ValueError(
+                f"refusal_tokens must have 1 to {MOST_REFUSALS} tokens, got {len(given)}"
+            )
+        if isinstance(given, list) and "auto" in given:
+            raise ValueError("refusal_tokens must be auto or a list of tokens, got auto in a list")
 
 
 @dataclass(kw_only=True)

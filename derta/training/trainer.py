@@ -39,7 +39,7 @@ from derta.data import (
     PackedBatch,
     PackedSteps,
     Record,
-    choose_refusal_token,
+    choose_refusal_set,
     encode_records,
     plan_packs,
 )
@@ -122,13 +122,14 @@ class DertaTrainer(ResumableTrainer):
     where temporary files go (TMPDIR), one for each rank, and never in memory as a whole.
 
     Logged: `loss`; `mle_loss` and `rto_loss`, and `unlikelihood_loss` if it has a weight (means
-    over their own targets); `refusal_p_1` .. `refusal_p_10` (mean probability of the refusal token
-    in each tenth of the harmful responses); `benign_refusal_p` (the same in answers to harmless
-    requests); with sparse_backward `skipped_gradient` (share of the sum of |dloss / dlogit| that
-    the head's backward pass skipped); `live_rows` (share of rows with a target); `rto_targets`
-    (share of RTO in the weight of all targets); `tokens_per_s` (packed tokens over all ranks). On
-    several ranks also `imbalance`: how much longer than the mean the costliest rank takes, by the
-    plan's costs, as a mean over steps. `evaluate` adds the figures of `RefusalWatch`.
+    over their own targets); `refusal_p_1` .. `refusal_p_10` (mean probability of the refusal token,
+    or the sum of those of several, in each tenth of the harmful responses); `benign_refusal_p` (the
+    same in answers to harmless requests); with sparse_backward `skipped_gradient` (share of the sum
+    of |dloss / dlogit| that the head's backward pass skipped); `live_rows` (share of rows with a
+    target); `rto_targets` (share of RTO in the weight of all targets); `tokens_per_s` (packed
+    tokens over all ranks). On several ranks also `imbalance`: how much longer than the mean the
+    costliest rank takes, by the plan's costs, as a mean over steps. `evaluate` adds the figures of
+    `RefusalWatch`.
 
     Several ranks share the examples of a step such that they finish together. The packs are then
     others than those of one rank, unless the loss depends on them: under loss_norm "official", and
@@ -183,11 +184,15 @@ class DertaTrainer(ResumableTrainer):
         self.collator = Collator(self.objective, seed=args.seed)
         encoder = self._encoder(args, processing_class)
         examples = self._encode(args, train_dataset, encoder)
-        self.refusal_token = choose_refusal_token(
-            encoder, args.refusal, examples.safe_starts, examples.first_messages
+        self.refusals = choose_refusal_set(
+            encoder,
+            args.refusal,
+            args.refusal_tokens,
+            examples.safe_starts,
+            examples.first_messages,
         )
-        if self.refusal_token.warning is not None:
-            logger.warning(self.refusal_token.warning)
+        if self.refusals.warning is not None:
+            logger.warning(self.refusals.warning)
         held_out = None
         if eval_dataset is not None:
             held_out = self._encode(args, eval_dataset, encoder)
@@ -209,7 +214,7 @@ class DertaTrainer(ResumableTrainer):
             tile_mlp(model, args.mlp_tile)
         apply_derta(
             model,
-            self.refusal_token.id,
+            self.refusals.target,
             objective=self.objective,
             impl=args.head_impl,
             attention=args.attention_impl,
@@ -223,7 +228,7 @@ class DertaTrainer(ResumableTrainer):
             model,
             examples.examples.digest,
             None if held_out is None else held_out.examples.digest,
-            self.refusal_token.id,
+            self.refusals.target,
         )
         if _loses_updates(model, args):
             logger.warning(

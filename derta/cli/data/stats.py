@@ -98,8 +98,14 @@ def _of_run(found: Mapping[str, Any], terms: Sequence[Term]) -> list[str]:
         values = "".join(f"{share[term.name]:>16.1%}" for term in terms)
         lines.append(f"  {printable(source):<20}{values}")
     if refusal is not None:
-        token = f"{refusal['text']!r} (id {refusal['id']}), with which most safe responses start"
-        lines.append(f"refusal token: {refusal['warning'] or token}")
+        tokens = refusal["tokens"]
+        named = ", ".join(f"{one['text']!r} (id {one['id']})" for one in tokens)
+        share = sum(one["safe_start_share"] for one in tokens)
+        held = "with which most safe responses start"
+        if len(tokens) > 1:
+            held = f"with one of which {share:.0%} of the safe responses start"
+        title = f"refusal token{'s' * (len(tokens) > 1)}"
+        lines.append(f"{title}: {refusal['warning'] or f'{named}, {held}'}")
     return lines
 
 
@@ -137,6 +143,7 @@ def run(config: StatsConfig) -> None:
         Repeats(evaluation, near=config.near, listed=config.listed),
         of_run,
         refusal=config.refusal,
+        refusal_tokens=config.refusal_tokens,
         loss_norm=config.loss_norm,
     )
     say(describe(found, objective_of(config).terms))

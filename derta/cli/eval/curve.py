@@ -81,7 +81,11 @@ def _run(config: CurveConfig, *, is_first: bool) -> None:
     )
     if not is_first:
         return
-    refusal = Chat(tokenizer).text(refusal_id)
+    chat = Chat(tokenizer)
+    if isinstance(refusal_id, int):
+        refusal: str | list[str] = chat.text(refusal_id)
+    else:
+        refusal = [chat.text(id) for id in refusal_id]
     name, kind = folder.resolve().name, KINDS[config.role]
     mean, counts = mean_curve(curves)
     result = {

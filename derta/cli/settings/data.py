@@ -85,6 +85,7 @@ class StatsConfig(ObjectiveSettings, PackingSettings, TextSettings, SeedSettings
     def __post_init__(self) -> None:
         check_ranges(self)
         self.follow_recipe()
+        self.check_refusals()
         if self.output is not None:
             check_new_file("output", self.output)
 

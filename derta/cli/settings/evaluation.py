@@ -172,10 +172,10 @@ class EvaluateConfig(LoadingSettings, TextSettings):
         "accepts.",
         heading="refusal curve",
     )
-    refusal: str | int = setting(
+    refusal: str | int | list[str | int] = setting(
         "auto",
-        "Refusal token: a word, a token id, or auto, the most frequent first token of the safe "
-        "responses in harmful, and Sorry without any.",
+        "Refusal token: a word, a token id, a list of them, whose probabilities add up, or auto, "
+        "the most frequent first token of the safe responses in harmful, and Sorry without any.",
     )
     max_tokens: int = setting(MAX_TOKENS, "Longest pack of the refusal curve, in tokens.", ge=1)
     batch_size: int = setting(16, "Prompts a batch.", ge=1, heading="model")
@@ -346,10 +346,10 @@ class CurveConfig(LoadingSettings, PackSettings):
     output_dir: str = setting(
         "outputs/curve", "Folder for curve.json, curve.png and curve.svg. None of them holds text."
     )
-    refusal: str | int = setting(
+    refusal: str | int | list[str | int] = setting(
         "auto",
-        "Refusal token: a word, a token id, or auto, the most frequent first token of the safe "
-        "responses, and Sorry without any.",
+        "Refusal token: a word, a token id, a list of them, whose probabilities add up, or auto, "
+        "the most frequent first token of the safe responses, and Sorry without any.",
     )
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ def render_pack(
     batch: PackedBatch,
     objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
-    refusal_token_id: int,
+    refusal_token_id: int | Sequence[int],
     color: bool = True,
 ) -> str:
     """Return text for a terminal: a line for each row with a target, one for each run without.
@@ -36,7 +36,7 @@ def render_pack(
         batch: the pack.
         objective: names its targets.
         tokenizer: decodes its tokens.
-        refusal_token_id: token that refusals start with.
+        refusal_token_id: token that refusals start with, or several.
         color: if True, parts are in ANSI colours; a non-empty environment variable NO_COLOR turns
             them off.
     """
@@ -56,10 +56,11 @@ def render_pack(
     def paint(text: str, part: str) -> str:
         return f"\x1b[{COLORS[part.split()[0]]}m{text}\x1b[0m" if color else text
 
+    refusals = [refusal_token_id] if isinstance(refusal_token_id, int) else refusal_token_id
     counts = [f"{batch.totals[term.name].targets} {term.title} targets" for term in objective.terms]
     lines = [
         f"{len(tokens)} tokens, {len(batch.example_ids)} examples, {', '.join(counts)}; "
-        f"refusal token {quote([refusal_token_id])}",
+        f"refusal token{'s' * (len(refusals) > 1)} {', '.join(quote([id]) for id in refusals)}",
         "parts: " + ", ".join(paint(part, part) for part in COLORS),
     ]
     # strict=False: the empty pack has bounds and no example.

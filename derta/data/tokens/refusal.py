@@ -1,17 +1,26 @@
-"""The refusal token: the first token of a refusal, in the context of the chat template."""
+"""The refusal token: the first token of a refusal, in the context of the chat template.
+
+RTO trains towards one of them, or towards a set.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from derta.data.records.types import Message, Triple, naming
 from derta.data.tokens.chat import BATCH, PROBE, Chat, batched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# The most tokens of a set that is found, and the share of the safe responses that each starts.
+FOUND_REFUSALS = 8
+FOUND_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,49 @@ class RefusalToken:
 
     def __str__(self) -> str:
         return self.warning or f"{self.text!r} (id {self.id})"
+
+
+@dataclass(frozen=True)
+class RefusalSet:
+    """The tokens that RTO trains the model to say one of.
+
+    Attributes:
+        tokens: the tokens, at least one; found ones by frequency, the most frequent first.
+    """
+
+    tokens: tuple[RefusalToken, ...]
+
+    @property
+    def target(self) -> int | tuple[int, ...]:
+        """The id of the only token, or the ids of several, ascending."""
+        ids = sorted(token.id for token in self.tokens)
+        return ids[0] if len(ids) == 1 else tuple(ids)
+
+    @property
+    def safe_start_share(self) -> float:
+        """Share of the safe responses that start with one of the tokens, in [0, 1]."""
+        return sum(token.safe_start_share for token in self.tokens)
+
+    @property
+    def warning(self) -> str | None:
+        """Warning if the safe responses mostly start with none of the tokens, else None."""
+        first, *others = self.tokens
+        if not others:
+            return first.warning
+        if first.common_start in (None, *(token.id for token in self.tokens)):
+            return None
+        return (
+            f"RTO trains one of {self._listed}, but only {self.safe_start_share:.0%} of the safe "
+            f"responses start with one of them; {first.common_start_share:.0%} start with "
+            f"{first.common_start_text!r} (id {first.common_start}): add that id to refusal_tokens"
+        )
+
+    @property
+    def _listed(self) -> str:
+        return ", ".join(f"{token.text!r} (id {token.id})" for token in self.tokens)
+
+    def __str__(self) -> str:
+        return f"refusal token{'s' * (len(self.tokens) > 1)} {self._listed}"
 
 
 def resolve_refusal_token(
@@ -117,6 +169,42 @@ def choose_refusal_token(
         common_start_text="" if common is None else chat.text(common),
         common_start_share=count / total,
     )
+
+
+def choose_refusal_set(
+    chat: Chat,
+    refusal: str | int,
+    refusal_tokens: Literal["auto"] | Sequence[str | int] | None,
+    starts: Counter[int],
+    messages: Sequence[Message] | None = None,
+) -> RefusalSet:
+    """Find the tokens of a run: the one of `refusal`, or those of `refusal_tokens` if given.
+
+    Args:
+        chat, refusal, starts, messages: see `choose_refusal_token`.
+        refusal_tokens: words and token ids, or "auto", the first tokens of the safe responses by
+            frequency: at most 8, each of at least 1% of them, the most common one in any case.
+
+    Raises:
+        TypeError, ValueError: as `resolve_refusal_token`, or two of the tokens are one.
+    """
+    choose = partial(choose_refusal_token, chat, starts=starts, messages=messages)
+    if refusal_tokens is None:
+        return RefusalSet((choose(refusal),))
+    if refusal_tokens == "auto":
+        first = choose("auto")
+        least = FOUND_SHARE * starts.total()
+        found = [id for id, count in starts.most_common(FOUND_REFUSALS) if count >= least]
+        return RefusalSet(tuple(map(choose, found)) or (first,))
+    tokens = tuple(map(choose, refusal_tokens))
+    ids = [token.id for token in tokens]
+    for place, id in enumerate(ids):
+        if id in ids[:place]:
+            raise ValueError(
+                f"refusal_tokens must be distinct tokens, got {refusal_tokens[ids.index(id)]!r} "
+                f"and {refusal_tokens[place]!r}, both {tokens[place].text!r} (id {id})"
+            )
+    return RefusalSet(tokens)
 
 
 def _safe_starts(chat: Chat, triples: Iterable[Triple]) -> Counter[int]:

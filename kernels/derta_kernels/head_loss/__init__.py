@@ -6,11 +6,13 @@ from derta_kernels.head_loss.chunks import Chip, chip_of
 from derta_kernels.head_loss.head import Head
 from derta_kernels.head_loss.op import HeadLoss, head_loss
 from derta_kernels.head_loss.shards import sent_bytes
+from derta_kernels.head_loss.token_set import checked_ids
 
 __all__ = [
     "Chip",
     "Head",
     "HeadLoss",
+    "checked_ids",
     "chip_of",
     "choose",
     "head_loss",

@@ -181,7 +181,7 @@ def head_loss(
     _check_tensors(tensors, is_shard=group is not None)
     vocabulary = len(weight) if group is None else None
     _check_numbers(softcap, logit_scale, ignore_index, scratch_mb)
-    refusal_ids = checked_ids(refusal_token_id)
+    refusal_ids = () if refusal_token_id is None else checked_ids(refusal_token_id)
     if vocabulary is not None:  # with shards, no rank knows it yet
         check_in_vocabulary(refusal_ids, vocabulary)
     if rto_mask is not None and not refusal_ids:

@@ -38,20 +38,18 @@ class TokenSet(NamedTuple):
     own: slice
 
 
-def checked_ids(given: int | Sequence[int] | None) -> tuple[int, ...]:
-    """Return the refusal tokens as a tuple, ascending; () for None.
+def checked_ids(given: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the refusal tokens as a tuple, ascending.
 
     Raises:
         TypeError: it is neither an int nor a sequence of them.
         ValueError: a sequence is empty or has a token twice.
     """
-    if given is None:
-        return ()
     ids = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     wrong = next((id for id in ids if isinstance(id, bool) or not isinstance(id, int)), None)
     if wrong is not None:
         raise TypeError(
-            f"refusal_token_id must be int, a sequence of int or None, got {type(wrong).__name__}"
+            f"refusal_token_id must be int or a sequence of int, got {type(wrong).__name__}"
             + " in a sequence" * (ids is given)
         )
     if not ids:

@@ -224,8 +224,10 @@ def test_a_run_first_prints_the_share_of_each_source(
         row = {"messages": [{"role": "user", "content": "What?"}, say], "id": name}
         Path(f"{name}.jsonl").write_text(json.dumps(row), encoding="utf-8")
     sources = "[{path: a.jsonl, role: helpful}, {path: b.jsonl, role: borderline, weight: 3}]"
-    assert train("--sources", sources, "--refusal", "Sorry", "--dry_run") == 0
+    refusals = ["--refusal_tokens", "[Sorry, 7]"]
+    assert train("--sources", sources, *refusals, "--dry_run") == 0
     said = capsys.readouterr().out
+    assert "\nrefusal tokens 'Sorry' (id" in f"\n{said}" and "; refusal tokens '$', 'Sorry'" in said
     assert "  b  next token  75.0%   RTO   0.0%\n  a  next token  25.0%   RTO   0.0%\n" in said
 
 

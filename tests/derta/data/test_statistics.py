@@ -124,7 +124,8 @@ def test_a_run_makes_of_the_records_what_is_said(
     }
     triples = [record for record in mixed() if isinstance(record, Triple)]
     token = resolve_refusal_token(tiny_tokenizer(), "auto", triples)
-    assert found["refusal"]["id"] == token.id and found["refusal"]["warning"] is None
+    assert [one["id"] for one in found["refusal"]["tokens"]] == [token.id]
+    assert found["refusal"]["warning"] is None
 
 
 def test_lengths_are_of_whole_texts_in_tokens_or_in_characters() -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from derta.data import Chat, Dialogue, EncodedTriple, Encoder
 from derta.evaluation import (
     detector_auc,
+    find_refusal_token,
     forced_rates,
     mean_curve,
     perplexity,
@@ -66,6 +67,21 @@ def test_curves_do_not_depend_on_packing(examples: list[EncodedTriple]) -> None:
     for one, other in zip(together, alone, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
     assert refusal_curve(model, [], REFUSAL) == []
+
+
+def test_a_curve_of_several_tokens_is_the_sum_of_theirs(examples: list[EncodedTriple]) -> None:
+    model, several = tiny_model("llama", dtype=torch.float64), (3, 9, REFUSAL)
+    added = [refusal_curve(model, examples, one) for one in several]
+    tokenizer = tiny_tokenizer()
+    assert find_refusal_token(model, tokenizer, [9, "Sorry"]) == (
+        9,
+        find_refusal_token(model, tokenizer, "Sorry"),
+    )
+    apply_derta(model, several)
+    assert find_refusal_token(model, tokenizer) == tuple(sorted(several))
+    together = refusal_curve(model, examples, tuple(sorted(several)))
+    for place, curve in enumerate(together):
+        np.testing.assert_allclose(curve, sum(one[place] for one in added), rtol=1e-5)
 
 
 def test_adapters_are_used(examples: list[EncodedTriple]) -> None:

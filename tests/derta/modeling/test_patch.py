@@ -591,6 +591,8 @@ def test_anything_but_a_transformers_model_is_a_type_error() -> None:
         (dict(attention="fast"), ValueError, "impl must be one of auto, reference, sdpa"),
         (dict(refusal_token_id=400), ValueError, "refusal_token_id must lie in"),
         (dict(refusal_token_id="Sorry"), TypeError, "refusal_token_id must be int"),
+        (dict(refusal_token_id=[3, 400]), ValueError, "refusal_token_id must lie in"),
+        (dict(refusal_token_id=[3, 3]), ValueError, "must have distinct tokens, got 3 twice"),
     ],
 )
 def test_wrong_settings_are_refused_and_leave_the_model_unchanged(options, error, message) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from derta.modeling.patch import patch_of
 from derta.objectives.base import Drawn, Extent, Mean, Objective, Place, Term
 from derta.objectives.choice import objective_of
 from derta.objectives.derta import DertaObjective
@@ -22,12 +23,26 @@ from tiny import tiny_model
 WEIGHT = 0.3
 
 
-@pytest.mark.parametrize("loss_norm", ["tokens", "terms", "official"])
-def test_unlikelihood_trains_what_eager_logits_say(tmp_path: Path, loss_norm: str) -> None:
+@pytest.mark.parametrize(
+    ("loss_norm", "refusals"),
+    [
+        ("tokens", dict()),
+        ("terms", dict()),
+        ("official", dict()),
+        ("tokens", dict(refusal="auto", refusal_tokens=["Sorry", 7, 11])),
+    ],
+)
+def test_unlikelihood_and_refusals_train_what_eager_logits_say(
+    tmp_path: Path, loss_norm: str, refusals: dict[str, Any]
+) -> None:
     model = tiny_model("llama", dtype=torch.float64)
     tuned = trainer(
-        tmp_path, model, loss_norm=loss_norm, rto_weight=0.5, unlikelihood_weight=WEIGHT
+        tmp_path, model, loss_norm=loss_norm, rto_weight=0.5, unlikelihood_weight=WEIGHT, **refusals
     )
+    ids = [token.id for token in tuned.refusals.tokens]
+    patch = patch_of(model)
+    assert patch is not None and patch.refusal_token_id == tuned.refusals.target
+    assert len(ids) == (3 if refusals else 1)
     (pack,) = tuned.train_dataset[0]
     columns = pack.columns
     rows = {name: pack.model_inputs()[name] for name in ("input_ids", "position_ids")}
@@ -40,7 +55,7 @@ def test_unlikelihood_trains_what_eager_logits_say(tmp_path: Path, loss_norm: st
     unlikely = columns["unlikely_labels"]
     losses = {
         "mle": (-of(columns["shift_labels"]), columns["shift_labels"] != -100),
-        "rto": (-log_p[..., tuned.refusal_token.id], columns["rto_mask"]),
+        "rto": (-log_p[..., ids].logsumexp(-1), columns["rto_mask"]),
         "unlikelihood": (-torch.log1p(-of(unlikely).exp()), unlikely != -100),
     }
     weighed = {name: pack.loss_weight * has for name, (_, has) in losses.items()}
@@ -60,6 +75,8 @@ def test_unlikelihood_trains_what_eager_logits_say(tmp_path: Path, loss_norm: st
         assert log[f"{name}_loss"] == pytest.approx(sums[name].item() / counts[name], rel=1e-6)
     for parameter, old, gradient in zip(model.parameters(), before, gradients, strict=True):
         assert (old - parameter.detach() - gradient).norm() <= 1e-6 * gradient.norm()
+    mass = log_p[..., ids].exp().sum(-1)[columns["rto_mask"] & (pack.depth_tenth == 0)].mean()
+    assert log["refusal_p_1"] == pytest.approx(mass.item(), rel=1e-5)
     assert tuned.evaluate(RECORDS)["eval_loss"] > 0
 
 
@@ -84,6 +101,23 @@ def test_settings_choose_the_objective(tmp_path: Path) -> None:
         DertaConfig(output_dir=str(tmp_path), use_cpu=True, unlikelihood_weight=-1.0)
     with pytest.raises(ValueError, match="^unlikelihood_weight must be above 0, got 0"):
         UnlikelihoodObjective(unlikelihood_weight=0.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(refusal="Sorry", refusal_tokens="auto"), "^refusal_tokens and refusal: Sorry both"),
+        (dict(refusal_tokens=[]), "^refusal_tokens must have 1 to 64 tokens, got 0"),
+        (dict(refusal_tokens=[*range(65)]), "^refusal_tokens must have 1 to 64 tokens, got 65"),
+        (dict(refusal_tokens=["auto", 5]), "^refusal_tokens must be auto or a list of tokens"),
+        (dict(refusal_tokens="Sorry"), "^refusal_tokens must be a list or auto, got 'Sorry'"),
+    ],
+)
+def test_keys_that_name_no_set_are_refused(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        DertaConfig(output_dir=str(tmp_path), use_cpu=True, **keys)
 
 
 class SmallStates(Objective):

@@ -198,6 +198,7 @@ def test_every_setting_of_ours_is_in_the_fingerprint_or_changes_no_result() -> N
     assert names - set(RESULT_KEYS) == {
         "recipe",  # as the keys that it sets
         "refusal",  # as the token that it is
+        "refusal_tokens",  # as the tokens that they are
         "special_tokens_in_text",  # as the data that it makes
         "too_long",  # as the data that it makes
         "over_refusal_weight",

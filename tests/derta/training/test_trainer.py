@@ -579,7 +579,7 @@ def test_evaluation_watches_refusal_curves(tmp_path: Path) -> None:
     """Whatever is trained, all positions are watched, of every role apart."""
     model = tiny_model("llama")
     tuned = trainer(tmp_path, model, recipe="vanilla", max_tokens=260, over_refusal_weight=0.25)
-    chat, token = Chat(tiny_tokenizer()), tuned.refusal_token.id
+    chat, token = Chat(tiny_tokenizer()), tuned.refusals.target
     told = {"harmful": [], "benign": [], "borderline": []}
     for one in RECORDS:
         if isinstance(one, Triple):

@@ -51,7 +51,8 @@ def test_all_statistics_are_in_the_table_and_in_the_file(
     assert sum(sum(terms.values()) for terms in shares.values()) == pytest.approx(1)
     assert shares["fences"]["rto"] > 0 == shares["ladders"]["rto"]
     assert f"{shares['ladders']['mle']:.1%}" in told
-    assert found["refusal"]["text"] == "Sorry" and "refusal token: 'Sorry' (id" in told
+    (token,) = found["refusal"]["tokens"]
+    assert token["text"] == "Sorry" and "refusal token: 'Sorry' (id" in told
     assert found["duplicates"]["example"] == 1
     assert found["leakage"]["leaked"] == 2
     assert "2 of 3 evaluation requests" in told

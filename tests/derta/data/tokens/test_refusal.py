@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
-from derta.data import Triple, resolve_refusal_token
+from derta.data import Chat, Triple, choose_refusal_set, resolve_refusal_token
 
 
 def triples(*safe: str) -> list[Triple]:
@@ -84,3 +86,38 @@ def test_a_triple_rejected_by_the_template_is_named(templated) -> None:
     triple = Triple(messages=messages, safe="Sorry.", harmful="Sure.", id="t")
     with pytest.raises(ValueError, match="^t: chat_template rejects the messages: only user"):
         resolve_refusal_token(templated("mistral"), "auto", [triple])
+
+
+def test_a_set_is_one_token_several_or_those_that_safe_responses_start_with(templated) -> None:
+    chat = Chat(templated("llama3"))
+    sorry = chat.tokenizer.convert_tokens_to_ids("Sorry")
+    no, rare = 7, 9  # no is "$"
+    starts = Counter({rare: 1, no: 60, sorry: 139})
+    one = choose_refusal_set(chat, "Sorry", None, starts)
+    assert one.target == sorry and str(one) == f"refusal token 'Sorry' (id {sorry})"
+    given = choose_refusal_set(chat, "auto", [no, "Sorry"], starts)
+    assert given.target == tuple(sorted((no, sorry))) and given.warning is None
+    assert given.safe_start_share == pytest.approx(199 / 200)
+    assert str(given) == f"refusal tokens '$' (id {no}), 'Sorry' (id {sorry})"
+    # The third token starts 1 of 200, less than 1%.
+    found = choose_refusal_set(chat, "auto", "auto", starts)
+    assert [token.id for token in found.tokens] == [sorry, no]
+    ten = Counter({id: 20 - id for id in range(10, 20)})
+    assert choose_refusal_set(chat, "auto", "auto", ten).target == tuple(range(10, 18))
+    others = choose_refusal_set(chat, "auto", [rare, no], starts)
+    assert others.warning is not None and others.warning.endswith(
+        f"only 30% of the safe responses start with one of them; 70% start with 'Sorry' (id "
+        f"{sorry}): add that id to refusal_tokens"
+    )
+
+
+def test_a_set_that_is_none_is_refused(templated) -> None:
+    chat = Chat(templated("llama3"))
+    sorry = chat.tokenizer.convert_tokens_to_ids("Sorry")
+    message = (
+        rf"^refusal_tokens must be distinct tokens, got 'Sorry' and {sorry}, both 'Sorry' \(id"
+    )
+    with pytest.raises(ValueError, match=message):
+        choose_refusal_set(chat, "auto", ["Sorry", sorry], Counter())
+    with pytest.raises(ValueError, match="refusal='auto' needs triples to read"):
+        choose_refusal_set(chat, "auto", "auto", Counter())
