@@ -92,18 +92,21 @@ RUNS = (
 
 def prepare(folder: Path) -> None:
     """Write a small model and records of the demo's harmless world into a folder."""
+    from derta.demo.gadgets import held_out_records, make_guild, tuning_records, vocabulary
     from derta.demo.model import new_model, train_tokenizer
-    from derta.demo.world import HELD_OUT_WORDINGS, TUNING_WORDINGS, make_world
 
-    world = make_world(gadgets=6, seed=0)
-    tokenizer = train_tokenizer(world)
+    guild = make_guild(gadgets=6, seed=0)
+    tokenizer = train_tokenizer(vocabulary(guild))
     new_model(tokenizer, hidden_size=64, seed=0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "data").mkdir()
-    for name, wordings in (("tuning", TUNING_WORDINGS), ("held-out", HELD_OUT_WORDINGS)):
+    for name, triples in (
+        ("tuning", tuning_records(guild, 32, seed=0).triples),
+        ("held-out", held_out_records(guild, 16, seed=0).harmful),
+    ):
         rows = [
             {"prompt": one.prompt, "safe": one.safe, "harmful": one.harmful, "id": one.id}
-            for one in world.triples(wordings)
+            for one in triples
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / "data" / f"{name}.jsonl").write_text(text, encoding="utf-8")

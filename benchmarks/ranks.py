@@ -36,8 +36,8 @@ from benchmarks.harness.measuring import ROOT, describe_machine
 from benchmarks.harness.results import results_folder, results_parser, write_results
 from benchmarks.harness.traffic import Traffic
 from derta import DertaConfig, DertaTrainer
+from derta.demo.gadgets import Guild, make_guild, tuning_records, vocabulary
 from derta.demo.model import train_tokenizer
-from derta.demo.world import World, make_world, tuning_records
 from derta.modeling.adapters import Method, adapt
 from derta.modeling.sharding import without_zero3
 from derta_kernels.head_loss import head_loss, sent_bytes
@@ -94,7 +94,7 @@ class Counting(TrainerCallback):
 
 
 def step_of_engine(
-    shard: Any, method: Any, world: World, tokenizer: PreTrainedTokenizerFast, folder: Path
+    shard: Any, method: Any, guild: Guild, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> Record:
     """Measure the steps of an engine on this rank."""
     args = DertaConfig(
@@ -121,7 +121,7 @@ def step_of_engine(
                 num_key_value_heads=4,
             )
         )
-    triples, dialogues = tuning_records(world, seed=0)
+    triples, dialogues = tuning_records(guild, 320, seed=0)[:2]
     counting = Counting()
     trainer = DertaTrainer(
         model=adapt(model, Method(method=method)),
@@ -176,9 +176,9 @@ def _record(what: str, seconds: Sequence[float], sizes: Mapping[str, float]) -> 
 
 def run_rank(folder: Path) -> None:
     """Measure everything on this rank; the first one writes what it found."""
-    world = make_world(seed=0, gadgets=64)
-    tokenizer = train_tokenizer(world)
-    records = [step_of_engine(*engine, world, tokenizer, folder) for engine in ENGINES]
+    guild = make_guild(seed=0, gadgets=64)
+    tokenizer = train_tokenizer(vocabulary(guild))
+    records = [step_of_engine(*engine, guild, tokenizer, folder) for engine in ENGINES]
     records += [step_of_head(*head) for head in HEADS]
     if torch.distributed.get_rank() == 0:
         text = json.dumps([asdict(record) for record in records])

@@ -90,7 +90,14 @@ COMMANDS = {
         ("model",),
         "A line is a message, /new starts a new conversation. Every answer is the most likely one.",
     ),
-    "demo": Command("train and compare small models on a harmless world", "tools.DemoConfig"),
+    "demo": Command(
+        "train and compare models of a harmless policy",
+        "tools.DemoConfig",
+        (),
+        "One base model is tuned in every way that is compared, on equally many tokens, and "
+        "attacked. A seed's results stay in output_dir as soon as they are there: the same command "
+        "goes on where a killed one stopped.",
+    ),
     "bench": Command(
         "measure the resources of the kernels on every GPU, compiled here",
         "tools.BenchConfig",

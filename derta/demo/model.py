@@ -1,13 +1,12 @@
-"""The demo's base model: a tokenizer and a small Llama, trained to answer every request.
+"""The embedded world's base model: a tokenizer and a small Llama, trained to answer every request.
 
-It stands for a pre-trained model without safety tuning: it has seen every gadget and every wording,
-as chats and as plain text, and no refusal.
+It stands for a pre-trained model without safety tuning.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,20 +18,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from derta.demo.world import (
-    BORDERLINE_HELD_OUT_WORDINGS,
-    BORDERLINE_TUNING_WORDINGS,
-    HELD_OUT_WORDINGS,
-    REFUSALS,
-    TEMPLATES,
-    TUNING_WORDINGS,
-    World,
-    chat,
-)
 from derta.labels import IGNORE_INDEX
 
-PLAIN_SHARE = 0.2
-TEMPLATE_SHARE = 0.2
 BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 
@@ -45,18 +32,17 @@ _CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE in which every word of the world is one token.
+def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE in which every word of the texts is one token.
 
     Args:
-        world: the source of the requests, answers and refusals to train on.
+        texts: texts of fewer than 1,500 words.
     """
-    requests = [request for request, _ in _answered_requests(world)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
-        [*requests, *world.recipes.values(), *world.places.values(), *TEMPLATES, *REFUSALS],
+        texts,
         trainers.BpeTrainer(
             vocab_size=2048,  # more than the number of words: merging stops early
             special_tokens=[_PAD, _END, *_ROLES],
@@ -96,31 +82,6 @@ def new_model(
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)
-
-
-def pretraining_texts(world: World, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[str]:
-    """Return all requests with answers; a fifth are plain text, a fifth use attack templates."""
-    rng = random.Random(seed)
-    texts = []
-    for request, answer in _answered_requests(world):
-        draw = rng.random()
-        if draw < PLAIN_SHARE:
-            texts.append(f"{request}\n{answer}{_END}")
-            continue
-        if draw < PLAIN_SHARE + TEMPLATE_SHARE:
-            request = rng.choice(TEMPLATES).format(request=request)
-        texts.append(str(tokenizer.apply_chat_template(chat(request, answer), tokenize=False)))
-    return texts
-
-
-def _answered_requests(world: World) -> Iterator[tuple[str, str]]:
-    for wordings, answers in (
-        ((*TUNING_WORDINGS, *HELD_OUT_WORDINGS), world.recipes),
-        ((*BORDERLINE_TUNING_WORDINGS, *BORDERLINE_HELD_OUT_WORDINGS), world.places),
-    ):
-        for wording in wordings:
-            for gadget, answer in answers.items():
-                yield wording.format(gadget), answer
 
 
 def pretrain(

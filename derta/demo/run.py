@@ -1,28 +1,28 @@
 """The demo's experiment: one base model, tunings of equal length, and their answers to attacks.
 
-For every seed, a world is invented, a tokenizer and a base model are trained on it, copies of that
-base are tuned with `DertaTrainer`, and all models are evaluated on held-out requests. Nothing is
-cached between runs. Everything runs on the CPU, which is fast enough for such a small model.
+For every seed, a world gives a base model and records, copies of the base are tuned with
+`DertaTrainer`, and all models are evaluated on held-out requests. Every result is kept as soon as
+it is there, so that the same command continues a killed run. Everything runs on the CPU.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import (
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
+    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -30,29 +30,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from derta.data import Chat, Dialogue, Record, Triple, as_request
-from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
-from derta.demo.world import (
-    BORDERLINE_TUNING_WORDINGS,
-    TEMPLATES,
-    HeldOut,
-    World,
-    held_out_records,
-    make_world,
-    tuning_records,
-)
+from derta.data import Dialogue, Record, Triple, as_request
+from derta.demo.parts import Parts
+from derta.demo.world import Stage, World
 from derta.evaluation import (
+    Defence,
     EvaluationData,
-    EvaluationSettings,
     VariantResult,
     evaluate_model,
     summarize,
     write_report,
 )
-from derta.terminal import say
 from derta.training.config import RECIPES, DertaConfig
 from derta.training.progress import Progress
 from derta.training.trainer import DertaTrainer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,25 @@ class Variant:
     borderline: bool = False
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """A defence at inference, without a tuning of its own.
+
+    Attributes:
+        of: the model that answers: the name of a variant, or "base".
+        reinsert_header: if True, its header is put in again; else it has the world's system prompt.
+    """
+
+    of: str
+    reinsert_header: bool
+
+    def defence(self, world: World) -> Defence:
+        """Return the defence in a world."""
+        if self.reinsert_header:
+            return Defence(reinsert_header=True, header_after=HEADER_AFTER)
+        return Defence(system_prompt=world.system_prompt)
+
+
 VARIANTS = {
     **{name: Variant(dict(recipe=name)) for name in RECIPES},
     "derta_balanced": Variant(dict(recipe="derta"), borderline=True),
@@ -77,73 +89,38 @@ ABLATIONS = {
     "rto_only_growing": Variant(dict(recipe="rto_only", rto_depth="growing")),
     "derta_growing": Variant(dict(recipe="derta", rto_depth="growing")),
     "derta_balanced_growing": Variant(dict(recipe="derta", rto_depth="growing"), borderline=True),
+    "derta_unlikelihood": Variant(dict(recipe="derta", unlikelihood_weight=0.1)),
+    "derta_refusal_tokens": Variant(dict(recipe="derta", refusal_tokens="auto")),
+    "derta_balanced_refusal_tokens": Variant(
+        dict(recipe="derta", refusal_tokens="auto"), borderline=True
+    ),
 }
-PREFILL_DEPTHS = (0, 4, 8, 16)
-# Shares of the tuning tokens; dense at the start, where most is learned.
-CHECKPOINTS = (1 / 16, 1 / 8, 1 / 4, 1)
+BASELINES = {
+    "system_prompt": Baseline("base", reinsert_header=False),
+    "vanilla_header": Baseline("vanilla", reinsert_header=True),
+}
+# Tokens of an answer before the header, where no attacker wrote any: fewer than of any answer.
+HEADER_AFTER = 8
 RATES = ("asr", "over_refusal", "over_refusal_borderline")
-EPOCHS = 16  # an upper limit; tuning ends earlier, at its number of tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """The sizes of a run; with the defaults, a seed takes about six minutes on two cores.
-
-    Args:
-        gadgets: number of gadgets in the world; a third are forbidden.
-        hidden_size: width of the model.
-        base_steps: number of steps of the base model's training.
-        tuning_tokens: packed tokens of every tuning, to within one step.
-        held_out: number of test requests of each kind.
-    """
-
-    gadgets: int = 120
-    hidden_size: int = 128
-    base_steps: int = 400
-    tuning_tokens: int = 250_000
-    held_out: int = 240
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """The data and the base model that all models of one seed share.
-
-    Attributes:
-        seed: seed of all random draws.
-        scale: see `Scale`.
-        world: the gadgets, recipes and rules.
-        tokenizer: tokenizer trained on the world.
-        base: model trained to answer everything.
-        tuning: tuning records, a triple for every dialogue.
-        borderline: dialogues for the variants that are also tuned on them.
-        held_out: triples, dialogues and borderline dialogues in wordings outside the tuning data.
-    """
-
-    seed: int
-    scale: Scale
-    world: World
-    tokenizer: PreTrainedTokenizerFast
-    base: LlamaForCausalLM
-    tuning: list[Record]
-    borderline: list[Dialogue]
-    held_out: HeldOut
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """The result of one tuning.
+    """The result of one model, and of its tuning if it had one.
 
     Attributes:
         tokens: number of packed tokens in the tuning.
         history: `trainer.state.log_history`.
         checkpoints: rows of teacher-forced rates, see `derta.evaluation.summarize`.
         result: evaluation of the tuned model on held-out requests.
+        seconds: duration of the tuning and the evaluation.
     """
 
-    tokens: int
-    history: list[dict[str, float]]
-    checkpoints: list[dict[str, float]]
-    result: VariantResult
+    tokens: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    checkpoints: list[dict[str, float]] = field(default_factory=list)
+    result: VariantResult = VariantResult()
+    seconds: float = 0.0
 
 
 class EvaluateAfter(TrainerCallback):
@@ -167,101 +144,157 @@ class EvaluateAfter(TrainerCallback):
 
 
 def run_demo(
+    world: World,
     output_dir: Path,
     seeds: Sequence[int],
-    scale: Scale = Scale(),
     variants: Sequence[str] = tuple(VARIANTS),
 ) -> dict[str, Any]:
     """Train and compare the models; write report and summary.
 
     Args:
-        output_dir: folder for report.html, summary.json and PNGs; also for the first seed's
-            `base/`, the base model, and `data/`, the records, as material for other runs. Files
-            appear at the end.
-        seeds: seeds of the worlds; each has a base model and one model for each variant.
-        scale: see `Scale`.
-        variants: names from `VARIANTS` and `ABLATIONS`.
+        world: the world and its sizes.
+        output_dir: folder for report.html, summary.json and PNGs, which appear at the end; for
+            `parts/`, the results that a later run need not make again; and for the first seed's
+            `base/`, the base model, and `data/`, the records, as material for other runs.
+        seeds: seeds of the stages; each has a base model and one model for each variant.
+        variants: names from `VARIANTS`, `ABLATIONS` and `BASELINES`.
 
     Returns:
-        the content of summary.json, see `derta.evaluation.summarize`.
+        the content of summary.json, see `derta.evaluation.summarize`; its seconds are those of all
+        parts.
     """
-    started = time.perf_counter()
-    bases: list[VariantResult] = []
-    tunings: dict[str, list[Tuned]] = {name: [] for name in variants}
+    results: dict[str, list[Tuned]] = {name: [] for name in ("base", *variants)}
+    # What is answered by one model comes together, so that it is tuned once.
+    models = list(dict.fromkeys(map(tuned_as, results)))
+    order = sorted(results, key=lambda name: models.index(tuned_as(name)))
+    for seed in seeds:
+        run = _SeedRun(world, seed, Parts(output_dir / "parts"))
+        if seed == seeds[0]:
+            run.kept("exported", str, functools.partial(run.export, output_dir))
+        for name in order:
+            results[name].append(run.kept(name, Tuned, functools.partial(run.result, name)))
+    bases = results.pop("base")
+    summary = summarize(
+        {"base": [one.result for one in bases]}
+        | {name: [one.result for one in runs] for name, runs in results.items()},
+        seconds=sum(one.seconds for runs in (bases, *results.values()) for one in runs),
+        seeds=seeds,
+        tokens={n: round(mean(one.tokens for one in runs)) for n, runs in results.items()},
+        loss={n: _histories(runs) for n, runs in results.items()},
+        checkpoints={n: [one.checkpoints for one in runs] for n, runs in results.items()}
+        if world.checkpoints
+        else None,
+    )
     with _appearing_at_the_end(output_dir) as scratch:
-        for seed in seeds:
-            stage = _set_stage(seed, scale)
-            if seed == seeds[0]:
-                _save_for_own_runs(stage, scratch)
-            bases.append(_evaluate(stage.base, stage))
-            for name, runs in tunings.items():
-                runs.append(_tune(name, stage))
-        summary = summarize(
-            {"base": bases} | {n: [one.result for one in runs] for n, runs in tunings.items()},
-            seconds=time.perf_counter() - started,
-            seeds=seeds,
-            tokens={n: round(mean(one.tokens for one in runs)) for n, runs in tunings.items()},
-            loss={n: _histories(runs) for n, runs in tunings.items()},
-            checkpoints={n: [one.checkpoints for one in runs] for n, runs in tunings.items()},
-        )
         write_report(summary, scratch)
     return summary
 
 
-def _set_stage(seed: int, scale: Scale) -> Stage:
-    world = make_world(seed, scale.gadgets)
-    tokenizer = train_tokenizer(world)
-    base = new_model(tokenizer, hidden_size=scale.hidden_size, seed=seed)
-    say(
-        f"seed {seed}: {len(world.gadgets)} gadgets, {len(world.forbidden)} of them against the "
-        f"rules of the guild; a Llama of {base.num_parameters() / 1e6:.1f} M parameters",
-    )
-    pretrain(
-        base,
-        tokenizer,
-        pretraining_texts(world, tokenizer, seed),
-        steps=scale.base_steps,
-        seed=seed,
-        title=f"{'base':<12}",
-    )
-    triples, dialogues = tuning_records(world, seed)
-    return Stage(
-        seed=seed,
-        scale=scale,
-        world=world,
-        tokenizer=tokenizer,
-        base=base,
-        tuning=[*triples, *dialogues],
-        borderline=world.borderline(BORDERLINE_TUNING_WORDINGS),
-        held_out=held_out_records(world, scale.held_out, seed),
-    )
+class _SeedRun:
+    """The models of one seed."""
+
+    def __init__(self, world: World, seed: int, parts: Parts) -> None:
+        self.world = world
+        self.seed = seed
+        self.parts = parts
+        self._last: tuple[str, tuple[PreTrainedModel, Tuned]] | None = None
+
+    @functools.cached_property
+    def stage(self) -> Stage:
+        return self.world.stage(self.seed, self.parts)
+
+    def kept(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        """Return a part of this seed, see `Parts.kept`."""
+        settings = [
+            type(self.world).__name__,
+            self.world,
+            self.world.training,
+            self.world.checkpoints,
+            self.world.evaluation(),
+            known_variants().get(name),
+            known_variants().get(tuned_as(name)),
+        ]
+        return self.parts.kept(f"seed-{self.seed}-{name}", settings, kind, make)
+
+    def export(self, folder: Path) -> str:
+        """Write the base model and the records; return the folder."""
+        _export(self.stage, folder)
+        return str(folder)
+
+    def result(self, name: str) -> Tuned:
+        """Tune and evaluate a variant; evaluate the base model, or a baseline."""
+        started = time.perf_counter()
+        baseline = BASELINES.get(name)
+        defence = None if baseline is None else baseline.defence(self.world)
+        model, tuned = self._tuned(tuned_as(name))
+        return replace(
+            tuned,
+            result=self._evaluate(model, defence),
+            seconds=time.perf_counter() - started,
+        )
+
+    def _tuned(self, name: str) -> tuple[PreTrainedModel, Tuned]:
+        """Return a model and its tuning, yet without a result; the last one stays in memory."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self._tune(name)
+        return self._last[1]
+
+    def _tune(self, name: str) -> tuple[PreTrainedModel, Tuned]:
+        stage = self.stage
+        if name == "base":
+            return stage.base, Tuned()
+        model = copy.deepcopy(stage.base)
+        with tempfile.TemporaryDirectory() as unused:
+            trainer, tokens = tuning(name, self.world, self.seed, stage, model, unused)
+            shares = self.world.checkpoints
+            steps = [max(1, round(share * len(tokens))) for share in shares]
+            trainer.add_callback(EvaluateAfter(steps))
+            trainer.train()
+        history = trainer.state.log_history
+        return model, Tuned(
+            tokens=tokens[-1],
+            history=history,
+            checkpoints=[
+                {
+                    "tokens": tokens[int(row["step"]) - 1],
+                    **{rate: row[f"eval_{rate}"] for rate in RATES},
+                }
+                for row in history
+                if "eval_asr" in row
+            ],
+        )
+
+    def _evaluate(self, model: PreTrainedModel, defence: Defence | None) -> VariantResult:
+        harmful, benign, borderline = (
+            list(map(as_request, records)) for records in self.stage.held_out
+        )
+        return evaluate_model(
+            model,
+            self.stage.tokenizer,
+            EvaluationData(
+                harmful=harmful,
+                benign=benign,
+                borderline=borderline,
+                helpful=benign,
+                refusals=[one.safe for one in self.stage.tuning if isinstance(one, Triple)],
+            ),
+            replace(self.world.evaluation(), defence=defence),
+        )
 
 
-def _tune(name: str, stage: Stage) -> Tuned:
-    model = copy.deepcopy(stage.base)
-    with tempfile.TemporaryDirectory() as unused:
-        trainer, tokens = tuning(name, stage, model, unused)
-        steps = [max(1, round(share * len(tokens))) for share in CHECKPOINTS]
-        trainer.add_callback(EvaluateAfter(steps))
-        trainer.train()
-    history = trainer.state.log_history
-    return Tuned(
-        tokens=tokens[-1],
-        history=history,
-        checkpoints=[
-            {
-                "tokens": tokens[int(row["step"]) - 1],
-                **{rate: row[f"eval_{rate}"] for rate in RATES},
-            }
-            for row in history
-            if "eval_asr" in row
-        ],
-        result=_evaluate(model, stage),
-    )
+def tuned_as(name: str) -> str:
+    """Return the name of the model that answers: of a baseline, the one that it defends."""
+    return BASELINES[name].of if name in BASELINES else name
+
+
+def known_variants() -> dict[str, Variant | Baseline]:
+    """Return the variants of every run, and those of a run that asks for them."""
+    return {**VARIANTS, **ABLATIONS, **BASELINES}
 
 
 def tuning(
-    name: str, stage: Stage, model: LlamaForCausalLM, output_dir: str
+    name: str, world: World, seed: int, stage: Stage, model: PreTrainedModel, output_dir: str
 ) -> tuple[DertaTrainer, list[int]]:
     """Create a trainer of `model`, as the variant `name`, that stops at the tuning's token count.
 
@@ -276,14 +309,8 @@ def tuning(
         model=model,
         args=DertaConfig(
             output_dir=output_dir,
-            **variant.settings,
-            num_train_epochs=EPOCHS,
-            examples_per_step=32,
-            learning_rate=1e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            adam_beta2=0.98,
-            seed=stage.seed,
+            **{**world.training, **variant.settings},
+            seed=seed,
             use_cpu=True,
             dataloader_pin_memory=False,
             disable_tqdm=True,
@@ -298,7 +325,7 @@ def tuning(
     trainer.remove_callback(PrinterCallback)
     steps = trainer.train_dataset
     sizes = (sum(pack.input_ids.shape[1] for pack in steps[step]) for step in range(len(steps)))
-    limit = stage.scale.tuning_tokens
+    limit = world.tuning_tokens
     tokens = list(itertools.takewhile(lambda n: n <= limit, itertools.accumulate(sizes)))
     assert 0 < len(tokens) < len(steps), "too few epochs are planned, or one step is too long"
     trainer.args.max_steps = len(tokens)
@@ -311,38 +338,21 @@ def _histories(runs: Sequence[Tuned]) -> list[list[dict[str, float]]]:
     return [list(history) for history in zip(*rows, strict=True)]
 
 
-def _evaluate(model: LlamaForCausalLM, stage: Stage) -> VariantResult:
-    chat = Chat(stage.tokenizer)
-    longest = max(len(chat.tokenizer.tokenize(recipe)) for recipe in stage.world.recipes.values())
-    harmful, benign, borderline = (list(map(as_request, records)) for records in stage.held_out)
-    return evaluate_model(
-        model,
-        stage.tokenizer,
-        EvaluationData(harmful=harmful, benign=benign, borderline=borderline, helpful=benign),
-        EvaluationSettings(
-            prefill_depths=PREFILL_DEPTHS,
-            templates=TEMPLATES,
-            max_new_tokens=longest + 8,
-            batch_size=256,
-            samples=2,
-        ),
-    )
-
-
-def _save_for_own_runs(stage: Stage, folder: Path) -> None:
-    stage.base.save_pretrained(folder / "base")
-    stage.tokenizer.save_pretrained(folder / "base")
-    (folder / "data").mkdir()
-    for name, records in (
-        ("tuning-safety", [one for one in stage.tuning if isinstance(one, Triple)]),
-        ("tuning-helpful", [one for one in stage.tuning if isinstance(one, Dialogue)]),
-        ("tuning-borderline", stage.borderline),
-        ("held-out-harmful", stage.held_out.harmful),
-        ("held-out-helpful", stage.held_out.helpful),
-        ("held-out-borderline", stage.held_out.borderline),
-    ):
-        lines = (json.dumps(_row(record)) + "\n" for record in records)
-        (folder / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+def _export(stage: Stage, folder: Path) -> None:
+    with _appearing_at_the_end(folder) as scratch:
+        stage.base.save_pretrained(scratch / "base")
+        stage.tokenizer.save_pretrained(scratch / "base")
+        (scratch / "data").mkdir()
+        for name, records in (
+            ("tuning-safety", [one for one in stage.tuning if isinstance(one, Triple)]),
+            ("tuning-helpful", [one for one in stage.tuning if isinstance(one, Dialogue)]),
+            ("tuning-borderline", stage.borderline),
+            ("held-out-harmful", stage.held_out.harmful),
+            ("held-out-helpful", stage.held_out.helpful),
+            ("held-out-borderline", stage.held_out.borderline),
+        ):
+            lines = (json.dumps(_row(record)) + "\n" for record in records)
+            (scratch / "data" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _row(record: Record) -> dict[str, Any]:

