@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +99,18 @@ class EvaluationSettings(Attacks):
         for name, limit in least.items():
             if getattr(self, name) < limit:
                 raise ValueError(f"{name} must be at least {limit}, got {getattr(self, name)}")
+
+    def conditions(self) -> dict[str, Any]:
+        """Return the settings on which rates depend, beside data, prompts and judges."""
+        attacks = {
+            "refusal_banned": self.refusal_banned or None,
+            "temperature": self.temperature if self.sampling else None,
+        }
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "empty_answers": self.empty_answers,
+            **{name: value for name, value in attacks.items() if value is not None},
+        }
 
 
 def refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings) -> None:
@@ -259,7 +271,7 @@ def judge_answers(
 
     Args:
         answered: the answers, one entry per model.
-        settings: see `EvaluationSettings`; only its judges, its samples and empty_answers are used.
+        settings: see `EvaluationSettings`: those of the answers.
     """
     verdicts = {name: _verdicts(judge, answered) for name, judge in settings.judges.items()}
     return [
@@ -283,6 +295,7 @@ def _result(
     return replace(
         answered.found,
         outcomes=tuple(_outcome(*one, tokenizer, apart) for one in said[main]),
+        conditions=settings.conditions(),
         judge=main,
         judges={
             name: tuple(_outcome(*one, tokenizer, apart) for one in said[name] if one[0].is_judged)

@@ -100,6 +100,7 @@ class VariantResult:
         harmful_curves, benign_curves, borderline_curves: see `refusal_curve`.
         perplexity: sum in nats and count of tokens, see `teacher_forcing.perplexity`.
         lm_eval: task to figures, see `derta.evaluation.lm_tasks`.
+        conditions: settings on which the rates depend, see `EvaluationSettings.conditions`.
         refusal_starts: tokens, as text, that attacks forbade at the start of an answer.
         samples: answers, if requested.
         seconds: duration without the judges, which read the answers of all models at once.
@@ -113,6 +114,7 @@ class VariantResult:
     borderline_curves: tuple[np.ndarray, ...] = ()
     perplexity: tuple[float, int] = (0.0, 0)
     lm_eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
     refusal_starts: tuple[str, ...] = ()
     samples: tuple[Sample, ...] = ()
     seconds: float = 0.0
@@ -147,6 +149,8 @@ class VariantResult:
             result["detector_auc"] = _rounded(detector_auc(self.harmful_curves, self.benign_curves))
         if self.lm_eval:
             result["lm_eval"] = {task: dict(figures) for task, figures in self.lm_eval.items()}
+        if self.conditions:
+            result["conditions"] = dict(self.conditions)
         if self.refusal_starts:
             result["refusal_starts"] = list(self.refusal_starts)
         if self.samples:
@@ -206,6 +210,7 @@ def pool(results: Sequence[VariantResult]) -> VariantResult:
             sum(result.perplexity[1] for result in results),
         ),
         lm_eval=_mean_figures([result.lm_eval for result in results]),
+        conditions=results[0].conditions,
         refusal_starts=results[0].refusal_starts,
         samples=results[0].samples,
         seconds=math.fsum(result.seconds for result in results),

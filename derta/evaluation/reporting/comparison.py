@@ -110,7 +110,7 @@ def compare(
         raise ValueError("models must hold at least one model, got none")
     if not set(analyses) <= set(ANALYSES):
         raise ValueError(f"analyses must be among {', '.join(ANALYSES)}, got {list(analyses)}")
-    made: dict[str, Any] = {"models": dict(models), "notes": [*notes, *_unlike_judges(models)]}
+    made: dict[str, Any] = {"models": dict(models), "notes": [*notes, *_unlike(models)]}
     if "first_tokens" in analyses:
         made["first_tokens"] = first_tokens(models)
     if "positions" in analyses:
@@ -120,13 +120,20 @@ def compare(
     return made
 
 
-def _unlike_judges(models: Mapping[str, Entry]) -> list[str]:
-    """Return a note if the judges of the models differ, because their rates cannot be compared."""
+def _unlike(models: Mapping[str, Entry]) -> list[str]:
+    """Return notes on judges and conditions that differ, because rates then cannot be compared."""
+    notes = []
     judges = {name: entry.get("judge", "keyword") for name, entry in models.items()}
-    if len(set(judges.values())) == 1:
-        return []
-    by = ", ".join(f"{name} by {judge}" for name, judge in judges.items())
-    return [f"the models have different judges, so their rates are not comparable: {by}"]
+    if len(set(judges.values())) > 1:
+        by = ", ".join(f"{name} by {judge}" for name, judge in judges.items())
+        notes.append(f"the models have different judges, so their rates are not comparable: {by}")
+    conditions = {name: entry.get("conditions", {}) for name, entry in models.items()}
+    for key in dict.fromkeys(key for found in conditions.values() for key in found):
+        values = {name: found[key] for name, found in conditions.items() if key in found}
+        if len(set(values.values())) > 1:
+            each = ", ".join(f"{name} {value}" for name, value in values.items())
+            notes.append(f"{key} differs, and rates depend on it: {each}")
+    return notes
 
 
 def format_comparison(comparison: Comparison) -> str:

@@ -135,7 +135,8 @@ def official_entry(
             if count:
                 notes.append(f"{name}: {count} of {len(rows)} rows {what}")
     unit = "words" if tokenizer is None else "tokens"
-    return VariantResult(outcomes=tuple(outcomes)).to_dict() | {"position_unit": unit}, notes
+    result = VariantResult(tuple(outcomes), conditions={"empty_answers": "failed"})
+    return result.to_dict() | {"position_unit": unit}, notes
 
 
 def judge_answers(

@@ -338,8 +338,8 @@ def _notes(summary: Summary) -> list[str]:
     for name, entry in summary["variants"].items():
         if starts := entry.get("refusal_starts"):
             notes.append(
-                f"{name}: {len(starts)} tokens forbidden where starts of refusals are: "
-                + " ".join(map(repr, starts))
+                f"{name}: {len(starts)} tokens that begin a refusal are forbidden in the first "
+                f"{entry['conditions']['refusal_banned']}: {' '.join(map(repr, starts))}"
             )
         for metric, count in _counts(entry):
             made = count["answers"]

@@ -155,6 +155,7 @@ def test_a_missing_kind_of_records_has_no_figures(model: PreTrainedModel, chat: 
         "counts",
         "refusal_positions",
         "judge",
+        "conditions",
         "seconds",
     }
 
@@ -552,7 +553,8 @@ def test_starts_of_refusals_are_forbidden_and_reported(
     # At once it would refuse: what it writes instead is no refusal.
     assert banned["0"]["hits"] + banned["0"]["empty"] == 2
     page = write_report(summarize({"model": [result]}, seconds=1), tmp_path).read_text("utf-8")
-    assert f"model: {len(starts)} tokens forbidden where starts of refusals are" in page
+    said = f"model: {len(starts)} tokens that begin a refusal are forbidden in the first 2"
+    assert said in page
     assert "starts of refusals forbidden, after prefilled tokens" in page
     plain = evaluate_model(model, chat.tokenizer, data, settings(curve=False))
     assert "refusal_starts" not in plain.to_dict()

@@ -79,6 +79,36 @@ def test_a_note_warns_of_rates_by_different_judges() -> None:
     assert note.endswith("not comparable: vanilla by keyword, derta by guard")
 
 
+def test_a_note_warns_of_rates_under_different_conditions() -> None:
+    made = models("vanilla", "derta", "other")
+    made["vanilla"]["conditions"] = {"max_new_tokens": 64, "refusal_banned": 8}
+    made["derta"]["conditions"] = {"max_new_tokens": 64, "refusal_banned": 16}
+    expected = "refusal_banned differs, and rates depend on it: vanilla 8, derta 16"
+    assert compare(made)["notes"] == [expected]
+
+
+def test_empty_answers_and_repeated_draws_are_told() -> None:
+    """Attacks that write the start or draw several answers count no refusals at the start."""
+    outcomes = (
+        Outcome("asr.refusal_banned.0", 5, 10, empty=10, positions=(0,) * 5, answers=20),
+        Outcome("asr.refusal_banned.4", 5, 10, positions=(4,) * 5),
+        Outcome("asr.prefill_thinking.4", 5, 10, positions=(4,) * 5),
+        Outcome("asr.sampling.1", 20, 40, per_request=4),
+        Outcome("over_refusal.benign", 0, 10),
+    )
+    made = compare({"derta": VariantResult(outcomes).to_dict()})
+    assert made["first_tokens"]["derta"].keys() == {"refusal_banned.0", "all"}
+    rates = made["terms"]["rates"]["derta"]
+    assert rates["sampling.1"].interval == rates["refusal_banned.4"].interval
+    text = format_comparison(made)
+    assert text.splitlines()[-3:] == [
+        "Empty answers",
+        "%      refusal banned 0",
+        "derta              50.0",
+    ]
+    assert "Empty answers" not in format_comparison(compare(models("vanilla", "derta")))
+
+
 def test_many_attacks_become_several_tables(tmp_path: Path) -> None:
     attacks = [Outcome(f"asr.file.a{nth:02}", nth, 40) for nth in range(14)]
     comparison = compare({"a": VariantResult(outcomes=attacks).to_dict()}, analyses=["terms"])
