@@ -91,18 +91,18 @@ def test_samples_depend_on_no_batch_and_no_order_but_on_seed_and_number() -> Non
 
 
 def test_draws_have_the_probabilities_of_the_logits() -> None:
-    p = np.array([0.5, 0.0, 0.3, 0.2, 0.0])
+    p = np.array([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     count = 4000
     shares = np.array([draws(Decoding(sample=n), [7], 1)[0] for n in range(count)])
-    logits = torch.from_numpy(np.log(np.maximum(p, 0), where=p > 0, out=np.full(5, -np.inf)))
+    logits = torch.from_numpy(np.log(np.maximum(p, 0), where=p > 0, out=np.full(6, -np.inf)))
     drawn = draw(logits.expand(count, -1), torch.from_numpy(shares))
-    seen = np.bincount(drawn.numpy(), minlength=5)
-    assert seen[1] == seen[4] == 0
+    seen = np.bincount(drawn.numpy(), minlength=6)
+    assert (seen[p == 0] == 0).all()
     bound = 4 * np.sqrt(count * p * (1 - p))  # four standard deviations
     assert (np.abs(seen - count * p) <= bound).all()
     # The ends of the range: no token of probability 0, whatever the rounding.
-    ends = torch.tensor([0.0, np.nextafter(1.0, 0.0)])
-    assert draw(logits.expand(2, -1), ends).tolist() == [0, 3]
+    ends = torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert draw(logits.expand(2, -1), ends).tolist() == [1, 4]
 
 
 def test_stored_answers_are_taken_only_for_the_same_decoding(tmp_path: Path, chat: Chat) -> None:
@@ -131,7 +131,7 @@ def test_a_server_writes_the_forbidden_start_apart_and_goes_on(
     chain: Callable[..., dict[int, int]],
 ) -> None:
     """The server runs the same model, with the bias added to the logits."""
-    model = scripted({**chain(50, 51, 52, 53), **chain(40, 41, 40)})
+    model = scripted({**chain(50, 51, 52, 53), **chain(40, 41, 40), **chain(60, 61, 60)})
     ends = stop_ids(model, chat)
 
     def run(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,8 +148,8 @@ def test_a_server_writes_the_forbidden_start_apart_and_goes_on(
         stopped = len(ids) < body["max_tokens"]  # like vLLM, it returns the token that ended
         return said("", [*ids, *list(ends)[:stopped]], "stop" if stopped else "length")
 
-    prompts = [[50], [40], [41]]
-    names = ["a", "b", "c"]
+    prompts = [[50], [40], [41], [60]]
+    names = ["a", "b", "c", "endless"]
     for banned_for in (2, 9):
         decoding = Decoding(banned=(41, 51), banned_for=banned_for)
         local = generate(
@@ -166,6 +166,7 @@ def test_a_server_writes_the_forbidden_start_apart_and_goes_on(
             generator = ServerGenerator(server, chat, max_new_tokens=6)
             written = generator(prompts, ids=names, decoding=decoding)
         assert [one.ids for one in written] == local
+        assert len(local[-1]) == 6
         assert [one.text for one in written] == [
             chat.tokenizer.decode(ids, skip_special_tokens=True) for ids in local
         ]
