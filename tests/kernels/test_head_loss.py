@@ -626,15 +626,17 @@ def test_the_operators_pass_the_checks_of_torch_library(
 class TiedModel(nn.Module):
     """A model whose embedding is also its head, with the loss inside, like a language model."""
 
-    def __init__(self) -> None:
+    def __init__(self, refusal_token_id: int | list[int]) -> None:
         super().__init__()
+        self.refusal_token_id = refusal_token_id
         self.embedding = nn.Embedding(97, 16)
         self.bias = nn.Parameter(torch.zeros(97))
 
     def forward(self, ids: Tensor, target: Tensor, rto_mask: Tensor) -> Tensor:
         hidden = self.embedding(ids).tanh()
-        head = dict(weight=self.embedding.weight, bias=self.bias, refusal_token_id=5)
-        return head_loss(hidden, target=target, rto_mask=rto_mask, **head).loss / len(ids)
+        refusals = dict(rto_mask=rto_mask, refusal_token_id=self.refusal_token_id)
+        head = dict(weight=self.embedding.weight, bias=self.bias)
+        return head_loss(hidden, target=target, **refusals, **head).loss / len(ids)
 
 
 def test_cuda_graphs_do_not_capture_decisions_of_the_host() -> None:
@@ -649,7 +651,7 @@ def test_cuda_graphs_do_not_capture_decisions_of_the_host() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_model_contains_it_without_a_graph_break(dynamic: bool, autocast: bool) -> None:
     torch.manual_seed(0)
-    model = TiedModel()
+    model = TiedModel([9, 5, 40] if autocast else 5)
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for rows in (60, 31):
         ids, target = torch.randint(97, (2, rows)).unbind(0)
