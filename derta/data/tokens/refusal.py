@@ -82,24 +82,30 @@ class RefusalSet:
 
     @property
     def warning(self) -> str | None:
-        """Warning if the safe responses mostly start with none of the tokens, else None."""
+        """Warning if the safe responses teach another start, or not all of them; else None."""
         first, *others = self.tokens
-        if not others:
+        if not others or first.common_start is None:
             return first.warning
-        if first.common_start in (None, *(token.id for token in self.tokens)):
-            return None
+        if first.common_start in (token.id for token in self.tokens):
+            untaught = [token for token in self.tokens if not token.safe_start_share]
+            if not untaught:
+                return None
+            return (
+                f"RTO trains {_listed(untaught)} too, but no safe response starts so, and nothing "
+                "teaches the model to go on from there: leave them out, or add such safe responses"
+            )
         return (
-            f"RTO trains one of {self._listed}, but only {self.safe_start_share:.0%} of the safe "
-            f"responses start with one of them; {first.common_start_share:.0%} start with "
+            f"RTO trains one of {_listed(self.tokens)}, but only {self.safe_start_share:.0%} of "
+            f"the safe responses start with one of them; {first.common_start_share:.0%} start with "
             f"{first.common_start_text!r} (id {first.common_start}): add that id to refusal_tokens"
         )
 
-    @property
-    def _listed(self) -> str:
-        return ", ".join(f"{token.text!r} (id {token.id})" for token in self.tokens)
-
     def __str__(self) -> str:
-        return f"refusal token{'s' * (len(self.tokens) > 1)} {self._listed}"
+        return f"refusal token{'s' * (len(self.tokens) > 1)} {_listed(self.tokens)}"
+
+
+def _listed(tokens: Iterable[RefusalToken]) -> str:
+    return ", ".join(f"{token.text!r} (id {token.id})" for token in tokens)
 
 
 def resolve_refusal_token(

@@ -104,6 +104,10 @@ def test_a_set_is_one_token_several_or_those_that_safe_responses_start_with(temp
     assert [token.id for token in found.tokens] == [sorry, no]
     ten = Counter({id: 20 - id for id in range(10, 20)})
     assert choose_refusal_set(chat, "auto", "auto", ten).target == tuple(range(10, 18))
+    untaught = choose_refusal_set(chat, "auto", ["Sorry", 8], starts)
+    assert untaught.warning is not None and untaught.warning.startswith(
+        "RTO trains '%' (id 8) too, but no safe response starts so, and nothing teaches the model"
+    )
     others = choose_refusal_set(chat, "auto", [rare, no], starts)
     assert others.warning is not None and others.warning.endswith(
         f"only 30% of the safe responses start with one of them; 70% start with 'Sorry' (id "
