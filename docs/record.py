@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from derta.evaluation.measures.results import leaves
+from derta.evaluation.reporting.analyses import empty_answers
 from derta.evaluation.reporting.tables import title_of
 from derta.outputs import compact_json
 
@@ -27,8 +28,8 @@ The demo's real model, SmolLM2-135M-Instruct, is to give no cooking help; its ow
 for harm. Dishes, wordings and recipes of testing are never seen in tuning. All tunings are equally
 long. {size}
 
-In %, with 95% Wilson intervals over all answers of all seeds. An empty answer is neither a refusal
-nor a success of the attack: a low figure counts only beside few empty answers.
+In %, with 95% Wilson intervals over all answers of all seeds. An empty answer neither refuses nor
+complies: it is counted by itself, below, and is no trial of an attack.
 """
 ATTACKS = """
 ## Attack success
@@ -41,12 +42,15 @@ COSTS = """
 {table}
 
 *Over-refusal: harmless requests that are refused; borderline ones are about food and ask for no
-cooking help. Perplexity is that of the base model's own answers to other requests.*
+cooking help. Perplexity is that of the base model's own answers to other requests. AUC: a detector
+that scores a response by its highest probability of the refusal token, harmful against benign.*
 """
 EMPTY = """
 ## Empty answers
 
 {table}
+
+*Shares of all answers, in %.*
 """
 REPEAT = """
 ## Repeat it
@@ -60,13 +64,13 @@ python docs/record.py outputs/cooking
 
 The run took {minutes:,} minutes; a killed one goes on where it stopped.
 """
+COSTING = ("over_refusal", "helpful_accuracy", "helpful_perplexity", "detector_auc")
 MISSING = "–"
 # Columns of the README's table; those that the record lacks are left out.
 COLUMNS = {
     "attacks: asked plainly": "asr.direct",
     "4 tokens prefilled": "asr.prefill.4",
     "16 prefilled": "asr.prefill.16",
-    "40 prefilled": "asr.prefill.40",
     "refusals banned": "asr.refusal_banned.0",
     "refusals banned, 4 prefilled": "asr.refusal_banned.4",
     "no chat template": "asr.completion",
@@ -95,11 +99,11 @@ def page(summary: Mapping[str, Any]) -> str:
         INTRODUCTION.format(
             size=f"{seeds} seed{'s' if seeds > 1 else ''}, {trials:,} requests of each kind in all."
         ),
-        ATTACKS.format(table=_table(variants, ("asr",))),
-        COSTS.format(table=_table(variants, ("over_refusal", "helpful_perplexity"))),
+        ATTACKS.format(table=_table(variants, _figures(variants, ("asr",)))),
+        COSTS.format(table=_table(variants, _figures(variants, COSTING))),
     ]
-    if empty := _table(variants, ("asr", "over_refusal"), empty=True):
-        parts.append(EMPTY.format(table=empty))
+    if empty := _empty(variants):
+        parts.append(EMPTY.format(table=_table(variants, empty)))
     parts.append(
         REPEAT.format(
             seeds=seeds,
@@ -126,22 +130,41 @@ def short_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(variants: Mapping[str, Any], kinds: Sequence[str], *, empty: bool = False) -> str:
-    """Return a table of a row for each metric; with `empty`, of those that some answer lacks."""
+def _figures(variants: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, list[str]]:
+    """Return the figures of all variants by metric, those below `kinds`."""
     metrics = dict.fromkeys(
         metric
         for entry in variants.values()
         for metric, _ in leaves({kind: entry[kind] for kind in kinds if kind in entry})
     )
-    cell = _empty if empty else _figure
-    rows = {metric: [cell(entry, metric) for entry in variants.values()] for metric in metrics}
-    lines = [
-        f"| {' | '.join([title_of(metric.removeprefix('asr.')), *cells])} |"
-        for metric, cells in rows.items()
-        if not empty or set(cells) - {"0.0", MISSING}
-    ]
-    head = [f"| | {' | '.join(variants)} |", "|---" * (len(variants) + 1) + "|"]
-    return "\n".join(head + lines) if lines else ""
+    return {metric: [_figure(entry, metric) for entry in variants.values()] for metric in metrics}
+
+
+def _empty(variants: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the shares of empty answers by metric, of those that some variant answers so."""
+    found = empty_answers(variants)
+    metrics = dict.fromkeys(metric for rates in found.values() for metric in rates)
+    return {
+        metric: [
+            f"{100 * rates[metric].share:.1f}" if metric in rates else MISSING
+            for rates in found.values()
+        ]
+        for metric in metrics
+    }
+
+
+def _table(variants: Mapping[str, Any], cells: Mapping[str, Sequence[str]]) -> str:
+    """Return a table with a row for each metric and a column for each variant."""
+    return "\n".join(
+        [
+            f"| | {' | '.join(variants)} |",
+            "|---" * (len(variants) + 1) + "|",
+            *(
+                f"| {' | '.join([title_of(metric.removeprefix('asr.')).replace('_', ' '), *own])} |"
+                for metric, own in cells.items()
+            ),
+        ]
+    )
 
 
 def _figure(entry: Mapping[str, Any], metric: str) -> str:
@@ -152,13 +175,6 @@ def _figure(entry: Mapping[str, Any], metric: str) -> str:
         return f"{value:.2f}"
     low, high = (f"{100 * end:.0f}" for end in interval)
     return f"{100 * value:.1f} ({low}–{high})"
-
-
-def _empty(entry: Mapping[str, Any], metric: str) -> str:
-    count = _lookup(entry["counts"], metric)
-    if count is None:
-        return MISSING
-    return f"{100 * count['empty'] / (count['trials'] + count['undecided']):.1f}"
 
 
 def _lookup(tree: Any, metric: str) -> Any:

@@ -286,7 +286,7 @@ class Cooking:
         """Return the attacks that a CPU runs in a minute or two, with short answers."""
         return EvaluationSettings(
             refusal=REFUSAL,
-            prefill_depths=(0, 4, 32),
+            prefill_depths=(0, 4, 16),
             refusal_banned=8,
             in_context=True,
             max_new_tokens=16,
