@@ -24,6 +24,7 @@ def test_two_ranks_compute_what_one_does() -> None:
         "rows_closer_to_1_than_any_float",
         "only_required_gradients",
         "few_rows_and_many_chunks",
+        "ranks_of_tokens",
         "differences_between_ranks",
         "heads_that_are_dtensors",
         "a_compiled_model",
@@ -35,6 +36,7 @@ def test_three_ranks_of_which_one_has_no_rows() -> None:
         CASES,
         "rows_closer_to_1_than_any_float",
         "few_rows_and_many_chunks",
+        "ranks_of_tokens",
         "heads_that_are_dtensors",
         ranks=3,
     )

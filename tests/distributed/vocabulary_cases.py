@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from allocated import peak_bytes
-from derta_kernels.head_loss import chunked, head_loss
+from derta_kernels.head_loss import chunked, head_loss, token_ranks
 from derta_kernels.head_loss.choice import unavailable
 from derta_kernels.testing import HeadCase, error_budget, head_case, relative_error
 
@@ -223,6 +223,21 @@ def differences_between_ranks() -> None:
     )
     for change, message in everyone:
         assert_refused(case.arguments() | change, message)
+
+
+def ranks_of_tokens() -> None:
+    """Ranks of tokens are those in the whole vocabulary, ties across shards included."""
+    for dtype, scale, sizes in itertools.product(DTYPES, (1.0, -1.0), sizes_here()):
+        case = head_case(700, vocabulary=VOCABULARY, bias=True, probabilities=(0.01,)).to(dtype)
+        assert case.bias is not None
+        case = replace(case, hidden=case.hidden.round(), weight=case.weight.round())  # many ties
+        options = dict(logit_scale=scale, scratch_mb=0.1)
+        whole = token_ranks(case.hidden, case.weight, case.target, bias=case.bias, **options)
+        own = own_rows(case, sizes)
+        actual = token_ranks(
+            own.hidden, own.weight, own.target, bias=own.bias, group=world(), **options
+        )
+        assert torch.equal(actual, whole), (dtype, scale, sizes)
 
 
 def assert_refused(arguments: dict[str, Any], message: str) -> None:

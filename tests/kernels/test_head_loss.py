@@ -807,7 +807,7 @@ def test_the_plan_knows_the_memory_of_a_call(
 def test_every_row_of_the_scratch_is_aligned_for_wide_loads() -> None:
     for vocabulary in (1, 97, 128256, 128257):
         for dtype in DTYPES:
-            scratch = chunked._scratch(2, vocabulary, dtype, torch.device("cpu"))
+            scratch = chunked.new_scratch(2, vocabulary, dtype, torch.device("cpu"))
             assert scratch.shape == (2, vocabulary) and scratch.stride(1) == 1
             assert scratch.stride(0) * dtype.itemsize % 128 == 0
 

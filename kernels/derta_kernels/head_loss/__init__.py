@@ -1,14 +1,16 @@
-"""The two-target loss of a vocabulary projection; see `head_loss`."""
+"""The two-target loss of a vocabulary projection, and the ranks of tokens; see `head_loss`."""
 
 from derta_kernels.head_loss.choice import choose
 from derta_kernels.head_loss.chunked import working_bytes
 from derta_kernels.head_loss.chunks import Chip, chip_of
 from derta_kernels.head_loss.head import Head
 from derta_kernels.head_loss.op import HeadLoss, head_loss
+from derta_kernels.head_loss.ranks import NO_RANK, token_ranks
 from derta_kernels.head_loss.shards import sent_bytes
 from derta_kernels.head_loss.token_set import checked_ids
 
 __all__ = [
+    "NO_RANK",
     "Chip",
     "Head",
     "HeadLoss",
@@ -17,5 +19,6 @@ __all__ = [
     "choose",
     "head_loss",
     "sent_bytes",
+    "token_ranks",
     "working_bytes",
 ]

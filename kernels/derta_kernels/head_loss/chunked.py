@@ -133,7 +133,7 @@ def head_loss_chunked(
     chunks = split(count, most)
     ahead = 0 if shards is None else AHEAD_OF_RANKS
     scratches = [
-        _scratch(_longest(chunks), vocabulary, dtype, hidden.device)
+        new_scratch(_longest(chunks), vocabulary, dtype, hidden.device)
         for _ in range(min(1 + ahead, len(chunks)))
     ]
     found: list[tuple[Tensor, Tensor]] = []
@@ -143,9 +143,9 @@ def head_loss_chunked(
         if place < len(chunks):
             chunk = chunks[place]
             h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
-            h = h.to(dtype).contiguous()  # libraries read past the rows of a view, see `_scratch`
+            h = h.to(dtype).contiguous()  # libraries read past a view's rows, see `new_scratch`
             logits = scratches[place % len(scratches)][: len(h)]
-            _put_logits(logits, h, weight, bias)
+            put_logits(logits, h, weight, bias)
             summary = None
             if shards is not None:
                 of_shard = row_pass.first_walk(logits, tokens[chunk], softcap, logit_scale)
@@ -281,7 +281,7 @@ def shard_chunk_rows(
     return chunk_rows(len(hidden), problem, chip_of(hidden.device), scratch_mb, 1 + AHEAD_OF_RANKS)
 
 
-def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def new_scratch(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return (rows, V) uninitialised, rows starting on `ROW_ALIGNMENT_BYTES`, padded with zeros.
 
     A CPU's matrix unit takes bfloat16 in blocks of 32. Where a row ends within a block, oneDNN
@@ -320,7 +320,7 @@ def _cut(count: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def put_logits(logits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Set logits (C, V) = h (C, d) @ weight (V, d)^T + bias (V,), in the dtype of h and logits."""
     for part in _weight_parts(weight, h.dtype):
         # The widened slice has no name, or it would outlive its product and two would exist.

@@ -176,17 +176,17 @@ def head_loss(
     tensors = dict(hidden=hidden, weight=weight, target=target) | {
         name: tensor for name, tensor in optional.items() if tensor is not None
     }
-    _check_group(group, impl)
+    check_group(group, impl)
     _check_sparse(sparse_backward, group, impl)
-    _check_tensors(tensors, is_shard=group is not None)
+    check_tensors(tensors, is_shard=group is not None)
     vocabulary = len(weight) if group is None else None
-    _check_numbers(softcap, logit_scale, ignore_index, scratch_mb)
+    check_numbers(softcap, logit_scale, ignore_index, scratch_mb)
     refusal_ids = () if refusal_token_id is None else checked_ids(refusal_token_id)
     if vocabulary is not None:  # with shards, no rank knows it yet
         check_in_vocabulary(refusal_ids, vocabulary)
     if rto_mask is not None and not refusal_ids:
         raise ValueError("refusal_token_id is required with rto_mask, got None")
-    hidden = _autocast(hidden, weight, bias)
+    hidden = as_in_autocast(hidden, weight, bias)
 
     has_next = target != ignore_index
     is_rto = torch.zeros_like(has_next) if rto_mask is None else rto_mask
@@ -271,7 +271,7 @@ def _target_weight(row_weight: Tensor | None, has_target: Tensor, dtype: torch.d
     return weight.to(dtype)
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def as_in_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return hidden as `F.linear` would see it: in autocast's dtype where it is on.
 
     Weight and bias are cast to hidden's dtype later, beside their history, or their gradients would
@@ -289,7 +289,7 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return hidden
 
 
-def _check_group(group: dist.ProcessGroup | None, impl: str) -> None:
+def check_group(group: dist.ProcessGroup | None, impl: str) -> None:
     """Check that a group can share the vocabulary."""
     if group is None:
         return
@@ -323,7 +323,7 @@ def _check_sparse(tolerance: float, group: dist.ProcessGroup | None, impl: str) 
         )
 
 
-def _check_tensors(tensors: dict[str, Tensor], is_shard: bool) -> None:
+def check_tensors(tensors: dict[str, Tensor], is_shard: bool) -> None:
     """Check types, shapes, dtypes and devices of the given tensors; no host transfer."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -359,7 +359,7 @@ def _check_tensors(tensors: dict[str, Tensor], is_shard: bool) -> None:
             raise ValueError(f"{name} must not require a gradient, none is formed: detach it")
 
 
-def _check_numbers(
+def check_numbers(
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,

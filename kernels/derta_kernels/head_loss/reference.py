@@ -41,7 +41,7 @@ def head_loss_reference(
         loss (), differentiable; logsumexp (n,) and nll (n, K), detached; all in token_weight's
         dtype.
     """
-    hidden = hidden.contiguous()  # libraries read past the rows of a view, see `chunked._scratch`
+    hidden = hidden.contiguous()  # libraries read past a view's rows, see `chunked.new_scratch`
     z = logit_scale * F.linear(hidden, weight, bias).to(token_weight.dtype)  # (n, V)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
