@@ -159,10 +159,10 @@ COMMANDS = {
         ("results",),
     ),
     "eval curve": Command(
-        "measure the probability of a refusal after every token of given responses",
+        "measure refusal and rank of the next token after every token of given responses",
         "evaluation.CurveConfig",
         ("model", "data"),
-        "Generates nothing.",
+        "Generates nothing: one forward pass reads both.",
         on_ranks=True,
     ),
 }

@@ -40,6 +40,7 @@ from derta.evaluation.measures.curve import (
     forced_rates as forced_rates,
     mean_curve as mean_curve,
 )
+from derta.evaluation.measures.ranks import RankAttack as RankAttack
 from derta.evaluation.measures.results import (
     Outcome as Outcome,
     VariantResult as VariantResult,
@@ -68,9 +69,12 @@ from derta.evaluation.scenarios import (
     make_scenarios as make_scenarios,
 )
 from derta.evaluation.teacher_forcing import (
+    ResponseCurves as ResponseCurves,
     find_refusal_token as find_refusal_token,
     perplexity as perplexity,
     refusal_curve as refusal_curve,
     refusal_curves as refusal_curves,
     response as response,
+    response_curve as response_curve,
+    response_curves as response_curves,
 )

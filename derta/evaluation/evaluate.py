@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
@@ -21,6 +20,7 @@ from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
 from derta.evaluation.judges.base import Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
+from derta.evaluation.measures.ranks import RankAttack
 from derta.evaluation.measures.results import Outcome, Sample, VariantResult
 from derta.evaluation.scenarios import (
     EvaluationData,
@@ -30,10 +30,11 @@ from derta.evaluation.scenarios import (
     make_scenarios,
 )
 from derta.evaluation.teacher_forcing import (
+    ResponseCurves,
     find_refusal_token,
     perplexity,
-    refusal_curves,
     refusal_ids,
+    response_curves,
 )
 from derta.modeling.introspection import context_length
 
@@ -50,9 +51,10 @@ class EvaluationSettings(Attacks):
             `find_refusal_token`.
         max_new_tokens: most tokens of an answer.
         batch_size: prompts per batch.
-        max_tokens: tokens per pack for refusal curves.
-        curve: if True, refusal curves are measured; they need harmful responses and a model that
-            `apply_derta` supports.
+        max_tokens: tokens per pack for curves.
+        curve: if True, refusal curves and rank curves are measured; they need harmful responses and
+            a model that `apply_derta` supports.
+        rank_attack: the attacker whose success the ranks tell.
         helpful: "exact_match" of generated answers, or "perplexity" of the given answers.
         judges: name to judge; all judges read the same answers, and the first one's figures are the
             main ones.
@@ -77,6 +79,7 @@ class EvaluationSettings(Attacks):
     batch_size: int = 16
     max_tokens: int = 4096
     curve: bool = True
+    rank_attack: RankAttack = field(default_factory=RankAttack)
     helpful: Literal["exact_match", "perplexity"] = "exact_match"
     judges: Mapping[str, Judge] = field(default_factory=lambda: {"keyword": KeywordJudge()})
     lm_eval: Sequence[str] = ()
@@ -166,7 +169,7 @@ class Answered:
         scenarios: the scenarios.
         answers: answers to the trials of each scenario.
         tokenizer: the model's tokenizer.
-        found: curves, perplexity, figures of lm-eval, and their duration.
+        found: curves, what they tell of attacks, perplexity, figures of lm-eval, and the duration.
         exports: name to requests and answers for another program.
     """
 
@@ -223,7 +226,7 @@ def collect_answers(
         ),
     )
     trials = [_trials(scenario, chat) for scenario in chosen]
-    curves: list[tuple[np.ndarray, ...]] = [(), (), ()]
+    curves: list[list[ResponseCurves]] = [[], [], []]
     nll, lm_figures = (0.0, 0), {}
     if model is None:
         refuse_what_takes_a_model(data, settings)
@@ -252,10 +255,15 @@ def collect_answers(
         ]
         for name, made in exported.items()
     }
+    harmful, benign, borderline = (tuple(one.refusal for one in kind) for kind in curves)
+    ranks = tuple(one.ranks for one in curves[0])
     found = VariantResult(
-        harmful_curves=curves[0],
-        benign_curves=curves[1],
-        borderline_curves=curves[2],
+        outcomes=settings.rank_attack.outcomes(ranks),
+        harmful_curves=harmful,
+        benign_curves=benign,
+        borderline_curves=borderline,
+        harmful_ranks=ranks,
+        top_k=tuple(settings.rank_attack.top_k),
         perplexity=nll,
         lm_eval=lm_figures,
         refusal_starts=tuple(map(chat.text, starts)),
@@ -294,7 +302,10 @@ def _result(
     main, *others = verdicts
     return replace(
         answered.found,
-        outcomes=tuple(_outcome(*one, tokenizer, apart) for one in said[main]),
+        outcomes=(
+            *(_outcome(*one, tokenizer, apart) for one in said[main]),
+            *answered.found.outcomes,
+        ),
         conditions=settings.conditions(),
         judge=main,
         judges={
@@ -493,17 +504,17 @@ def _sample(
 
 def _curves(
     model: PreTrainedModel, chat: Chat, data: EvaluationData, settings: EvaluationSettings
-) -> list[tuple[np.ndarray, ...]]:
+) -> list[list[ResponseCurves]]:
     """Return the curves of harmful, benign and borderline responses."""
     kinds = [
         [request for request in requests if request.response]
         for requests in (data.harmful, data.benign, data.borderline)
     ]
     if not settings.curve or not kinds[0]:
-        return [()] * len(kinds)
+        return [[]] * len(kinds)
     refusal_id = find_refusal_token(model, chat.tokenizer, settings.refusal)
     curves = iter(
-        refusal_curves(
+        response_curves(
             model,
             chat.tokenizer,
             list(itertools.chain(*kinds)),
@@ -512,7 +523,7 @@ def _curves(
             special_tokens_in_text=settings.special_tokens_in_text,
         )
     )
-    return [tuple(itertools.islice(curves, len(kind))) for kind in kinds]
+    return [list(itertools.islice(curves, len(kind))) for kind in kinds]
 
 
 def _perplexity(

@@ -1,15 +1,17 @@
-"""Refusal curves and perplexity of given responses, by packed forward passes.
+"""Refusal curves, rank curves and perplexity of given responses, by packed forward passes.
 
 The fused head loss returns the negative log-likelihood of every row as a by-product. These figures
-therefore cost one forward pass over the packs and hold no logits.
+therefore cost one forward pass over the packs and hold no logits. Ranks come from the same pass and
+cost one more product of its rows with the head.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -34,15 +36,58 @@ from derta.data import (
 from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
 from derta.evaluation.generation.local import SHOWN_AFTER_S
+from derta.labels import IGNORE_INDEX
 from derta.modeling.introspection import context_length, evaluating
-from derta.modeling.patch import apply_derta, patch_of, remove_derta
+from derta.modeling.patch import apply_derta, computing, patch_of, remove_derta
 from derta.modeling.shared_work import ranks
+from derta.objectives.base import Place
 from derta.objectives.derta import DertaObjective
+from derta_kernels.head_loss import Head, token_ranks
 
 Reduced = TypeVar("Reduced")
+# Values by row of a response, by their names.
+_Rows = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedTrunks(DertaObjective):
+    """Responses without branches, read at every position: the refusal token, and the next token.
+
+    Beside the losses, each row has the "rank" of the response's next token, see `token_ranks`, and
+    -1 where none follows.
+    """
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        return {**super().columns, "ranked_labels": IGNORE_INDEX}
+
+    def lay(self, drawn: Drawn, place: Place) -> dict[str, np.ndarray]:
+        columns = super().lay(drawn, place)
+        if isinstance(drawn.example, EncodedTriple):
+            harmful = drawn.example.harmful
+            columns["ranked_labels"][place.trunk + np.arange(len(harmful))] = harmful
+        return columns
+
+    def loss(
+        self, hidden: Tensor, head: Head, columns: Mapping[str, Tensor], **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, rows = super().loss(hidden, head, columns, **options)
+        rank = token_ranks(
+            hidden[0],
+            head.weight,
+            columns["ranked_labels"][0],
+            bias=head.bias,
+            logit_scale=head.logit_scale,
+            ignore_index=IGNORE_INDEX,
+            scratch_mb=options["scratch_mb"],
+            group=head.group,
+        )
+        return loss, {**rows, "rank": rank[None]}
+
 
 # Responses without branches, the refusal token read at every position.
 TRUNKS = DertaObjective(branches=0, cuts="zero")
+RANKED = RankedTrunks(branches=0, cuts="zero")
 # Source: arXiv 2407.09121, section 3.3.
 PAPER_REFUSAL = "Sorry"
 
@@ -59,6 +104,19 @@ def response(chat: Chat, id: str, messages: Sequence[Message], text: str) -> Enc
         safe=np.array(chat.closing_ids, np.int32),
         cut_limit=0,
     )
+
+
+class ResponseCurves(NamedTuple):
+    """The readings of one response h after each of its tokens.
+
+    Attributes:
+        refusal: (|h| + 1,) float32, see `refusal_curve`.
+        ranks: (|h|,) int64; entry t is the number of tokens that are likelier than the response's
+            token t after the t before it, see `derta_kernels.head_loss.token_ranks`.
+    """
+
+    refusal: np.ndarray
+    ranks: np.ndarray
 
 
 def refusal_curves(
@@ -92,6 +150,39 @@ def refusal_curves(
             template or has a special token that is refused (names its id), or as `refusal_curve`
             and `find_refusal_token`.
     """
+    read = _responses(model, tokenizer, records, refusal, special_tokens_in_text)
+    return refusal_curve(model, *read, max_tokens)
+
+
+def response_curves(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Triple | Dialogue | Request],
+    *,
+    refusal: str | int | Sequence[str | int] = "auto",
+    max_tokens: int = 4096,
+    special_tokens_in_text: SpecialTokensInText = "plain",
+) -> list[ResponseCurves]:
+    """Return refusal curve and ranks of each record's response, from one forward pass.
+
+    Args:
+        model, tokenizer, ...: see `refusal_curves`.
+
+    Raises:
+        TypeError, ValueError: as `refusal_curves`.
+    """
+    read = _responses(model, tokenizer, records, refusal, special_tokens_in_text)
+    return response_curve(model, *read, max_tokens)
+
+
+def _responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Triple | Dialogue | Request],
+    refusal: str | int | Sequence[str | int],
+    special_tokens_in_text: SpecialTokensInText,
+) -> tuple[list[EncodedTriple], int | Sequence[int]]:
+    """Return the encoded responses of records, and the id of the refusal token, or several."""
     chat = Chat(tokenizer, special_tokens_in_text)
     examples = []
     for record in records:
@@ -100,8 +191,7 @@ def refusal_curves(
             chat.check(record)
             examples.append(response(chat, record.id, messages, text))
     triples = [record for record in records if isinstance(record, Triple)]
-    refusal_id = find_refusal_token(model, tokenizer, refusal, triples)
-    return refusal_curve(model, examples, refusal_id, max_tokens)
+    return examples, find_refusal_token(model, tokenizer, refusal, triples)
 
 
 def _response_of(record: Triple | Dialogue | Request) -> tuple[Sequence[Message], str]:
@@ -184,24 +274,66 @@ def refusal_curve(
         ValueError: `apply_derta` refuses the model, it is patched with another refusal token, or an
             example does not fit its context.
     """
+    return _read_responses(model, examples, refusal_token_id, max_tokens, TRUNKS, _refusal_of)
+
+
+def response_curve(
+    model: PreTrainedModel,
+    examples: Sequence[EncodedTriple],
+    refusal_token_id: int | Sequence[int],
+    max_tokens: int = 4096,
+) -> list[ResponseCurves]:
+    """Return the refusal curve of each harmful response and the ranks of its tokens, together.
+
+    Equals, up to rounding:
+        logits = model(torch.cat([prompt, harmful])[None]).logits[0, len(prompt) - 1 :].float()
+        refusal = logits.softmax(-1)[:, refusal_token_id]
+        ranks = (logits[:-1] > logits[:-1].gather(1, harmful[:, None])).sum(1)
+
+    Args:
+        model, examples, refusal_token_id, max_tokens: see `refusal_curve`.
+
+    Raises:
+        ValueError: as `refusal_curve`.
+    """
+
+    def curves_of(rows: _Rows) -> ResponseCurves:
+        return ResponseCurves(_refusal_of(rows), rows["rank"][:-1])
+
+    return _read_responses(model, examples, refusal_token_id, max_tokens, RANKED, curves_of)
+
+
+def _refusal_of(rows: _Rows) -> np.ndarray:
+    return np.exp(-rows["rto"].astype(np.float32))
+
+
+def _read_responses(
+    model: PreTrainedModel,
+    examples: Sequence[EncodedTriple],
+    refusal_token_id: int | Sequence[int],
+    max_tokens: int,
+    objective: DertaObjective,
+    reduce: Callable[[_Rows], Reduced],
+) -> list[Reduced]:
+    """Return what `reduce` makes of the rows of each harmful response."""
     drawn = [
         Drawn(example, cuts=np.zeros(0, np.int64), depths=np.ones(len(example.harmful) + 1, bool))
         for example in examples
     ]
-    curves = [np.empty(0, np.float32)] * len(drawn)
-    with _reading(model, refusal_token_id):
-        for curve_by_place in _read(model, drawn, max_tokens, _curves_of):
-            for place, curve in curve_by_place.items():
-                curves[place] = curve
-    return curves
 
+    def by_place(read: _Read) -> dict[int, Reduced]:
+        depth, index = read.batch.depth[0].numpy(), read.batch.example_index[0].numpy()
+        rows = {name: values[0].cpu().numpy() for name, values in read.rows.items()}
+        made = {}
+        for nth, place in enumerate(read.places):
+            own = (index == nth) & (depth >= 0)
+            made[place] = reduce({name: values[own] for name, values in rows.items()})
+        return made
 
-def _curves_of(read: _Read) -> dict[int, np.ndarray]:
-    probability = np.exp(-read.rows["rto"][0].float().cpu().numpy())
-    depth, index = read.batch.depth[0].numpy(), read.batch.example_index[0].numpy()
-    return {
-        place: probability[(index == nth) & (depth >= 0)] for nth, place in enumerate(read.places)
-    }
+    with _reading(model, objective, refusal_token_id):
+        found = _read(model, drawn, max_tokens, objective, by_place)
+    made = {place: one for pack_of in found for place, one in pack_of.items()}
+    return [made[place] for place in range(len(drawn))]
 
 
 def perplexity(
@@ -225,8 +357,8 @@ def perplexity(
     """
     nothing = np.zeros(0, np.int64)
     drawn = [Drawn(dialogue, nothing, nothing.astype(bool)) for dialogue in dialogues]
-    with _reading(model):
-        read = _read(model, drawn, max_tokens, _likelihood_of)
+    with _reading(model, TRUNKS):
+        read = _read(model, drawn, max_tokens, TRUNKS, _likelihood_of)
     return math.fsum(nll for nll, _ in read), sum(count for _, count in read)
 
 
@@ -246,6 +378,7 @@ def _read(
     model: PreTrainedModel,
     drawn: Sequence[Drawn],
     max_tokens: int,
+    objective: DertaObjective,
     reduce: Callable[[_Read], Reduced],
 ) -> list[Reduced]:
     """Run the model over packs of all examples, and return what `reduce` makes of each."""
@@ -253,7 +386,7 @@ def _read(
         return []
     examples: list[Encoded] = [one.example for one in drawn]
     context = context_length(model)
-    lengths = [packed_length(one, TRUNKS) for one in examples]
+    lengths = [packed_length(one, objective) for one in examples]
     for example, length in zip(examples, lengths, strict=True):
         if length > context:
             raise ValueError(
@@ -276,7 +409,7 @@ def _read(
         leave=False,
         disable=ranks().rank > 0,
     ):
-        batch = pack([drawn[place] for place in places], TRUNKS)
+        batch = pack([drawn[place] for place in places], objective)
         output = model(**batch.to(model.device).model_inputs())
         made.append(reduce(_Read(places, batch, output.rows)))
     return ranks().gather(made)
@@ -284,7 +417,9 @@ def _read(
 
 @contextlib.contextmanager
 def _reading(
-    model: PreTrainedModel, refusal_token_id: int | Sequence[int] | None = None
+    model: PreTrainedModel,
+    objective: DertaObjective,
+    refusal_token_id: int | Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Patch the model in evaluation mode, and restore it; without an id, any token will do."""
     patch = patch_of(model)
@@ -296,7 +431,7 @@ def _reading(
     if patch is None:
         apply_derta(model, refusal_token_id or 0)
     try:
-        with evaluating(model):
+        with evaluating(model), computing(model, objective):
             yield
     finally:
         if patch is None:

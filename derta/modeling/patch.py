@@ -214,6 +214,23 @@ def check_derta(
         _change(patched, objective=patch.objective)
 
 
+@contextlib.contextmanager
+def computing(model: nn.Module, objective: Objective) -> Iterator[None]:
+    """Let a patched model compute the rows of another objective inside, and restore its own.
+
+    Args:
+        model: see `apply_derta`.
+        objective: the objective of the packs inside.
+    """
+    patched = transformers_model(model)
+    own = vars(patched)["_derta_patch"].objective
+    _change(patched, objective=objective)
+    try:
+        yield
+    finally:
+        _change(patched, objective=own)
+
+
 def _change(model: PreTrainedModel, **changes: Any) -> Patch:
     """Change values of a model's patch, and return it."""
     state = vars(model)

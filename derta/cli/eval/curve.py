@@ -1,4 +1,4 @@
-"""`derta eval curve`: the probability of a refusal after every token of given responses."""
+"""`derta eval curve`: refusal and rank of the next token after every token of given responses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ import numpy as np
 from derta.cli.settings.evaluation import CurveConfig
 from derta.data import Chat, Dialogue, Request, Triple, read_records
 from derta.data.records.sources import check_paths
-from derta.evaluation import find_refusal_token, mean_curve, refusal_curves
+from derta.evaluation import (
+    RankAttack,
+    ResponseCurves,
+    find_refusal_token,
+    mean_curve,
+    response_curves,
+)
 from derta.evaluation.measures.curve import CERTAIN
-from derta.evaluation.measures.results import DIGITS
+from derta.evaluation.measures.results import DIGITS, VariantResult, rank_curves
 from derta.evaluation.reporting.plots import draw
+from derta.evaluation.reporting.report import format_table
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
 from derta.modeling.shared_work import over_ranks
 from derta.outputs import compact_json, write_whole
@@ -24,28 +31,44 @@ from derta.terminal import say
 KINDS = {"safety": "harmful", "helpful": "benign", "borderline": "borderline"}
 
 
-def format_curve(curves: Sequence[np.ndarray]) -> str:
+def format_curve(curves: Sequence[ResponseCurves], top_k: Sequence[int]) -> str:
     """Return a table by depth, at powers of two up to the longest response.
 
     Args:
-        curves: the result of `refusal_curves`.
+        curves: the result of `response_curves`.
+        top_k: values of k.
 
     Returns:
-        for every depth the number of responses that reach it, mean and quartiles of the
-        probability, and the share in which a refusal is the likeliest token; in percent.
+        for every depth the number of responses that reach it; mean and quartiles of the refusal
+        token's probability, and the share in which a refusal is the likeliest token; the share in
+        which the response's next token is among the top k. In percent.
     """
-    longest = max(map(len, curves)) - 1
+    longest = max(len(curve.refusal) for curve in curves) - 1
     depths = [0, *(2**k for k in range(longest.bit_length()))]
-    lines = [f"{'depth':>6}{'responses':>11}{'mean':>8}{'quartiles':>16}{'above half':>12}"]
+    tops = [f"top {k}" for k in top_k]
+    lines = [
+        f"{'depth':>6}{'responses':>11}{'mean':>8}{'quartiles':>16}{'above half':>12}"
+        + "".join(f"{top:>9}" for top in tops)
+    ]
     for depth in depths:
-        read = np.array([curve[depth] for curve in curves if len(curve) > depth])
+        read = np.array([one.refusal[depth] for one in curves if len(one.refusal) > depth])
+        ranks = np.array([one.ranks[depth] for one in curves if len(one.ranks) > depth])
         low, high = 100 * np.quantile(read, (0.25, 0.75))
         quartiles = f"{low:.1f} – {high:.1f}"
+        within = [f"{100 * (ranks < k).mean():.1f}" if len(ranks) else "–" for k in top_k]
         lines.append(
             f"{depth:>6}{len(read):>11}{100 * read.mean():>8.1f}{quartiles:>16}"
-            f"{100 * (read > CERTAIN).mean():>12.1f}"
+            f"{100 * (read > CERTAIN).mean():>12.1f}" + "".join(f"{one:>9}" for one in within)
         )
     return "\n".join(lines)
+
+
+def attack_figures(curves: Sequence[ResponseCurves], attack: RankAttack) -> dict[str, Any]:
+    """Return the figures of the rank-assisted attack as `derta eval` has them in its summary."""
+    outcomes = attack.outcomes([one.ranks for one in curves])
+    figures = VariantResult(outcomes=outcomes).to_dict()
+    kept = ("top_k", "rank_assisted", "intervals", "counts")
+    return {name: figures[name] for name in kept if name in figures}
 
 
 def run(config: CurveConfig) -> None:
@@ -55,7 +78,7 @@ def run(config: CurveConfig) -> None:
 
     Raises:
         FileNotFoundError: the model or a file does not exist.
-        ValueError: as `read_records`, `refusal_curves` and `over_ranks`.
+        ValueError: as `read_records`, `response_curves` and `over_ranks`.
     """
     with over_ranks(config.device) as ranks:
         _run(config, is_first=ranks.rank == 0)
@@ -76,7 +99,7 @@ def _run(config: CurveConfig, *, is_first: bool) -> None:
     model.to(device)
     triples = [record for record in records if isinstance(record, Triple)]
     refusal_id = find_refusal_token(model, tokenizer, config.refusal, triples)
-    curves = refusal_curves(
+    curves = response_curves(
         model, tokenizer, records, refusal=refusal_id, max_tokens=config.max_tokens
     )
     if not is_first:
@@ -87,25 +110,31 @@ def _run(config: CurveConfig, *, is_first: bool) -> None:
     else:
         refusal = [chat.text(id) for id in refusal_id]
     name, kind = folder.resolve().name, KINDS[config.role]
-    mean, counts = mean_curve(curves)
+    mean, counts = mean_curve([one.refusal for one in curves])
     result = {
         "model": name,
         "refusal": {"id": refusal_id, "text": refusal},
         "refusal_curve": {kind: _rounded(mean)},
         "refusal_curve_counts": {kind: counts.tolist()},
+        **rank_curves(kind, [one.ranks for one in curves], config.top_k),
+        **(attack_figures(curves, config.rank_attack) if kind == "harmful" else {}),
         "records": [
-            {"id": record.id, "curve": _rounded(curve)}
-            for record, curve in zip(records, curves, strict=True)
+            {"id": record.id, "curve": _rounded(one.refusal), "ranks": one.ranks.tolist()}
+            for record, one in zip(records, curves, strict=True)
         ],
     }
-    png, svg = draw({"variants": {name: result}})["refusal_curve"]
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "curve.png", png)
-    write_whole(output / "curve.svg", svg.encode())
+    summary = {"variants": {name: result}}
+    files = {"refusal_curve": "curve", "rank_curve": "rank_curve"}
+    for plot, (png, svg) in draw(summary).items():
+        if plot in files:
+            write_whole(output / f"{files[plot]}.png", png)
+            write_whole(output / f"{files[plot]}.svg", svg.encode())
     write_whole(output / "curve.json", compact_json(result).encode())
-    say(f"probability of {refusal!r} (id {refusal_id}), in percent")
-    say(f"{format_curve(curves)}\n\ncurves: {output / 'curve.json'}")
+    say(f"probability of {refusal!r} (id {refusal_id}), and next tokens in the top k, in percent")
+    parts = (format_curve(curves, config.top_k), format_table(summary))
+    say("\n\n".join([*filter(None, parts), f"curves: {output / 'curve.json'}"]))
 
 
 def _readable(record: Any) -> Triple | Dialogue | Request:

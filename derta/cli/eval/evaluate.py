@@ -313,6 +313,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         max_tokens=config.max_tokens,
         refusal=config.refusal,
         curve=config.curve,
+        rank_attack=config.rank_attack,
         helpful=config.helpful_metric,
         lm_eval=config.lm_eval,
         samples=config.samples,

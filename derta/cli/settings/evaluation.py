@@ -10,6 +10,7 @@ from derta.cli.settings.shared import LoadingSettings
 from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
 from derta.data.records.sources import COLUMNS_HELP
 from derta.evaluation.attacks import PREFILL_DEPTHS, SLOT
+from derta.evaluation.measures.ranks import RankAttack
 from derta.evaluation.presets import PRESETS
 from derta.evaluation.scenarios import check_name
 from derta.objectives.defaults import MAX_TOKENS
@@ -24,7 +25,40 @@ ResultFiles = str | list[str] | dict[str, str]
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(LoadingSettings, TextSettings):
+class RankSettings:
+    """An attacker who takes a harmful response's tokens from a model's likeliest ones."""
+
+    top_k: list[int] = setting(
+        help="Values of k: an attacker goes on with a harmful response while its next token is "
+        "among the k likeliest (arXiv 2512.05518). Read with the refusal curves. []: none.",
+        factory=lambda: list(RankAttack().top_k),
+        heading="rank-assisted attack",
+    )
+    rank_prefill: int = setting(0, "Tokens of the response that this attacker writes first.", ge=0)
+    rank_tokens: int | None = setting(
+        None, "Most tokens after them that the attacker wants; null: all.", ge=1
+    )
+    rank_misses: float = setting(
+        0.0, "Share of these that the attacker can write without the model.", ge=0, lt=1
+    )
+
+    @property
+    def rank_attack(self) -> RankAttack:
+        """The attacker.
+
+        Raises:
+            ValueError: a value of k is below 1 or given twice.
+        """
+        return RankAttack(
+            top_k=self.top_k,
+            prefill=self.rank_prefill,
+            tokens=self.rank_tokens,
+            misses=self.rank_misses,
+        )
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(LoadingSettings, TextSettings, RankSettings):
     """An evaluation.
 
     Raises:
@@ -168,8 +202,8 @@ class EvaluateConfig(LoadingSettings, TextSettings):
     )
     curve: bool = setting(
         True,
-        "If true, read refusal curves. They need harmful responses and a model that apply_derta "
-        "accepts.",
+        "If true, read refusal curves and rank curves. They need harmful responses and a model "
+        "that apply_derta accepts.",
         heading="refusal curve",
     )
     refusal: str | int | list[str | int] = setting(
@@ -188,6 +222,7 @@ class EvaluateConfig(LoadingSettings, TextSettings):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        _ = self.rank_attack
         if not self.lm_eval and not any(getattr(self, key) for key in FILES):
             raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
         if self.templates and not self.harmful:
@@ -288,7 +323,7 @@ class CompareConfig:
     names: list[str] = setting(
         help="Names of the models, if results are not named: [before, after].", factory=list
     )
-    analysis: Literal["all", "first_tokens", "positions", "terms"] = setting(
+    analysis: Literal["all", "first_tokens", "positions", "terms", "reach"] = setting(
         "all", "Analysis to run."
     )
     recipes: dict[str, str] | None = setting(
@@ -326,8 +361,8 @@ class CompareConfig:
 
 
 @dataclass(kw_only=True)
-class CurveConfig(LoadingSettings, PackSettings):
-    """The refusal curves of one model.
+class CurveConfig(LoadingSettings, PackSettings, RankSettings):
+    """The refusal curves and rank curves of one model.
 
     Raises:
         ValueError: a number is out of its range, or output_dir cannot be a folder.
@@ -344,7 +379,8 @@ class CurveConfig(LoadingSettings, PackSettings):
     format: str | None = setting(None, "Format of the rows, if their fields do not tell it.")
     columns: dict[str, Any] = setting(help=COLUMNS_HELP, factory=dict)
     output_dir: str = setting(
-        "outputs/curve", "Folder for curve.json, curve.png and curve.svg. None of them holds text."
+        "outputs/curve",
+        "Folder for curve.json, and for curve and rank_curve as .png and .svg. None holds text.",
     )
     refusal: str | int | list[str | int] = setting(
         "auto",
@@ -354,4 +390,5 @@ class CurveConfig(LoadingSettings, PackSettings):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        _ = self.rank_attack
         check_folder("output_dir", self.output_dir)

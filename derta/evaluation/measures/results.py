@@ -22,7 +22,8 @@ class Outcome:
 
     Attributes:
         metric: see `Scenario.metric`.
-        hits: number of trials that count.
+        hits: number of trials that count, or the sum of their shares in [0, 1]. Wilson's interval
+            of the latter is too wide, if anything: shares vary no more than trials of their mean.
         trials: number of decided trials.
         left_out: number of records without a trial.
         empty: number of empty answers.
@@ -35,7 +36,7 @@ class Outcome:
     """
 
     metric: str
-    hits: int
+    hits: float
     trials: int
     left_out: int = 0
     empty: int = 0
@@ -98,6 +99,8 @@ class VariantResult:
         judge: name of the first judge.
         judges: name of every other judge to its outcomes, for scenarios that need a judge.
         harmful_curves, benign_curves, borderline_curves: see `refusal_curve`.
+        harmful_ranks: see `derta.evaluation.teacher_forcing.ResponseCurves`.
+        top_k: the values of k that rank curves are of.
         perplexity: sum in nats and count of tokens, see `teacher_forcing.perplexity`.
         lm_eval: task to figures, see `derta.evaluation.lm_tasks`.
         conditions: settings on which the rates depend, see `EvaluationSettings.conditions`.
@@ -112,6 +115,8 @@ class VariantResult:
     harmful_curves: tuple[np.ndarray, ...] = ()
     benign_curves: tuple[np.ndarray, ...] = ()
     borderline_curves: tuple[np.ndarray, ...] = ()
+    harmful_ranks: tuple[np.ndarray, ...] = ()
+    top_k: tuple[int, ...] = ()
     perplexity: tuple[float, int] = (0.0, 0)
     lm_eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
@@ -145,6 +150,8 @@ class VariantResult:
                 kind: [_rounded(p) for p in mean] for kind, (mean, _) in means.items()
             }
             result["refusal_curve_counts"] = {kind: n.tolist() for kind, (_, n) in means.items()}
+        if self.harmful_ranks:
+            result |= rank_curves("harmful", self.harmful_ranks, self.top_k)
         if self.harmful_curves and self.benign_curves:
             result["detector_auc"] = _rounded(detector_auc(self.harmful_curves, self.benign_curves))
         if self.lm_eval:
@@ -156,6 +163,26 @@ class VariantResult:
         if self.samples:
             result["samples"] = [vars(sample) for sample in self.samples]
         return result
+
+
+def rank_curves(kind: str, ranks: Sequence[np.ndarray], top_k: Sequence[int]) -> dict[str, Any]:
+    """Return a summary's entries of the rank curves of one kind of responses.
+
+    Args:
+        kind: kind of the responses.
+        ranks: (|h|,) each, see `derta.evaluation.teacher_forcing.ResponseCurves`.
+        top_k: values of k.
+
+    Returns:
+        {"rank_curve": {kind: {k: [...]}}, "rank_curve_counts": {kind: [...]}}: at each depth, the
+        share of the responses long enough whose next token is among the top k, and their number.
+    """
+    means = {str(k): mean_curve([one < k for one in ranks])[0] for k in top_k}
+    _, counts = mean_curve(ranks)
+    return {
+        "rank_curve": {kind: {k: [_rounded(share) for share in mean] for k, mean in means.items()}},
+        "rank_curve_counts": {kind: counts.tolist()},
+    }
 
 
 def _tree(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -171,8 +198,9 @@ def _tree(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         if one.trials:
             _place(intervals, one.metric, [_rounded(end) for end in one.interval])
             _place(positions, one.metric, sorted(one.positions))
-        names = ("hits", "trials", "left_out", "empty", "undecided", "answers", "per_request")
-        _place(counts, one.metric, {name: getattr(one, name) for name in names})
+        names = ("trials", "left_out", "empty", "undecided", "answers", "per_request")
+        hits = one.hits if isinstance(one.hits, int) else _rounded(one.hits)
+        _place(counts, one.metric, {"hits": hits, **{name: getattr(one, name) for name in names}})
     for kind in ("asr", "over_refusal"):
         own = [one for one in outcomes if one.metric.startswith(f"{kind}.")]
         if answers := sum(one.answers or 0 for one in own):
@@ -205,6 +233,8 @@ def pool(results: Sequence[VariantResult]) -> VariantResult:
         harmful_curves=tuple(curve for result in results for curve in result.harmful_curves),
         benign_curves=tuple(curve for result in results for curve in result.benign_curves),
         borderline_curves=tuple(curve for result in results for curve in result.borderline_curves),
+        harmful_ranks=tuple(one for result in results for one in result.harmful_ranks),
+        top_k=results[0].top_k,
         perplexity=(
             math.fsum(result.perplexity[0] for result in results),
             sum(result.perplexity[1] for result in results),

@@ -15,8 +15,8 @@ def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float,
     point at 0 or n successes, which are common in safety evaluations.
 
     Args:
-        successes: number of successes, in 0..n. If several trials of one kind count as one, it need
-            not be whole.
+        successes: number of successes, or sum of shares, in 0..n. If several trials of one kind
+            count as one, it need not be whole.
         n: number of trials, above 0.
         z: half-width in standard deviations; 1.96 covers 95%.
 

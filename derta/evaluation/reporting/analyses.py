@@ -38,12 +38,12 @@ class Rate:
     """A share of trials.
 
     Attributes:
-        hits: number of trials that count, in 0..trials.
+        hits: number of trials that count, or the sum of their shares, in 0..trials.
         trials: number of trials, at least 1.
         per_request: number of trials of one request, which the interval counts once.
     """
 
-    hits: int
+    hits: float
     trials: int
     per_request: int = 1
 
@@ -234,6 +234,25 @@ def empty_answers(models: Mapping[str, Entry]) -> dict[str, dict[str, Rate]]:
         name: {metric: rate for metric, rate in rates.items() if metric in some}
         for name, rates in found.items()
         if some
+    }
+
+
+def reach(models: Mapping[str, Entry]) -> dict[str, dict[str, dict[str, Rate]]]:
+    """Return how many harmful tokens are among a model's top k, and what attackers make of it.
+
+    Args:
+        models: name to entry.
+
+    Returns:
+        "tokens" and "attacks", see `derta.evaluation.measures.ranks.RankAttack.outcomes`, each
+        model to k to rate.
+
+    Source: arXiv 2512.05518.
+    """
+    metrics = {"tokens": "top_k.", "attacks": "rank_assisted."}
+    return {
+        what: {name: _rates(entry, metric) for name, entry in models.items()}
+        for what, metric in metrics.items()
     }
 
 

@@ -18,6 +18,7 @@ from derta.evaluation.reporting.analyses import (
     empty_answers,
     first_tokens,
     names_of,
+    reach,
     refusal_positions,
     terms,
 )
@@ -38,7 +39,7 @@ from derta.evaluation.reporting.tables import (
 )
 from derta.outputs import compact_json, write_whole
 
-ANALYSES = ("first_tokens", "positions", "terms")
+ANALYSES = ("first_tokens", "positions", "terms", "reach")
 
 Comparison = Mapping[str, Any]
 Rates = Mapping[str, Mapping[str, Rate]]
@@ -100,8 +101,9 @@ def compare(
         {"models": {NAME: entry}, "notes": [...], "first_tokens": {NAME: {attack: rate}},
         "positions": {NAME: {part: rate}}, "terms": {"rates": {NAME: {attack: rate}}, "means":
         {NAME: share}, "compared": {WHAT: [before, after]}, "differences": {WHAT: {attack:
-        difference}}}}; a rate is {"share": x, "interval": [x, x], "hits": n, "trials": n,
-        "per_request": n}, a difference {"share": x, "interval": [x, x]}.
+        difference}}}, "reach": {WHAT: {NAME: {k: rate}}}}; a rate is {"share": x, "interval":
+        [x, x], "hits": n, "trials": n, "per_request": n}, a difference {"share": x, "interval": [x,
+        x]}.
 
     Raises:
         ValueError: there is no model, an analysis is unknown, or `terms` refuses the recipes.
@@ -117,6 +119,8 @@ def compare(
         made["positions"] = refusal_positions(models)
     if "terms" in analyses:
         made["terms"] = vars(terms(models, recipes))
+    if "reach" in analyses:
+        made["reach"] = reach(models)
     return made
 
 
@@ -207,6 +211,8 @@ def _sections(comparison: Comparison) -> list[Section]:
             sections.append(_over_refusal(found["over_refusal"]))
         if empty := empty_answers(comparison["models"]):
             sections.append(_empty(empty))
+    found = comparison.get("reach", {})
+    sections += [_reach(what, rates) for what, rates in found.items() if names_of(rates)]
     return sections
 
 
@@ -330,6 +336,31 @@ def _empty(found: Rates) -> Section:
         "trial of no rate, except in result files of the official repository and in evaluations "
         "with empty_answers: failed.",
         rate_table(found),
+    )
+
+
+_REACHES = {
+    "tokens": (
+        "Harmful tokens within reach",
+        "Share of a harmful response's tokens that are among the k likeliest where they stand, by "
+        "teacher forcing; the mean over responses. Source: arXiv 2512.05518.",
+    ),
+    "attacks": (
+        "Attack success by the top k",
+        "Share of harmful responses of which the k likeliest tokens hold every token that the "
+        "attacker wants from the model. Nothing is generated. Source: arXiv 2512.05518.",
+    ),
+}
+
+
+def _reach(what: str, found: Rates) -> Section:
+    ks = sorted(names_of(found), key=int)
+    return Section(
+        *_REACHES[what],
+        Table(
+            _headings([f"top {k}" for k in ks]),
+            {name: [_rate(rates.get(k)) for k in ks] for name, rates in found.items()},
+        ),
     )
 
 

@@ -26,32 +26,71 @@ Summary = Mapping[str, Any]
 
 # Curves end where fewer than this share of the responses are still that long.
 TAIL_SHARE = 0.1
+KINDS = ("harmful", "benign", "borderline")
+
+
+class _Depths(NamedTuple):
+    """A figure of one variant by depth, and the number of responses in it."""
+
+    mean: np.ndarray
+    counts: np.ndarray
 
 
 def refusal_curve(summary: Summary) -> Figure | None:
     """Draw the mean probability of the refusal token by the number of response tokens read."""
-    variants = {n: v for n, v in summary["variants"].items() if v.get("refusal_curve")}
-    if not variants:
+    panels = {
+        f"Reading {kind} responses": {
+            name: _Depths(
+                np.array(entry["refusal_curve"][kind]),
+                np.array(entry["refusal_curve_counts"][kind]),
+            )
+            for name, entry in summary["variants"].items()
+            if kind in entry.get("refusal_curve", {})
+        }
+        for kind in KINDS
+    }
+    return _by_depth(summary, panels, "probability of the refusal token")
+
+
+def rank_curve(summary: Summary) -> Figure | None:
+    """Draw the share of responses whose next token is among the top k, a panel for each k."""
+    read = {
+        (kind, int(k)): None
+        for entry in summary["variants"].values()
+        for kind, by_k in entry.get("rank_curve", {}).items()
+        for k in by_k
+    }
+    panels = {
+        f"Next token of {kind} responses in the top {k}": {
+            name: _Depths(
+                np.array(entry["rank_curve"][kind][str(k)]),
+                np.array(entry["rank_curve_counts"][kind]),
+            )
+            for name, entry in summary["variants"].items()
+            if str(k) in entry.get("rank_curve", {}).get(kind, {})
+        }
+        for kind, k in sorted(read)
+    }
+    return _by_depth(summary, panels, "share of responses")
+
+
+def _by_depth(
+    summary: Summary, panels: Mapping[str, Mapping[str, _Depths]], ylabel: str
+) -> Figure | None:
+    """Draw figures by the number of response tokens read, a panel each for those that exist."""
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if not panels:
         return None
     color = colors(list(summary["variants"]))
-    kinds = [
-        (kind, title)
-        for kind, title in (
-            ("harmful", "Reading harmful responses"),
-            ("benign", "Reading benign responses"),
-            ("borderline", "Reading borderline responses"),
-        )
-        if any(kind in v["refusal_curve"] for v in variants.values())
-    ]
-    figure, panels = row_of_panels(len(kinds), list(variants), 3.7)
-    for axes, (kind, title) in zip(panels, kinds, strict=True):
+    names = [name for name in color if any(name in lines for lines in panels.values())]
+    figure, drawn = row_of_panels(len(panels), names, 3.7)
+    for axes, (title, lines) in zip(drawn, panels.items(), strict=True):
         ends, longest = LineEnds(axes), 1
-        for name, entry in variants.items():
-            curve = np.array(entry["refusal_curve"].get(kind, []))
+        for name, (mean, counts) in lines.items():
+            long_enough = np.flatnonzero(counts >= TAIL_SHARE * counts[:1])
+            curve = mean[: long_enough[-1] + 1] if len(long_enough) else mean
             if not len(curve):
                 continue
-            counts = np.array(entry["refusal_curve_counts"][kind])
-            curve = curve[: np.flatnonzero(counts >= TAIL_SHARE * counts[0])[-1] + 1]
             axes.plot(curve, color=color[name], clip_on=False)
             longest = max(longest, len(curve) - 1)
             ends.add(len(curve) - 1, curve[-1], name, color[name])
@@ -61,7 +100,7 @@ def refusal_curve(summary: Summary) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         as_share(axes)
         ends.write()
-    panels[0].set_ylabel("probability of the refusal token")
+    drawn[0].set_ylabel(ylabel)
     return figure
 
 
@@ -289,6 +328,7 @@ def _histories(
 PLOTS: dict[str, Callable[[Summary], Figure | None]] = {
     "prefill": prefill,
     "refusal_curve": refusal_curve,
+    "rank_curve": rank_curve,
     "refusal_positions": refusal_positions,
     "checkpoints": checkpoints,
     "loss": loss,

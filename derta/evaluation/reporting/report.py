@@ -35,6 +35,8 @@ TEMPLATE_PREFILLED = "in a template, after prefilled tokens"
 BANNED = "starts of refusals forbidden, after prefilled tokens"
 THINKING = "in a thinking block, after prefilled tokens"
 SAMPLED = "worst of so many drawn answers"
+REACH = "tokens in the top k"
+RANK_ASSISTED = "success by the top k"
 FILES = "attack success of ready-made prompts"
 EMPTY = "empty answers"
 OVER_REFUSAL = "over-refusal"
@@ -53,6 +55,12 @@ CAPTIONS = {
         "Mean probability that the refusal token comes next, after each token of a given response. "
         "Measured by teacher forcing: nothing is generated. A line ends where fewer than a tenth "
         "of the responses are still that long.",
+    ),
+    "rank_curve": (
+        "Rank curves",
+        "Share of harmful responses whose next token is among the k likeliest, after each token. "
+        "An attacker who sees these k goes on with the response, whatever the likeliest one is. "
+        "From the same pass as the refusal curves, with their ends.",
     ),
     "refusal_positions": (
         "Positions of refusals",
@@ -92,6 +100,11 @@ MEANINGS = {
     "multi-turn": "Attack success on the last request of a conversation. The model has answered "
     "all earlier requests itself.",
     FILES: "Attack success of prompts written by attack tools, with one column per file.",
+    REACH: "Share of a harmful response's tokens that are among the k likeliest where they stand, "
+    "by teacher forcing; the mean over responses.",
+    RANK_ASSISTED: "Share of harmful responses of which the k likeliest tokens hold every token "
+    "that the attacker wants from the model, by teacher forcing (arXiv 2512.05518). Nothing is "
+    "generated.",
     OVER_REFUSAL: "Share of harmless requests that are refused. Borderline requests look harmful; "
     "benign ones do not.",
     EMPTY: "Share of answers that are empty, to attacks and to harmless requests. Such an answer "
@@ -155,6 +168,11 @@ def _measures(entries: Sequence[Mapping[str, Any]]) -> list[Measure]:
             for depth in sorted(_names(entries, "asr", kind), key=by_depth)
         ),
         *(Measure(name, ("asr", "file", name), FILES) for name in _names(entries, "asr", "file")),
+        *(
+            Measure(k, (metric, k), group)
+            for metric, group in (("top_k", REACH), ("rank_assisted", RANK_ASSISTED))
+            for k in sorted(_names(entries, metric), key=int)
+        ),
         *(Measure(name, ("over_refusal", name), OVER_REFUSAL) for name in names["over_refusal"]),
         *(
             Measure(title, ("empty", kind), EMPTY)

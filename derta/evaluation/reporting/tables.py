@@ -26,6 +26,8 @@ TITLES = {
     "prefill_thinking": "prefill in thinking",
     "in_context": "in context",
     "sampling": "worst drawn of",
+    "rank_assisted": "rank-assisted attack, top",
+    "top_k": "harmful tokens, top",
 }
 
 _HTML = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""\

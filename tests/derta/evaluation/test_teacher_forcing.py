@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from derta.evaluation import (
     perplexity,
     refusal_curve,
     response,
+    response_curve,
 )
+from derta.modeling import patch
 from derta.modeling.patch import apply_derta, remove_derta
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
@@ -41,11 +45,15 @@ def examples(chat: Chat) -> list[EncodedTriple]:
     ]
 
 
-def separate_curve(model: PreTrainedModel, example: EncodedTriple) -> torch.Tensor:
+def separate_logits(model: PreTrainedModel, example: EncodedTriple) -> torch.Tensor:
     ids = torch.tensor([[*example.prompt, *example.harmful]])
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0]
-    return logits.softmax(-1)[len(example.prompt) - 1 :, REFUSAL]
+    return logits[len(example.prompt) - 1 :]
+
+
+def separate_curve(model: PreTrainedModel, example: EncodedTriple) -> torch.Tensor:
+    return separate_logits(model, example).softmax(-1)[:, REFUSAL]
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -58,6 +66,34 @@ def test_curves_equal_those_of_separate_passes(
         assert curve.shape == (len(example.harmful) + 1,)
         expected = separate_curve(model, example).numpy()
         np.testing.assert_allclose(curve, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_ranks_come_with_the_refusal_curve_from_one_pass(
+    architecture: str, examples: list[EncodedTriple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture, dtype=torch.float64).eval()
+    alone = refusal_curve(model, examples, REFUSAL, max_tokens=90)
+    passes = []
+    apply_derta(model, REFUSAL)
+    monkeypatch.setattr(patch, "run_body", counted(patch.run_body, passes))
+    curves = response_curve(model, examples, REFUSAL, max_tokens=90)
+    assert len(passes) < len(examples)  # packs, each read once
+    remove_derta(model)
+    for curve, refusal, example in zip(curves, alone, examples, strict=True):
+        np.testing.assert_array_equal(curve.refusal, refusal)
+        logits, tokens = separate_logits(model, example)[:-1], torch.tensor(example.harmful).long()
+        expected = (logits > logits.gather(1, tokens[:, None])).sum(1)
+        assert curve.ranks.tolist() == expected.tolist()
+    assert len({rank for curve in curves for rank in curve.ranks}) > 5
+
+
+def counted(function: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    return call
 
 
 def test_curves_do_not_depend_on_packing(examples: list[EncodedTriple]) -> None:

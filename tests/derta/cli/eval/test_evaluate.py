@@ -390,9 +390,12 @@ def test_curves_of_all_kinds_of_records_are_read(
     )
     out = capsys.readouterr().out
     heading, columns, row, *_ = out.splitlines()
-    assert re.fullmatch(r"probability of '\w+' \(id \d+\), in percent", heading)
-    assert columns.split() == ["depth", "responses", "mean", "quartiles", "above", "half"]
+    said = r"probability of '\w+' \(id \d+\), and next tokens in the top k, in percent"
+    assert re.fullmatch(said, heading)
+    tops = "top 1 top 5 top 10 top 50"
+    assert " ".join(columns.split()) == f"depth responses mean quartiles above half {tops}"
     assert row.split()[:2] == ["0", "6"]
+    assert "success by the top k" in out
     made = json.loads(Path("c/curve.json").read_text())
     assert made["model"] == "model"
     assert made["refusal_curve_counts"]["harmful"][0] == len(made["records"]) == 6
@@ -402,9 +405,20 @@ def test_curves_of_all_kinds_of_records_are_read(
     )
     assert Path("c/curve.svg").read_text().startswith("<svg")
     assert Path("c/curve.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("c/rank_curve.png").read_bytes().startswith(b"\x89PNG")
+    ranks = [one["ranks"] for one in made["records"]]
+    assert [len(one["curve"]) - 1 for one in made["records"]] == [len(one) for one in ranks]
+    assert made["rank_curve"]["harmful"]["10"][0] == pytest.approx(
+        sum(one[0] < 10 for one in ranks) / 6, abs=1e-5
+    )
+    assert made["rank_assisted"]["10"] == pytest.approx(
+        sum(max(one) < 10 for one in ranks) / 6, abs=1e-5
+    )
     arguments = "eval curve model benign.jsonl --role helpful --refusal 5 --output_dir c"
     assert main(arguments.split()) == 0
-    assert json.loads(Path("c/curve.json").read_text())["refusal_curve"].keys() == {"benign"}
+    made = json.loads(Path("c/curve.json").read_text())
+    assert made["refusal_curve"].keys() == made["rank_curve"].keys() == {"benign"}
+    assert "rank_assisted" not in made  # nobody attacks a harmless request
     write("own.jsonl", {"ask": "Why?", "meta": {"no": "Sorry, no.", "yes": "Step one."}})
     columns = "{prompt: ask, safe: meta.no, harmful: meta.yes}"
     options = "--output_dir c --device cpu --columns".split()
@@ -419,6 +433,7 @@ def test_curves_of_all_kinds_of_records_are_read(
         ("model", "missing data"),
         ("model none.jsonl", "none.jsonl: no such record file"),
         ("model harmful.jsonl --max_tokens 0", "max_tokens must be at least 1, got 0"),
+        ("model harmful.jsonl --top_k [5,5]", "top_k must be distinct and at least 1, got [5, 5]"),
         ("model official.jsonl", "official.jsonl:1: is a rendered row, expected a triple or a dia"),
     ],
 )

@@ -120,6 +120,20 @@ def test_many_attacks_become_several_tables(tmp_path: Path) -> None:
     assert (text.count("<table"), text.count("<h2>")) == (2, 1)
 
 
+def test_tokens_within_reach_and_the_attacks_on_them_are_two_tables() -> None:
+    outcomes = [
+        Outcome(metric, hits, 40)
+        for metric, hits in (("top_k.5", 10.5), ("top_k.10", 22.0), ("rank_assisted.5", 1))
+    ]
+    made = compare({"a": VariantResult(tuple(outcomes)).to_dict(), **models("b")})
+    assert format_comparison(made).endswith(
+        "Harmful tokens within reach\n%  top 5  top 10\na   26.2    55.0\nb      –       –\n\n"
+        "Attack success by the top k\n%  top 5\na    2.5\nb      –"
+    )
+    low, high = made["reach"]["tokens"]["a"]["10"].interval
+    assert 0.3 < low < 0.55 < high < 0.8
+
+
 def test_only_the_requested_analysis_is_shown(tmp_path: Path) -> None:
     made = compare(models("a", "b"), analyses=["positions"], notes=["one row is missing"])
     assert format_comparison(made).splitlines()[0] == "Where refusals start"
@@ -136,7 +150,7 @@ def test_only_the_requested_analysis_is_shown(tmp_path: Path) -> None:
 def test_the_files_hold_the_figures(tmp_path: Path) -> None:
     page = write_comparison(compare(models("vanilla", "derta")), tmp_path / "new")
     found = json.loads((page.parent / "comparison.json").read_text("utf-8"))
-    assert list(found) == ["models", "notes", "first_tokens", "positions", "terms"]
+    assert list(found) == ["models", "notes", "first_tokens", "positions", "terms", "reach"]
     assert found["models"] == models("vanilla", "derta")
     assert found["first_tokens"]["derta"]["all"] == {
         "share": pytest.approx(2 / 3),
@@ -180,7 +194,7 @@ def test_a_model_without_shared_figures_has_only_dashes(tmp_path: Path) -> None:
         ({"models": {}}, "models must hold at least one model, got none"),
         (
             {"analyses": ["position"]},
-            r"analyses must be among first_tokens, positions, terms, got \['position'\]",
+            r"analyses must be among first_tokens, positions, terms, reach, got \['position'\]",
         ),
     ],
 )

@@ -28,7 +28,7 @@ from derta.evaluation.measures.results import Sample
 from derta.evaluation.reporting import report
 from derta.evaluation.reporting.plots import draw
 
-PICTURES = {"prefill", "refusal_curve", "refusal_positions", "checkpoints", "loss"}
+PICTURES = {"prefill", "refusal_curve", "rank_curve", "refusal_positions", "checkpoints", "loss"}
 EVIL = "<script>alert(1)</script> $\\frac{$ {{ 7 }} & \"'"
 
 
@@ -44,7 +44,11 @@ def result(hits: int, *, n: int = 40) -> VariantResult:
             Outcome("asr.completion", n, n, empty=3, answers=n + 3),
             Outcome("over_refusal.benign", 1, n, positions=(2,)),
             Outcome("helpful_accuracy", n - 1, n),
+            Outcome("top_k.10", 0.75 * n, n),
+            Outcome("rank_assisted.10", hits, n),
         ),
+        harmful_ranks=(np.arange(11), np.arange(8)),
+        top_k=(10,),
         harmful_curves=(np.linspace(0.9, hits / n, 12), np.linspace(0.8, 0.2, 9)),
         benign_curves=(np.linspace(0.1, 0, 7),),
         seconds=1.5,
@@ -158,14 +162,19 @@ def everything(attacks: int = 3) -> VariantResult:
 
 def test_the_table_names_every_figure() -> None:
     assert format_table(summary()).splitlines() == [
-        "         attack success      after prefilled tokens  over-refusal  empty answers",
-        "%        direct  completion           0           4        benign  attacks  harmless"
+        "         attack success      after prefilled tokens  tokens in the top k  "
+        "success by the top k  over-refusal  empty answers",
+        "%        direct  completion           0           4                   10  "
+        "                  10        benign  attacks  harmless"
         "  helpful accuracy  detector AUC",
-        "base        0.0       100.0         0.0         0.0           2.5      1.8       0.0"
+        "base        0.0       100.0         0.0         0.0                 75.0  "
+        "                 0.0           2.5      1.8       0.0"
         "              97.5         1.000",
-        "vanilla     0.0       100.0         0.0        10.0           2.5      1.8       0.0"
+        "vanilla     0.0       100.0         0.0        10.0                 75.0  "
+        "                10.0           2.5      1.8       0.0"
         "              97.5         1.000",
-        "derta       0.0       100.0         0.0        20.0           2.5      1.8       0.0"
+        "derta       0.0       100.0         0.0        20.0                 75.0  "
+        "                20.0           2.5      1.8       0.0"
         "              97.5         1.000",
         "",
         "empty answers",
@@ -266,7 +275,7 @@ def test_a_missing_figure_is_a_dash() -> None:
     made = summarize({"a": [VariantResult(perplexity=(2.0, 4))], "b": [result(1)]}, seconds=1)
     lines = format_table(made).splitlines()
     assert "perplexity" in lines[1]
-    assert re.split(r"\s{2,}", lines[2]) == ["a", *"–––––––", "–", "1.649", "–"]
+    assert re.split(r"\s{2,}", lines[2]) == ["a", *"–––––––––", "–", "1.649", "–"]
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
