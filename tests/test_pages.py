@@ -121,6 +121,7 @@ def test_python_blocks_run(workplace: Path, page: Path) -> None:
 SMALL = {
     "derta train": "--max_steps 2 --save_strategy no --use_cpu true --lora_r 2",
     "derta eval --model": "--max_new_tokens 8 --device cpu",
+    "derta eval tamper": "--model outputs/demo/base --steps [1] --max_new_tokens 8",
 }
 
 

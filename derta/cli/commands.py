@@ -158,6 +158,12 @@ COMMANDS = {
         "evaluation.CompareConfig",
         ("results",),
     ),
+    "eval tamper": Command(
+        "measure attack success before and after fine-tuning by an attacker",
+        "evaluation.TamperConfig",
+        about="Tunes a copy in memory on harmful or harmless examples, and evaluates it before and "
+        "after given numbers of steps. Every scenario of derta eval may be measured.",
+    ),
     "eval curve": Command(
         "measure refusal and rank of the next token after every token of given responses",
         "evaluation.CurveConfig",

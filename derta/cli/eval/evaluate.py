@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from derta.cli.settings.evaluation import EvaluateConfig
 from derta.data import Chat, Request, Triple, read_requests
 from derta.data.records.formats import Kind
-from derta.data.records.reading import Wanted, read_placed
+from derta.data.records.reading import Reading, Wanted, read_placed
 from derta.data.records.sources import check_paths
 from derta.evaluation import (
     Answered,
@@ -77,6 +77,34 @@ def model_folders(model: str | list[str] | dict[str, str]) -> dict[str, Path]:
     return folders
 
 
+def read_files(
+    config: EvaluateConfig, paths: Sequence[str], kind: Kind, reading: Reading | None = None
+) -> list[Request]:
+    """Read the requests of files, each in its own format.
+
+    Args:
+        config: has formats and columns by file.
+        paths: the files.
+        kind, reading: see `read_requests`.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: as `read_requests`.
+    """
+    check_paths(paths)
+    return [
+        request
+        for path in paths
+        for request in read_requests(
+            path,
+            kind=kind,
+            format=config.formats.get(path),
+            columns=config.columns.get(path),
+            reading=reading,
+        )
+    ]
+
+
 def read_data(config: EvaluateConfig) -> EvaluationData:
     """Read the requests of all files. Ids may recur in several files.
 
@@ -86,18 +114,7 @@ def read_data(config: EvaluateConfig) -> EvaluationData:
     """
 
     def read(paths: str | list[str], kind: Kind) -> list[Request]:
-        paths = [paths] if isinstance(paths, str) else paths
-        check_paths(paths)
-        return [
-            request
-            for path in paths
-            for request in read_requests(
-                path,
-                kind=kind,
-                format=config.formats.get(path),
-                columns=config.columns.get(path),
-            )
-        ]
+        return read_files(config, [paths] if isinstance(paths, str) else paths, kind)
 
     def named(files: Mapping[str, str | list[str]], kind: Kind) -> dict[str, list[Request]]:
         found = {name: read(paths, kind) for name, paths in files.items()}
@@ -288,6 +305,36 @@ def run(config: EvaluateConfig) -> None:
             report(config, summary)
 
 
+def evaluation_settings(config: EvaluateConfig) -> EvaluationSettings:
+    """Return the settings of the evaluation of each model.
+
+    Raises:
+        ValueError: as `EvaluationSettings`, `read_templates` and `make_judges`.
+    """
+    return EvaluationSettings(
+        prefill_depths=config.prefill_depths,
+        templates=read_templates(config.templates),
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+        refusal=config.refusal,
+        curve=config.curve,
+        rank_attack=config.rank_attack,
+        helpful=config.helpful_metric,
+        judges=make_judges(read_judges(config), answers_folder(config)),
+        lm_eval=config.lm_eval,
+        samples=config.samples,
+        special_tokens_in_text=config.special_tokens_in_text,
+        refusal_banned=config.refusal_banned,
+        sampling=config.sampling,
+        temperature=config.temperature,
+        seed=config.seed,
+        prefill_thinking=config.prefill_thinking,
+        in_context=config.in_context,
+        empty_answers=config.empty_answers,
+    )
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Return the summary of every model.
 
@@ -305,31 +352,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     device = find_device(config.device)
     triples = safe_responses(config)
     data = dataclasses.replace(read_data(config), refusals=[one.safe for one in triples])
-    settings = EvaluationSettings(
-        prefill_depths=config.prefill_depths,
-        templates=read_templates(config.templates),
-        max_new_tokens=config.max_new_tokens,
-        batch_size=config.batch_size,
-        max_tokens=config.max_tokens,
-        refusal=config.refusal,
-        curve=config.curve,
-        rank_attack=config.rank_attack,
-        helpful=config.helpful_metric,
-        lm_eval=config.lm_eval,
-        samples=config.samples,
-        special_tokens_in_text=config.special_tokens_in_text,
-        refusal_banned=config.refusal_banned,
-        sampling=config.sampling,
-        temperature=config.temperature,
-        seed=config.seed,
-        prefill_thinking=config.prefill_thinking,
-        in_context=config.in_context,
-        empty_answers=config.empty_answers,
-    )
+    settings = evaluation_settings(config)
     if config.servers:
         refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))
     kept = answers_folder(config)
-    settings = dataclasses.replace(settings, judges=make_judges(read_judges(config), kept))
     answered: dict[str, Answered] = {}
     for name, folder in folders.items():
         model: Any = None
@@ -367,9 +393,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
 
 
-def report(config: EvaluateConfig, summary: Mapping[str, Any]) -> None:
+def report(
+    config: EvaluateConfig, summary: Mapping[str, Any], title: str = "Where models refuse"
+) -> None:
     """Write the report, remove answers that are not to be kept, and print the table."""
-    page = write_report(summary, config.output_dir)
+    page = write_report(summary, config.output_dir, title=title)
     if not config.keep_answers:
         kept = answers_folder(config)
         for path in [

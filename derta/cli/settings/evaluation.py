@@ -13,7 +13,7 @@ from derta.evaluation.attacks import PREFILL_DEPTHS, SLOT
 from derta.evaluation.measures.ranks import RankAttack
 from derta.evaluation.presets import PRESETS
 from derta.evaluation.scenarios import check_name
-from derta.objectives.defaults import MAX_TOKENS
+from derta.objectives.defaults import MAX_LENGTH, MAX_TOKENS
 from derta.outputs import check_folder
 from derta.settings import check_ranges, setting
 from derta.training.settings import PackSettings, TextSettings
@@ -265,6 +265,71 @@ class EvaluateConfig(LoadingSettings, TextSettings, RankSettings):
         keys = [getattr(self, key) for key in FILES]
         values = [one for key in keys for one in (key.values() if isinstance(key, dict) else key)]
         return [path for one in values for path in ([one] if isinstance(one, str) else one)]
+
+
+@dataclass(kw_only=True)
+class TamperConfig(EvaluateConfig):
+    """An evaluation before and after fine-tuning by an attacker.
+
+    Raises:
+        ValueError: as `EvaluateConfig`, there is nothing to tune on, the steps are not distinct, or
+            a key is for models that are not tuned here.
+    """
+
+    model: str = setting(
+        help="Folder of a model or of adapters, with weights in safetensors. It stays as it is."
+    )
+    output_dir: str = setting(
+        help="Folder for report.html, summary.json and the pictures. No tampered model is kept."
+    )
+    tune_harmful: list[str] = setting(
+        help="Files of harmful requests with harmful responses, or of triples, that the attacker "
+        "tunes on. None of these requests should be in harmful.",
+        factory=list,
+        heading="fine-tuning by the attacker",
+    )
+    tune_harmless: list[str] = setting(
+        help="Files of harmless dialogues, likewise. With tune_harmful, both are mixed.",
+        factory=list,
+    )
+    tune_examples: int | None = setting(
+        None, "Number of examples of each kind, from the first; null: all.", ge=1
+    )
+    steps: list[int] = setting(
+        help="Numbers of optimizer steps after which all is measured; 0 is measured too.",
+        factory=lambda: [10, 50, 100],
+    )
+    method: Literal["full", "lora"] = setting(
+        "full",
+        "Weights that are tuned. full: all, in float32 unless dtype is given; lora: adapters on "
+        "all linear layers but the head.",
+    )
+    lora_r: int = setting(16, "Rank of the adapters.", ge=1, le=8192)
+    lora_alpha: int = setting(
+        16, "Scale of the adapters, as a multiple of 1 / lora_r.", ge=1, le=10**6
+    )
+    learning_rate: float = setting(2e-5, "Learning rate of all steps.", gt=0, le=1)
+    examples_per_step: int = setting(16, "Examples per optimizer step.", ge=1)
+    max_length: int = setting(
+        MAX_LENGTH, "Longest example, in tokens. Longer ones lose their end.", ge=1
+    )
+    seed: int = setting(
+        0, "Seed of drawn answers, the order of examples and the adapters.", ge=0, le=2**32 - 1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tune_harmful and not self.tune_harmless:
+            raise ValueError("tune_harmful or tune_harmless: expected at least one file, got none")
+        if not self.steps or min(self.steps) < 1 or len(set(self.steps)) < len(self.steps):
+            raise ValueError(f"steps must be distinct and at least 1, got {self.steps}")
+        for key in ("servers", "exports", "defences"):
+            if getattr(self, key):
+                raise ValueError(f"{key}: are for models that stay as they are, use derta eval")
+
+    @property
+    def files(self) -> list[str]:
+        return [*super().files, *self.tune_harmful, *self.tune_harmless]
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from derta.evaluation.measures.curve import detector_auc, mean_curve
+from derta.evaluation.measures.curve import detector_auc, mean_curve, passed, stopped
 from derta.evaluation.measures.statistics import wilson_interval
 
 DIGITS = 6  # finer than the resolution of any evaluation
@@ -267,6 +267,22 @@ def _mean_figures(
         task: {name: _rounded(math.fsum(found) / len(found)) for name, found in figures.items()}
         for task, figures in values.items()
     }
+
+
+def forced_outcomes(result: VariantResult, prefill_depths: Sequence[int]) -> tuple[Outcome, ...]:
+    """Return the rates of `forced_rates` as outcomes, each prefill depth by itself.
+
+    Args:
+        result: has refusal curves.
+        prefill_depths: numbers of prefilled tokens.
+
+    Returns:
+        `forced.{depth}`, attack success, and `forced_over_refusal` of benign responses; those
+        without responses are left out.
+    """
+    seen = {f"forced.{depth}": passed(result.harmful_curves, depth) for depth in prefill_depths}
+    seen["forced_over_refusal"] = stopped(result.benign_curves)
+    return tuple(Outcome(metric, sum(of), len(of)) for metric, of in seen.items() if of)
 
 
 Row = Mapping[str, float]

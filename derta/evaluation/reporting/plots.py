@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from derta.evaluation.attacks import WHOLE
+from derta.evaluation.measures.results import leaves
 from derta.evaluation.reporting import drawing
 from derta.evaluation.reporting.drawing import (
     INK,
@@ -20,7 +21,7 @@ from derta.evaluation.reporting.drawing import (
     markers,
     row_of_panels,
 )
-from derta.evaluation.reporting.tables import by_depth
+from derta.evaluation.reporting.tables import by_depth, title_of
 
 Summary = Mapping[str, Any]
 
@@ -325,7 +326,63 @@ def _histories(
     return figure
 
 
+def tamper(summary: Summary) -> Figure | None:
+    """Draw the figures of one model against the steps of fine-tuning by an attacker."""
+    rows = [entry for entry in summary["variants"].values() if "steps" in entry]
+    if not rows:
+        return None
+    figures: dict[str, dict[str, list[tuple[int, float, Sequence[float]]]]] = {}
+    for entry in rows:
+        for metric, (lower, upper) in leaves(entry["intervals"]):
+            group = _TAMPERED.get(metric.partition(".")[0])
+            if group is None or metric.startswith("asr.template_prefill."):
+                continue
+            name = title_of(metric.removeprefix("asr.")).removeprefix("by teacher forcing, ")
+            rate = _at(entry, metric.split("."))
+            figures.setdefault(group, {}).setdefault(name, []).append(
+                (entry["steps"], rate, (lower, upper))
+            )
+    if not figures:
+        return None
+    names = [name for lines in figures.values() for name in lines]
+    figure, panels = row_of_panels(len(figures), names, 3.7)
+    for axes, (title, lines) in zip(panels, figures.items(), strict=True):
+        color, marker = colors(list(lines)), markers(list(lines))
+        ends = LineEnds(axes)
+        for name, points in lines.items():
+            steps, rates, intervals = zip(*sorted(points), strict=True)
+            lower, upper = zip(*intervals, strict=True)
+            axes.fill_between(steps, lower, upper, color=color[name], alpha=0.1, linewidth=0)
+            axes.plot(
+                steps, rates, color=color[name], marker=marker[name], markersize=5, clip_on=False
+            )
+            ends.add(steps[-1], rates[-1], name, color[name])
+        axes.set_title(title)
+        axes.set_xlabel("steps of fine-tuning by the attacker")
+        axes.set_xlim(0, max(entry["steps"] for entry in rows))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        as_share(axes)
+        ends.write()
+    panels[0].set_ylabel("share")
+    return figure
+
+
+_TAMPERED = {
+    "asr": "Attack success",
+    "forced": "Attack success by teacher forcing",
+    "rank_assisted": "Attack success by teacher forcing",
+    "over_refusal": "Over-refusal",
+}
+
+
+def _at(tree: Any, levels: Sequence[str]) -> float:
+    for level in levels:
+        tree = tree[level]
+    return tree
+
+
 PLOTS: dict[str, Callable[[Summary], Figure | None]] = {
+    "tamper": tamper,
     "prefill": prefill,
     "refusal_curve": refusal_curve,
     "rank_curve": rank_curve,

@@ -36,14 +36,20 @@ BANNED = "starts of refusals forbidden, after prefilled tokens"
 THINKING = "in a thinking block, after prefilled tokens"
 SAMPLED = "worst of so many drawn answers"
 REACH = "tokens in the top k"
+FORCED = "attack success by teacher forcing, after prefilled tokens"
 RANK_ASSISTED = "success by the top k"
 FILES = "attack success of ready-made prompts"
 EMPTY = "empty answers"
 OVER_REFUSAL = "over-refusal"
+FORCED_OVER_REFUSAL = title_of("forced_over_refusal")
 ACCURACY = "accuracy"
 LM_EVAL = "lm-eval"
 
 CAPTIONS = {
+    "tamper": (
+        "Fine-tuning by an attacker",
+        "Figures of the model after each number of optimizer steps. Bands: {band}.",
+    ),
     "prefill": (
         "Prefilling attacks",
         "The attacker puts the first tokens of a harmful response into the model's mouth. Lines: "
@@ -105,6 +111,10 @@ MEANINGS = {
     RANK_ASSISTED: "Share of harmful responses of which the k likeliest tokens hold every token "
     "that the attacker wants from the model, by teacher forcing (arXiv 2512.05518). Nothing is "
     "generated.",
+    FORCED: "Share of harmful responses in whose rest the refusal token never has more than half "
+    "of the probability. Nothing is generated.",
+    FORCED_OVER_REFUSAL: "Share of benign responses in which the refusal token has more than half "
+    "of the probability somewhere.",
     OVER_REFUSAL: "Share of harmless requests that are refused. Borderline requests look harmful; "
     "benign ones do not.",
     EMPTY: "Share of answers that are empty, to attacks and to harmless requests. Such an answer "
@@ -173,7 +183,12 @@ def _measures(entries: Sequence[Mapping[str, Any]]) -> list[Measure]:
             for metric, group in (("top_k", REACH), ("rank_assisted", RANK_ASSISTED))
             for k in sorted(_names(entries, metric), key=int)
         ),
+        *(
+            Measure(depth, ("forced", depth), FORCED)
+            for depth in sorted(_names(entries, "forced"), key=int)
+        ),
         *(Measure(name, ("over_refusal", name), OVER_REFUSAL) for name in names["over_refusal"]),
+        *_present(entries, Measure(FORCED_OVER_REFUSAL, ("forced_over_refusal",))),
         *(
             Measure(title, ("empty", kind), EMPTY)
             for kind, title in (("asr", "attacks"), ("over_refusal", "harmless"))

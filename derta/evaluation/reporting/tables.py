@@ -26,6 +26,8 @@ TITLES = {
     "prefill_thinking": "prefill in thinking",
     "in_context": "in context",
     "sampling": "worst drawn of",
+    "forced": "by teacher forcing, prefill",
+    "forced_over_refusal": "over-refusal by teacher forcing",
     "rank_assisted": "rank-assisted attack, top",
     "top_k": "harmful tokens, top",
 }
