@@ -105,10 +105,17 @@ class EvaluationSettings(Attacks):
 
     def conditions(self) -> dict[str, Any]:
         """Return the settings on which rates depend, beside data, prompts and judges."""
-        attacks = {
+        attacks: dict[str, Any] = {
             "refusal_banned": self.refusal_banned or None,
             "temperature": self.temperature if self.sampling else None,
         }
+        if self.curve and self.rank_attack.top_k:
+            wanted = self.rank_attack
+            attacks |= {
+                "rank_prefill": wanted.prefill,
+                "rank_tokens": wanted.tokens or "all",
+                "rank_misses": wanted.misses,
+            }
         return {
             "max_new_tokens": self.max_new_tokens,
             "empty_answers": self.empty_answers,

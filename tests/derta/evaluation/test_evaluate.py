@@ -22,6 +22,7 @@ from derta.evaluation import (
     EvaluationSettings,
     Exchange,
     KeywordJudge,
+    RankAttack,
     Verdict,
     evaluate_model,
     find_refusal_token,
@@ -123,6 +124,16 @@ def test_every_figure_follows_from_the_script(model: PreTrainedModel, chat: Chat
     assert [round(p) for p in result["refusal_curve"]["benign"]][:2] == [1, 0]
     assert result["detector_auc"] == 0.5  # it refuses everything alike
     assert "samples" not in result
+
+
+def test_ranks_are_attacked_as_the_conditions_say(model: PreTrainedModel, chat: Chat) -> None:
+    attack = RankAttack(top_k=(1,), prefill=2, tokens=1)
+    result = evaluate_model(model, chat.tokenizer, DATA, settings(rank_attack=attack)).to_dict()
+    # After two tokens the script has one more of each response, and breaks off after three.
+    assert result["rank_assisted"] == {"1": 1.0}
+    assert result["counts"]["top_k"]["1"]["trials"] == 3
+    conditions = {"rank_prefill": 2, "rank_tokens": 1, "rank_misses": 0.0}
+    assert conditions.items() <= result["conditions"].items()
 
 
 def test_samples_are_kept_only_on_request(model: PreTrainedModel, chat: Chat) -> None:
