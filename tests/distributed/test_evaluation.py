@@ -119,6 +119,7 @@ def evaluate(output: str, base_url: str | None = None, **settings: object) -> li
         "helpful": ["benign.jsonl"],
         "helpful_metric": "perplexity",
         "prefill_depths": [2],
+        "sampling": 2,
         "judges": judges,
         "max_new_tokens": 6,
         "max_tokens": 80,

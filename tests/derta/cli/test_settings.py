@@ -19,7 +19,9 @@ from transformers import TrainingArguments
 from derta.cli import main, module_of, settings_of
 from derta.cli.commands import COMMANDS, help_of
 from derta.cli.doctor import DoctorConfig
+from derta.cli.eval.evaluate import read_defences
 from derta.cli.settings.data import StatsConfig
+from derta.cli.settings.evaluation import EvaluateConfig
 from derta.cli.settings.training import PlanConfig, SchemaConfig
 from derta.cli.train import TrainConfig
 from derta.data import Source
@@ -531,6 +533,13 @@ def test_examples_are_valid(path: Path) -> None:
     alone = {"use_cpu": True, "dry_run": True}
     config = build(TrainConfig, {str(path): values, "command line": alone})
     assert config.refusal in ("Sorry", 19701, 23166)
+
+
+def test_the_example_of_an_evaluation_is_valid() -> None:
+    (path,) = (EXAMPLES[0].parent / "evaluation").glob("*.yaml")
+    config = build(EvaluateConfig, {str(path): read_yaml(path)})
+    assert config.prefill_depths[-1] == "whole"
+    assert read_defences(config)["header"].reinsert_header
 
 
 # What an installed `derta` does, interrupted where it first needs a module.

@@ -25,7 +25,7 @@ from derta.evaluation import (
     write_report,
 )
 from derta.evaluation.measures.results import Sample
-from derta.evaluation.reporting import report
+from derta.evaluation.reporting import plots, report
 from derta.evaluation.reporting.plots import draw
 
 PICTURES = {"prefill", "refusal_curve", "rank_curve", "refusal_positions", "checkpoints", "loss"}
@@ -95,6 +95,19 @@ def test_positions_are_drawn_only_if_the_judge_knows_them() -> None:
         outcome = Outcome("asr.direct", 1, 2, positions=positions)
         made = summarize({"derta": [VariantResult(outcomes=(outcome,))]}, seconds=1.0)
         assert ("refusal_positions" in draw(made)) == drawn
+
+
+def test_whole_prefills_are_drawn_last_and_have_no_refusal_positions() -> None:
+    outcomes = [
+        Outcome(f"asr.prefill.{depth}", 1, 2, positions=(at,))
+        for depth, at in (("whole", 5000), ("64", 64), ("0", 0))
+    ]
+    made = summarize({"derta": [VariantResult(tuple(outcomes))]}, seconds=1.0)
+    assert draw(made).keys() == {"prefill", "refusal_positions"}
+    heads = format_table(made).splitlines()[1]
+    assert re.split(r"\s{2,}", heads.strip()) == ["%", "0", "64", "whole", "attacks"]
+    (axes,) = plots.refusal_positions(made).axes
+    assert axes.get_xlim()[1] < 100
 
 
 def test_the_summary_has_the_promised_shape() -> None:
