@@ -37,6 +37,7 @@ from derta.evaluation.attacks import WHOLE, refusal_starts, thinking_tag
 from derta.evaluation.evaluate import tokens_before
 from derta.evaluation.generation.decoding import GREEDY
 from derta.evaluation.generation.local import Written
+from derta.evaluation.presets import OFFICIAL_CHAT_TEMPLATE
 from derta.evaluation.scenarios import completion, following, in_context, make_scenarios
 from derta.modeling.patch import apply_derta
 from tiny import tiny_model, tiny_tokenizer
@@ -661,7 +662,15 @@ def test_prefilled_tokens_stand_in_an_open_thinking_block(model: PreTrainedModel
     opened = tokenizer.decode(chat.prompt_ids(request.messages))
     assert trial("<reason>") == f"{opened}<reason>\n"
     # As Qwen's: an empty block before an answer, none in the generation prompt.
-    said = "{{ m['content'] | trim }}"
+    own, said = str(tokenizer.chat_template), "{{ m['content'] | trim }}"
+    # As DeepSeek's: the generation prompt opens the block, unless it is told not to.
+    asked = "enable_thinking is not defined or enable_thinking"
+    tokenizer.chat_template = (
+        f"{own}{{% if add_generation_prompt and ({asked}) %}}<think>\n{{% endif %}}"
+    )
+    assert tokenizer.decode(Chat(tokenizer).prompt_ids(request.messages)) == opened
+    assert trial("auto") == f"{opened}<think>\n"
+    tokenizer.chat_template = own
     block = "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
     tokenizer.chat_template = tokenizer.chat_template.replace(said, block + said)
     assert "</think>" in tokenizer.decode(Chat(tokenizer).prompt_ids(request.messages))
@@ -748,6 +757,15 @@ def test_a_header_put_in_again_replaces_what_the_model_would_refuse(
     assert shown["asr.prefill.2"] == "Sorry."
     assert shown["asr.direct"] == chat.tokenizer.decode(jumps[:2]) + "Sorry."
     assert defended["refusal_positions"]["asr"]["direct"] == [2, 2, 2]
+
+
+def test_without_a_generation_prompt_the_header_is_what_stands_before_an_answer() -> None:
+    tokenizer = tiny_tokenizer.__wrapped__()
+    tokenizer.chat_template = OFFICIAL_CHAT_TEMPLATE
+    assert tokenizer.decode(Chat(tokenizer).header_ids()) == "\n\n [\\INST]"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="^chat_template writes nothing between a message and its"):
+        Chat(tokenizer).header_ids()
 
 
 def test_a_system_prompt_stands_before_every_conversation(
