@@ -62,7 +62,8 @@ def run(config: PlanConfig) -> None:
         raise ValueError(
             f"optim: nothing is known of {config.optim!r}, expected one of {', '.join(STATE_BYTES)}"
         )
-    triples = Triples(config.branches, config.rto_keep, config.prompt_tokens, config.safe_tokens)
+    lengths = (config.prompt_tokens, config.safe_tokens)
+    triples = Triples(config.branches, config.trunk_share, *lengths)
     logging.set_verbosity_error()
     model_config = read_config(config.model)
     triples.check(min(config.max_tokens, context_of(model_config)))

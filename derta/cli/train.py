@@ -184,7 +184,7 @@ def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
         processors=chip_of(config.device).processors,
     )
     tokens = trainer.train_dataset.largest().input_ids.shape[1]
-    triples = plan.Triples(config.branches, config.rto_keep)
+    triples = plan.Triples(config.branches, config.trunk_share)
     return f"out of memory; {plan.describe(step, tokens, triples)}"
 
 

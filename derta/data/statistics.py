@@ -109,6 +109,7 @@ class RunStatistics:
             "cuts": objective.cuts,
             "special_tokens_in_text": special_tokens_in_text,
             "too_long": too_long,
+            "closes_harmful": objective.closes_harmful,
         }
         self.collator = collator
         self.whole = Encoder(tokenizer, max_length=sys.maxsize, max_tokens=sys.maxsize, **draws)

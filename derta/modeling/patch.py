@@ -110,8 +110,9 @@ def apply_derta(
     columns as keywords, see `Objective.columns`. Further keywords: loss_weight, rto_weight,
     num_items and reduction as in `derta_loss`; term_weights, factors of terms by their names (by
     default the objective's own; that of the main term stays); example_bounds as in
-    `interval_attention` and live_rows as in `head_loss`, each of which saves a transfer from the
-    device; router_weight, a factor of the router loss for steps of several packs.
+    `interval_attention`, live_rows as in `head_loss` and row_lists as in `Objective`, each of which
+    saves a transfer from the device; router_weight, a factor of the router loss for steps of
+    several packs.
     Without a column of the objective the model returns its own output, logits included; without
     visible_until it is as it was, bit for bit.
 
@@ -390,6 +391,7 @@ def _forward_packed(
     position_ids: Tensor | None = None,
     loss_weight: Tensor | None = None,
     live_rows: Tensor | None = None,
+    row_lists: Mapping[str, Tensor] | None = None,
     term_weights: Mapping[str, Number] | None = None,
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
@@ -424,7 +426,7 @@ def _forward_packed(
         return objective.loss(
             hidden,
             head_of(model),
-            columns,
+            {**columns, **(row_lists or {})},
             refusal_token_id=patch.refusal_token_id,
             loss_weight=loss_weight,
             live_rows=live_rows,

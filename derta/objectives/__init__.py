@@ -1,4 +1,5 @@
 """Objectives: which rows of a pack have which targets, and the terms of the loss.
 
-`base` says what an objective is, `derta` is the paper's, `unlikelihood` adds a term to it.
+`base` says what an objective is, `derta` is the paper's, `unlikelihood` adds a term to it,
+`preference` compares pairs.
 """

@@ -7,6 +7,8 @@ figures. Packing, model, trainer, metrics, plan, statistics and dry run know its
 
 from __future__ import annotations
 
+import functools
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +49,8 @@ class Drawn:
         cuts: (branches,) int64, distinct, descending, each in 0..cut_limit; empty for a dialogue.
         depths: (|h| + 1,) bool, the depths of the harmful response with a target on the trunk;
             empty for a dialogue.
+        references: (branches, 2) float64, for each branch what a reference model says of it and of
+            the trunk's rest, see `derta.objectives.preference`; None: nothing is known.
 
     Raises:
         ValueError: cuts or depths are out of range or have the wrong shape.
@@ -55,6 +59,7 @@ class Drawn:
     example: Encoded
     cuts: np.ndarray
     depths: np.ndarray
+    references: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         limit, rows = -1, 0
@@ -129,10 +134,14 @@ class Objective(ABC):
     Attributes:
         branches: the most safe responses that are drawn per triple.
         cuts: the policy of their cuts, see `derta.objectives.cuts`.
+        closes_harmful: if True, harmful responses are encoded with their closing tokens.
+        needs_references: if True, draws of triples need `Drawn.references`.
     """
 
     branches: int
     cuts: str
+    closes_harmful = False
+    needs_references = False
 
     @property
     @abstractmethod
@@ -145,7 +154,7 @@ class Objective(ABC):
         """Columns of a pack that the loss reads, each with its value on rows without a target.
 
         A column is a (1, N) tensor of a pack and a keyword of a patched model. Labels are int,
-        masks bool, weights float.
+        masks bool, weights float, or numpy's float64 where float32 is too coarse.
         """
 
     def has_targets(self, columns: Mapping[str, Any]) -> bool:
@@ -174,6 +183,24 @@ class Objective(ABC):
     def targets(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Return each term's rows with a target, bool in the shape of the columns."""
 
+    def live(self, columns: Mapping[str, Any]) -> Any:
+        """Return the rows that meet the vocabulary, bool: by default those with a target."""
+        return functools.reduce(operator.or_, self.targets(columns).values())
+
+    def said(self, columns: Mapping[str, Any]) -> Any:
+        """Return the rows that predict a token of a response to be said, bool.
+
+        By default these are the rows with a target of the main term.
+        """
+        return self.targets(columns)[self.terms[0].name]
+
+    def row_lists(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return further masks of rows that the loss reads as indices, by name; by default none.
+
+        A pack holds their indices, (n,) int64, and hands them to the model as `row_lists`.
+        """
+        return {}
+
     @abstractmethod
     def row_weights(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Return each term's weight by row, beside the weights of example and term."""
@@ -200,7 +227,7 @@ class Objective(ABC):
         Args:
             hidden: (1, N, d) hidden states.
             head: the vocabulary projection.
-            columns: those of `columns` that were given, (1, N) each.
+            columns: those of `columns` that were given, (1, N) each, and of `row_lists`.
             refusal_token_id: the token that refusals start with, or several.
             loss_weight: (1, N) weight of each row's example; None: ones.
             live_rows: (n,) int64, the rows with a target; None: the loss counts them.

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from derta.objectives.derta import DertaObjective
+from derta.objectives.preference import PreferenceObjective
 from derta.objectives.unlikelihood import UnlikelihoodObjective
 
 
@@ -14,10 +15,14 @@ def objective_of(settings: Any) -> DertaObjective:
 
     Args:
         settings: has the objective's fields under their own names; unlikelihood_weight 0 leaves
-            that term out.
+            that term out, without preference there are no pairs.
 
     Raises:
         ValueError: as the objective.
     """
-    kind = UnlikelihoodObjective if settings.unlikelihood_weight else DertaObjective
+    kind: type[DertaObjective] = DertaObjective
+    if settings.preference is not None:
+        kind = PreferenceObjective
+    elif settings.unlikelihood_weight:
+        kind = UnlikelihoodObjective
     return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})

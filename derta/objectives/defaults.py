@@ -10,6 +10,7 @@ CutPolicy = Literal["zero", "uniform", "official", "deep"]
 RtoDepth = Literal["uniform", "growing"]
 LossNorm = Literal["tokens", "official", "terms"]
 RtoKeep = float | Literal["official"]
+Preference = Literal["dpo", "orpo", "simpo"]
 
 RTO_WEIGHT = 1.0
 MOST_REFUSALS = 64
@@ -55,3 +56,43 @@ RECIPES: dict[str, DrawSettings] = {
     "rto_only": DrawSettings(cuts="zero"),
     "derta": DERTA,
 }
+
+
+@dataclass(frozen=True)
+class PreferenceDefaults:
+    """The numbers of a preference loss unless others are given.
+
+    Attributes:
+        weight: factor of the term in the loss; ORPO's lambda; None: there is no such loss.
+        beta: scale of the compared scores; None: the loss has none.
+        gamma: margin that the scores are to differ by; None: the loss has none.
+    """
+
+    weight: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+
+
+PREFERENCES: dict[Preference, PreferenceDefaults] = {
+    "dpo": PreferenceDefaults(weight=1.0, beta=0.1),
+    "orpo": PreferenceDefaults(weight=0.1),
+    "simpo": PreferenceDefaults(weight=1.0, beta=2.0, gamma=1.0),
+}
+
+
+def check_pairs(preference: str, branches: int, rto_keep: RtoKeep) -> None:
+    """Check that a triple is one pair and nothing else.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if branches != 1:
+        raise ValueError(
+            f"branches must be 1 with preference: {preference}, which compares one safe response "
+            f"with the harmful one, got {branches}"
+        )
+    if rto_keep != 0:
+        raise ValueError(
+            f"rto_keep must be 0 with preference: {preference}, whose rows predict the rejected "
+            f"token instead of the refusal token, got {rto_keep}"
+        )

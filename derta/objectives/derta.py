@@ -74,7 +74,9 @@ class DertaObjective(DrawSettings, Objective):
         if isinstance(self.rto_keep, str):
             depths = draw_official_rows(example, padded, rng=rng)
         else:
-            depths = draw_rto_rows(len(example.harmful), keep=self.rto_keep, rng=rng)
+            said = len(example.harmful) - example.closing
+            depths = np.zeros(len(example.harmful) + 1, bool)
+            depths[: said + 1] = draw_rto_rows(said, keep=self.rto_keep, rng=rng)
         return Drawn(example, cuts, depths)
 
     def extent(self, example: EncodedTriple) -> Extent:
@@ -83,7 +85,7 @@ class DertaObjective(DrawSettings, Objective):
         return Extent(
             branches=count,
             cut=int(possible[-1]) if count else 0,
-            depth=len(example.harmful) if self.rto_keep else -1,
+            depth=len(example.harmful) - example.closing if self.rto_keep else -1,
         )
 
     def lay(self, drawn: Drawn, place: Place) -> dict[str, np.ndarray]:

@@ -75,7 +75,7 @@ class StepMetrics:
             weight = batch.loss_weight * weights[name]
             self._losses[name] += (output.rows[name] * weight).where(rows, 0).sum()
             self._totals[name] += batch.totals[name].weight
-        self._live_rows += torch.stack(list(targets.values())).any(0).sum()
+        self._live_rows += self.objective.live(batch.columns).sum()
         for name, mean in self.objective.means(batch, output.rows).items():
             if name in self._means:
                 mean = Mean(*(old + new for old, new in zip(self._means[name], mean, strict=True)))

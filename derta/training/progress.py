@@ -20,8 +20,12 @@ def format_figures(step: int, logs: dict[str, float]) -> str:
     tenths = [logs[key] for key in (f"refusal_p_{i}" for i in range(1, 11)) if key in logs]
     if tenths:
         parts.append(f"p(refusal) {tenths[0]:.2f} first tenth, {tenths[-1]:.2f} last")
+    if "reward_margin" in logs:
+        right = f"{logs['reward_accuracy']:.0%} of pairs above 0"
+        parts.append(f"reward margin {logs['reward_margin']:.3f}, {right}")
     if "benign_refusal_p" in logs:
-        parts.append(f"{logs['benign_refusal_p']:.2f} harmless")
+        what = "" if tenths else "p(refusal) "
+        parts.append(f"{what}{logs['benign_refusal_p']:.2f} harmless")
     if "skipped_gradient" in logs:
         parts.append(f"{logs['skipped_gradient']:.2%} of the head's gradient skipped")
     parts.append(f"lr {logs['learning_rate']:.2e}")

@@ -18,19 +18,25 @@ from derta.objectives.defaults import (
     MAX_LENGTH,
     MAX_TOKENS,
     MOST_REFUSALS,
+    PREFERENCES,
     RECIPES,
     RTO_WEIGHT,
     CutPolicy,
     LossNorm,
+    Preference,
+    PreferenceDefaults,
     Recipe,
     RtoDepth,
     RtoKeep,
+    check_pairs,
 )
 from derta.settings import setting
 
 Shard = Literal["none", "ddp", "fsdp", "zero2", "zero3"]
 # The keys that a recipe sets.
 DRAWN = ("branches", "cuts", "rto_keep")
+# The recipes that train on safe responses only, and so leave the harmful ones to be rejected.
+OF_PAIRS = ("vanilla", "prefix_only")
 
 
 @dataclass(kw_only=True)
@@ -43,7 +49,13 @@ class RecipeSettings:
         "only; prefix_only: each after a prefix of the harmful response; rto_only: vanilla and "
         "RTO; derta: both. A given key may be another number or policy of the same variant.",
         heading="objective",
-        shown="as derta",
+        shown="as derta; as vanilla with preference",
+    )
+    preference: Preference | None = setting(
+        None,
+        "Loss of pairs in place of triples' targets: the safe response is chosen, the harmful one "
+        "rejected, after the prompt (recipe: vanilla) or after a prefix of the harmful one too "
+        "(recipe: prefix_only). null: no pairs.",
     )
     branches: int = setting(
         None,
@@ -69,14 +81,27 @@ class RecipeSettings:
         shown=f"the recipe's; {DERTA.rto_keep:g} for derta",
     )
 
+    @property
+    def trunk_share(self) -> RtoKeep:
+        """The share of a harmful response's positions with a target: RTO's, or a rejected token."""
+        return 1.0 if self.preference else self.rto_keep
+
     def follow_recipe(self) -> None:
         """Set the keys that are not given, and refuse those of another recipe.
 
         Raises:
-            ValueError: a given key contradicts the recipe, or triples would train nothing.
+            ValueError: a given key contradicts the recipe or the preference loss, or triples would
+                train nothing.
         """
+        if self.preference and self.recipe not in (None, *OF_PAIRS):
+            raise ValueError(
+                f"recipe: {self.recipe} trains to say the refusal token in harmful responses, "
+                f"which preference: {self.preference} takes as the rejected ones: choose "
+                f"{' or '.join(OF_PAIRS)}"
+            )
+        recipe = RECIPES[self.recipe or ("vanilla" if self.preference else "derta")]
         for name in DRAWN:
-            given, ours = getattr(self, name), getattr(RECIPES[self.recipe or "derta"], name)
+            given, ours = getattr(self, name), getattr(recipe, name)
             if given is None:
                 setattr(self, name, ours)
             elif self.recipe is not None and (given in (0, "zero")) != (ours in (0, "zero")):
@@ -84,6 +109,8 @@ class RecipeSettings:
                     f"{name} is {given}, which contradicts recipe: {self.recipe} ({name}: {ours}): "
                     "leave either out"
                 )
+        if self.preference:
+            check_pairs(self.preference, self.branches, self.rto_keep)
         if self.branches == 0 and self.rto_keep == 0.0:
             raise ValueError("branches and rto_keep are both 0: a triple would train nothing")
 
@@ -119,11 +146,34 @@ class LossSettings:
         ge=0,
         le=1000,
     )
+    preference_beta: float | None = setting(
+        None,
+        "Scale of the scores that a preference loss compares: beta of DPO and SimPO.",
+        gt=0,
+        le=1000,
+        shown=f"{PREFERENCES['dpo'].beta:g} for dpo, {PREFERENCES['simpo'].beta:g} for simpo",
+    )
+    preference_weight: float | None = setting(
+        None,
+        "Weight of the preference loss, a mean over pairs, beside the next-token loss: lambda of "
+        "ORPO.",
+        gt=0,
+        le=1000,
+        shown=f"{PREFERENCES['dpo'].weight:g}; {PREFERENCES['orpo'].weight:g} for orpo",
+    )
+    simpo_gamma: float | None = setting(
+        None,
+        "Margin by which SimPO's scores are to differ.",
+        ge=0,
+        le=1000,
+        shown=f"{PREFERENCES['simpo'].gamma:g} for simpo",
+    )
     loss_norm: LossNorm = setting(
-        "tokens",
+        None,
         "Normalization of the loss. tokens: the mean over all targets of a step; official: the "
-        "mean over each pack, averaged; terms: each kind of target by its own mean. Weights of "
-        "records count in these means, in numerator and denominator.",
+        "mean over each pack, averaged; terms: each kind of target by its own mean, pairs too. "
+        "Weights of records count in these means, in numerator and denominator.",
+        shown="tokens; terms with preference",
     )
 
     def check_refusals(self) -> None:
@@ -150,6 +200,43 @@ class LossSettings:
 @dataclass(kw_only=True)
 class ObjectiveSettings(RecipeSettings, LossSettings):
     """The whole objective."""
+
+    def follow_recipe(self) -> None:
+        """Set the keys that are not given, and refuse those of another recipe or loss.
+
+        Raises:
+            ValueError: as `RecipeSettings.follow_recipe`, or a given key is of another preference
+                loss.
+        """
+        super().follow_recipe()
+        loss = self.preference
+        ours = PREFERENCES[loss] if loss else PreferenceDefaults()
+        for name, default in (
+            ("preference_beta", ours.beta),
+            ("preference_weight", ours.weight),
+            ("simpo_gamma", ours.gamma),
+        ):
+            given = getattr(self, name)
+            if given is None:
+                setattr(self, name, default)
+            elif default is None:
+                raise ValueError(
+                    f"{name} is {given:g}, which preference: {loss or 'null'} does not have: leave "
+                    "it out"
+                )
+        norm: LossNorm = "terms" if loss else "tokens"
+        if self.loss_norm is None:
+            self.loss_norm = norm
+        elif loss and self.loss_norm != norm:
+            raise ValueError(
+                f"loss_norm must be terms with preference: {loss}, as a pair is no token, got "
+                f"{self.loss_norm}"
+            )
+        if loss and self.unlikelihood_weight:
+            raise ValueError(
+                f"unlikelihood_weight must be 0 with preference: {loss}, which has no RTO rows, "
+                f"got {self.unlikelihood_weight:g}"
+            )
 
 
 @dataclass(kw_only=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -54,6 +55,13 @@ from derta.training.config import DertaConfig
 from derta.training.fingerprint import fingerprint
 from derta.training.finite_watch import FiniteWatch
 from derta.training.metrics import StepMetrics
+from derta.training.reference import (
+    compute_references,
+    identity,
+    read_references,
+    reference_file,
+    write_references,
+)
 from derta.training.refusal_watch import RefusalWatch, check_watched, trunk_steps
 from derta.training.resumable import ResumableTrainer
 from derta.training.sharding import running_engine, with_exact_sums
@@ -122,14 +130,15 @@ class DertaTrainer(ResumableTrainer):
     where temporary files go (TMPDIR), one for each rank, and never in memory as a whole.
 
     Logged: `loss`; `mle_loss` and `rto_loss`, and `unlikelihood_loss` if it has a weight (means
-    over their own targets); `refusal_p_1` .. `refusal_p_10` (mean probability of the refusal token,
-    or the sum of those of several, in each tenth of the harmful responses); `benign_refusal_p` (the
-    same in answers to harmless requests); with sparse_backward `skipped_gradient` (share of the sum
-    of |dloss / dlogit| that the head's backward pass skipped); `live_rows` (share of rows with a
-    target); `rto_targets` (share of RTO in the weight of all targets); `tokens_per_s` (packed
-    tokens over all ranks). On several ranks also `imbalance`: how much longer than the mean the
-    costliest rank takes, by the plan's costs, as a mean over steps. `evaluate` adds the figures of
-    `RefusalWatch`.
+    over their own targets); with preference `preference_loss` and the figures of
+    `PreferenceObjective.means` in the place of those of RTO; `refusal_p_1` .. `refusal_p_10` (mean
+    probability of the refusal token, or the sum of those of several, in each tenth of the harmful
+    responses); `benign_refusal_p` (the same in answers to harmless requests); with sparse_backward
+    `skipped_gradient` (share of the sum of |dloss / dlogit| that the head's backward pass skipped);
+    `live_rows` (share of rows with a target); `rto_targets` (share of RTO in the weight of all
+    targets); `tokens_per_s` (packed tokens over all ranks). On several ranks also `imbalance`: how
+    much longer than the mean the costliest rank takes, by the plan's costs, as a mean over steps.
+    `evaluate` adds the figures of `RefusalWatch`.
 
     Several ranks share the examples of a step such that they finish together. The packs are then
     others than those of one rank, unless the loss depends on them: under loss_norm "official", and
@@ -181,7 +190,6 @@ class DertaTrainer(ResumableTrainer):
         self._costs = functools.partial(forward_operations, inner.config)
         self._has_router_loss = has_router_loss(inner)
         self.objective: Objective = args.objective
-        self.collator = Collator(self.objective, seed=args.seed)
         encoder = self._encoder(args, processing_class)
         examples = self._encode(args, train_dataset, encoder)
         self.refusals = choose_refusal_set(
@@ -260,6 +268,10 @@ class DertaTrainer(ResumableTrainer):
             model = transformers_model(self.model)
             gather_no_more_than_needed(model.get_input_embeddings(), model.get_output_embeddings())
             self._check_sharded()
+        if self.objective.needs_references:
+            self._refer(self.train_dataset, "train")
+            if self.eval_dataset is not None:
+                self._refer(self.eval_dataset.losses, "eval")
         return prepared
 
     def _check_sharded(self) -> None:
@@ -273,6 +285,64 @@ class DertaTrainer(ResumableTrainer):
             check_derta(self.model, self.model_wrapped, self.args.device)
         reshard(self.model)
 
+    def _refer(self, steps: PackedSteps, name: str | None) -> None:
+        """Give steps the numbers of the reference model; all ranks call it together.
+
+        Args:
+            steps: steps that draw pairs.
+            name: name of their file; None: they are computed and not kept.
+
+        Raises:
+            ValueError: they are not there, and the model is no longer the reference.
+        """
+        if steps.collator.references is not None:
+            return
+        model: Any = self.model
+        precision = f"{next(model.parameters()).dtype}, {self.accelerator.mixed_precision}"
+        about = identity(steps, self._fingerprint["model"], precision)
+        folders = [Path(str(self.args.output_dir))]
+        if self._start.checkpoint is not None:
+            folders.append(Path(self._start.checkpoint).parent)
+        paths = [reference_file(folder, name) for folder in folders if name is not None]
+        found = None
+        if self.is_world_process_zero():
+            found = next(filter(None, (read_references(path, about) for path in paths)), None)
+        (found,) = gather_object([found] if self.is_world_process_zero() else [])
+        is_new = found is None
+        if found is None:
+            adapted = isinstance(model, PeftModel)
+            is_trained = self._start.checkpoint is not None or self.state.global_step > 0
+            if is_trained and not adapted:
+                where, remedy = "nothing holds", "give these records as eval_dataset"
+                if paths:
+                    where, remedy = f"{paths[0]} does not hold", "begin the run again"
+                raise ValueError(
+                    f"{where} the log probabilities of the model before its first step, which "
+                    f"preference: {self.args.preference} needs of every pair: {remedy}"
+                )
+            logger.info("computing log probabilities of the reference model")
+            with model.disable_adapter() if adapted else contextlib.nullcontext():
+                found = compute_references(
+                    steps,
+                    self._reference_rows,
+                    max_tokens=self.args.max_tokens,
+                    examples_per_step=self.args.examples_per_step,
+                    ranks=self.args.world_size,
+                )
+            reshard(model)
+        if paths:
+            with failing_together(OSError):
+                if self.args.should_save and (is_new or not paths[0].is_file()):
+                    write_references(paths[0], found, about)
+        steps.collator.references = found
+
+    @torch.no_grad()
+    def _reference_rows(self, batch: PackedBatch) -> dict[str, Tensor]:
+        self.model_wrapped.eval()
+        batch = batch.to(self.args.device, non_blocking=True)
+        rows: dict[str, Tensor] = self.model_wrapped(**batch.model_inputs()).rows
+        return rows
+
     def _encoder(self, args: DertaConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder(
             tokenizer,
@@ -282,6 +352,7 @@ class DertaTrainer(ResumableTrainer):
             cuts=args.cuts,
             special_tokens_in_text=args.special_tokens_in_text,
             too_long=args.too_long,
+            closes_harmful=self.objective.closes_harmful,
         )
 
     def _encode(
@@ -335,7 +406,8 @@ class DertaTrainer(ResumableTrainer):
             costs=self._costs(encoded.lengths),
             one_rank_packs=args.loss_norm == "official" or self._has_router_loss,
         )
-        return PackedSteps(encoded.examples, plan, self.collator, args.process_index)
+        collator = Collator(self.objective, seed=args.seed)
+        return PackedSteps(encoded.examples, plan, collator, args.process_index)
 
     def _held_out(self, args: DertaConfig, encoded: EncodedRecords) -> EvaluationSteps:
         return EvaluationSteps(
@@ -551,6 +623,8 @@ class DertaTrainer(ResumableTrainer):
         patch = patch_of(self.model)
         if patch is not None and not patch.is_checked:
             raise ValueError("evaluate needs the engine of a sharded model: call train first")
+        if self.objective.needs_references:
+            self._refer(held_out.losses, "eval" if eval_dataset is None else None)
         model.eval()
         metrics, watch = StepMetrics(self.objective, self.args.device), RefusalWatch()
         for step in range(held_out.losses.plan.steps_per_epoch):

@@ -29,7 +29,7 @@ class HeadCase:
     weight: Tensor
     target: Tensor
     rto_mask: Tensor
-    refusal_token_id: int | Sequence[int]
+    refusal_token_id: int | Sequence[int] | None
     next_weight: Tensor
     rto_weight: Tensor
     bias: Tensor | None
@@ -37,6 +37,7 @@ class HeadCase:
     logit_scale: float
     unlikely_target: Tensor | None = None
     unlikelihood_weight: Tensor | None = None
+    second_target: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> HeadCase:
         """Return the case with hidden, weight and bias in another dtype."""

@@ -29,7 +29,7 @@ RUN = dict(
     adam_epsilon=1e-2,
     max_grad_norm=1.0,
 )
-# Engine, method, and model; that of `tied` has its head in the embedding.
+# Engine, method, model and preference loss; the model `tied` has its head in the embedding.
 SHARDED = [
     ("ddp", "full", "llama"),
     ("fsdp", "full", "llama"),
@@ -42,7 +42,13 @@ WITH_DEEPSPEED = [
     ("zero3", "full", "tied"),
     ("zero3", "lora", "llama"),
 ]
-Case = tuple[str, str, str]
+OF_PAIRS = [
+    ("ddp", "full", "llama", "dpo"),
+    ("fsdp", "full", "tied", "dpo"),
+    ("fsdp", "lora", "llama", "dpo"),
+    ("fsdp", "full", "llama", "orpo"),
+]
+Case = tuple[str, ...]
 
 
 def write_models(folder: Path) -> None:
@@ -57,10 +63,12 @@ def write_models(folder: Path) -> None:
 
 def make(folder: Path, case: Case, output: Path, **changes: Any) -> DertaTrainer:
     """Return the trainer of a case."""
-    shard, tuned, name = case
+    shard, tuned, name, *preference = case
     # DeepSpeed takes no probe, which must leave no mark on the others.
     probe = dict(probe=shard in ("ddp", "fsdp"))
-    args = settings(output, shard=shard, **{**RUN, **probe, **changes})
+    # At a lower rate pairs do not converge: their loss would be all rounding.
+    pairs = dict(preference=preference[0], branches=1, learning_rate=1e-3) if preference else {}
+    args = settings(output, shard=shard, **{**RUN, **probe, **pairs, **changes})
     method = Method(method=tuned, lora_dropout=0.0)
     storage = torch.uint8 if shard == "none" else torch.float32
     model = load_model(

@@ -11,7 +11,16 @@ import torch
 import engines
 from ranks import run_ranks
 
-FIGURES = ("loss", "grad_norm", "mle_loss", "rto_loss", "refusal_p_1", "live_rows")
+FIGURES = (
+    "loss",
+    "grad_norm",
+    "mle_loss",
+    "rto_loss",
+    "refusal_p_1",
+    "live_rows",
+    "preference_loss",
+    "reward_chosen",
+)
 SCRIPT = "import engines\nengines.main()\n"
 
 
@@ -38,7 +47,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return Alone(folder)
 
 
-@pytest.mark.parametrize("cases", ["SHARDED", "WITH_DEEPSPEED"])
+@pytest.mark.parametrize("cases", ["SHARDED", "OF_PAIRS", "WITH_DEEPSPEED"])
 def test_ranks_train_to_the_weights_of_one_process(one_process: Alone, cases: str) -> None:
     if cases == "WITH_DEEPSPEED" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")

@@ -105,6 +105,35 @@ def test_loss_rows_and_gradients_are_as_exact_as_eager(
     assert_within_budget(head_case(**HEADS[head]), impl, dtype, upstream)
 
 
+@pytest.mark.parametrize("head", ["bias", "softcap"])
+@pytest.mark.parametrize(("impl", "dtype"), row_passes(*LOW_PRECISION))
+def test_two_tokens_a_row_with_weights_of_any_sign_are_as_exact_as_eager(
+    impl: str, dtype: torch.dtype, head: str
+) -> None:
+    """Preference losses raise one token of a row and lower another; their sum may weigh nothing."""
+    case = head_case(**HEADS[head])
+    rows = torch.arange(60)
+    second = (7 * rows + 3) % 97
+    second += second == case.target
+    sign = torch.tensor([-1.0, 0.0, 1.0, 1.0])[rows // 5 % 4]
+    weight = 0.3 + 0.01 * rows
+    case = replace(
+        case,
+        refusal_token_id=None,
+        second_target=second,
+        next_weight=weight,
+        rto_weight=weight * torch.where(rows % 5 == 2, -1.0, sign),
+        rto_mask=rows % 5 != 4,
+    )
+    cancels = (case.target != -100) & (case.rto_weight == -case.next_weight)
+    assert cancels.any() and (case.rto_weight == 0).any() and (case.rto_weight > 0).any()
+    assert_within_budget(case, impl, dtype)
+    assert torch.equal(
+        head_loss(**case.to(dtype).on(DEVICE).arguments(), impl=impl).refusal_nll == 0,
+        (rows % 5 == 4).to(DEVICE),
+    )
+
+
 @pytest.mark.parametrize("probability", PROBABILITIES)
 @pytest.mark.parametrize(("impl", "dtype"), row_passes(*LOW_PRECISION))
 def test_converged_rows_keep_their_loss_and_gradient(
@@ -952,6 +981,21 @@ def test_given_rows_that_are_not_the_live_ones_are_refused(impl: str) -> None:
         (dict(refusal_token_id=()), ValueError, "refusal_token_id must have at least one token"),
         (dict(refusal_token_id=[3, 5, 3]), ValueError, "distinct tokens, got 3 twice"),
         (dict(refusal_token_id=[3, 11]), ValueError, r"must lie in \[0, V\) = \[0, 11\), got 11"),
+        (
+            dict(second_target=torch.arange(5)),
+            ValueError,
+            "second_target takes the place of refusal_token_id: leave one out",
+        ),
+        (
+            dict(refusal_token_id=None, second_target=torch.zeros(4).long()),
+            ValueError,
+            r"second_target must have shape \(N,\) = \(5,\), got \(4,\)",
+        ),
+        (
+            dict(refusal_token_id=None, second_target=torch.tensor([0, 1, 11, 2, 3])),
+            ValueError,
+            r"second_target must lie in \[0, V\) = \[0, 11\) .*, got 11",
+        ),
         (dict(next_weight=torch.ones(4)), ValueError, r"next_weight must have shape \(N,\)"),
         (dict(rto_weight=torch.ones(5).long()), ValueError, "rto_weight must be float16 or"),
         (

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from derta.data.packs.references import References
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
 from derta.objectives.base import Drawn, Objective, Place, Total
 from derta.objectives.cuts import example_rng, padded_length
@@ -45,7 +46,8 @@ class PackedBatch:
         depth_tenth: (1, N) int64, floor(10 * depth / (|h| + 1)); -1 where depth is.
         loss_weight: (1, N) float32, weight of the row's example.
         benign: (1, N) bool, rows with a target in answers to harmless requests.
-        live_rows: (n,) int64, the rows with a target of any term, ascending.
+        live_rows: (n,) int64, the rows that meet the vocabulary, ascending, see `Objective.live`.
+        row_lists: further rows by name, (n,) int64 each, ascending, see `Objective.row_lists`.
         example_ids: ids of the packed examples.
         example_roles: role of each example, "safety", "helpful" or "borderline", see
             `EncodedDialogue`.
@@ -64,6 +66,7 @@ class PackedBatch:
     loss_weight: Tensor
     benign: Tensor
     live_rows: Tensor
+    row_lists: dict[str, Tensor]
     example_ids: tuple[str, ...]
     example_roles: tuple[str, ...]
     example_bounds: Bounds
@@ -82,7 +85,8 @@ class PackedBatch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        changed["columns"] = {name: change(value) for name, value in self.columns.items()}
+        for name in ("columns", "row_lists"):
+            changed[name] = {key: change(value) for key, value in getattr(self, name).items()}
         return dataclasses.replace(self, **changed)
 
     def model_inputs(self) -> dict[str, Any]:
@@ -94,6 +98,7 @@ class PackedBatch:
             "loss_weight": self.loss_weight,
             "live_rows": self.live_rows,
             "example_bounds": (self.example_bounds,),  # one batch row
+            "row_lists": self.row_lists,
             **self.columns,
         }
 
@@ -223,7 +228,7 @@ def pack(examples: Sequence[Drawn], objective: Objective | None = None) -> Packe
         for name, fill in objective.columns.items()
     }
     targets = objective.targets(columns)
-    has_target = torch.stack(list(targets.values())).any(0)
+    live = objective.live(columns)
     weight = each([drawn.example.weight for drawn in examples] or [1.0], torch.float32)
     return PackedBatch(
         input_ids=row([layout.input_ids for layout in layouts], torch.int64),
@@ -234,8 +239,9 @@ def pack(examples: Sequence[Drawn], objective: Objective | None = None) -> Packe
         depth=row([layout.depth for layout in layouts], torch.int32),
         depth_tenth=row([layout.depth_tenth for layout in layouts], torch.int64),
         loss_weight=weight,
-        benign=each([role != "safety" for role in roles] or [False], torch.bool) & has_target,
-        live_rows=has_target[0].nonzero().squeeze(1),
+        benign=each([role != "safety" for role in roles] or [False], torch.bool) & live,
+        live_rows=_indices(live),
+        row_lists={name: _indices(mask) for name, mask in objective.row_lists(columns).items()},
         example_ids=tuple(drawn.example.id for drawn in examples),
         example_roles=roles,
         example_bounds=tuple(zip(starts.tolist(), ends.tolist(), strict=True)),
@@ -250,7 +256,17 @@ def pack(examples: Sequence[Drawn], objective: Objective | None = None) -> Packe
     )
 
 
-_DTYPES = {int: torch.int64, bool: torch.bool, float: torch.float32}
+def _indices(mask: Tensor) -> Tensor:
+    """Return the rows of a mask, (n,) int64."""
+    return mask[0].nonzero().squeeze(1)
+
+
+_DTYPES = {
+    int: torch.int64,
+    bool: torch.bool,
+    float: torch.float32,
+    np.float64: torch.float64,
+}
 
 
 class TokenCount(NamedTuple):
@@ -258,8 +274,9 @@ class TokenCount(NamedTuple):
 
     Attributes:
         one_pass: tokens of the packs.
-        apart: tokens of the official recipe for the same targets: q + h for every triple with an
-            RTO target, q + h[:k] + r for each of its branches, and dialogues as they are.
+        apart: tokens of separate passes for the same targets, as the official recipe runs them: q +
+            h for every triple with targets in h, q + h[:k] + r for each of its branches, and
+            dialogues as they are.
     """
 
     one_pass: int
@@ -268,8 +285,8 @@ class TokenCount(NamedTuple):
     def __str__(self) -> str:
         return (
             f"one pass: {self.one_pass:,} tokens an epoch, {self.apart / self.one_pass:.2f} x "
-            f"fewer than the {self.apart:,} of the official recipe, which runs the RTO sample and "
-            "every prefix sample apart (padding not counted)"
+            f"fewer than the {self.apart:,} of one pass for every harmful response and every safe "
+            "one (padding not counted)"
         )
 
 
@@ -326,7 +343,12 @@ class Collator:
         objective: draws, and says which rows have targets.
         seed: draws depend on it, the epoch and the example's id only; with rto_keep "official",
             also on the longest example of the pack.
+
+    Attributes:
+        references: the source of `Drawn.references`; None until it is known.
     """
+
+    references: References | None = None
 
     def __init__(self, objective: Objective, *, seed: int = 0) -> None:
         self.objective = objective
@@ -346,7 +368,10 @@ class Collator:
         return self._draw(example, padded_length([example]), epoch)
 
     def _draw(self, example: Encoded, padded: int, epoch: int) -> Drawn:
-        return self.objective.draw(example, padded, example_rng(self.seed, epoch, example.id))
+        drawn = self.objective.draw(example, padded, example_rng(self.seed, epoch, example.id))
+        if self.references is not None:
+            drawn = dataclasses.replace(drawn, references=self.references.of(drawn))
+        return drawn
 
 
 class DertaCollator(Collator):

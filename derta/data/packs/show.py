@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from derta.data.packs.packing import PackedBatch
 from derta.objectives.base import Objective
 from derta.terminal import printable
@@ -45,10 +43,8 @@ def render_pack(
     tokens, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
     columns = {name: column[0].tolist() for name, column in batch.columns.items()}
     depths = batch.depth[0].tolist()
-    targets = objective.targets(batch.columns)
-    (main, *_) = objective.terms
-    has_main = targets[main.name][0].tolist()
-    live = torch.stack(list(targets.values())).any(0)[0].tolist()
+    said = objective.said(batch.columns)[0].tolist()
+    live = objective.live(batch.columns)[0].tolist()
 
     def quote(ids: list[int]) -> str:
         return repr(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
@@ -68,22 +64,18 @@ def render_pack(
         batch.example_ids, batch.example_bounds, batch.branch_bounds, strict=False
     ):
         lines += ["", printable(id)]
-        parts = _parts(bounds, branches, depths, has_main)
-        cuts = [row for row in parts if depths[row] >= 0 and has_main[row]]
+        parts = _parts(bounds, branches, depths, said)
+        cuts = [row for row in parts if depths[row] >= 0 and said[row]]
         branch_of = {row: len(cuts) - index for index, row in enumerate(cuts)}
         for part, run in _runs(parts, live):
             first = run[0]
-            notes = objective.notes({name: one[first] for name, one in columns.items()}, quote)
-            said = [
-                paint(f"cut, safe {branch_of[first]} {note}", "cut")
-                if term == main.name and first in branch_of
-                else note
-                for term, note in notes
-            ]
+            row = {name: one[first] for name, one in columns.items()}
+            notes = [note for _, note in objective.notes(row, quote)]
+            if first in branch_of:  # the first note is that of the branch's token
+                notes[0] = paint(f"cut, safe {branch_of[first]} {notes[0]}", "cut")
             read = paint(quote([tokens[row] for row in run]), part)
-            lines.append(
-                f"{run[0]:>6} {positions[run[0]]:>6}  {part:<8}  {read}  {'  '.join(said)}".rstrip()
-            )
+            line = f"{run[0]:>6} {positions[run[0]]:>6}  {part:<8}  {read}  {'  '.join(notes)}"
+            lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -91,12 +83,12 @@ def _parts(
     bounds: tuple[int, int],
     branches: Sequence[tuple[int, int]],
     depths: Sequence[int],
-    has_main: Sequence[bool],
+    said: Sequence[bool],
 ) -> dict[int, str]:
     """Return the part that each row of an example belongs to."""
     start, end = bounds
     if max(depths[start:end]) < 0:
-        answers = {row + 1 for row in range(start, end) if has_main[row]}
+        answers = {row + 1 for row in range(start, end) if said[row]}
         return {row: "answer" if row in answers else "prompt" for row in range(start, end)}
     parts = {row: "harmful" if depths[row] > 0 else "prompt" for row in range(start, end)}
     for number, branch in enumerate(branches, start=1):

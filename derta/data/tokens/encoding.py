@@ -30,13 +30,15 @@ class EncodedTriple:
     Attributes:
         id: the record's id.
         prompt: (|q|,) int32, up to where the model starts to write.
-        harmful: (|h|,) int32, without its closing token; cut at its end if it was too long.
+        harmful: (|h|,) int32, without its closing tokens unless `closing` says so; cut at its end
+            if it was too long.
         safe: (|r|,) int32, with its closing token; empty in a rendered row.
         cut_limit: the largest cut after which the safe response still fits, at most |h|; -1 in a
             rendered row, which has no branch.
         word_ends: (words - 2,) int64 or None: the number of harmful tokens up to the end of each
             word, without the last two words and ends beyond `cut_limit`. Only for cuts "official".
         source, weight: the record's.
+        closing: the number of closing tokens at the end of `harmful`.
     """
 
     id: str
@@ -47,6 +49,7 @@ class EncodedTriple:
     word_ends: np.ndarray | None = None
     source: str = ""
     weight: float = 1.0
+    closing: int = 0
     role: ClassVar[Role] = "safety"
 
 
@@ -111,6 +114,8 @@ class Encoder(Chat):
         special_tokens_in_text: as for `Chat`; "refuse" makes a control token in a text an error of
             its record.
         too_long: "skip" or "truncate", for dialogues and rendered rows.
+        closes_harmful: if True, harmful responses of triples have their closing tokens, and at
+            least one token, or their record does not fit.
 
     Attributes:
         skipped: number of records so far that did not fit.
@@ -135,6 +140,7 @@ class Encoder(Chat):
         cuts: str,
         special_tokens_in_text: SpecialTokensInText = "plain",
         too_long: TooLong = "skip",
+        closes_harmful: bool = False,
     ) -> None:
         super().__init__(tokenizer, special_tokens_in_text, needs_template=False)
         if too_long not in (choices := typing.get_args(TooLong)):
@@ -150,6 +156,7 @@ class Encoder(Chat):
             )
         self.bos_ids = [id for id in tokenizer("")["input_ids"] if id == tokenizer.bos_token_id]
         self.truncates = too_long == "truncate"
+        self.closes_harmful = closes_harmful
         self.skipped = self.truncated = self.context_only = 0
 
     def encode(self, record: Record) -> Encoded | None:
@@ -194,8 +201,9 @@ class Encoder(Chat):
         with naming(record):
             self.check(record)
             if isinstance(record, Triple):
+                harmful = self._closed if self.closes_harmful else self.render
                 return [
-                    self.render(record.messages, record.harmful),
+                    harmful(record.messages, record.harmful),
                     self._closed(record.messages, record.safe),
                 ]
             answers: list[Answer] = []
@@ -214,14 +222,19 @@ class Encoder(Chat):
         prompt = harmful.prompt_ids
         safe_ids = safe.response_ids + self.appended_ids
         room = min(
-            self.max_length - len(prompt) - self.truncates,
+            self.max_length - len(prompt) - (self.truncates and not self.closes_harmful),
             self.max_tokens - len(prompt) - self.branches * (len(safe_ids) - 1),
         )
         cut_limit = self.max_length - len(prompt) - len(safe_ids)
-        if room < 0 or cut_limit < 0:
+        if room < self.closes_harmful or cut_limit < 0:
             return None
-        harmful_ids = harmful.response_ids[:room]
-        cut_limit = min(cut_limit, len(harmful_ids))
+        harmful_ids, closing = harmful.response_ids, 0
+        if self.closes_harmful:
+            harmful_ids = harmful_ids + self.appended_ids
+            closing = max(0, len(self.closing_ids) - len(harmful_ids[room:]))
+        harmful_ids = harmful_ids[:room]
+        # With closing tokens, no prefix reaches into them, and something follows it.
+        cut_limit = min(cut_limit, len(harmful_ids) - max(closing, self.closes_harmful))
         word_ends = None
         if self.at_words:
             word_ends = self._word_ends(harmful)
@@ -235,6 +248,7 @@ class Encoder(Chat):
             word_ends=word_ends,
             source=triple.source,
             weight=triple.weight,
+            closing=closing,
         )
 
     def _word_ends(self, turn: _Turn) -> np.ndarray:

@@ -36,6 +36,7 @@ _COLUMNS = {
     "safe": ["int32"],
     "cut_limit": "int64",
     "word_ends": ["int64"],
+    "closing": "int64",
     # columns of dialogues, null in triples
     "input_ids": ["int32"],
     "is_target": ["bool"],
@@ -134,9 +135,12 @@ def _row(example: Encoded) -> dict[str, Any]:
 
 
 def _add(content: Any, row: Mapping[str, Any]) -> None:
-    """Add an example to a hash, its source and its place aside."""
+    """Add an example to a hash, its source and its place aside.
+
+    Without closing tokens, the hash is that of versions which never kept any.
+    """
     for name, value in row.items():
-        if name not in ("place", "source"):
+        if name not in ("place", "source") and (name, value) != ("closing", 0):
             data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
             content.update(f"{name} {len(data)} ".encode() + data)
 

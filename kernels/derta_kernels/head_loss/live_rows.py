@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The argument of `head_loss` that each column of a row's tokens and weights comes from. The third
-# column exists only if that argument was given.
+# The argument of `head_loss` that each column of a row's tokens and weights comes from. The second
+# may also be second_target. The third column exists only if that argument was given.
 COLUMNS = ("target", "refusal_token_id", "unlikely_target")
 
 
@@ -31,8 +31,11 @@ def counted_rows(tokens: Tensor, has_target: Tensor, vocabulary: int) -> Tensor 
     live_count, bad_count = torch.stack((live.sum(), out_of_range.sum())).tolist()
     if bad_count:
         _, column = out_of_range.nonzero()[0].tolist()
+        name = COLUMNS[column]
+        if column == 1 and (tokens[:, 1] != tokens[0, 1]).any():  # not one for all rows
+            name = "second_target"
         raise ValueError(
-            f"{COLUMNS[column]} must lie in [0, V) = [0, {vocabulary}) or be ignore_index, "
+            f"{name} must lie in [0, V) = [0, {vocabulary}) or be ignore_index, "
             f"got {tokens[out_of_range][0].item()} ({bad_count} such targets)"
         )
     if live_count == len(live):

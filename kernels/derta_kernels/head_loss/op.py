@@ -23,6 +23,7 @@ _LAYOUT: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "bias": ("(V,)", FLOATS),
     "target": ("(N,)", (torch.int64,)),
     "rto_mask": ("(N,)", (torch.bool,)),
+    "second_target": ("(N,)", (torch.int64,)),
     "unlikely_target": ("(N,)", (torch.int64,)),
     "next_weight": ("(N,)", FLOATS),
     "rto_weight": ("(N,)", FLOATS),
@@ -39,8 +40,8 @@ class HeadLoss(NamedTuple):
         logsumexp: (N,), log of the sum of exp(logits); detached; 0 on dead rows.
         next_nll: (N,), nats, -log p(target); detached; 0 where the row has no next token.
         refusal_nll: (N,), nats, -log p(refusal token) of every live row, in rto_mask or not, of a
-            set -log of its probability; detached; 0 on dead rows, and everywhere if no refusal
-            token was given.
+            set -log of its probability, with second_target -log p of that; detached; 0 on dead
+            rows, and everywhere if none of them was given.
         unlikelihood: (N,), nats, -log(1 - p(unlikely target)); detached; 0 where the row has none.
         gradient_mass: (N,), the sum of |dloss / dlogit| over a row's logits, before cap and scale;
             detached; 0 unless a sparse backward pass formed gradients.
@@ -63,6 +64,7 @@ def head_loss(
     rto_mask: Tensor | None = None,
     *,
     refusal_token_id: int | Sequence[int] | None = None,
+    second_target: Tensor | None = None,
     next_weight: Tensor | None = None,
     rto_weight: Tensor | None = None,
     unlikely_target: Tensor | None = None,
@@ -126,8 +128,12 @@ def head_loss(
         target: (N,) int64 in [0, V), or `ignore_index` where the row has no next token.
         rto_mask: (N,) bool, rows with the refusal token as target; None: no such row.
         refusal_token_id: in [0, V), or several distinct ones, a set: its loss is -log of the sum of
-            their probabilities, exact where that is near 1. Required with rto_mask.
-        next_weight: (N,) floating point, factor of each row's next-token loss; None: ones.
+            their probabilities, exact where that is near 1.
+        second_target: (N,) int64 in [0, V), a token for each row, in rto_mask or not, that takes
+            the place of the refusal token; None: it is refusal_token_id. One of the two is required
+            with rto_mask.
+        next_weight: (N,) floating point, factor of each row's next-token loss; None: ones. Weights
+            may be negative, and then lower the probability of their token.
         rto_weight: (N,) floating point, factor of each row's refusal loss; None: ones.
         unlikely_target: (N,) int64 in [0, V), the token that the row is trained not to say, or
             `ignore_index`; None: no row has one. Its loss is -log(1 - p), exact where p is near 1.
@@ -153,11 +159,11 @@ def head_loss(
 
     Raises:
         TypeError: an argument is of the wrong Python type.
-        ValueError: a wrong shape, dtype, device or range; a target outside [0, V); rto_mask
-            without refusal_token_id; a refusal token given twice; weights that require a gradient;
-            an unknown impl, or one that cannot run there; impl "reference" with a group;
-            sparse_backward with either of them. On every rank of a group: ranks that differ in d,
-            dtype, N, targets, weights, refusal tokens, softcap or logit_scale.
+        ValueError: a wrong shape, dtype, device or range; a target outside [0, V); rto_mask without
+            refusal_token_id; that beside second_target; a refusal token given twice; weights that
+            require a gradient; an unknown impl, or one that cannot run there; impl "reference" with
+            a group; sparse_backward with either of them. On every rank of a group: ranks that
+            differ in d, dtype, N, targets, weights, refusal tokens, softcap or logit_scale.
         RuntimeError: live_rows are not the rows with a target, or a target lies outside [0, V);
             on CUDA as a device-side assertion.
 
@@ -166,6 +172,7 @@ def head_loss(
     weight, bias, group = own_rows(weight, bias, group)
     optional = dict(
         rto_mask=rto_mask,
+        second_target=second_target,
         next_weight=next_weight,
         rto_weight=rto_weight,
         unlikely_target=unlikely_target,
@@ -184,7 +191,10 @@ def head_loss(
     refusal_ids = () if refusal_token_id is None else checked_ids(refusal_token_id)
     if vocabulary is not None:  # with shards, no rank knows it yet
         check_in_vocabulary(refusal_ids, vocabulary)
-    if rto_mask is not None and not refusal_ids:
+    if second_target is not None and refusal_ids:
+        raise ValueError("second_target takes the place of refusal_token_id: leave one out")
+    has_second = bool(refusal_ids) or second_target is not None
+    if rto_mask is not None and not has_second:
         raise ValueError("refusal_token_id is required with rto_mask, got None")
     hidden = as_in_autocast(hidden, weight, bias)
 
@@ -192,7 +202,9 @@ def head_loss(
     is_rto = torch.zeros_like(has_next) if rto_mask is None else rto_mask
     wide = torch.promote_types(hidden.dtype, torch.float32)
     # One column a kind of target, in the order of `live_rows.COLUMNS`.
-    refusals = torch.full_like(target, refusal_ids[0] if refusal_ids else 0)
+    refusals = second_target
+    if refusals is None:
+        refusals = torch.full_like(target, refusal_ids[0] if refusal_ids else 0)
     refusal_set = refusal_ids if len(refusal_ids) > 1 else ()
     columns = [
         (target.where(has_next, 0), has_next, next_weight),
@@ -258,7 +270,7 @@ def head_loss(
         loss=loss,
         logsumexp=logsumexp,
         next_nll=nll[:, 0].where(has_next, 0.0),
-        refusal_nll=nll[:, 1] if refusal_ids else nothing,
+        refusal_nll=nll[:, 1] if has_second else nothing,
         unlikelihood=nothing if unlikely_target is None else nll[:, 2].where(is_unlikely, 0.0),
         gradient_mass=masses[0],
         skipped_mass=masses[1],

@@ -333,8 +333,13 @@ def assert_same_failures(directory: Path, *results: dict[str, Any]) -> None:
         ]
 
 
-def test_a_step_never_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned = trainer(tmp_path, max_tokens=260)
+@pytest.mark.parametrize("changes", [{}, {"preference": "dpo", "branches": 1}])
+def test_a_step_never_waits_for_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    tuned = trainer(tmp_path, max_tokens=260, **changes)
+    if changes:
+        tuned._refer(tuned.train_dataset, None)
     packs = tuned.train_dataset[0]
     assert len(packs) > 1
     reads = HostReads(

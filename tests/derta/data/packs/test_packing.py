@@ -343,13 +343,13 @@ def test_a_plain_sequence_is_laid_out_as_one() -> None:
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_a_pack_moves_as_one(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = DertaCollator()([example_triple()])
+    batch = replace(DertaCollator()([example_triple()]), row_lists={"some": torch.arange(2)})
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to("meta"))
     moved = batch.pin_memory() if pinned else batch.to("meta", non_blocking=True)
-    for name, value in (*vars(moved).items(), *moved.columns.items()):
+    for name, value in (*vars(moved).items(), *moved.columns.items(), *moved.row_lists.items()):
         if isinstance(value, torch.Tensor):
             assert value.device.type == "meta", name
-        elif name != "columns":
+        elif name not in ("columns", "row_lists"):
             assert value == getattr(batch, name), name
     assert batch.input_ids.device.type == "cpu"
     assert set(batch.model_inputs()) == {
@@ -361,6 +361,7 @@ def test_a_pack_moves_as_one(pinned: bool, monkeypatch: pytest.MonkeyPatch) -> N
         "loss_weight",
         "rto_weight",
         "live_rows",
+        "row_lists",
         "example_bounds",
     }
 

@@ -76,6 +76,34 @@ def test_a_triple_decodes_to_its_rendered_chat(templated, style: str, conversati
     assert ids[: len(whole)] == whole[: len(ids)]
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_harmful_response_is_closed_on_request_and_never_cut_within_its_closing_tokens(
+    templated, style: str
+) -> None:
+    tokenizer = templated(style)
+    plain = Encoder(tokenizer, **ENDLESS).encode(triple())
+    closed = Encoder(tokenizer, **ENDLESS, closes_harmful=True).encode(triple())
+    response, closing = STYLES[style]
+    assert tokenizer.decode(closed.harmful) == response.format(HARMFUL) + closing
+    assert closed.closing == len(closed.harmful) - len(plain.harmful)
+    assert (closed.cut_limit, plain.closing) == (plain.cut_limit, 0)
+    assert closed.safe.tolist() == plain.safe.tolist()
+    # Refusal is not trained, or watched, after the end.
+    watched = DertaCollator(branches=0)([closed])
+    assert watched.columns["rto_mask"].sum() == len(plain.harmful) + 1
+    for lost in range(1, len(closed.harmful) + 1):
+        most = len(closed.prompt) + len(closed.harmful) - lost
+        limits = {**ENDLESS, "max_length": max(most, len(closed.prompt) + len(closed.safe))}
+        cut = Encoder(tokenizer, **limits, closes_harmful=True).encode(triple())
+        room = limits["max_length"] - len(closed.prompt)
+        assert cut.harmful.tolist() == closed.harmful.tolist()[:room]
+        assert cut.closing == max(0, closed.closing - max(0, len(closed.harmful) - room))
+        assert cut.cut_limit <= len(cut.harmful) - max(1, cut.closing)
+    nothing = {**ENDLESS, "max_tokens": len(closed.prompt) + len(closed.safe) - 1}
+    assert Encoder(tokenizer, **nothing).encode(triple()).cut_limit == 0
+    assert Encoder(tokenizer, **nothing, closes_harmful=True).encode(triple()) is None
+
+
 @pytest.mark.parametrize("style", sorted(STYLES.keys() - {"thinking"}))
 def test_a_dialogues_targets_are_the_assistants_messages(templated, style: str) -> None:
     tokenizer = templated(style)
