@@ -64,6 +64,7 @@ python docs/record.py outputs/cooking
 
 The run took {minutes:,} minutes; a killed one goes on where it stopped.
 """
+ATTACKING = ("asr", "rank_assisted")
 COSTING = ("over_refusal", "helpful_accuracy", "helpful_perplexity", "detector_auc")
 MISSING = "–"
 # Columns of the README's table; those that the record lacks are left out.
@@ -99,7 +100,7 @@ def page(summary: Mapping[str, Any]) -> str:
         INTRODUCTION.format(
             size=f"{seeds} seed{'s' if seeds > 1 else ''}, {trials:,} requests of each kind in all."
         ),
-        ATTACKS.format(table=_table(variants, _figures(variants, ("asr",)))),
+        ATTACKS.format(table=_table(variants, _figures(variants, ATTACKING))),
         COSTS.format(table=_table(variants, _figures(variants, COSTING))),
     ]
     if empty := _empty(variants):

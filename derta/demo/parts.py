@@ -72,8 +72,8 @@ def to_plain(value: Any) -> Any:
 def from_plain(kind: Any, plain: Any) -> Any:
     """Return the value of a type that `to_plain` made plain.
 
-    Arrays become float32, to which their numbers are exact. Fields that the file lacks take their
-    defaults.
+    Arrays of fractions become float32, to which they are exact, and others int64. Fields that the
+    file lacks take their defaults.
 
     Args:
         kind: a dataclass, an array, a sequence or a mapping of such, or a type of JSON.
@@ -84,7 +84,8 @@ def from_plain(kind: Any, plain: Any) -> Any:
         (kind,) = (one for one in inner if one is not type(None))
         return None if plain is None else from_plain(kind, plain)
     if kind is np.ndarray or origin is np.ndarray:
-        return np.asarray(plain, np.float32)
+        array = np.asarray(plain)
+        return array.astype(np.float32) if array.dtype.kind == "f" else array
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{name: from_plain(hints[name], one) for name, one in plain.items()})  # type: ignore[operator]

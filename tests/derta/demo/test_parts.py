@@ -14,6 +14,11 @@ from derta.evaluation.measures.results import Outcome, Sample
 
 
 @dataclass(frozen=True)
+class Places:
+    ranks: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class Made:
     value: int
     more: tuple[float, ...] = (1.0,)
@@ -47,8 +52,14 @@ def test_a_result_comes_back_from_its_file_as_it_was() -> None:
     tuned = Tuned(tokens=5, history=[{"step": 1, "loss": 0.1}], checkpoints=[], result=result)
     read = from_plain(Tuned, to_plain(tuned))
     assert read.history == tuned.history
+    assert {one.dtype for one in read.result.harmful_curves} == {np.dtype(np.float32)}
     assert read.result.outcomes == result.outcomes and read.result.judges == result.judges
     assert all(map(np.array_equal, read.result.harmful_curves, result.harmful_curves))
     assert summarize({"one": [read.result]}, seconds=1.0) == summarize(
         {"one": [result]}, seconds=1.0
     )
+
+
+def test_whole_numbers_stay_whole() -> None:
+    read = from_plain(Places, to_plain(Places((np.array([3, 2**30 + 1]),))))
+    assert read.ranks[0].tolist() == [3, 2**30 + 1] and read.ranks[0].dtype == np.int64

@@ -108,12 +108,13 @@ def test_a_killed_demo_changes_no_report_and_goes_on_where_it_stopped(
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "report.html").write_text("of an earlier run")
-    names = ["vanilla_header", "derta", "vanilla"]  # the first defends the last, tuned once
+    # The first defends the last, which is tuned once; curves are of the variant's own tokens.
+    names = ["vanilla_header", "derta_refusal_tokens", "vanilla"]
     tuned = []
 
     def interrupted(self: Any, name: str) -> Any:
         tuned.append(name)
-        if name == "derta" and tuned.count("derta") == 1:
+        if name == "derta_refusal_tokens" and tuned.count(name) == 1:
             raise KeyboardInterrupt
         return tune(self, name)
 
@@ -124,7 +125,7 @@ def test_a_killed_demo_changes_no_report_and_goes_on_where_it_stopped(
     assert {path.name for path in folder.iterdir()} == {"report.html", "base", "data", "parts"}
     assert (folder / "report.html").read_text() == "of an earlier run"
     summary = run_demo(SHORT, folder, [0], names)
-    assert tuned == ["base", "vanilla", "derta", "derta"]
+    assert tuned == ["base", "vanilla", "derta_refusal_tokens", "derta_refusal_tokens"]
     assert list(summary["variants"]) == ["base", *names]
     assert summary["tokens"]["vanilla_header"] == summary["tokens"]["vanilla"]
     assert "refusal_curve" not in summary["variants"]["vanilla_header"]
