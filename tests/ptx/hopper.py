@@ -1,10 +1,11 @@
 """The machine of compute capability 9.0: matrix products of warpgroups (`wgmma`).
 
 A product reads shared memory through the asynchronous proxy, for which generic writes need a
-`fence.proxy.async` by those who made them, and then a barrier. Sums that it increases are set
-before a `wgmma.fence`, and until a `wgmma.wait_group` they may not be touched, nor operands in
-shared memory changed. Factors in registers are not held to the fence: LLVM moves their arithmetic
-across it, and ptxas orders what reads a register after what sets it.
+`fence.proxy.async` by those who made them, and then a barrier. Its sums, also where they start from
+zero, are not touched between the last `wgmma.fence` and it (PTX ISA, "wgmma.fence"), nor until a
+`wgmma.wait_group`, up to which operands in shared memory may not change. Factors in registers are
+not held to the fence: LLVM moves their arithmetic across it, and ptxas orders what reads a register
+after what sets it.
 
 Products are computed when they are issued, here.
 """
@@ -68,20 +69,24 @@ class Hopper(Machine):
         self.flying: list[Product] = []
         self.committed = 0
         self.unready: set[Operand] = set()  # sums of products under way
-        self.changed: set[Operand] = set()  # registers set since the last wgmma.fence
+        self.fenced = np.zeros(self.warps, np.bool_)  # warps that had a wgmma.fence
+        self.touched: set[Operand] = set()  # registers read or set since the last wgmma.fence
 
     def get(self, operand: Operand, kind: str) -> np.ndarray:
         """Return the value of an operand, which no product under way may set."""
-        if isinstance(operand, str) and operand in self.unready:
-            self.hazards[("reads a register that a product under way will set", operand, "")] += 1
+        if isinstance(operand, str) and operand[0] == "%":
+            if operand in self.unready:
+                what = "reads a register that a product under way will set"
+                self.hazards[(what, operand, "")] += 1
+            self.touched.add(operand)
         return super().get(operand, kind)
 
     def put(self, register: Operand, value: np.ndarray, mask: Mask) -> None:
-        """Set a register, which is then news to products until a `wgmma.fence`."""
+        """Set a register, which products may then not take for sums until a `wgmma.fence`."""
         assert isinstance(register, str)
         if register in self.unready:
             self.hazards[("sets a register that a product under way will set", register, "")] += 1
-        self.changed.add(register)
+        self.touched.add(register)
         super().put(register, value, mask)
 
     def touch(
@@ -175,7 +180,8 @@ class Hopper(Machine):
         if kind == "mma_async":
             self._multiply(ins, warps[:, 0] // GROUP, mask)
         elif kind == "fence":
-            self.changed.clear()
+            self.touched.clear()
+            self.fenced[warps] = True
         elif kind == "commit_group":
             self.committed += 1
         else:
@@ -212,6 +218,10 @@ class Hopper(Machine):
             raise NotImplementedError(f"operands of another form: {ins}")
         # Sums of earlier products are in order for this one.
         unready, self.unready = self.unready, set()
+        if late := self.touched.intersection(d):
+            self.report("sums were touched after the last wgmma.fence", ins, len(late))
+        if (early := ~self.fenced[groups * GROUP]).any():
+            self.report("a product before the first wgmma.fence", ins, early.sum())
         self.flying.append(Product(self.committed, d))
         if isinstance(a, list):
             left = self._fragments(ins, a, groups)
@@ -225,14 +235,12 @@ class Hopper(Machine):
             sums = sums.reshape(n // 8, 2, 2, len(groups), GROUP, 8, 4)
             sums = sums.transpose(3, 4, 1, 5, 0, 6, 2).reshape(len(groups), 64, n)
             out = out + np.where(keeps[:, None, None], sums, 0)
-            if keeps.any() and (late := self.changed.intersection(d)):
-                self.report("sums were set after the last wgmma.fence", ins, len(late))
         out = out.astype(np.float32).reshape(len(groups), GROUP, 2, 8, n // 8, 4, 2)
         warps = (groups[:, None] * GROUP + np.arange(GROUP)).ravel()
         for i, name in enumerate(d):
             value = out[:, :, i // 2 % 2, :, i // 4, :, i % 2].reshape(-1, WARP)
             self.put_warps(name, np.ascontiguousarray(value), warps, mask)
-        self.changed.difference_update(d)
+        self.touched.difference_update(d)
         self.unready = unready | set(d)
         self.traffic["tensor-core operations"] += len(groups) * 2 * 64 * n * DEPTH
 

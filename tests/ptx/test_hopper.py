@@ -179,9 +179,19 @@ UNFENCED = "a product reads what no fence.proxy.async made visible to it"
             PROXY + BARRIER + ORDER + PRODUCT + COMMIT + WAIT + BARRIER + WRITE,
         ),
         (
-            "sums were set after the last wgmma.fence",
+            "sums were touched after the last wgmma.fence",
             PROXY + BARRIER + ORDER + PRODUCT + DONE + SET + INCREASE + DONE,
             PROXY + BARRIER + ORDER + PRODUCT + DONE + SET + ORDER + INCREASE + DONE,
+        ),
+        (  # also sums that start from zero
+            "sums were touched after the last wgmma.fence",
+            PROXY + BARRIER + ORDER + PRODUCT + DONE + READ + PRODUCT + DONE,
+            PROXY + BARRIER + ORDER + PRODUCT + DONE + READ + ORDER + PRODUCT + DONE,
+        ),
+        (
+            "a product before the first wgmma.fence",
+            PROXY + BARRIER + PRODUCT + DONE,
+            PROXY + BARRIER + ORDER + PRODUCT + DONE,
         ),
     ],
     ids=lambda value: value if value.count("\n") == 0 else "",
