@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
+import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -31,6 +34,7 @@ from derta_kernels.attention.launch_configs import AttentionLaunch
 from interpreted import INTERPRETED
 from packs import Packed, distance, oracle, packed, results, rows, tensors, with_gradients
 
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # See `interpreted.TRUNCATES`.
 NARROW = [torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
@@ -116,6 +120,29 @@ def test_parts_are_few_and_accounted_for() -> None:
     # Two gradients in 8 parts and one sum, by the chip whose tiles have most keys.
     assert launch_configs.parts_bytes(narrow, 2048, 16, 2, 128) == 4 * 2048 * 2 * 128 * 17
     assert launch_configs.parts_bytes(narrow, 16384, 32, 8, 128) == 0
+
+
+def test_the_documented_gain_of_parts_is_what_its_tiles_take() -> None:
+    """Programs of a causal example are dealt, longest first, to the multiprocessor done first."""
+    text = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    pattern = r"\| ([\d,]+) \| (\d+) / (\d+) \| (\d+) \| (\d+) \| (\d+) \| 1(?: / ([\d.]+))? \|"
+    rows = re.findall(pattern, text)
+    assert len(rows) == 5
+
+    def longest(tiles: int, kv_heads: int, group: int, parts: int) -> float:
+        done = [0.0] * 132
+        for tile in range(tiles, 0, -1):
+            for _ in range(kv_heads * parts):
+                heapq.heapreplace(done, done[0] + tile * group / parts)
+        return max(done)
+
+    for tokens, heads, kv_heads, before, parts, after, gain in rows:
+        tiles, own = int(tokens.replace(",", "")) // 128, int(kv_heads)
+        group = int(heads) // own
+        assert int(parts) == launch_configs.key_parts(128 * tiles, own, group, 128)
+        assert (int(before), int(after)) == (tiles * own, tiles * own * int(parts))
+        shorter = longest(tiles, own, group, 1) / longest(tiles, own, group, int(parts))
+        assert f"{shorter:.1f}" == (gain or "1.0")
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         fixtures = getattr(item, "fixturenames", ())
         of_kernels = given.get("impl") == "triton" or "head_dim" in given
         of_kernels |= "small_tiles" in fixtures and TOO_LONG not in fixtures
+        of_kernels |= "multiprocessors" in given  # with tiles of its own
         if of_kernels and given.get("dtype") != torch.float32:
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = set()
