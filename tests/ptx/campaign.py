@@ -1,14 +1,15 @@
 """Execute every kernel as compiled for every architecture, then spoil it: the tables of the docs.
 
-    python -m ptx.campaign [--every N] [--seed S] [--full] [--processes N] [--out FOLDER]
+    python -m ptx.campaign [--every N] [--seed S ...] [--full] [--processes N] [--out FOLDER]
 
 Kernels run at their real tile sizes, and again as ptxas and the hardware may change them: products
 fused into sums, approximations off by two units, copies that land early. 97% of each kernel's
 instructions must be executed. The kernels' own tests run, one case of each on every architecture.
 Then one in N of the executed barriers, waits, guards, comparisons, bounds, swizzles and shuffles is
-spoilt, in small tiles; `mutation` says how, and the seed which. Bounds and shuffles apart, 90% of
-what is spoilt must be noticed, and survivors.toml must explain the rest. A step that fails fails
-the run. What is known so far is in the folder at any time.
+spoilt, in small tiles; `mutation` says how, and each seed which. A mutation that nobody notices and
+that no input can tell from the kernel, by `equivalence` or by survivors.toml, is an equivalent. Of
+the others 90% must be noticed, bounds and shuffles apart, and survivors.toml must explain the rest.
+A step that fails fails the run. What is known so far is in the folder at any time.
 """
 
 from __future__ import annotations
@@ -89,7 +90,12 @@ class Tested:
 
 @dataclass
 class Spoilt:
-    """A kernel's mutations of a kind, and those that nobody noticed: instruction, source line."""
+    """A kernel's mutations of a kind, and those that nobody noticed: instruction, source line.
+
+    Attributes:
+        spoilt: how many there are, without the equivalents.
+        equivalents: why no input can tell, a reason for each.
+    """
 
     kernel: str
     case: str
@@ -97,6 +103,7 @@ class Spoilt:
     kind: str
     spoilt: int
     survivors: list[tuple[str, str]] = field(default_factory=list)
+    equivalents: list[str] = field(default_factory=list)
 
 
 def execute(kernel: str, capability: int, dtype: str, special: bool) -> list[Executed]:
@@ -187,20 +194,25 @@ def _rows(impl: str, capability: int, dtype: torch.dtype) -> None:
     list(cases.rows(impl, capability, dtype, **cases.SOFTCAP, vocabularies=cases.TAILS))
 
 
+def _windows(capability: int) -> None:
+    """Attend within the window whose ends the packs meet, and one that holds whole tiles."""
+    options: dict[str, Any] = dict(width=32, softcap=60.0)
+    _attend(capability, SMALL_TILES, [*MANY, cases.CUT], window=66, **options)
+    _attend(capability, SMALL_TILES, [cases.HELD], window=258, **options)
+
+
 FEW = [*cases.EDGES, cases.SEVERAL]
-MANY = [*cases.ENDS, *FEW, cases.FAR_APART]
+MANY = [*cases.ENDS, *FEW, cases.FAR_APART, cases.TWO_RUNS]
 # What is launched to be spoilt, given a compute capability.
 SUBJECTS: dict[str, Callable[[int], object]] = {
     "D 32": lambda c: _attend(c, SMALL_TILES, MANY, width=32),
-    "D 32, window and soft cap": lambda c: _attend(
-        c, SMALL_TILES, MANY, width=32, window=66, softcap=60.0
-    ),
+    "D 32, window and soft cap": _windows,
     "D 120": lambda c: _attend(c, WIDE_TILES, FEW, width=120),
     "D 248": lambda c: _attend(c, APART_TILES, FEW, width=248),
     "soft cap": lambda c: _rows("triton", c, torch.float32),
     "blocks": lambda c: list(cases.rows_with_blocks(c, torch.float32, cases.TAILS)),
     "tiles": lambda c: list(cases.tiles(c, torch.bfloat16, cases.TILED)),
-    "CUDA": lambda c: _rows("native", c, torch.bfloat16),
+    "CUDA": lambda c: _rows("native", c, torch.float32),
 }
 
 
@@ -221,15 +233,23 @@ def spoil(case: str, capability: int, every: int, seed: int, part: int, parts: i
             drawn = draw.sample(some, -(-len(some) // every))
             spoilt = by_kind.setdefault((kernel, kind), Spoilt(kernel, case, capability, kind, 0))
             for one in drawn[part::parts]:
+                found_so = subject.notices(one) is not None
+                text, line = str(one), line_of(one.spoilt)
+                why = subject.proofs.of(kind, one.spoilt) or reason(
+                    "equivalent", spoilt, text, line
+                )
+                if not found_so and why:
+                    spoilt.equivalents.append(why)
+                    continue
                 spoilt.spoilt += 1
-                if subject.notices(one) is None:
-                    spoilt.survivors.append((str(one), line_of(one.spoilt)))
+                if not found_so:
+                    spoilt.survivors.append((text, line))
     return list(by_kind.values())
 
 
-def explanation(spoilt: Spoilt, text: str, line: str) -> str:
-    """Return why nobody needs to notice a mutation, from survivors.toml; empty: no reason."""
-    for one in EXPLAINED["survivor"]:
+def reason(table: str, spoilt: Spoilt, text: str, line: str) -> str:
+    """Return why nobody notices a mutation, from a table of survivors.toml; empty: no reason."""
+    for one in EXPLAINED[table]:
         if (
             spoilt.kind in one["kinds"]
             and spoilt.kernel in one.get("kernels", KERNELS)
@@ -240,7 +260,7 @@ def explanation(spoilt: Spoilt, text: str, line: str) -> str:
     return ""
 
 
-def jobs(every: int, seed: int, full: bool) -> Iterable[tuple[Any, ...]]:
+def jobs(every: int, seeds: Sequence[int], full: bool) -> Iterable[tuple[Any, ...]]:
     """Yield every call, the long ones first.
 
     Unless full, a case is spoilt on one architecture, and each dtype runs in one of two variants.
@@ -249,7 +269,7 @@ def jobs(every: int, seed: int, full: bool) -> Iterable[tuple[Any, ...]]:
         yield (existing, capability)
     parts = max(1, 8 // every)
     has_native = native.missing() is None
-    for turn, part in product(range(4 if full else 1), range(parts)):
+    for seed, turn, part in product(seeds, range(4 if full else 1), range(parts)):
         for case in SUBJECTS:
             chips = NATIVE_CAPABILITIES if case == "CUDA" else (80, 90, 100, 120)
             drawn = random.Random(f"{seed} {case}").sample(chips, len(chips))
@@ -272,7 +292,9 @@ def main() -> int:
     """Run it; return 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--every", type=int, default=48, help="spoil one in N; 1: all")
-    parser.add_argument("--seed", type=int, default=0, help="draws what is spoilt")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="draws what is spoilt; several: each does"
+    )
     parser.add_argument("--full", action="store_true", help="every variant and architecture")
     parser.add_argument(
         "--processes", type=int, default=min(8, os.cpu_count() or 1), help="at a time"
@@ -295,19 +317,20 @@ def main() -> int:
             except Exception as error:  # every other job still has its say
                 failed.append(f"{name}: {error}")
             say(f"{time.perf_counter() - start:5.0f} s  {name}")
-            text = written(found, arguments.every, arguments.out)
+            text = written(found, arguments.every, arguments.seed, arguments.out)
     say(text)
     failed += complaints(
         [one for one in found if isinstance(one, Executed)],
         [one for one in found if isinstance(one, Spoilt)],
-        arguments.every,
     )
     for one in failed:
         say(f"FAILED {one}")
     return 1 if failed else 0
 
 
-def written(found: Sequence[Executed | Spoilt | Tested], every: int, folder: Path) -> str:
+def written(
+    found: Sequence[Executed | Spoilt | Tested], every: int, seeds: Sequence[int], folder: Path
+) -> str:
     """Write what is known so far into a folder; return its tables."""
     executed = [one for one in found if isinstance(one, Executed)]
     spoilt = [one for one in found if isinstance(one, Spoilt)]
@@ -315,21 +338,19 @@ def written(found: Sequence[Executed | Spoilt | Tested], every: int, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     record = dict(
         every=every,
+        seeds=list(seeds),
         executed=[asdict(one) for one in executed],
         spoilt=[asdict(one) for one in spoilt],
         tested=[asdict(one) for one in tested],
     )
     (folder / "campaign.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    text = tables(executed, spoilt, tested, every)
+    text = tables(executed, spoilt, tested, every, len(seeds))
     (folder / "campaign.md").write_text(text, encoding="utf-8")
     return text
 
 
-def complaints(executed: Sequence[Executed], spoilt: Sequence[Spoilt], every: int = 1) -> list[str]:
-    """Return what is below its limit, or without an explanation.
-
-    A sample, `every` > 1, may be worse than the limit by two standard deviations.
-    """
+def complaints(executed: Sequence[Executed], spoilt: Sequence[Spoilt]) -> list[str]:
+    """Return what is below its limit, or without an explanation."""
     found = [
         f"{one.kernel}, sm_{one.capability}, {one.variant}: {one.executed} of {one.instructions} "
         f"instructions are executed, under {LEAST_COVERAGE:.0%}"
@@ -339,20 +360,23 @@ def complaints(executed: Sequence[Executed], spoilt: Sequence[Spoilt], every: in
     scored = [one for one in spoilt if one.kind in SCORED]
     total = sum(one.spoilt for one in scored)
     left = sum(len(one.survivors) for one in scored)
-    chance = 2 * (LEAST_SCORE * (1 - LEAST_SCORE) * total) ** 0.5 if every > 1 else 0
-    if left > (1 - LEAST_SCORE) * total + chance:
+    if left > (1 - LEAST_SCORE) * total:
         found.append(f"{left} of {total} mutations survive, over {1 - LEAST_SCORE:.0%}")
     found += [
         f"{one.kernel}, sm_{one.capability}: no reason for a survivor, {one.kind}: {text} ({line})"
         for one in spoilt
         for text, line in one.survivors
-        if not explanation(one, text, line)
+        if not reason("survivor", one, text, line)
     ]
     return found
 
 
 def tables(
-    executed: Sequence[Executed], spoilt: Sequence[Spoilt], tested: Sequence[Tested], every: int
+    executed: Sequence[Executed],
+    spoilt: Sequence[Spoilt],
+    tested: Sequence[Tested],
+    every: int,
+    draws: int,
 ) -> str:
     """Return coverage, tests, mutations and survivors as Markdown."""
     capabilities = sorted({one.capability for one in executed})
@@ -376,10 +400,10 @@ def tables(
     passed = {one.capability: str(one.passed) for one in tested}
     cells = [passed.get(capability, "") for capability in capabilities]
     lines += ["| the kernels' own tests, passed | " + " | ".join(cells) + " |"]
-    which = "Every executed" if every == 1 else f"One in {every} of the executed"
+    which = "Every executed" if every == 1 else f"{draws} times one in {every} of the executed"
     lines += [
         "",
-        f"{which} instructions of a kind, spoilt: noticed of spoilt.",
+        f"{which} instructions of a kind, spoilt: noticed of spoilt, without the equivalents.",
         "",
         "| kernel | " + " | ".join(KINDS) + " | together |",
         "|---|" + "---:|" * (len(KINDS) + 1),
@@ -389,11 +413,20 @@ def tables(
         some = [x for x in spoilt if (x.kernel, x.case) == (kernel, case)]
         lines.append(f"| {named[kernel, case]} | " + _noticed(some) + " |")
     lines.append("| all | " + _noticed(spoilt) + " |")
-    reasons = Counter(
-        (one.kind, explanation(one, *survivor)) for one in spoilt for survivor in one.survivors
-    )
-    lines += ["", "| survivors | kind | why |", "|---:|---|---|"]
-    lines += [f"| {n} | {kind} | {why} |" for (kind, why), n in reasons.most_common()]
+    scored = [one for one in spoilt if one.kind in SCORED]
+    lines.append("| of the limit's kinds | " + _noticed(scored) + " |")
+    for title, reasons in (
+        (
+            "equivalents",
+            Counter((one.kind, why) for one in spoilt for why in one.equivalents),
+        ),
+        (
+            "survivors",
+            Counter((x.kind, reason("survivor", x, *one)) for x in spoilt for one in x.survivors),
+        ),
+    ):
+        lines += ["", f"| {title} | kind | why |", "|---:|---|---|"]
+        lines += [f"| {n} | {kind} | {why} |" for (kind, why), n in reasons.most_common()]
     return "\n".join(lines) + "\n"
 
 

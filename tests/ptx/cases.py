@@ -34,12 +34,13 @@ WINDOW = dict(window=290, softcap=2.0)
 # What may change between PTX and the hardware, all at once.
 CHANGED: dict[str, Any] = dict(contract=True, approx_ulp=2, late_copies=False)
 
-# A last tile of every size: odd ends for CUDA's tiles of 4 and 8, and for each of Triton's strides.
-# Rounds of 2048 logits: one, and in the last of them two, which have a maximum to begin with.
-TAILS = (*(2145 + 257 * i for i in range(7)), 4200)
+# A last tile of every size: odd ends for CUDA's tiles of 4 and 8, and for each of Triton's strides,
+# and all but one of its columns. Rounds of 2048: one, and in the last ones several, in shards too,
+# which have a maximum to begin with. Longer rows of float32 would take another launch.
+TAILS = (*(2145 + 257 * i for i in range(8)), 4095, 8192)
 # Rows, vocabulary and width of sparse products, and if all tiles of the last rows are dead. Tiles
 # have ragged ends, copies take 16 bytes.
-TILED = ((129, 523, 144, True), (190, 267, 128, False))
+TILED = ((129, 523, 144, True), (190, 257, 128, False))
 # A trunk of several tiles with a branch in its middle, at the largest tiles: 128 by 128.
 LONG = packed([(300, [(120, 60)])])
 # Tiles that are seen in part, at all kinds of ends.
@@ -54,6 +55,11 @@ EDGES = [
 ]
 # Branches that begin at tiles 1, 2, 4, 8 and 16 of 32 tokens: runs of wanted tiles far apart.
 FAR_APART = packed([(20, [(16, 12), (18, 32), (9, 64), (20, 128), (5, 256), (20, 40)])])
+# The last queries see two runs of whole tiles: one of the trunk, and those of their own branch.
+TWO_RUNS = packed([(64, [(64, 64), (32, 128)])])
+# A run of tiles that a window cuts, whose third has the last query; and, within a window of
+# 258, four whole tiles of 64 queries and the last one.
+CUT, HELD = packed([(129, [])]), packed([(257, [])])
 
 
 def drawn(seed: int) -> Packed:
@@ -85,6 +91,8 @@ def attention(
         table = dict.fromkeys(table, launch_configs.AttentionLaunch(*tiles))
     for pack in packs:
         given = tensors(pack, heads=2, kv_heads=1, width=width, value_width=width, dtype=dtype)
+        for name in "qkv":
+            given[name] = _apart(given[name])
         # Scores of neighbouring rows are about 64 and -64: another row's maximum would not do.
         given["k"].data[..., 0] = 8
         given["q"].data[..., 0] = 8 * math.sqrt(width)
@@ -103,6 +111,12 @@ def attention(
             error = distance(actual.double(), right)
             assert error <= budget, f"{name} is off by {error:.2g}, over {budget:.2g}"
         yield from _without_faults(runs)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """Return x with NaN between its rows, which belongs to no tensor, at strides as divisible."""
+    wide = F.pad(x.detach(), (0, 16), value=torch.nan)
+    return wide[..., : x.shape[-1]].requires_grad_()
 
 
 def rows(
@@ -212,8 +226,9 @@ def tiles(
     generator = torch.Generator().manual_seed(0)
     for rows, vocabulary, width, is_last_dead in shapes:
         live = torch.rand(-(-rows // TILE), -(-vocabulary // TILE), generator=generator) < 0.6
-        live[0], live[:, 0] = True, False
+        live[-1, 1::2] = True  # the walk over rows has more steps than copies are ahead
         live[-1] &= not is_last_dead
+        live[0], live[:, 0] = True, False
         is_live = live.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)[:rows, :vocabulary]
         gradient = torch.zeros(rows, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
         gradient.copy_(torch.randn(rows, vocabulary, generator=generator))

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,9 +29,10 @@ import torch
 from torch import Tensor
 
 from ptx import launches
+from ptx.equivalence import Footprint, Key, Proofs, union
 from ptx.launches import MACHINES, Run
 from ptx.machine import Machine
-from ptx.memory import Fault
+from ptx.memory import UNIT, Fault
 from ptx.parse import WIDTHS, Instruction, Kernel, Operand
 from ptx.processor import Mask
 
@@ -146,6 +148,7 @@ class Launch:
         results: the tensors after it.
         blocks: how many blocks of instructions were run.
         apart: the differences -1, 0 and 1 of both sides of each comparison that `is_bound`.
+        touched: what each instruction reads or writes of memory.
     """
 
     given: dict[str, Any]
@@ -153,6 +156,7 @@ class Launch:
     results: dict[str, Tensor]
     blocks: int = 0
     apart: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    touched: dict[Key, Footprint] = field(default_factory=dict)
 
     def again(self, kernel: Kernel) -> tuple[Run, dict[str, Tensor]]:
         """Run another kernel on the same arguments.
@@ -161,7 +165,7 @@ class Launch:
             Fault: what `launches.execute` raises, and also at the first hazard, or because the
                 kernel does not end.
         """
-        limit, apart = ENDLESS * self.blocks, self.apart
+        limit, apart, touched = ENDLESS * self.blocks, self.apart, self.touched
 
         class Impatient(MACHINES.get(self.run.capability, Machine)):  # type: ignore[misc]
             steps = 0
@@ -181,6 +185,30 @@ class Launch:
                     difference = (value.astype(np.int64) - bound.astype(np.int64))[mask]
                     apart[one.index].update(x for x in (-1, 0, 1) if (difference == x).any())
                 super().op_setp(one, mask)
+
+            def touch(self, shared: bool, one: Instruction, units: Any, *given: Any) -> None:
+                if not limit:
+                    lanes, write = given
+                    warps = np.repeat(self.warp[lanes], units.shape[1])
+                    by = 1 << warps % self.warps_of_cta
+                    self.note(shared, (one.index, write), units.ravel(), warps, by)
+                super().touch(shared, one, units, *given)
+
+            def check_read(self, one: Instruction, units: Any, warps: Any) -> None:
+                if not limit:  # of a product, which any of the warps may have asked for
+                    everybody = np.full(len(units), 2**self.warps_of_cta - 1)
+                    self.note(True, (one.index, False), units, warps, everybody)
+                super().check_read(one, units, warps)
+
+            def note(self, shared: bool, key: Key, units: Any, warps: Any, by: Any) -> None:
+                """Note which warps of a block touch which place of its memories."""
+                block = warps.astype(np.int64) // self.warps_of_cta
+                if shared:
+                    places = units - block * (self.stride // UNIT)
+                else:
+                    places = (1 + block) << 40 | units
+                old = [touched[key]] if key in touched else []
+                touched[key] = union([*old, (places, by.astype(np.int64))])
 
         arguments = _copies(self.given["arguments"])
         with (
@@ -251,6 +279,15 @@ class Subject:
         """Say how the first launch that notices a mutation does; None: no launch does."""
         spoilt = mutation.of(self.kernel)
         return next((why for x in self.launches if (why := x.notices(spoilt)) is not None), None)
+
+    @cached_property
+    def proofs(self) -> Proofs:
+        """The proofs that a mutation changes nothing, from what all launches touched."""
+        keys = {key for one in self.launches for key in one.touched}
+        return Proofs(
+            self.kernel,
+            {key: union(x.touched[key] for x in self.launches if key in x.touched) for key in keys},
+        )
 
 
 @contextmanager
