@@ -400,10 +400,11 @@ def tables(
     passed = {one.capability: str(one.passed) for one in tested}
     cells = [passed.get(capability, "") for capability in capabilities]
     lines += ["| the kernels' own tests, passed | " + " | ".join(cells) + " |"]
-    which = "Every executed" if every == 1 else f"{draws} times one in {every} of the executed"
+    which = "All executed" if every == 1 else f"One in {every} of the executed"
+    which += " instructions of a kind" + f", in {draws} draws" * (draws > 1)
     lines += [
         "",
-        f"{which} instructions of a kind, spoilt: noticed of spoilt, without the equivalents.",
+        f"{which}, spoilt: noticed of spoilt, without the equivalents.",
         "",
         "| kernel | " + " | ".join(KINDS) + " | together |",
         "|---|" + "---:|" * (len(KINDS) + 1),

@@ -92,7 +92,7 @@ def test_low_coverage_a_low_score_and_unexplained_survivors_are_complaints() -> 
     text = tables([well, low], [bad, equivalents], [Tested(90, 38)], 3, 2)
     assert "| forward | 97.0% | 96.0% |" in text
     assert "passed |  | 38 |" in text
-    assert "2 times one in 3 of the executed" in text
+    assert "One in 3 of the executed instructions of a kind, in 2 draws, spoilt" in text
     assert "| row_pass, soft cap | " in text
     assert text.count("4 of 5 (80%)") == 3  # of the kernel, of all, and of the kinds with a limit
     assert f"| 2 | barrier | {NEEDLESS} |" in text
