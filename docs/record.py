@@ -1,6 +1,7 @@
 """Record a run of the demo's real model, and renew the pages and pictures that show it.
 
-    derta demo --world cooking --seeds 3
+    derta demo --world cooking --seeds 3 --variants '[vanilla, prefix_only, rto_only, derta,
+        derta_balanced, derta_balanced_refusal_tokens, vanilla_header, system_prompt]'
     python docs/record.py outputs/cooking
 
 Writes docs/demo/summary.json, its pictures, docs/attacks.md and the table of README.md.

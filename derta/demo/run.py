@@ -41,6 +41,7 @@ from derta.evaluation import (
     summarize,
     write_report,
 )
+from derta.objectives.defaults import PREFERENCES
 from derta.training.config import RECIPES, DertaConfig
 from derta.training.progress import Progress
 from derta.training.trainer import DertaTrainer
@@ -85,7 +86,7 @@ VARIANTS = {
     "derta_balanced": Variant(dict(recipe="derta"), borderline=True),
 }
 # Run only on request.
-ABLATIONS = {
+ABLATIONS: dict[str, Variant] = {
     "rto_only_growing": Variant(dict(recipe="rto_only", rto_depth="growing")),
     "derta_growing": Variant(dict(recipe="derta", rto_depth="growing")),
     "derta_balanced_growing": Variant(dict(recipe="derta", rto_depth="growing"), borderline=True),
@@ -94,6 +95,7 @@ ABLATIONS = {
     "derta_balanced_refusal_tokens": Variant(
         dict(recipe="derta", refusal_tokens="auto"), borderline=True
     ),
+    **{name: Variant(dict(preference=name)) for name in PREFERENCES},
 }
 BASELINES = {
     "system_prompt": Baseline("base", reinsert_header=False),
