@@ -198,7 +198,7 @@ def _windows(capability: int) -> None:
     """Attend within the window whose ends the packs meet, and one that holds whole tiles."""
     options: dict[str, Any] = dict(width=32, softcap=60.0)
     _attend(capability, SMALL_TILES, [*MANY, cases.CUT], window=66, **options)
-    _attend(capability, SMALL_TILES, [cases.HELD], window=258, **options)
+    _attend(capability, SMALL_TILES, [cases.HELD, cases.TWO_RUNS], window=258, **options)
 
 
 FEW = [*cases.EDGES, cases.SEVERAL]
