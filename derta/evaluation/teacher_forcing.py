@@ -42,7 +42,7 @@ from derta.modeling.patch import apply_derta, computing, patch_of, remove_derta
 from derta.modeling.shared_work import ranks
 from derta.objectives.base import Place
 from derta.objectives.derta import DertaObjective
-from derta_kernels.head_loss import Head, token_ranks
+from derta_kernels.head_loss import Head, checked_ids, token_ranks
 
 Reduced = TypeVar("Reduced")
 # Values by row of a response, by their names.
@@ -423,7 +423,11 @@ def _reading(
 ) -> Iterator[None]:
     """Patch the model in evaluation mode, and restore it; without an id, any token will do."""
     patch = patch_of(model)
-    if patch is not None and refusal_token_id not in (None, patch.refusal_token_id):
+    if (
+        patch is not None
+        and refusal_token_id is not None
+        and checked_ids(refusal_token_id) != checked_ids(patch.refusal_token_id)
+    ):
         raise ValueError(
             f"refusal_token_id must be the one given to apply_derta, {patch.refusal_token_id}, got "
             f"{refusal_token_id}: apply it again, or remove_derta first"

@@ -106,7 +106,7 @@ def test_curves_do_not_depend_on_packing(examples: list[EncodedTriple]) -> None:
 
 
 def test_a_curve_of_several_tokens_is_the_sum_of_theirs(examples: list[EncodedTriple]) -> None:
-    model, several = tiny_model("llama", dtype=torch.float64), (3, 9, REFUSAL)
+    model, several = tiny_model("llama", dtype=torch.float64), (REFUSAL, 3, 9)
     added = [refusal_curve(model, examples, one) for one in several]
     tokenizer = tiny_tokenizer()
     assert find_refusal_token(model, tokenizer, [9, "Sorry"]) == (
@@ -115,9 +115,11 @@ def test_a_curve_of_several_tokens_is_the_sum_of_theirs(examples: list[EncodedTr
     )
     apply_derta(model, several)
     assert find_refusal_token(model, tokenizer) == tuple(sorted(several))
-    together = refusal_curve(model, examples, tuple(sorted(several)))
+    together = refusal_curve(model, examples, several)
     for place, curve in enumerate(together):
         np.testing.assert_allclose(curve, sum(one[place] for one in added), rtol=1e-5)
+    apply_derta(model, [REFUSAL])
+    np.testing.assert_allclose(refusal_curve(model, examples, (REFUSAL,))[0], added[0][0])
 
 
 def test_adapters_are_used(examples: list[EncodedTriple]) -> None:
