@@ -60,6 +60,9 @@ class InstructedChat(Chat):
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         return super().prompt_ids(self._instructed(messages))
 
+    def thinking_ids(self, messages: Sequence[Message], tag: str) -> list[int]:
+        return super().thinking_ids(self._instructed(messages), tag)
+
     def render(self, messages: Sequence[Message], text: str) -> Answer:
         return super().render(self._instructed(messages), text)
 

@@ -782,13 +782,29 @@ def test_a_system_prompt_stands_before_every_conversation(
     data = EvaluationData(harmful=[request], benign=[harmless("c", "It jumps.")])
     generator = answering({}, chat)
     defence = Defence(system_prompt="Refuse what harms.")
-    changed = settings(prefill_depths=(1,), defence=defence, judges={"all": judge})
+    changed = settings(
+        prefill_depths=(1,),
+        defence=defence,
+        judges={"all": judge},
+        in_context=True,
+        prefill_thinking="<think>",
+        refusal_banned=1,
+        sampling=1,
+        templates=["Now: {request}"],
+    )
     evaluate_model(model, chat.tokenizer, data, changed, generator=generator)
     prompts = [tuple(prompt) for prompt, _ in generator.seen]  # type: ignore[attr-defined]
     both: Message = {"role": "system", "content": "Refuse what harms.\n\nBe brief."}
     alone: Message = {"role": "system", "content": "Refuse what harms."}
     assert tuple(chat.prompt_ids([both, *three()[0].messages])) in prompts
     assert tuple(chat.prompt_ids([alone, *harmless("c", "x").messages])) in prompts
+    assert any("<think>" in chat.tokenizer.decode(list(prompt)) for prompt in prompts)
+    raw = tuple(completion(request, chat).prompt)  # there is no place for a system's message
+    assert all(
+        "Refuse what harms." in chat.tokenizer.decode(list(prompt))
+        for prompt in prompts
+        if prompt != raw
+    )
     assert all(not any(m["content"].startswith("Refuse") for m in one.messages) for one in read)
     bare = tiny_tokenizer.__wrapped__()
     bare.chat_template = (
