@@ -228,7 +228,7 @@ def empty_answers(models: Mapping[str, Entry]) -> dict[str, dict[str, Rate]]:
         for metric, count in leaves(entry.get("counts", {})):
             answers = count.get("answers", count["trials"] + count.get("undecided", 0))
             if metric.startswith(("asr.", "over_refusal.")) and answers:
-                found[name][metric] = Rate(count["empty"], answers)
+                found[name][metric] = Rate(count["empty"], answers, count.get("per_request", 1))
     some = {metric for rates in found.values() for metric, rate in rates.items() if rate.hits}
     return {
         name: {metric: rate for metric, rate in rates.items() if metric in some}

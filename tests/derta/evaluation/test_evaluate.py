@@ -717,6 +717,9 @@ def test_empty_answers_are_apart_or_failures(model: PreTrainedModel, chat: Chat)
     assert apart["counts"]["helpful_accuracy"] == failed["counts"]["helpful_accuracy"]
     assert apart["counts"]["helpful_accuracy"] == counts(0, 3, empty=2)
     assert apart["empty"]["asr"] == pytest.approx(2 / 6, abs=1e-6)
+    # Two attacks of the same three requests, whose answers are not six requests.
+    interval = pytest.approx(wilson_interval(1, 3), abs=1e-6)
+    assert apart["intervals"]["empty"]["asr"] == interval
 
 
 def test_a_header_put_in_again_replaces_what_the_model_would_refuse(
