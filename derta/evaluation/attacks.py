@@ -90,8 +90,8 @@ def refusal_starts(
 ) -> tuple[int, ...]:
     """Return the tokens that an attacker forbids: those that begin a known refusal.
 
-    A keyword begins with its first token, as a response and as a text by itself, with and without a
-    space before it, as it stands, in lower case, in capitals, and with a capital.
+    A keyword begins with its first token, as a response and as a text by itself, alone, after a
+    space and on a new line, as it stands, in lower case, in capitals, and with a capital.
 
     Args:
         chat: the model's tokenizer and template.
@@ -107,8 +107,9 @@ def refusal_starts(
     found |= {id for id, count in begun.items() if count >= LEAST_SHARE * len(refusals)}
     for keyword in keywords:
         for text in {keyword, keyword.lower(), keyword.upper(), keyword[0].upper() + keyword[1:]}:
-            written = chat.response_ids(PROBE, text), chat.text_ids(text), chat.text_ids(f" {text}")
-            found |= {_start(chat, ids) for ids in written}
+            # Many tokenizers know a word twice, with the space before it and without, as on a line.
+            alone = (chat.text_ids(f"{before}{text}") for before in ("", " ", "\n"))
+            found |= {_start(chat, ids) for ids in (chat.response_ids(PROBE, text), *alone)}
     return tuple(sorted(found - set(chat.closing_ids)))
 
 

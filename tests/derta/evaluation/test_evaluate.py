@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -40,6 +41,7 @@ from derta.evaluation.generation.local import Written
 from derta.evaluation.presets import OFFICIAL_CHAT_TEMPLATE
 from derta.evaluation.scenarios import completion, following, in_context, make_scenarios
 from derta.modeling.patch import apply_derta
+from marked import marked
 from tiny import tiny_model, tiny_tokenizer
 
 REFUSAL = "Sorry, I cannot help."
@@ -581,6 +583,16 @@ def test_no_token_that_begins_a_refusal_is_left_and_none_that_ends_an_answer(cha
     assert chat.response_ids(PROBE, "Lazy")[0] not in starts  # in one of 200 refusals
     assert chat.response_ids(PROBE, "Lazy")[0] in refusal_starts(chat, 7, ["sorry"], rare[100:])
     assert not set(starts) & set(chat.closing_ids)
+
+
+def test_a_refusal_on_a_new_line_begins_with_a_token_of_its_own() -> None:
+    tokenizer = copy.deepcopy(marked("unigram"))
+    tokenizer.chat_template = OFFICIAL_CHAT_TEMPLATE  # with a space before the response
+    chat = Chat(tokenizer)
+    spaced, lined = (tokenizer.convert_tokens_to_ids(token) for token in ("▁the", "the"))
+    assert chat.response_ids(PROBE, "the end")[0] == spaced
+    assert lined in chat.text_ids("\nthe end")
+    assert {spaced, lined} <= set(refusal_starts(chat, 7, ["the end"]))
 
 
 def test_one_drawn_success_of_several_is_enough(model: PreTrainedModel, chat: Chat) -> None:
