@@ -28,9 +28,9 @@ EFFECTS = {
     "RTO, given harmful prefix": ("prefix_only", "derta"),
 }
 
-# Attacks that write the start of the response: no refusal can start there.
+# Attacks that write the start of the response or forbid refusals there: none can start there.
 _PREFILLED = ("prefill.", "prefilled", "template_prefill.", "refusal_banned.", "prefill_thinking.")
-_UNFILLED = ("prefill.0", "template_prefill.0", "refusal_banned.0")
+_UNFILLED = ("prefill.0", "template_prefill.0")
 
 
 @dataclass(frozen=True)

@@ -88,16 +88,18 @@ def test_a_note_warns_of_rates_under_different_conditions() -> None:
 
 
 def test_empty_answers_and_repeated_draws_are_told() -> None:
-    """Attacks that write the start or draw several answers count no refusals at the start."""
+    """Attacks that write the start, or forbid refusals there, count no refusals at the start."""
     outcomes = (
-        Outcome("asr.refusal_banned.0", 5, 10, empty=10, positions=(0,) * 5, answers=20),
+        Outcome("asr.direct", 7, 10, positions=(0, 1, 9)),
+        Outcome("asr.refusal_banned.0", 5, 10, empty=10, positions=(8,) * 5, answers=20),
         Outcome("asr.refusal_banned.4", 5, 10, positions=(4,) * 5),
         Outcome("asr.prefill_thinking.4", 5, 10, positions=(4,) * 5),
         Outcome("asr.sampling.1", 20, 40, per_request=4),
         Outcome("over_refusal.benign", 0, 10),
     )
     made = compare({"derta": VariantResult(outcomes).to_dict()})
-    assert made["first_tokens"]["derta"].keys() == {"refusal_banned.0", "all"}
+    found = made["first_tokens"]["derta"]
+    assert found.keys() == {"direct", "all"} and found["all"] == Rate(2, 3)
     rates = made["terms"]["rates"]["derta"]
     assert rates["sampling.1"].interval == rates["refusal_banned.4"].interval
     text = format_comparison(made)
