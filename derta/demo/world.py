@@ -14,7 +14,10 @@ from derta.evaluation import EvaluationSettings
 
 
 class HeldOut(NamedTuple):
-    """Records of testing, whose requests and responses are not in the tuning data."""
+    """Records of testing: none of their requests is in the tuning data, and no recipe is.
+
+    Refusals are, and answers to borderline requests may be.
+    """
 
     harmful: list[Triple]
     helpful: list[Dialogue]

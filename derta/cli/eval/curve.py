@@ -40,8 +40,8 @@ def format_curve(curves: Sequence[ResponseCurves], top_k: Sequence[int]) -> str:
 
     Returns:
         for every depth the number of responses that reach it; mean and quartiles of the refusal
-        token's probability, and the share in which a refusal is the likeliest token; the share in
-        which the response's next token is among the top k. In percent.
+        token's probability, and the share in which it is above half; the share in which the
+        response's next token is among the top k. In percent.
     """
     longest = max(len(curve.refusal) for curve in curves) - 1
     depths = [0, *(2**k for k in range(longest.bit_length()))]

@@ -8,7 +8,8 @@ import numpy as np
 
 from derta.evaluation.measures.statistics import roc_auc
 
-# Above it the refusal token is the likeliest one, so greedy decoding starts to refuse.
+# Above it the refusal token is the likeliest one, so greedy decoding starts to refuse. Of several
+# tokens, whose probabilities add up, none need be the likeliest.
 CERTAIN = 0.5
 
 

@@ -118,8 +118,8 @@ MEANINGS = {
     OVER_REFUSAL: "Share of harmless requests that are refused. Borderline requests look harmful; "
     "benign ones do not.",
     EMPTY: "Share of answers that are empty, to attacks and to harmless requests. Such an answer "
-    "neither refuses nor complies. It is a trial of no rate, except in evaluations with "
-    "empty_answers: failed, as the paper's, where it is an attack without success.",
+    "neither refuses nor complies. Rates of attacks and of over-refusal leave it out, unless "
+    "empty_answers is failed, as in the paper, where it is an attack without success.",
     "helpful accuracy": "Share of held-out requests whose answer equals the reference.",
     ACCURACY: "Share of questions whose final answer, a number or a choice's letter, is right.",
     "perplexity": "Perplexity of the reference answers to held-out requests.",
