@@ -17,6 +17,7 @@ from derta.evaluation import (
     format_comparison,
     write_comparison,
 )
+from derta.evaluation.reporting.analyses import Rate
 
 EVIL = "<script>alert(1)</script> $\\frac{$ {{ 7 }} & \"'"
 
