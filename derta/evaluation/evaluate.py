@@ -210,10 +210,10 @@ def collect_answers(
 
     Raises:
         ValueError: a request does not fit the model's context or its chat template, or has a
-            special token that is refused (names its id),
-            the refusal token cannot be resolved, `apply_derta` refuses the model for curves, the
-            chat template has no thinking block, no system message or no header where the settings
-            need one, or the settings need more than a served model.
+            special token that is refused (names its id), the refusal token cannot be resolved,
+            `apply_derta` refuses the model for curves, the chat template has no thinking block, no
+            system message or no header where the settings need one, or the settings need harmful
+            responses that are not there, or more than a served model.
     """
     started = time.perf_counter()
     defence = settings.defence
@@ -222,6 +222,10 @@ def collect_answers(
         chat = InstructedChat(chat, defence.system_prompt)
     for place, template in enumerate(settings.templates):
         chat.check_text(f"templates[{place}]", template)
+    if data.harmful and not any(request.response for request in data.harmful):
+        for name in ("prefill_thinking", "in_context"):
+            if getattr(settings, name):
+                raise ValueError(f"{name} needs harmful responses, got requests without any")
     starts = _refusal_starts(model, chat, data, settings)
     chosen = make_scenarios(
         data,

@@ -225,8 +225,9 @@ class EvaluateConfig(LoadingSettings, TextSettings, RankSettings):
         _ = self.rank_attack
         if not self.lm_eval and not any(getattr(self, key) for key in FILES):
             raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
-        if self.templates and not self.harmful:
-            raise ValueError("templates: go around the requests of harmful, got no file of them")
+        for key in ("templates", "refusal_banned", "sampling", "prefill_thinking", "in_context"):
+            if getattr(self, key) and not self.harmful:
+                raise ValueError(f"{key}: attacks with requests of harmful, got no file of them")
         if self.preset_data is not None and self.preset is None:
             raise ValueError("preset_data: is the folder of a preset's files, expected preset too")
         for key in NAMED:

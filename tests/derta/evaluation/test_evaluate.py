@@ -714,6 +714,15 @@ def test_a_request_follows_another_and_its_harmful_response(chat: Chat) -> None:
     assert in_context(alone, chat) is None
 
 
+@pytest.mark.parametrize("attack", [dict(in_context=True), dict(prefill_thinking="<think>")])
+def test_attacks_with_harmful_responses_are_not_left_out_in_silence(
+    attack: dict[str, object], model: PreTrainedModel, chat: Chat
+) -> None:
+    data = EvaluationData(harmful=[asked("a", response="")])
+    with pytest.raises(ValueError, match=f"^{[*attack][0]} needs harmful responses, got requests"):
+        evaluate_model(model, chat.tokenizer, data, settings(**attack))
+
+
 def test_empty_answers_are_apart_or_failures(model: PreTrainedModel, chat: Chat) -> None:
     data = EvaluationData(harmful=three(), benign=[harmless("c", "It jumps.")], helpful=three())
     silent = answering({tuple(chat.prompt_ids(one.messages)): "" for one in three()[:2]}, chat)

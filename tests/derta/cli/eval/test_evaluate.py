@@ -127,7 +127,11 @@ def test_files_with_named_formats_and_equal_ids_are_read(
         ),
         (
             "--model model --benign benign.jsonl --templates templates.txt",
-            "templates: go around the requests of harmful, got no file of them",
+            "templates: attacks with requests of harmful, got no file of them",
+        ),
+        (
+            "--model model --benign benign.jsonl --sampling 4",
+            "sampling: attacks with requests of harmful, got no file of them",
         ),
         (
             "--model model --harmful harmful.jsonl --templates none.txt",
