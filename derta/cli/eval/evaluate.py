@@ -26,7 +26,6 @@ from derta.evaluation import (
     EvaluationSettings,
     ModelGenerator,
     collect_answers,
-    find_refusal_token,
     fingerprint,
     format_table,
     format_undecided,
@@ -39,6 +38,7 @@ from derta.evaluation.defences import Defence
 from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
 from derta.evaluation.judges.registry import make_judges, verdicts_file
+from derta.evaluation.teacher_forcing import refusal_ids
 from derta.modeling.folders import read_object
 from derta.modeling.loading import (
     find_device,
@@ -367,9 +367,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             model, tokenizer = load_tuned(folder, dtype, config.chat_template)
             model.to(device)
             own = settings
-            if triples and (config.curve or config.refusal_banned):
-                refusal = find_refusal_token(model, tokenizer, config.refusal, triples)
-                own = dataclasses.replace(settings, refusal=refusal)
+        if triples and (own.curve or own.refusal_banned):
+            refusal = refusal_ids(tokenizer, config.refusal, triples)
+            own = dataclasses.replace(own, refusal=refusal)
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)

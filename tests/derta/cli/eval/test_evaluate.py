@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from derta.cli import main
 from derta.cli.eval.evaluate import read_templates
-from derta.evaluation import Exchange, Verdict
+from derta.evaluation import Exchange, Verdict, teacher_forcing
 from derta.evaluation.judges.local import ModelJudge
 from served import said, serving
 from tiny import tiny_model, tiny_tokenizer
@@ -335,6 +335,19 @@ def test_models_and_local_judges_are_in_memory_one_at_a_time(
     assert call(f"two.yaml {files} --max_new_tokens 2") == 0
     assert set(here["writes"]) == {1}
     assert here["reads"] == [1, 1]
+
+
+def test_a_served_model_has_the_refusal_of_the_safe_responses(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer for which the paper's word is several tokens needs none of it then."""
+    monkeypatch.setattr(teacher_forcing, "PAPER_REFUSAL", "Unspeakable")
+    write("harmful.jsonl", {"prompt": "Why?", "safe": "First, no.", "harmful": "Step one, two."})
+    with serving(lambda path, body: said("Sorry, no.")) as served:
+        server = json.dumps({"model": {"base_url": served.base_url, "model": "m"}})
+        options = "--harmful harmful.jsonl --prefill_depths [] --refusal_banned 2"
+        assert call(f"--model model {options} --servers {server.replace(' ', '')}") == 0
+    assert any("logit_bias" in asked.body for asked in served.asked)
 
 
 def test_a_served_model_is_compared_with_a_local_one(workplace: Path) -> None:
