@@ -42,13 +42,22 @@ class TokenChoice(LogitsProcessor):
         Args:
             input_ids: (B, T) prompts, padded to one length, with the tokens so far.
             scores: (B, V) float32 logits.
+
+        Raises:
+            FloatingPointError: a logit to draw by is NaN.
         """
         step = input_ids.shape[1] - self.start
         if step < self.decoding.banned_for:
             scores = scores.index_fill(1, self.banned.to(scores.device), -math.inf)
         if not self.decoding.temperature:
             return scores
-        chosen = draw(scores.cpu().double() / self.decoding.temperature, self.draws[:, step])
+        logits = scores.cpu().double()
+        if logits.isnan().any():
+            raise FloatingPointError(
+                "no token can be drawn: the model's logits are NaN, expected numbers: look at its "
+                "weights, or choose dtype float32"
+            )
+        chosen = draw(logits / self.decoding.temperature, self.draws[:, step])
         alone = torch.full_like(scores, -math.inf)
         return alone.scatter_(1, chosen[:, None].to(scores.device), 0.0)
 

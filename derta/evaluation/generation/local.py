@@ -98,6 +98,7 @@ def generate(
     Raises:
         ValueError: a number is below 1, a prompt is empty, or it does not fit the model's context
             together with its answer; names its id.
+        FloatingPointError: an answer is drawn, and the model's logits are NaN.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:

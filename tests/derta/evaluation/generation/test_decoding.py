@@ -23,7 +23,7 @@ from derta.evaluation import (
     ServerSettings,
     generate,
 )
-from derta.evaluation.generation.choice import draw, draws
+from derta.evaluation.generation.choice import TokenChoice, draw, draws
 from derta.evaluation.generation.decoding import GREEDY
 from derta.evaluation.generation.local import stop_ids
 from served import Served, said, serving
@@ -88,6 +88,13 @@ def test_samples_depend_on_no_batch_and_no_order_but_on_seed_and_number() -> Non
         assert generate(model, PROMPTS, **SETTINGS, decoding=other) != answers
     shorter = generate(model, PROMPTS, **SETTINGS | {"max_new_tokens": 4}, decoding=decoding)
     assert shorter == [answer[:4] for answer in answers]
+
+
+def test_nothing_is_drawn_from_logits_that_are_no_numbers() -> None:
+    choose = TokenChoice(Decoding(temperature=1.0), [(1, 2)], max_new_tokens=1)
+    scores = torch.tensor([[0.0, torch.nan, 1.0]])
+    with pytest.raises(FloatingPointError, match="^no token can be drawn: the model's logits are"):
+        choose(torch.tensor([[1, 2]]), scores)
 
 
 def test_draws_have_the_probabilities_of_the_logits() -> None:
