@@ -195,9 +195,14 @@ def _rows(impl: str, capability: int, dtype: torch.dtype) -> None:
 
 
 def _windows(capability: int) -> None:
-    """Attend within the window whose ends the packs meet, and one that holds whole tiles."""
+    """Attend within windows: two whose ends the packs meet, and one that holds whole tiles.
+
+    In a thread's fragment of a tile, distances of query and key differ modulo 16. The ends of one
+    window alone would miss some places of it.
+    """
     options: dict[str, Any] = dict(width=32, softcap=60.0)
     _attend(capability, SMALL_TILES, [*MANY, cases.CUT], window=66, **options)
+    _attend(capability, SMALL_TILES, [cases.HELD], window=67, **options)
     _attend(capability, SMALL_TILES, [cases.HELD, cases.TWO_RUNS], window=258, **options)
 
 
