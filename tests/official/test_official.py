@@ -14,7 +14,7 @@ from derta import DertaConfig, DertaTrainer, Dialogue, Triple
 from derta.data import EncodedTriple, Encoder, Rendered, pack
 from derta.data.packs.packing import Drawn
 from derta.data.records.rendering import official_rows
-from derta.data.tokens.refusal import RefusalToken
+from derta.data.tokens.refusal import RefusalSet, RefusalToken
 from derta.labels import derta_labels
 from official.files import DIALOGUES, TRIPLES
 from official.record import BLOCK_SIZE, MICRO_BATCH, RECORDING, SEED, model, tokenizer
@@ -119,8 +119,8 @@ def test_a_step_of_micro_batches_has_the_authors_loss_and_gradients(
 ) -> None:
     theirs = RECORDED[script]
     # Their constant is none of the few tokens of this tokenizer.
-    token = RefusalToken(REFUSAL, "Sorry", 0.0, None, None, 0.0)
-    monkeypatch.setattr("derta.training.trainer.choose_refusal_token", lambda *_: token)
+    refusals = RefusalSet((RefusalToken(REFUSAL, "Sorry", 0.0, None, None, 0.0),))
+    monkeypatch.setattr("derta.training.trainer.choose_refusal_set", lambda *_: refusals)
     trainer = DertaTrainer(
         model=model(),
         args=DertaConfig(
