@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -141,17 +142,20 @@ def test_a_server_writes_the_forbidden_start_apart_and_goes_on(
     model = scripted({**chain(50, 51, 52, 53), **chain(40, 41, 40), **chain(60, 61, 60)})
     ends = stop_ids(model, chat)
 
+    one_at_a_time = Lock()  # the server has threads, and a run replaces the model's settings
+
     def run(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         banned = tuple(map(int, body.get("logit_bias", {})))
-        (ids,) = generate(
-            model,
-            [body["prompt"]],
-            ids=["a"],
-            stop_ids=body["stop_token_ids"],
-            max_new_tokens=body["max_tokens"],
-            batch_size=1,
-            decoding=Decoding(banned=banned, banned_for=body["max_tokens"]),
-        )
+        with one_at_a_time:
+            (ids,) = generate(
+                model,
+                [body["prompt"]],
+                ids=["a"],
+                stop_ids=body["stop_token_ids"],
+                max_new_tokens=body["max_tokens"],
+                batch_size=1,
+                decoding=Decoding(banned=banned, banned_for=body["max_tokens"]),
+            )
         stopped = len(ids) < body["max_tokens"]  # like vLLM, it returns the token that ended
         return said("", [*ids, *list(ends)[:stopped]], "stop" if stopped else "length")
 
