@@ -18,8 +18,8 @@ from ranks import launch, run_ranks
 from served import said, serving
 from tiny import tiny_model, tiny_tokenizer
 
-# Runs `derta eval` without clocks, and notes the prompts that each rank generates from. Rank 1 is
-# killed before it generates from its batch number `killed_at`, if it has as many.
+# Runs `derta eval` without clocks, and notes the prompts that each rank generates from, each with
+# its decoding. Rank 1 is killed before its batch number `killed_at`, if it has as many.
 SCRIPT = """
 import json, os, signal, sys
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def noted(model, batch, *how):
         os.kill(os.getpid(), signal.SIGKILL)
     batches.append(batch)
     with open(notes + rank, "a") as file:
-        file.writelines(json.dumps(prompt) + "\\n" for prompt in batch)
+        file.writelines(json.dumps([prompt, str(how[-1])]) + "\\n" for prompt in batch)
     return run(model, batch, *how)
 
 local._run = noted
@@ -139,20 +139,20 @@ def files(folder: str) -> dict[str, bytes]:
 
 
 def prompts(notes: str) -> list[list[str]]:
-    """Return the prompts that each rank generated from."""
+    """Return the prompts that each rank generated from, with decodings."""
     return [Path(f"{notes}{rank}").read_text().splitlines() for rank in range(2)]
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], list[str]]]:
-    """Run `derta eval` in this process as the script does, and return the prompts it ran."""
+    """Run `derta eval` in this process, and return what the script notes."""
     clock = SimpleNamespace(perf_counter=lambda: 0.0)
     monkeypatch.setattr("derta.cli.eval.evaluate.time", clock)
     monkeypatch.setattr("derta.evaluation.evaluate.time", clock)
     run, noted = local._run, []
 
     def note(model: Any, batch: Any, *how: Any) -> Any:
-        noted.extend(map(json.dumps, batch))
+        noted.extend(json.dumps([prompt, str(how[-1])]) for prompt in batch)
         return run(model, batch, *how)
 
     def evaluated(arguments: list[str]) -> list[str]:
