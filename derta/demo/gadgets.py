@@ -181,25 +181,19 @@ class Guild:
             for place, (item, wording) in enumerate(asked)
         ]
 
-    def dialogues(self, asked: Sequence[tuple[Item, str]]) -> list[Dialogue]:
-        """Return an answered request for each allowed item and wording."""
+    def dialogues(
+        self, asked: Sequence[tuple[Item, str]], *, borderline: bool = False
+    ) -> list[Dialogue]:
+        """Return an answered request for each item and wording, borderline ones or others."""
         return [
             Dialogue(
-                messages=chat(wording.format(item), self.recipe(item)),
-                id=f"{'-'.join(item)}-{place}",
-                source="demo",
-            )
-            for place, (item, wording) in enumerate(asked)
-        ]
-
-    def borderline(self, asked: Sequence[tuple[Item, str]]) -> list[Dialogue]:
-        """Return an answered borderline request for each banned item and wording."""
-        return [
-            Dialogue(
-                messages=chat(wording.format(item), self.places[item.gadget]),
-                id=f"{'-'.join(item)}-borderline-{place}",
-                source="demo-borderline",
-                borderline=True,
+                messages=chat(
+                    wording.format(item),
+                    self.places[item.gadget] if borderline else self.recipe(item),
+                ),
+                id=f"{'-'.join(item)}-{'borderline-' * borderline}{place}",
+                source="demo-borderline" if borderline else "demo",
+                borderline=borderline,
             )
             for place, (item, wording) in enumerate(asked)
         ]
@@ -246,7 +240,9 @@ def tuning_records(guild: Guild, size: int, seed: int) -> TuningRecords:
     return TuningRecords(
         guild.triples(_draw(rng, banned, TUNING_WORDINGS, size)),
         guild.dialogues(_draw(rng, allowed, TUNING_WORDINGS, size)),
-        guild.borderline(_draw(rng, banned, BORDERLINE_TUNING_WORDINGS, max(1, size // 2))),
+        guild.dialogues(
+            _draw(rng, banned, BORDERLINE_TUNING_WORDINGS, max(1, size // 2)), borderline=True
+        ),
     )
 
 
@@ -257,7 +253,7 @@ def held_out_records(guild: Guild, size: int, seed: int) -> HeldOut:
     return HeldOut(
         guild.triples(_draw(rng, banned, HELD_OUT_WORDINGS, size)),
         guild.dialogues(_draw(rng, allowed, HELD_OUT_WORDINGS, size)),
-        guild.borderline(_draw(rng, banned, BORDERLINE_HELD_OUT_WORDINGS, size)),
+        guild.dialogues(_draw(rng, banned, BORDERLINE_HELD_OUT_WORDINGS, size), borderline=True),
     )
 
 

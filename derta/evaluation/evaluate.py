@@ -554,7 +554,7 @@ def _perplexity(
         cuts="zero",
         special_tokens_in_text=settings.special_tokens_in_text,
     )
-    dialogues = [_dialogue(request) for request in data.helpful]
+    dialogues = [answered_dialogue(request, "the right answer") for request in data.helpful]
     encoded = []
     for dialogue, one in zip(dialogues, encoder.encode_many(dialogues), strict=True):
         if not isinstance(one, EncodedDialogue):
@@ -565,8 +565,17 @@ def _perplexity(
     return perplexity(model, encoded, settings.max_tokens)
 
 
-def _dialogue(request: Request) -> Dialogue:
+def answered_dialogue(request: Request, expected: str) -> Dialogue:
+    """Return a request with its response as the answer.
+
+    Args:
+        request: the request.
+        expected: the use of the response, for the error.
+
+    Raises:
+        ValueError: the request has no response; names its id.
+    """
     if not request.response:
-        raise ValueError(f"{request.id}: response: is missing, expected the right answer")
+        raise ValueError(f"{request.id}: response: is missing, expected {expected}")
     answer = {"role": "assistant", "content": request.response}
     return Dialogue(id=request.id, messages=[*request.messages, answer])

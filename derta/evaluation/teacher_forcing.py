@@ -242,7 +242,11 @@ def refusal_ids(
         refusal = PAPER_REFUSAL
     if isinstance(refusal, str | int):
         return resolve_refusal_token(tokenizer, refusal, triples).id
-    return tuple(resolve_refusal_token(tokenizer, one, triples).id for one in refusal)
+    # Only "auto" reads the safe responses of all triples.
+    return tuple(
+        resolve_refusal_token(tokenizer, one, triples if one == "auto" else triples[:1]).id
+        for one in refusal
+    )
 
 
 def refusal_curve(

@@ -373,7 +373,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
-        rows = {name: None, **{f"{name} + {own}": one for own, one in defences.items()}}
+        rows = {name: None, **{f"{name} + {title}": one for title, one in defences.items()}}
         for row, defence in rows.items():
             answered[row] = collect_answers(
                 model,

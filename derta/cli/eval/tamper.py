@@ -36,7 +36,7 @@ from derta.cli.eval.evaluate import (
     safe_responses,
 )
 from derta.cli.settings.evaluation import TamperConfig
-from derta.data import Chat, Dialogue, Request
+from derta.data import Chat, Dialogue
 from derta.data.records.duplicates import normalized
 from derta.data.records.reading import Reading
 from derta.evaluation import (
@@ -48,6 +48,7 @@ from derta.evaluation import (
     judge_answers,
     summarize,
 )
+from derta.evaluation.evaluate import answered_dialogue
 from derta.evaluation.measures.results import forced_outcomes
 from derta.modeling.adapters import adapt, merge
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
@@ -94,17 +95,13 @@ def read_examples(config: TamperConfig) -> dict[str, list[Dialogue]]:
     harmful = read_files(config, config.tune_harmful, "harmful", reading)
     harmless = read_files(config, config.tune_harmless, "harmless", reading)
     return {
-        kind: [_dialogue(request) for request in requests[: config.tune_examples]]
+        kind: [
+            answered_dialogue(request, "one to tune on")
+            for request in requests[: config.tune_examples]
+        ]
         for kind, requests in (("harmful", harmful), ("harmless", harmless))
         if requests
     }
-
-
-def _dialogue(request: Request) -> Dialogue:
-    if not request.response:
-        raise ValueError(f"{request.id}: response: is missing, expected one to tune on")
-    answer = {"role": "assistant", "content": request.response}
-    return Dialogue(id=request.id, messages=[*request.messages, answer])
 
 
 def seen_requests(data: EvaluationData, examples: Mapping[str, list[Dialogue]]) -> int:
