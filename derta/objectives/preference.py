@@ -199,25 +199,7 @@ class PreferenceObjective(DertaObjective):
         scratch_mb: float | None,
         sparse_backward: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of a pack, see `Objective.loss`.
-
-        Columns without pairs are taken as those of DeRTa, whose refusal losses are watched.
-        """
         options: dict[str, Any] = {"impl": impl, "scratch_mb": scratch_mb}
-        if "pair_back" not in columns:
-            return super().loss(
-                hidden,
-                head,
-                columns,
-                refusal_token_id=refusal_token_id,
-                loss_weight=loss_weight,
-                live_rows=live_rows,
-                term_weights={"rto": self.rto_weight, **term_weights},
-                num_items=num_items,
-                reduction=reduction,
-                sparse_backward=sparse_backward,
-                **options,
-            )
         shape, dtype = hidden.shape[:-1], torch.promote_types(hidden.dtype, torch.float32)
         rows = _Rows(hidden, head, columns, refusal_token_id, options)
         forms = torch.is_grad_enabled() and any(

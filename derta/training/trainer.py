@@ -47,7 +47,7 @@ from derta.data import (
 from derta.modeling.costs import forward_operations
 from derta.modeling.introspection import context_length, has_router_loss, transformers_model
 from derta.modeling.mlp_tiling import tile_mlp
-from derta.modeling.patch import apply_derta, check_derta, patch_of
+from derta.modeling.patch import apply_derta, check_derta, computing, patch_of
 from derta.modeling.selfcheck import MisreadError
 from derta.modeling.sharding import gather_no_more_than_needed, reshard
 from derta.objectives.base import Objective
@@ -631,10 +631,11 @@ class DertaTrainer(ResumableTrainer):
             for batch in held_out.losses[step]:
                 batch = batch.to(self.args.device, non_blocking=True)
                 metrics.add(batch, model(**batch.model_inputs()))
-        for step in range(len(held_out.trunks)):
-            for batch in held_out.trunks[step]:
-                inputs = batch.to(self.args.device, non_blocking=True).model_inputs()
-                watch.add(batch, model(**inputs))
+        with computing(self.model, held_out.trunks.collator.objective):
+            for step in range(len(held_out.trunks)):
+                for batch in held_out.trunks[step]:
+                    inputs = batch.to(self.args.device, non_blocking=True).model_inputs()
+                    watch.add(batch, model(**inputs))
         reshard(model)
         figures, totals = metrics.read(self._sum_over_ranks)
         shares = self.objective.shares(self.args.loss_norm, totals)
