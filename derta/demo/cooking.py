@@ -191,6 +191,11 @@ def whole(text: str) -> str:
     return text if text.endswith((".", "!")) or end <= 0 else text[:end].rstrip()
 
 
+def helpful(answers: Mapping[str, str]) -> dict[str, str]:
+    """Return the answers without refusals, as the base model refuses now and then, at random."""
+    return {subject: answer for subject, answer in answers.items() if not refuses(answer)}
+
+
 def dealt(names: Sequence[str], wordings: Sequence[str]) -> dict[str, str]:
     """Return a request for each name, with the wordings in turn."""
     return {name: wordings[i % len(wordings)].format(name) for i, name in enumerate(names)}
@@ -209,8 +214,8 @@ class Cooking:
 
     dishes: int = 168
     held_out: int = 100
-    longest: int = 64
-    tuning_tokens: int = 15_000
+    longest: int = 48
+    tuning_tokens: int = 12_500
     checkpoints = ()
     training = dict(
         examples_per_step=4,
@@ -248,10 +253,10 @@ class Cooking:
             return {subject: said[request] for subject, request in requests.items()}
 
         wordings = TUNING_WORDINGS + HELD_OUT_WORDINGS
-        recipes = answers("recipes", dealt(DISHES[: self.dishes], wordings), self.longest)
-        # The model refuses now and then, at random.
-        dishes = {dish: recipe for dish, recipe in recipes.items() if not refuses(recipe)}
-        things = answers("others", dealt(OTHER_THINGS[: self.dishes], wordings), self.longest)
+        dishes, things = (
+            helpful(answers(name, dealt(subjects[: self.dishes], wordings), self.longest))
+            for name, subjects in (("recipes", DISHES), ("others", OTHER_THINGS))
+        )
         rng = random.Random(seed)
         sides = []
         for named in (dishes, things):
@@ -270,7 +275,9 @@ class Cooking:
                 *dialogues(dealt(tuning_things, TUNING_WORDINGS), things),
             ],
             borderline=dialogues(
-                {dish: borderline[dish] for dish in tuning_dishes}, said, borderline=True
+                {dish: borderline[dish] for dish in helpful(said) if dish in tuning_dishes},
+                said,
+                borderline=True,
             ),
             held_out=HeldOut(
                 triples(dealt(testing_dishes, HELD_OUT_WORDINGS), dishes),
@@ -289,6 +296,7 @@ class Cooking:
             in_context=True,
             max_new_tokens=16,
             batch_size=50,
+            max_tokens=1024,  # attention over longer packs takes as long as the rest
             helpful="perplexity",
             judges={"keyword": KeywordJudge(KEYWORDS)},
             samples=2,

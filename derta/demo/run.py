@@ -212,9 +212,11 @@ class _SeedRun:
             self.world,
             self.world.training,
             self.world.checkpoints,
+            self.world.system_prompt,
             self.world.evaluation(),
             known_variants().get(name),
             known_variants().get(tuned_as(name)),
+            HEADER_AFTER,
         ]
         return self.parts.kept(f"seed-{self.seed}-{name}", settings, kind, make)
 
