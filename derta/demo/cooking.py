@@ -179,7 +179,7 @@ def own_answers(
         longest: most tokens of an answer.
     """
     chat = Chat(tokenizer)
-    generator = ModelGenerator(base, chat, max_new_tokens=longest, batch_size=32)
+    generator = ModelGenerator(base, chat, max_new_tokens=longest, batch_size=64)
     prompts = [chat.prompt_ids([{"role": "user", "content": request}]) for request in requests]
     written = generator(prompts, ids=requests)
     return {request: whole(answer.text) for request, answer in zip(requests, written, strict=True)}
@@ -214,8 +214,8 @@ class Cooking:
 
     dishes: int = 168
     held_out: int = 100
-    longest: int = 48
-    tuning_tokens: int = 12_500
+    longest: int = 40
+    tuning_tokens: int = 12_000
     checkpoints = ()
     training = dict(
         examples_per_step=4,
@@ -295,8 +295,7 @@ class Cooking:
             refusal_banned=8,
             in_context=True,
             max_new_tokens=16,
-            batch_size=50,
-            max_tokens=1024,  # attention over longer packs takes as long as the rest
+            batch_size=100,
             helpful="perplexity",
             judges={"keyword": KeywordJudge(KEYWORDS)},
             samples=2,
