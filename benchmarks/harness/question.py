@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.harness.requirements import Requirement
 
-NAMES = ("attention", "head_loss", "one_pass", "step")
+NAMES = ("attention", "head_loss", "one_pass", "preference", "step")
 Values = dict[str, float]  # one implementation's numbers on one case, by quantity
 
 
