@@ -1,9 +1,10 @@
-"""The two-target loss of a vocabulary projection, and the ranks of tokens; see `head_loss`."""
+"""Losses of a vocabulary projection without its logits, and ranks of tokens; see `head_loss`."""
 
 from derta_kernels.head_loss.choice import choose
 from derta_kernels.head_loss.chunked import working_bytes
 from derta_kernels.head_loss.chunks import Chip, chip_of
 from derta_kernels.head_loss.head import Head
+from derta_kernels.head_loss.kl import KlLoss, kl_loss
 from derta_kernels.head_loss.op import HeadLoss, head_loss
 from derta_kernels.head_loss.ranks import NO_RANK, token_ranks
 from derta_kernels.head_loss.shards import sent_bytes
@@ -14,10 +15,12 @@ __all__ = [
     "Chip",
     "Head",
     "HeadLoss",
+    "KlLoss",
     "checked_ids",
     "chip_of",
     "choose",
     "head_loss",
+    "kl_loss",
     "sent_bytes",
     "token_ranks",
     "working_bytes",

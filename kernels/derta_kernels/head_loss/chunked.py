@@ -55,6 +55,59 @@ class Gradients(NamedTuple):
     bias: Tensor
     unit: Tensor
 
+    @staticmethod
+    def of(
+        hidden: Tensor,
+        weight: Tensor,
+        token_weight: Tensor,
+        logit_scale: float,
+        forms: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """Return gradients of no chunk; the first one stores that of weight, see `add_chunk`.
+
+        Args:
+            token_weight: (n, K) in the dtype to compute in; without rows all gradients are 0.
+            forms: for each of hidden, weight and bias, if True, its gradient is formed.
+        """
+        form_hidden, form_weight, form_bias = forms
+        new_weight = token_weight.new_empty if len(token_weight) else token_weight.new_zeros
+        return Gradients(
+            hidden=hidden.new_zeros(hidden.shape if form_hidden else 0),
+            weight=new_weight(weight.shape if form_weight else 0),
+            bias=token_weight.new_zeros(len(weight) if form_bias else 0),
+            unit=_unit(token_weight, logit_scale, hidden.dtype),
+        )
+
+    def add_chunk(
+        self,
+        gradient: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        chunk: slice,
+        rows: Tensor | None,
+        forms: tuple[bool, bool, bool],
+    ) -> None:
+        """Add a chunk's part: of weight and bias to their sums, of hidden in its rows.
+
+        Args:
+            gradient: (C, V), of the chunk's logits, in units of `unit`.
+            h: (C, d) in gradient's dtype, see `rows_of`.
+            weight: (V, d).
+            chunk: its rows of the live ones.
+            rows: (n,) int64, the live rows of hidden; None: all rows.
+            forms: those of the three that this chunk adds to.
+        """
+        form_hidden, form_weight, form_bias = forms
+        if form_weight:
+            add_product(self.weight, gradient, h, is_first=chunk.start == 0)
+        if form_bias:
+            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+        if form_hidden:
+            in_place = rows is None and gradient.dtype == self.hidden.dtype
+            part = _times_weight(gradient, weight, self.hidden[chunk] if in_place else None)
+            if not in_place:
+                _store(self.hidden, chunk, rows, part)
+
 
 def head_loss_chunked(
     hidden: Tensor,
@@ -108,21 +161,19 @@ def head_loss_chunked(
         logsumexp (n,) and nll (n, K) in token_weight's dtype, and the gradients.
     """
     count, (vocabulary, width) = len(tokens), weight.shape
-    wide = token_weight.dtype
     form_hidden, form_weight, form_bias = forms
-    unit = _unit(token_weight, logit_scale, hidden.dtype)
-    gradients = Gradients(
-        hidden=hidden.new_zeros(hidden.shape if form_hidden else 0),
-        weight=token_weight.new_empty((vocabulary, width) if form_weight else 0),
-        bias=token_weight.new_zeros(vocabulary if form_bias else 0),
-        unit=unit,
-    )
-    if count == 0 or sparse is not None:
-        gradients.weight.zero_()
+    gradients = Gradients.of(hidden, weight, token_weight, logit_scale, forms)
     if count == 0:
         return token_weight.new_empty(0), torch.empty_like(token_weight), gradients
+    if sparse is not None:
+        gradients.weight.zero_()
     if hidden.dtype == torch.float16:
-        token_weight = token_weight / unit
+        token_weight = token_weight / gradients.unit
+    dense_forms = (
+        form_hidden and shards is None and sparse is None,
+        form_weight and sparse is None,
+        form_bias,
+    )
 
     dtype = product_dtype(hidden.dtype, hidden.device.type)
     if shards is None:
@@ -133,7 +184,7 @@ def head_loss_chunked(
     chunks = split(count, most)
     ahead = 0 if shards is None else AHEAD_OF_RANKS
     scratches = [
-        new_scratch(_longest(chunks), vocabulary, dtype, hidden.device)
+        new_scratch(longest(chunks), vocabulary, dtype, hidden.device)
         for _ in range(min(1 + ahead, len(chunks)))
     ]
     found: list[tuple[Tensor, Tensor]] = []
@@ -142,8 +193,7 @@ def head_loss_chunked(
     for place in range(len(chunks) + ahead):
         if place < len(chunks):
             chunk = chunks[place]
-            h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
-            h = h.to(dtype).contiguous()  # libraries read past a view's rows, see `new_scratch`
+            h = rows_of(hidden, rows, chunk, dtype)
             logits = scratches[place % len(scratches)][: len(h)]
             put_logits(logits, h, weight, bias)
             summary = None
@@ -158,28 +208,21 @@ def head_loss_chunked(
         inputs = (logits, tokens[chunk], token_weight[chunk])
         options = (softcap, logit_scale, any(forms))
         if sparse is not None:
-            found.append(sparse.row_pass(chunk, *inputs, unit, softcap, logit_scale))
+            found.append(sparse.row_pass(chunk, *inputs, gradients.unit, softcap, logit_scale))
         elif summary is None:
             found.append(row_pass.whole(*inputs, *options))
         else:
             found.append(row_pass.second_walk(*inputs, summary(), *options))
         gradient = logits
 
+        gradients.add_chunk(gradient, h, weight, chunk, rows, dense_forms)
         if form_weight and sparse is not None:
             sparse.add_product(gradients.weight, gradient, h)
-        elif form_weight:
-            add_product(gradients.weight, gradient, h, is_first=chunk.start == 0)
-        if form_bias:
-            gradients.bias.add_(gradient.sum(0, dtype=wide))
         if form_hidden and sparse is not None:
             _store(gradients.hidden, chunk, rows, sparse.times_weight(gradient, weight))
-        elif form_hidden and shards is None:
-            in_place = rows is None and dtype == hidden.dtype
-            part = _times_weight(gradient, weight, gradients.hidden[chunk] if in_place else None)
-            if not in_place:
-                _store(gradients.hidden, chunk, rows, part)
         elif form_hidden and shards is not None:
-            sums.append((chunk, shards.add(_wide_times_weight(gradient, weight, wide))))
+            part = _wide_times_weight(gradient, weight, token_weight.dtype)
+            sums.append((chunk, shards.add(part)))
             if len(sums) > ahead:
                 chunk, total = sums.popleft()
                 _store(gradients.hidden, chunk, rows, total())
@@ -203,6 +246,15 @@ class _Started(NamedTuple):
     hidden: Tensor
     logits: Tensor
     summary: Callable[[], Tensor] | None
+
+
+def rows_of(hidden: Tensor, rows: Tensor | None, chunk: slice, dtype: torch.dtype) -> Tensor:
+    """Return a chunk of the live rows of hidden, (C, d), in the dtype of products.
+
+    Libraries read past the rows of a view, see `new_scratch`, so it is contiguous.
+    """
+    h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
+    return h.to(dtype).contiguous()
 
 
 def _store(into: Tensor, chunk: slice, rows: Tensor | None, values: Tensor) -> None:
@@ -236,7 +288,7 @@ def working_bytes(
     """
     size = product_dtype(dtype, chip.device_type).itemsize
     most = chunk_rows(count, Problem(vocabulary, width, size, trainable), chip, scratch_mb)
-    rows = _longest(split(count, most))
+    rows = longest(split(count, most))
     # On a CPU no product of narrow matrices has a float32 result.
     slices = chip.device_type == "cpu" and dtype.itemsize < 4
     sliced = 4 * min(SLICE_ELEMENTS, vocabulary * width) if slices else 0
@@ -249,7 +301,7 @@ def working_bytes(
     return rows * (_padded(vocabulary, size) + 3 * width) * size + sliced + cast + blocks
 
 
-def _longest(chunks: list[slice]) -> int:
+def longest(chunks: list[slice]) -> int:
     return max((chunk.stop - chunk.start for chunk in chunks), default=0)
 
 

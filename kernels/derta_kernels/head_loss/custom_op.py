@@ -242,15 +242,28 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     loss, logsumexp, nll, *gradients, gradient_mass, skipped_mass = output
     ctx.mark_non_differentiable(logsumexp, nll, gradient_mass, skipped_mass)
+    save_gradients(ctx, inputs, gradients, inputs[FORMS])
+
+
+def save_gradients(
+    ctx: Any, inputs: tuple[Any, ...], gradients: Sequence[Tensor], forms: Sequence[bool]
+) -> None:
+    """Save for `scaled_gradients` the `chunked.Gradients` of hidden, weight and bias.
+
+    Args:
+        inputs: those of the operator; hidden, weight and bias come first.
+        forms: flags of the three whose gradient was formed.
+    """
     ctx.set_materialize_grads(False)  # or autograd would make V x d float32 zeros
     ctx.save_for_backward(*gradients)
     hidden, weight, bias = inputs[:3]
     ctx.dtypes = [tensor.dtype for tensor in (hidden, weight, hidden if bias is None else bias)]
     ctx.inputs = len(inputs)
-    ctx.forms = inputs[FORMS]
+    ctx.forms = forms
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def scaled_gradients(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of an operator's inputs, the saved ones times that of its loss."""
     if d_loss is None:  # autograd's value for zero
         return (None,) * ctx.inputs
     hidden, weight, bias, unit = ctx.saved_tensors
@@ -261,11 +274,11 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: None) -> tuple[Tensor | None,
 
 def _no_second_derivative(ctx: Any, *_: Tensor) -> None:
     raise NotImplementedError(
-        "head_loss has no second derivative: its gradients are formed in the forward pass; "
-        'use impl="reference" to differentiate twice'
+        "head_loss has no second derivative, nor has kl_loss: gradients are formed in the forward "
+        'pass; impl="reference" of head_loss differentiates twice'
     )
 
 
 for op in (head_loss_op, head_loss_of_rows_op):
-    op.register_autograd(_backward, setup_context=_setup_context)
+    op.register_autograd(scaled_gradients, setup_context=_setup_context)
 scale_gradients_op.register_autograd(_no_second_derivative)

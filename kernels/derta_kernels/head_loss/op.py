@@ -29,6 +29,11 @@ _LAYOUT: dict[str, tuple[str, tuple[torch.dtype, ...]]] = {
     "rto_weight": ("(N,)", FLOATS),
     "unlikelihood_weight": ("(N,)", FLOATS),
     "live_rows": ("(n,)", (torch.int64,)),
+    "reference_hidden": ("(N, d0)", FLOATS),
+    "reference_weight": ("(V0, d0)", FLOATS),
+    "reference_bias": ("(V0,)", FLOATS),
+    "row_weight": ("(N,)", FLOATS),
+    "rows": ("(n,)", (torch.int64,)),
 }
 
 
@@ -283,11 +288,14 @@ def _target_weight(row_weight: Tensor | None, has_target: Tensor, dtype: torch.d
     return weight.to(dtype)
 
 
-def as_in_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def as_in_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> Tensor:
     """Return hidden as `F.linear` would see it: in autocast's dtype where it is on.
 
     Weight and bias are cast to hidden's dtype later, beside their history, or their gradients would
     be rounded to that dtype.
+
+    Args:
+        prefix: opens the names of the three in an error.
     """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
@@ -295,8 +303,8 @@ def as_in_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(
-                f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}: cast one of "
-                "them, or use torch.autocast"
+                f"{prefix}{name} must have {prefix}hidden's dtype {hidden.dtype}, got "
+                f"{tensor.dtype}: cast one of them, or use torch.autocast"
             )
     return hidden
 
@@ -342,19 +350,26 @@ def check_tensors(tensors: dict[str, Tensor], is_shard: bool) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if hasattr(tensor, "placements"):
             raise ValueError(f"{name} must be a plain tensor, got a DTensor: take its local part")
+    for name in ("hidden", "weight", "reference_hidden", "reference_weight"):
+        if name in tensors and tensors[name].dim() != 2:
+            letters = _LAYOUT[name][0]
+            raise ValueError(f"{name} must have shape {letters}, got {_shape(tensors[name])}")
     hidden, weight = tensors["hidden"], tensors["weight"]
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must have shape {_LAYOUT[name][0]}, got {_shape(tensor)}")
+    reference_weight = tensors.get("reference_weight", weight)
+    rows = tensors.get("live_rows", tensors.get("rows", hidden))
     (count, width), vocabulary = hidden.shape, len(weight)
-    if vocabulary == 0 and not is_shard:
-        raise ValueError(f"weight must have at least one row, got shape {_shape(weight)}")
+    for name, tensor in (("weight", weight), ("reference_weight", reference_weight)):
+        if len(tensor) == 0 and not is_shard:
+            raise ValueError(f"{name} must have at least one row, got shape {_shape(tensor)}")
     shapes = {
         "(N, d)": (count, width),
         "(V, d)": (vocabulary, width),
         "(V,)": (vocabulary,),
         "(N,)": (count,),
-        "(n,)": tuple(tensors["live_rows"].shape[:1]) if "live_rows" in tensors else (),
+        "(n,)": tuple(rows.shape[:1]),
+        "(N, d0)": (count, reference_weight.shape[1]),
+        "(V0, d0)": _shape(reference_weight),
+        "(V0,)": (len(reference_weight),),
     }
     for name, tensor in tensors.items():
         letters, dtypes = _LAYOUT[name]
@@ -367,15 +382,16 @@ def check_tensors(tensors: dict[str, Tensor], is_shard: bool) -> None:
             raise ValueError(f"{name} must be {names}, got {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device} as hidden is, got {tensor.device}")
-        if name.endswith("_weight") and tensor.requires_grad:
+        is_constant = name.endswith("_weight") or name.startswith("reference_")
+        if is_constant and tensor.requires_grad:
             raise ValueError(f"{name} must not require a gradient, none is formed: detach it")
 
 
 def check_numbers(
     softcap: float | None,
     logit_scale: float,
-    ignore_index: int,
-    scratch_mb: float | None,
+    ignore_index: int = -100,
+    scratch_mb: float | None = None,
 ) -> None:
     """Check types and ranges of the arguments that are not tensors."""
     for name, number, kinds in (

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from derta_kernels.head_loss.chunked import (
     SLICE_ELEMENTS,
+    longest,
     new_scratch,
     product_dtype,
     put_logits,
+    rows_of,
     shard_chunk_rows,
 )
 from derta_kernels.head_loss.chunks import Problem, chip_of, chunk_rows, split
@@ -137,11 +139,9 @@ def _ranks(
         return ranks
     dtype = product_dtype(hidden.dtype, hidden.device.type)
     chunks = split(len(tokens), most)
-    longest = max(chunk.stop - chunk.start for chunk in chunks)
-    scratch = new_scratch(longest, len(weight), dtype, hidden.device)
+    scratch = new_scratch(longest(chunks), len(weight), dtype, hidden.device)
     for chunk in chunks:
-        h = hidden[chunk] if rows is None else hidden.index_select(0, rows[chunk])
-        h = h.to(dtype).contiguous()  # libraries read past a view's rows, see `new_scratch`
+        h = rows_of(hidden, rows, chunk, dtype)
         logits = scratch[: len(h)]
         put_logits(logits, h, weight, bias)
         if is_reversed:

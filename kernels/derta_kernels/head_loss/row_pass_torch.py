@@ -54,12 +54,12 @@ def row_pass_torch(
     summary = token_weight.new_empty(len(tokens), 3 + tokens.shape[1])
     for part in _slices(logits):
         z = logits[part].to(token_weight.dtype)
-        slope = _finish_logits(z, softcap, logit_scale, form_gradient)
+        slope = finish_logits(z, softcap, logit_scale, form_gradient)
         summary[part] = _summarise(z, z.gather(1, tokens[part]))
         if form_gradient:
             gradients = _differentiate(z, tokens[part], token_weight[part], summary[part])
             z.scatter_(1, tokens[part], gradients)
-            _unfinish_gradient(z, slope, logit_scale)
+            unfinish_gradient(z, slope, logit_scale)
             if z.dtype != logits.dtype:
                 logits[part] = z
     return _losses(summary)
@@ -84,7 +84,7 @@ def first_walk_torch(
     summary[:, 1:3] = 0
     for part in _slices(logits):
         z = logits[part].to(wide, copy=True)
-        _finish_logits(z, softcap, logit_scale, False)
+        finish_logits(z, softcap, logit_scale, False)
         token_logits = z.gather(1, tokens[part].clamp(min=0))
         token_logits = token_logits.masked_fill(tokens[part] < 0, -torch.inf)
         summary[part] = _summarise(z, token_logits)
@@ -111,11 +111,11 @@ def second_walk_torch(
     """
     for part in _slices(logits) if form_gradient else ():
         z = logits[part].to(token_weight.dtype)
-        slope = _finish_logits(z, softcap, logit_scale, True)
+        slope = finish_logits(z, softcap, logit_scale, True)
         z.sub_(summary[part, :1]).exp_()
         gradients = _differentiate(z, tokens[part], token_weight[part], summary[part])
         _put_own(z, tokens[part], gradients)
-        _unfinish_gradient(z, slope, logit_scale)
+        unfinish_gradient(z, slope, logit_scale)
         if z.dtype != logits.dtype:
             logits[part] = z
     return _losses(summary)
@@ -129,7 +129,7 @@ def _slices(logits: Tensor) -> Iterator[slice]:
         yield from (slice(start, start + step) for start in range(0, count, step))
 
 
-def _finish_logits(
+def finish_logits(
     z: Tensor, softcap: float | None, logit_scale: float, form_slope: bool
 ) -> Tensor | None:
     """Scale and cap z (C, V) in place; return the cap's derivative, or None where it is 1."""
@@ -217,8 +217,8 @@ def _differentiate(terms: Tensor, tokens: Tensor, token_weight: Tensor, summary:
     return token_gradient
 
 
-def _unfinish_gradient(gradient: Tensor, slope: Tensor | None, logit_scale: float) -> None:
-    """Turn the gradient of z (C, V) into that of the logits that `_finish_logits` took."""
+def unfinish_gradient(gradient: Tensor, slope: Tensor | None, logit_scale: float) -> None:
+    """Turn the gradient of z (C, V) into that of the logits that `finish_logits` took."""
     if slope is not None:
         gradient.mul_(slope)
     if logit_scale != 1.0:
