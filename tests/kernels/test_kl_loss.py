@@ -380,7 +380,11 @@ def test_repeated_calls_agree_in_every_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_autocast_computes_in_its_dtype_and_gradients_keep_that_of_the_parameters() -> None:
+@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32])
+def test_autocast_computes_in_its_dtype_and_gradients_keep_that_of_the_parameters(
+    products: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kl_chunked, "product_dtype", lambda *_: products)
     case = cast(kl_case(**HEADS["all"]), torch.float32)
     narrow = results(cast(case, torch.bfloat16))
     case["reference_hidden"] = case["reference_hidden"].to(torch.bfloat16)

@@ -144,7 +144,7 @@ def _slices(logits: Tensor) -> Iterator[slice]:
 def _put_log_softmax(z: Tensor) -> None:
     """Set z (C, V) to log p; that of a token of p = 1 - 1e-10 is -1e-10."""
     highest, place = z.max(1, keepdim=True)
-    z.sub_(highest.clamp(min=torch.finfo(z.dtype).min))
+    z.sub_(highest)
     # The highest term is 1; the others would lose their digits if they were added to it.
     rest = z.exp().scatter_(1, place, 0.0).sum(1, keepdim=True)
     z.sub_(rest.log1p_())
