@@ -238,6 +238,15 @@ def ranks_of_tokens() -> None:
             own.hidden, own.weight, own.target, bias=own.bias, group=world(), **options
         )
         assert torch.equal(actual, whole), (dtype, scale, sizes)
+        broken = own.bias.clone()
+        if dist.get_rank() == dist.get_world_size() - 1:
+            broken[-1] = torch.nan  # in the shard of one rank alone
+        try:
+            token_ranks(own.hidden, own.weight, own.target, bias=broken, group=world(), **options)
+        except FloatingPointError as error:
+            assert "for a token to have a rank, got NaN or infinity in" in str(error)
+        else:
+            raise AssertionError("a rank was given among logits that are NaN")
 
 
 def assert_refused(arguments: dict[str, Any], message: str) -> None:

@@ -98,7 +98,7 @@ def test_autocast_casts_as_a_linear_layer_does() -> None:
     assert not torch.equal(found, of(case))
 
 
-def test_memory_is_a_chunk_and_the_host_waits_once() -> None:
+def test_memory_is_a_chunk_and_the_host_waits_twice() -> None:
     hidden, weight = torch.randn(280, 16), torch.randn(4099, 16)
     target = torch.arange(280)
     chunk = 7 * 4 * 4128  # rows are padded to 128 bytes
@@ -106,7 +106,35 @@ def test_memory_is_a_chunk_and_the_host_waits_once() -> None:
     assert peak_bytes(lambda: token_ranks(hidden, weight, target)) <= chunk + small
     with HostTransfers() as transfers:
         token_ranks(hidden, weight, target)
-    assert transfers.count == 1
+    assert transfers.count == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("logit_scale", [1.0, -1.0])
+def test_a_broken_model_ranks_nothing(dtype: torch.dtype, logit_scale: float) -> None:
+    """A comparison with NaN is false, so any token of its row would pass for the likeliest one."""
+    hidden, weight = torch.zeros(20, 1, dtype=dtype), torch.ones(9, 1, dtype=dtype)
+    target = torch.arange(20) % 9
+    target[3] = -100
+    said = "^logits must be numbers for a token to have a rank, got NaN or infinity in {} of 19 r"
+
+    def found(**changes: Tensor) -> list[int]:
+        inputs = dict(hidden=hidden, weight=weight, target=target) | changes
+        return token_ranks(**inputs, logit_scale=logit_scale).tolist()
+
+    broken = hidden.clone()
+    broken[3] = torch.nan  # a row without a target
+    assert found(hidden=broken) == found()
+    broken[[1, 16]] = torch.nan
+    with pytest.raises(FloatingPointError, match=said.format(2)):
+        found(hidden=broken)
+    bias = torch.zeros(9, dtype=dtype)
+    for value in (torch.nan, logit_scale * torch.inf):
+        bias[8] = value  # of one token alone
+        with pytest.raises(FloatingPointError, match=said.format(19)):
+            found(bias=bias)
+    bias[8] = -logit_scale * torch.inf  # a token that is never said
+    assert found(bias=bias) == [-1 if one < 0 else 8 * (one == 8) for one in target.tolist()]
 
 
 def test_no_gradient_is_formed() -> None:

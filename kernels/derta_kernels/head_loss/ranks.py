@@ -26,6 +26,9 @@ from derta_kernels.head_loss.op import as_in_autocast, check_group, check_number
 from derta_kernels.head_loss.shards import Shards, agree
 
 NO_RANK = -1
+# Added to the rank of a row whose logits are broken. Less than any count, and no sum over the ranks
+# of a group makes it positive.
+BROKEN = -(2**40)
 
 
 @torch.no_grad()
@@ -56,8 +59,9 @@ def token_ranks(
         2^21 numbers of float32 beside it on a CPU. Under autocast also the cast weight.
     Numerics: exact for the logits as `head_loss` rounds them, to hidden's dtype, before scale and
         cap; deterministic. No gradient reaches an input.
-    Synchronisation: on CUDA one transfer to the host, of the live count and the targets' range.
-        With a group one more, and two small messages: n and, chunk by chunk, n numbers.
+    Synchronisation: on CUDA two transfers to the host, of the live count and the targets' range,
+        and of the number of broken rows. With a group one more, and two small messages: n and,
+        chunk by chunk, n numbers.
 
     Args:
         hidden, weight, bias, group: see `head_loss`; the ranks of a group all get the result.
@@ -73,6 +77,8 @@ def token_ranks(
         TypeError: an argument is of the wrong Python type.
         ValueError: a wrong shape, dtype, device or range; a target outside [0, V). On every rank of
             a group: ranks that differ in d, dtype, N, targets or logit_scale.
+        FloatingPointError: a row with a target has a logit that is NaN or above all numbers, so no
+            token of it has a rank. On every rank of a group.
 
     Source: arXiv 2512.05518.
     """
@@ -116,6 +122,11 @@ def token_ranks(
     # Products are in hidden's dtype, whatever autocast would make of them.
     with torch.autocast(hidden.device.type, enabled=False):
         ranks = _ranks(hidden, weight, bias, live_tokens, rows, logit_scale < 0, most, shards)
+    if broken := int((ranks < 0).sum()):
+        raise FloatingPointError(
+            f"logits must be numbers for a token to have a rank, got NaN or infinity in {broken} "
+            f"of {len(ranks)} rows: look at the model's weights, or choose a wider dtype"
+        )
     found = torch.full_like(target, NO_RANK)
     return ranks if rows is None else found.index_copy_(0, rows, ranks)
 
@@ -132,7 +143,7 @@ def _ranks(
 ) -> Tensor:
     """Return the ranks (n,) of tokens (n, 1) of the live rows, in chunks of `most` rows.
 
-    A token that is a row of another rank's shard is -1.
+    A token that is a row of another rank's shard is -1. Ranks of broken rows are negative.
     """
     ranks = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     if len(tokens) == 0:
@@ -147,11 +158,15 @@ def _ranks(
         if is_reversed:
             logits.neg_()
         own = _own_logits(logits, tokens[chunk], shards)
+        if logits.shape[1] > 0:  # a comparison with NaN is false, and would rank the token first
+            are_numbers = logits.amax(1) < torch.inf
+            ranks[chunk].masked_fill_(~are_numbers, BROKEN)
         for part, own_part, into in zip(
             *(values.split(_step(logits)) for values in (logits, own, ranks[chunk])), strict=True
         ):
             # Ones and zeros in the place of logits; their sum is exact below 2^24.
-            into.copy_(part.gt_(own_part).sum(1, dtype=torch.promote_types(dtype, torch.float32)))
+            above = part.gt_(own_part).sum(1, dtype=torch.promote_types(dtype, torch.float32))
+            into.add_(above.long())
     if shards is not None:
         shards.add(ranks)()
     return ranks
