@@ -182,6 +182,7 @@ def advice(trainer: DertaTrainer, config: TrainConfig) -> str:
         step,
         shard=running_engine(trainer.accelerator),
         processors=chip_of(config.device).processors,
+        refusals=min(step.refusals, len(trainer.refusals.tokens)),
     )
     tokens = trainer.train_dataset.largest().input_ids.shape[1]
     triples = plan.Triples(config.branches, config.trunk_share)

@@ -167,10 +167,11 @@ def turns(step: StepSettings) -> Iterator[tuple[str, Callable[[StepSettings], St
         yield "use_liger_kernel: true", turned(liger=True)
 
 
-def table(bytes_by_part: Counter[str]) -> str:
-    """Format the parts, one to a line."""
+def table(bytes_by_part: Counter[str], refusals: int = 1) -> str:
+    """Format the parts, one to a line; the head's names a set of refusal tokens."""
+    of_set = f", with a set of {refusals} refusal tokens" if refusals > 1 else ""
     return "\n".join(
-        f"  {part:12} {bytes_by_part[part] / GIB:7.2f} GiB   {what}"
+        f"  {part:12} {bytes_by_part[part] / GIB:7.2f} GiB   {what}{of_set * (part == 'head')}"
         for part, what in WHAT.items()
         if part in bytes_by_part
     )
@@ -185,7 +186,7 @@ def describe(step: StepSettings, tokens: int, triples: Triples) -> str:
     lines = [
         f"a step with packs of {tokens:,} tokens takes {peak.total() / GIB:.2f} GiB{each} at its "
         f"peak, of {step.capacity / GIB:.2f} GiB: {'it fits' if fits else 'it does not fit'}",
-        table(peak),
+        table(peak, step.refusals),
         _longest(longest_pack(memory, triples), triples, step),
     ]
     saving: dict[str, Callable[[StepSettings], StepSettings]] = {}

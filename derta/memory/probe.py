@@ -25,7 +25,6 @@ from derta.modeling.patch import apply_derta
 from derta.modeling.quantization import layers_for_4_bits, widths
 from derta_kernels.head_loss import chip_of
 
-REFUSAL = 0  # any token
 NOT_TENSORS = ("optimizer", "context")
 
 
@@ -135,7 +134,7 @@ def _run(step: StepSettings, batch: PackedBatch, device: torch.device) -> None:
     adapted: Any = prepared(model, step)
     if step.liger and device.type == "cuda":
         apply_liger_kernel(model, LIGER_LOSSES_OFF)
-    apply_derta(adapted, REFUSAL, offload=step.offload)
+    apply_derta(adapted, range(step.refusals), offload=step.offload)  # any tokens
     for _ in range(2):  # the second pass meets the gradients of the first, as in training
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

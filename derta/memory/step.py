@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from derta.data.tokens.refusal import FOUND_REFUSALS
 from derta.loss import derta_loss
 from derta.memory.engines import LAYERS, Engine, engine_of, stepped
 from derta.memory.optimizer import state_bytes
@@ -75,6 +76,7 @@ class StepSettings:
         mlp_tile: see `tile_mlp`.
         liger: if True, Liger's layers replace the model's (`use_liger_kernel: true`).
         scratch_mb, sparse_backward: see `derta_kernels.head_loss.head_loss`.
+        refusals: number of refusal tokens, more than one for a set.
         gpus: number of GPUs, each of which runs its own packs.
         shard: engine over them, see `ShardSettings`; "none" is "ddp" if there are several.
         offload_parameters: if True, shards lie on the host.
@@ -94,6 +96,7 @@ class StepSettings:
     liger: bool = False
     scratch_mb: float | None = None
     sparse_backward: float = 0.0
+    refusals: int = 1
     gpus: int = 1
     shard: str = "none"
     offload_parameters: bool = False
@@ -137,12 +140,25 @@ def make_step(
         liger=config.use_liger_kernel,
         scratch_mb=config.scratch_mb,
         sparse_backward=config.sparse_backward,
+        refusals=planned_refusals(config.refusal_tokens, config.preference),
         gpus=gpus,
         shard=config.shard,
         offload_parameters=config.offload_parameters and device_type != "cpu",
         device_type=device_type,
         capacity=memory,
     )
+
+
+def planned_refusals(given: str | Sequence[str | int] | None, preference: str | None) -> int:
+    """Return the number of refusal tokens to plan for, the most that are found for "auto".
+
+    Args:
+        given: `refusal_tokens` of a run.
+        preference: its preference loss, whose rows have one token and no set.
+    """
+    if given is None or preference is not None:
+        return 1
+    return FOUND_REFUSALS if given == "auto" else len(given)
 
 
 class StepMemory:
@@ -303,9 +319,9 @@ def _run(
             (vocabulary, width), rows = weight.shape, int(len(hidden) * live)
             dtypes = hidden.dtype, weight.dtype
             sparse = step.sparse_backward > 0
-            return working_bytes(
-                rows, vocabulary, width, *dtypes, step.chip, form_weight, step.scratch_mb, sparse
-            )
+            shape = (rows, vocabulary, width, *dtypes)
+            scratch_mb, refusals = step.scratch_mb, step.refusals
+            return working_bytes(*shape, step.chip, form_weight, scratch_mb, sparse, refusals)
         if name == "derta::interval_attention_backward":
             q, k = args[1:3]
             tokens, heads = q.shape[:2].numel(), q.shape[2]

@@ -34,6 +34,8 @@ from derta.modeling.loading import (
 )
 from derta.modeling.sharded_checkpoint import sharded_weights
 
+REFUSAL = "refusal token"  # in the fingerprint of a run, see `derta.training.fingerprint`
+
 
 def verify(folder: Path) -> list[tuple[str, str]]:
     """Check a folder as loading does, but from configurations and headers alone.
@@ -54,10 +56,13 @@ def verify(folder: Path) -> list[tuple[str, str]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     rows = []
+    run: dict[str, Any] = {}
     if (folder / COMPLETE).is_dir():
         check_model(folder)
     if (folder / MANIFEST).exists():
-        rows.append(("whole", describe(manifest.verify(folder))))
+        whole = manifest.verify(folder)
+        rows.append(("whole", describe(whole)))
+        run = whole.run
     if (folder / ADAPTER_CONFIG).is_file():
         adapted, config = _adapters(folder)
         rows += [*adapted, ("tokenizer", _tokenizer(folder, config))]
@@ -70,6 +75,8 @@ def verify(folder: Path) -> list[tuple[str, str]]:
         )
     if (state := folder / TRAINER_STATE_NAME).is_file():
         rows.append(("training", _training(state)))
+    if REFUSAL in run:
+        rows.append(("refusal", _refusal(folder, run[REFUSAL])))
     return rows
 
 
@@ -124,6 +131,16 @@ def _tokenizer(folder: Path, config: PreTrainedConfig) -> str:
     check_vocabulary(tokenizer, config, str(folder))
     template = "a chat template" if tokenizer.chat_template else "no chat template"
     return f"{len(tokenizer):,} tokens, {template}"
+
+
+def _refusal(folder: Path, trained: int | list[int]) -> str:
+    """Return the refusal token that a run trained, or its set."""
+    ids = [trained] if isinstance(trained, int) else trained
+    named = [f"id {id}" for id in ids]
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(str(folder), None, local_files_only=True)
+        named = [f"{tokenizer.decode([id])!r} (id {id})" for id in ids]
+    return f"a set of {len(ids)} tokens: {', '.join(named)}" if len(ids) > 1 else named[0]
 
 
 def _training(state: Path) -> str:

@@ -182,19 +182,25 @@ class LossSettings:
         Raises:
             ValueError: both do, or the list is empty, too long or has auto in it.
         """
-        given = self.refusal_tokens
-        if given is None:
-            return
-        if self.refusal != "auto":
+        if self.refusal_tokens is not None and self.refusal != "auto":
             raise ValueError(
                 f"refusal_tokens and refusal: {self.refusal} both name the refusal: leave one out"
             )
-        if isinstance(given, list) and not 1 <= len(given) <= MOST_REFUSALS:
-            raise ValueError(
-                f"refusal_tokens must have 1 to {MOST_REFUSALS} tokens, got {len(given)}"
-            )
-        if isinstance(given, list) and "auto" in given:
-            raise ValueError("refusal_tokens must be auto or a list of tokens, got auto in a list")
+        check_refusal_set(self.refusal_tokens)
+
+
+def check_refusal_set(given: Literal["auto"] | list[str | int] | None) -> None:
+    """Check the number of refusal tokens.
+
+    Raises:
+        ValueError: the list is empty, too long or has auto in it.
+    """
+    if not isinstance(given, list):
+        return
+    if not 1 <= len(given) <= MOST_REFUSALS:
+        raise ValueError(f"refusal_tokens must have 1 to {MOST_REFUSALS} tokens, got {len(given)}")
+    if "auto" in given:
+        raise ValueError("refusal_tokens must be auto or a list of tokens, got auto in a list")
 
 
 @dataclass(kw_only=True)

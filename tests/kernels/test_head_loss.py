@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -831,6 +832,27 @@ def test_the_plan_knows_the_memory_of_a_call(
     arguments = dict(scratch_mb=scratch_mb, sparse_backward=1e-30 * sparse, impl="torch")
     peak = peak_bytes(lambda: head_loss(hidden, weight, target, **arguments))
     assert peak == pytest.approx(planned, rel=0.01)
+
+
+def test_the_plan_knows_the_memory_of_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # chunks of their real size
+    hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(3001, 8)
+    target, rto_mask = torch.randint(len(weight), (256,)), torch.ones(256, dtype=torch.bool)
+    shape = (256, *weight.shape, torch.float32, torch.float32, Chip("cpu"), False)
+    peaks = {
+        refusals: peak_bytes(
+            functools.partial(
+                head_loss, hidden, weight, target, rto_mask,
+                refusal_token_id=range(refusals), impl="torch",
+            )
+        )
+        for refusals in (1, 512)
+    }  # fmt: skip
+    planned = {refusals: working_bytes(*shape, refusals=refusals) for refusals in peaks}
+    # That of 256 rows, a set of 512 tokens, and 8 numbers of float32 for each.
+    assert planned[512] - planned[1] == 8 * 256 * 512 * 4
+    assert peaks[512] - peaks[1] == pytest.approx(planned[512] - planned[1], rel=0.25)
+    assert planned[512] == pytest.approx(peaks[512], rel=0.2)
 
 
 def test_every_row_of_the_scratch_is_aligned_for_wide_loads() -> None:

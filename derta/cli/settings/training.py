@@ -17,6 +17,7 @@ from derta.training.settings import (
     PackSettings,
     RecipeSettings,
     ShardSettings,
+    check_refusal_set,
 )
 
 
@@ -57,6 +58,11 @@ class PlanConfig(
         ge=1,
         le=100_000,
     )
+    refusal_tokens: Literal["auto"] | list[str | int] | None = setting(
+        None,
+        "Several refusal tokens, as in training. Their number counts here; auto is planned as the "
+        "most that it finds, 8. null: one.",
+    )
     prompt_tokens: int = setting(PROMPT_TOKENS, "Mean length of a prompt, in tokens.", ge=1)
     safe_tokens: int = setting(SAFE_TOKENS, "Mean length of a safe response, in tokens.", ge=1)
     probe: bool = setting(
@@ -69,6 +75,7 @@ class PlanConfig(
     def __post_init__(self) -> None:
         super().__post_init__()
         self.follow_recipe()
+        check_refusal_set(self.refusal_tokens)
         self.check_memory()
         self.check_sharding()
         if self.shard != "none" and self.gpus == 1:

@@ -24,6 +24,7 @@ from torch import Tensor
 from derta_kernels.head_loss.chunks import Chip, Problem, chip_of, chunk_rows, split
 from derta_kernels.head_loss.row_pass import SIZES, TILE, RowPass
 from derta_kernels.head_loss.shards import Shards
+from derta_kernels.head_loss.token_set import SET_NUMBERS
 
 if TYPE_CHECKING:
     from derta_kernels.head_loss.sparse import SparseBackward
@@ -133,6 +134,7 @@ def head_loss_chunked(
                        is narrower than the sum
         N d b          gradient of hidden, if required, and 3 C d p more
         w V (d + 1)    gradients of weight and bias, each only if required
+        8 C K w        numbers of a refusal set of K tokens, see `token_set.with_set`
     With `shards`, V is this rank's rows of weight, and two chunks share the scratch's budget:
         2 C V p        scratch
         2 C d w        parts of the gradient of hidden, if required, in place of 1 of the 3 C d p
@@ -275,6 +277,7 @@ def working_bytes(
     trainable: bool,
     scratch_mb: float | None = None,
     sparse: bool = False,
+    refusals: int = 1,
 ) -> int:
     """Estimate the peak bytes for `count` live rows, beyond inputs and results.
 
@@ -285,6 +288,7 @@ def working_bytes(
         trainable: if True, the gradient of weight is formed.
         scratch_mb: see `head_loss_chunked`.
         sparse: if True, the backward pass is sparse.
+        refusals: tokens of the refusal set, 1 if it is no set, see `token_set.with_set`.
     """
     size = product_dtype(dtype, chip.device_type).itemsize
     most = chunk_rows(count, Problem(vocabulary, width, size, trainable), chip, scratch_mb)
@@ -298,7 +302,10 @@ def working_bytes(
         blocks = 8 * rows * -(-vocabulary // TILE)
         if chip.device_type == "cpu":  # figures are formed after the row pass
             blocks += size * min(rows * vocabulary, max(SIZES, vocabulary))
-    return rows * (_padded(vocabulary, size) + 3 * width) * size + sliced + cast + blocks
+    of_set = 0
+    if refusals > 1:
+        of_set = SET_NUMBERS * rows * refusals * torch.promote_types(dtype, torch.float32).itemsize
+    return rows * (_padded(vocabulary, size) + 3 * width) * size + sliced + cast + blocks + of_set
 
 
 def longest(chunks: list[slice]) -> int:

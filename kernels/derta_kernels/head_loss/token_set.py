@@ -23,6 +23,9 @@ from torch import Tensor
 from derta_kernels.head_loss.row_pass import RowPass, then_blocks
 from derta_kernels.head_loss.shards import merged
 
+# The most numbers that a chunk's row has at once for each token of the set.
+SET_NUMBERS = 8
+
 
 class TokenSet(NamedTuple):
     """A set of K tokens, as columns of a chunk's logits.
@@ -92,7 +95,7 @@ def with_set(row_pass: RowPass, tokens_of: TokenSet) -> RowPass:
     sum(token_weight * nll) with it. Summaries have K more numbers, the logits z of the set. The
     first walk masks the set's columns; the second one writes all of the gradient.
 
-    Memory: about 8 C K numbers in the dtype computed in.
+    Memory: about 8 C K numbers in the dtype computed in, see `SET_NUMBERS`.
     """
 
     def first_walk(

@@ -271,17 +271,38 @@ def test_a_training_configuration_can_be_planned(
     path = tmp_path / "run.yaml"
     path.write_text(
         "sources: {path: a, role: safety}\noutput_dir: b\nmethod: lora\nlora_r: 4\nmlp_tile: 9\n"
-        "scratch_mb: 64\nsparse_backward: 0.01\n",
+        "scratch_mb: 64\nsparse_backward: 0.01\nrefusal_tokens: [Sorry, I, 5]\n",
         encoding="utf-8",
     )
     assert main(["plan", str(path), "--model", str(tmp_path), "--gpu", "8"]) == 0
     (step,) = planned
     assert (step.method, step.mlp_tile) == (Method(method="lora", lora_r=4), 9)
     assert step.capacity == 8 * GIB
-    assert (step.scratch_mb, step.sparse_backward) == (64, 0.01)
+    assert (step.scratch_mb, step.sparse_backward, step.refusals) == (64, 0.01, 3)
+    for extra, refusals in (("--refusal_tokens auto", 8), ("--preference simpo --rto_keep 0", 1)):
+        options = ["--model", str(tmp_path), "--gpu", "8", *extra.split()]
+        assert main(["plan", str(path), *options]) == 0
+        assert planned[-1].refusals == refusals
     path.write_text("lora_rank: 4\n", encoding="utf-8")
     assert main(["plan", str(path), "--model", str(tmp_path), "--gpu", "8"]) == 1
     assert f"{path}: unknown key 'lora_rank'; did you mean 'lora_r'?" in capsys.readouterr().err
+
+
+def test_a_set_of_refusal_tokens_is_counted_and_named() -> None:
+    config = AutoConfig.for_model("llama", **TINY | dict(num_hidden_layers=2))
+    alone, several = (
+        StepSettings(config=config, capacity=GIB, device_type="cpu", refusals=refusals)
+        for refusals in (1, 64)
+    )
+    triples = Triples(1, 0.5, 40, 70)
+    added = needed(StepMemory(several), 1024, triples) - needed(StepMemory(alone), 1024, triples)
+    rows = int(1024 * triples.live(1024))
+    assert 0 < added["head"] <= 8 * rows * 64 * 4 and added.keys() == {"head"}
+    assert "working memory of the head loss, with a set of 64 refusal tokens" in describe(
+        several, 1024, triples
+    )
+    assert "refusal tokens" not in describe(alone, 1024, triples)
+    assert "through random weights, forward and backward, runs" in probe(several, 300, triples, CPU)
 
 
 @pytest.mark.parametrize("method", ["full", QLORA])
@@ -419,6 +440,7 @@ def test_a_plan_is_probed_only_on_request(
         (["--gpu", "8", "--mlp_tile", "0"], "mlp_tile must be at least 1 token, got 0"),
         (["--gpu", "8", "--lora_r", "0"], "lora_r must lie in [1, 8192], got 0"),
         (["--gpu", "8", "--lora_dropout", "1"], "lora_dropout must lie in [0, 1), got 1.0"),
+        (["--gpu", "8", "--refusal_tokens", "[]"], "refusal_tokens must have 1 to 64 tokens, got"),
         (["--gpu", "8", "--gpus", "0"], "gpus must lie in [1, 100000], got 0"),
         (["--gpu", "8", "--shard", "fsdp"], "gpus must be at least 2 with shard: fsdp, got 1"),
         (["--gpu", "8", "--gpus", "2", "--probe"], "gpus must be 1 with probe, which runs on one"),

@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from derta.cli import main
+from derta.manifest import write_manifest
 from derta.modeling.folders import file_headers
 from derta.modeling.loading import CLASSIFIER, load_model, load_tuned
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -586,6 +587,15 @@ def test_doctor_says_what_a_folder_is(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()
     assert told(checkpoint)[1:] == ["tokenizer   none", "training    step 2 of 30"]
+    for trained, said in (
+        (5, "{0!r} (id 5)"),
+        ([5, 6], "a set of 2 tokens: {0!r} (id 5), {1!r} (id 6)"),
+    ):
+        tuned = tmp_path / f"tuned-{said[:1]}"
+        shutil.copytree(good / "model", tuned)
+        write_manifest(tuned, "model", run={"refusal token": trained})
+        texts = [tiny_tokenizer().decode([id]) for id in (5, 6)]
+        assert told(tuned)[-1] == f"refusal     {said.format(*texts)}"
     assert main(["doctor", str(tmp_path)]) == main(["doctor", "none"]) == 1
     empty, absent = capsys.readouterr().err.splitlines()
     assert empty == f"derta doctor: {tmp_path}: holds no model, expected config.json or " + (
