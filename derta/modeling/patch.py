@@ -417,6 +417,9 @@ def _forward_packed(
             inputs["output_router_logits"] = False  # its loss would read the mask as padding
         return own(*args, **inputs)
 
+    for name, fill in objective.columns.items():
+        if fill != fill and name not in columns:  # NaN: no value says that the row has none
+            raise _missing(name)
     device = visible_until.device
     with offloading(model, device) if patch.offload else contextlib.nullcontext():
         body = run_body(model, *args, **inputs)
@@ -426,7 +429,7 @@ def _forward_packed(
         return objective.loss(
             hidden,
             head_of(model),
-            {**columns, **(row_lists or {})},
+            _Columns({**columns, **(row_lists or {})}),
             refusal_token_id=patch.refusal_token_id,
             loss_weight=loss_weight,
             live_rows=live_rows,
@@ -445,6 +448,20 @@ def _forward_packed(
         weight: Any = model.router_aux_loss_coef
         loss = loss + router_weight * weight * aux_loss.to(loss.device)
     return DertaOutput(loss=loss, rows=rows, aux_loss=aux_loss)
+
+
+class _Columns(dict[str, Tensor]):
+    """The columns of a pack. One that the objective cannot do without is named in an error."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise _missing(name)
+
+
+def _missing(name: str) -> ValueError:
+    return ValueError(
+        f"{name} is required by the model's objective, got None: pack batches with the objective "
+        "that apply_derta was given"
+    )
 
 
 def _active_columns(model: PreTrainedModel) -> Iterable[str]:

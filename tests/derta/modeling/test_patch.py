@@ -38,6 +38,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from derta.modeling.attention import packed_mask
 from derta.modeling.patch import apply_derta, checkpoint_layers, remove_derta
+from derta.objectives.preference import PreferenceObjective
 from derta_kernels.attention import layout_of
 from tiny import tiny_model
 
@@ -662,6 +663,30 @@ def test_a_call_unfit_for_packs_is_refused(change, error, message) -> None:
     apply_derta(model, REFUSAL)
     with pytest.raises(error, match=message):
         model(**{**pack(), **change})
+
+
+def test_columns_without_pairs_are_refused_by_a_preference_loss() -> None:
+    def refused(preference: str, beta: float, columns: dict[str, Any]) -> str:
+        objective = PreferenceObjective(
+            branches=1,
+            preference=preference,
+            preference_beta=beta,
+            preference_weight=1.0,
+            simpo_gamma=1.0 if preference == "simpo" else None,
+        )
+        model = apply_derta(tiny_model("llama"), REFUSAL, objective=objective)
+        given = {name: values for name, values in pack().items() if name != "rto_mask"}
+        with pytest.raises(ValueError, match="^") as caught:
+            model(**given | columns)
+        return str(caught.value)
+
+    end = "is required by the model's objective, got None: pack batches with the objective that"
+    assert refused("simpo", 2.0, {}).startswith(f"pair_back {end}")
+    pairs = {"pair_back": torch.full((1, 17), -1)}
+    assert refused("simpo", 2.0, pairs).startswith(f"rejected_labels {end}")
+    # Without the reference's numbers, DPO would train towards another one.
+    pairs["rejected_labels"] = torch.full((1, 17), -100)
+    assert refused("dpo", 0.1, pairs).startswith(f"chosen_reference {end}")
 
 
 def test_term_weights_may_be_partial() -> None:
