@@ -65,12 +65,29 @@ def test_a_ban_follows_from_the_material() -> None:
 
 def test_testing_shares_no_gadget_pair_recipe_or_wording_with_tuning() -> None:
     tuned, tested = ([one for kind in kinds for one in kind] for kinds in (TUNING, HELD_OUT))
-    # The answers to borderline requests are short, and gadgets share them.
-    full = [one for one in tested if not getattr(one, "borderline", False)]
     assert not {subject(one).gadget for one in tuned} & {subject(one).gadget for one in tested}
     assert not {subject(one)[1:] for one in tuned} & {subject(one)[1:] for one in tested}
-    assert not {answer(one) for one in tuned} & {answer(one) for one in full}
+    assert not {answer(one) for one in tuned} & {answer(one) for one in tested}
     assert not {wording(one) for one in tuned} & {wording(one) for one in tested}
+
+
+@pytest.mark.parametrize("gadgets", [3, 48, 60, 264])
+def test_no_answer_to_a_borderline_request_of_testing_is_one_of_tuning(gadgets: int) -> None:
+    guild = make_guild(1, gadgets)
+    tuned, tested = ([guild.places[one] for one in own] for own in (guild.tuning, guild.testing))
+    assert not set(tuned) & set(tested)
+    # The answers are shared only by more gadgets than there are answers.
+    most = collections.Counter(tuned + tested).most_common(1)[0][1]
+    assert most == -(-gadgets // 48) and guild.places.keys() == {*guild.tuning, *guild.testing}
+
+
+def test_no_item_of_testing_is_twice_among_records_of_a_kind() -> None:
+    for records in HELD_OUT:
+        assert len({subject(one) for one in records}) == len(records) == 200
+        assert {wording(one) for one in records} == {wording(one) for one in records[:100]}
+    few = make_guild(0, 6)
+    with pytest.raises(ValueError, match="^held_out must be at most 48, the items of testing, got"):
+        held_out_records(few, 49, 0)
 
 
 def test_every_material_and_place_of_testing_is_in_tuning() -> None:
