@@ -17,6 +17,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from derta.data import Chat
+from derta.evaluation.evaluate import tokens_before
 from derta.evaluation.generation.local import generate, stop_ids
 from derta.evaluation.generation.server import (
     Query,
@@ -374,6 +375,23 @@ def test_only_the_token_that_ended_an_answer_is_removed(served: Served, chat: Ch
     )
     assert [one.ids for one in written] == [ids[1], ids[2][:-1], ids[3]]
     assert len({one.text for one in written}) == 1
+
+
+def test_a_token_of_a_padded_vocabulary_has_no_text(served: Served, chat: Chat) -> None:
+    """The rows that pad a head to a round size may be said, and no tokenizer knows them."""
+    size = len(chat.tokenizer)
+    served.reply = lambda path, body: said("the text", [50, size, size + 999, 51])
+    generator = ServerGenerator(server(served, max_retries=0), chat, max_new_tokens=4)
+    ((text, ids),) = [(one.text, one.ids) for one in generator([[1]], ids=["a"])]
+    assert ids == [50, size, size + 999, 51]
+    assert text == chat.tokenizer.decode([50, 51])
+    assert tokens_before(chat.tokenizer, ids, len(chat.tokenizer.decode([50]))) == 3
+    for wrong in ([-1], [2**31], ["1"], [True], {"0": 1}):
+        served.reply = lambda path, body, wrong=wrong: {
+            **said("x"), "choices": [{**said("x")["choices"][0], "token_ids": wrong}]
+        }  # fmt: skip
+        with pytest.raises(ConnectionError, match="replied with something other than text"):
+            generator([[2]], ids=["a"])
 
 
 def test_the_longest_prompt_is_sent_first_under_its_own_name(served: Served, chat: Chat) -> None:
