@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from derta.data import Chat
-from derta.data.tokens.chat import PROBE
+from derta.data.tokens.chat import BATCH, PROBE, batched
 from derta.evaluation.judges.base import KeywordJudge
 
 SLOT = "{request}"
@@ -102,7 +102,11 @@ def refusal_starts(
     Returns:
         token ids in ascending order; none of them ends an answer.
     """
-    begun = Counter(_start(chat, chat.response_ids(PROBE, text)) for text in refusals)
+    begun: Counter[int] = Counter()
+    for batch in batched(Counter(refusals).items(), BATCH):
+        rendered = [chat.render(PROBE, text) for text, _ in batch]
+        for (_, count), (_, ids) in zip(batch, chat.answer_ids(rendered), strict=True):
+            begun[_start(chat, ids)] += count
     found = {refusal_id} if isinstance(refusal_id, int) else set(refusal_id)
     found |= {id for id, count in begun.items() if count >= LEAST_SHARE * len(refusals)}
     for keyword in keywords:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from derta.data import Chat, Message
 from derta.data.tokens.chat import PROBE, Answer
@@ -38,6 +39,30 @@ class Defence:
             raise ValueError("system_prompt or reinsert_header must be given, got neither")
         if self.header_after < 0:
             raise ValueError(f"header_after must be at least 0, got {self.header_after}")
+
+    def conditions(self) -> dict[str, Any]:
+        """Return the settings on which rates depend."""
+        return {
+            "system_prompt": self.system_prompt or None,
+            "header_after": self.header_after if self.reinsert_header else None,
+        }
+
+
+def defended(chat: Chat, defence: Defence | None) -> Chat:
+    """Return a model's chat under a defence.
+
+    Args:
+        chat: the model's tokenizer and template.
+        defence: the defence; None: the chat as it is.
+
+    Raises:
+        ValueError: the chat template has no system message or no header, and the defence needs it.
+    """
+    if defence is None:
+        return chat
+    if defence.reinsert_header:
+        chat.header_ids()
+    return InstructedChat(chat, defence.system_prompt) if defence.system_prompt else chat
 
 
 class InstructedChat(Chat):

@@ -15,7 +15,7 @@ from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
 from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
 from derta.evaluation.attacks import Attacks, keywords_of, refusal_starts, thinking_tag
-from derta.evaluation.defences import Defence, InstructedChat
+from derta.evaluation.defences import Defence, defended
 from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
 from derta.evaluation.judges.base import Exchange, Judge, KeywordJudge, Verdict
@@ -37,6 +37,7 @@ from derta.evaluation.teacher_forcing import (
     response_curves,
 )
 from derta.modeling.introspection import context_length
+from derta_kernels.head_loss import checked_ids
 
 # The verdict for trials that need no judge.
 UNJUDGED = Verdict(refused=None)
@@ -104,7 +105,10 @@ class EvaluationSettings(Attacks):
                 raise ValueError(f"{name} must be at least {limit}, got {getattr(self, name)}")
 
     def conditions(self) -> dict[str, Any]:
-        """Return the settings on which rates depend, beside data, prompts and judges."""
+        """Return the settings on which rates depend, beside data, prompts and judges.
+
+        Those of a defence are None without it, so that a row without is unlike one with it.
+        """
         attacks: dict[str, Any] = {
             "refusal_banned": self.refusal_banned or None,
             "temperature": self.temperature if self.sampling else None,
@@ -120,6 +124,8 @@ class EvaluationSettings(Attacks):
             "max_new_tokens": self.max_new_tokens,
             "empty_answers": self.empty_answers,
             **{name: value for name, value in attacks.items() if value is not None},
+            **dict.fromkeys(("system_prompt", "header_after")),
+            **({} if self.defence is None else self.defence.conditions()),
         }
 
 
@@ -176,7 +182,8 @@ class Answered:
         scenarios: the scenarios.
         answers: answers to the trials of each scenario.
         tokenizer: the model's tokenizer.
-        found: curves, what they tell of attacks, perplexity, figures of lm-eval, and the duration.
+        found: curves, what they tell of attacks, perplexity, figures of lm-eval, conditions, and
+            the duration.
         exports: name to requests and answers for another program.
     """
 
@@ -217,9 +224,7 @@ def collect_answers(
     """
     started = time.perf_counter()
     defence = settings.defence
-    chat = Chat(tokenizer, settings.special_tokens_in_text)
-    if defence is not None and defence.system_prompt:
-        chat = InstructedChat(chat, defence.system_prompt)
+    chat = defended(Chat(tokenizer, settings.special_tokens_in_text), defence)
     for place, template in enumerate(settings.templates):
         chat.check_text(f"templates[{place}]", template)
     if data.harmful and not any(request.response for request in data.harmful):
@@ -237,12 +242,12 @@ def collect_answers(
         ),
     )
     trials = [_trials(scenario, chat) for scenario in chosen]
-    curves: list[list[ResponseCurves]] = [[], [], []]
+    curves, refusals = _NO_CURVES
     nll, lm_figures = (0.0, 0), {}
     if model is None:
         refuse_what_takes_a_model(data, settings)
     elif defence is None:
-        curves = _curves(model, chat, data, settings)
+        curves, refusals = _curves(model, chat, data, settings)
         nll = _perplexity(model, tokenizer, data, settings)
         lm_figures = run_tasks(model, tokenizer, settings.lm_eval, settings.batch_size)
     if generator is None:
@@ -273,10 +278,12 @@ def collect_answers(
         harmful_curves=harmful,
         benign_curves=benign,
         borderline_curves=borderline,
+        refusals=refusals,
         harmful_ranks=ranks,
         top_k=tuple(settings.rank_attack.top_k),
         perplexity=nll,
         lm_eval=lm_figures,
+        conditions=settings.conditions(),
         refusal_starts=tuple(map(chat.text, starts)),
         seconds=time.perf_counter() - started,
     )
@@ -290,7 +297,7 @@ def judge_answers(
 
     Args:
         answered: the answers, one entry per model.
-        settings: see `EvaluationSettings`: those of the answers.
+        settings: see `EvaluationSettings`: those of the answers, but for a defence.
     """
     verdicts = {name: _verdicts(judge, answered) for name, judge in settings.judges.items()}
     return [
@@ -317,7 +324,6 @@ def _result(
             *(_outcome(*one, tokenizer, apart) for one in said[main]),
             *answered.found.outcomes,
         ),
-        conditions=settings.conditions(),
         judge=main,
         judges={
             name: tuple(_outcome(*one, tokenizer, apart) for one in said[name] if one[0].is_judged)
@@ -515,16 +521,19 @@ def _sample(
     )
 
 
+_NO_CURVES: tuple[list[list[ResponseCurves]], int] = [[], [], []], 1
+
+
 def _curves(
     model: PreTrainedModel, chat: Chat, data: EvaluationData, settings: EvaluationSettings
-) -> list[list[ResponseCurves]]:
-    """Return the curves of harmful, benign and borderline responses."""
+) -> tuple[list[list[ResponseCurves]], int]:
+    """Return the curves of harmful, benign and borderline responses, and their refusal tokens."""
     kinds = [
         [request for request in requests if request.response]
         for requests in (data.harmful, data.benign, data.borderline)
     ]
     if not settings.curve or not kinds[0]:
-        return [[]] * len(kinds)
+        return _NO_CURVES
     refusal_id = find_refusal_token(model, chat.tokenizer, settings.refusal)
     curves = iter(
         response_curves(
@@ -536,7 +545,8 @@ def _curves(
             special_tokens_in_text=settings.special_tokens_in_text,
         )
     )
-    return [list(itertools.islice(curves, len(kind))) for kind in kinds]
+    by_kind = [list(itertools.islice(curves, len(kind))) for kind in kinds]
+    return by_kind, len(checked_ids(refusal_id))
 
 
 def _perplexity(

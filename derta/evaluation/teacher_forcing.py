@@ -277,6 +277,7 @@ def refusal_curve(
     Raises:
         ValueError: `apply_derta` refuses the model, it is patched with another refusal token, or an
             example does not fit its context.
+        FloatingPointError: the model's probabilities are NaN.
     """
     return _read_responses(model, examples, refusal_token_id, max_tokens, TRUNKS, _refusal_of)
 
@@ -298,7 +299,7 @@ def response_curve(
         model, examples, refusal_token_id, max_tokens: see `refusal_curve`.
 
     Raises:
-        ValueError: as `refusal_curve`.
+        ValueError, FloatingPointError: as `refusal_curve`.
     """
 
     def curves_of(rows: _Rows) -> ResponseCurves:
@@ -331,6 +332,11 @@ def _read_responses(
         made = {}
         for nth, place in enumerate(read.places):
             own = (index == nth) & (depth >= 0)
+            if np.isnan(rows["rto"][own]).any():
+                raise FloatingPointError(
+                    f"{drawn[place].example.id}: the refusal's probability is NaN, expected a "
+                    "number: look at the model's weights, or choose dtype float32"
+                )
             made[place] = reduce({name: values[own] for name, values in rows.items()})
         return made
 

@@ -507,12 +507,10 @@ def load_tuned(
         OSError: a folder lacks a model in safetensors or a tokenizer.
     """
     adapters = None
-    weights = tokens = str(folder)
+    weights, tokens = str(folder), tokenizer_of(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         adapters = read_adapters(folder)
         weights = base_of(folder, adapters)
-        if not (folder / "tokenizer_config.json").is_file():
-            tokens = weights
     tokenizer = load_tokenizer(tokens, chat_template, local_files_only=True)
     if adapters is not None:  # before the weights of a large base model are read
         config = load_config(weights, local_files_only=True)
@@ -521,6 +519,20 @@ def load_tuned(
     model: Any = load_model(weights, dtype, local_files_only=True)
     check_vocabulary(tokenizer, model.config, tokens)
     return model if adapters is None else put_adapters(model, adapters, folder), tokenizer
+
+
+def tokenizer_of(folder: Path) -> str:
+    """Return the path or hub name whose tokenizer is that of a folder's model.
+
+    It is the folder, or the base model of adapters without a tokenizer.
+
+    Raises:
+        ValueError, FileNotFoundError: adapters are damaged, or their base model is not here.
+    """
+    has_own = (folder / "tokenizer_config.json").is_file()
+    if has_own or not (folder / ADAPTER_CONFIG).is_file():
+        return str(folder)
+    return base_of(folder, read_adapters(folder))
 
 
 def base_of(folder: Path, adapters: PeftConfig) -> str:

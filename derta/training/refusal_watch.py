@@ -6,6 +6,7 @@ that passes is a successful attack; a stopped answer to a harmless request is an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 
 import numpy as np
@@ -86,9 +87,13 @@ class RefusalWatch:
 
     `add` never waits for the device and keeps 4 bytes a token there; `read` costs one transfer to
     the host.
+
+    Args:
+        refusals: number of refusal tokens that the curves add up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refusals: int) -> None:
+        self._refusals = refusals
         self._probabilities: list[Tensor] = []
         self._rows: list[tuple[str, np.ndarray]] = []
         self._tokens = 0
@@ -128,8 +133,11 @@ class RefusalWatch:
         curves: dict[str, list[np.ndarray]] = {"safety": [], "helpful": [], "borderline": []}
         for role, curve in gather_object(self._curves()):
             curves[role].append(curve)
-        figures = forced_rates(curves["safety"], curves["helpful"], PREFILL_DEPTHS)
-        borderline = forced_rates([], curves["borderline"], PREFILL_DEPTHS)
+        rates = functools.partial(
+            forced_rates, prefill_depths=PREFILL_DEPTHS, refusals=self._refusals
+        )
+        figures = rates(curves["safety"], curves["helpful"])
+        borderline = rates([], curves["borderline"])
         if borderline:
             figures["over_refusal_borderline"] = borderline["over_refusal"]
         refused = [rate for name, rate in figures.items() if name.startswith("over_refusal")]

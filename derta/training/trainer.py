@@ -626,7 +626,8 @@ class DertaTrainer(ResumableTrainer):
         if self.objective.needs_references:
             self._refer(held_out.losses, "eval" if eval_dataset is None else None)
         model.eval()
-        metrics, watch = StepMetrics(self.objective, self.args.device), RefusalWatch()
+        metrics = StepMetrics(self.objective, self.args.device)
+        watch = RefusalWatch(len(self.refusals.tokens))
         for step in range(held_out.losses.plan.steps_per_epoch):
             for batch in held_out.losses[step]:
                 batch = batch.to(self.args.device, non_blocking=True)

@@ -18,7 +18,7 @@ from derta.evaluation import (
     mean_curve,
     response_curves,
 )
-from derta.evaluation.measures.curve import CERTAIN
+from derta.evaluation.measures.curve import certain
 from derta.evaluation.measures.results import DIGITS, VariantResult, rank_curves
 from derta.evaluation.reporting.plots import draw
 from derta.evaluation.reporting.report import format_table
@@ -26,28 +26,32 @@ from derta.modeling.loading import find_device, load_tuned, weights_dtype
 from derta.modeling.shared_work import over_ranks
 from derta.outputs import compact_json, write_whole
 from derta.terminal import say
+from derta_kernels.head_loss import checked_ids
 
 # Names of the roles' responses in results and pictures.
 KINDS = {"safety": "harmful", "helpful": "benign", "borderline": "borderline"}
 
 
-def format_curve(curves: Sequence[ResponseCurves], top_k: Sequence[int]) -> str:
+def format_curve(curves: Sequence[ResponseCurves], top_k: Sequence[int], refusals: int) -> str:
     """Return a table by depth, at powers of two up to the longest response.
 
     Args:
         curves: the result of `response_curves`.
         top_k: values of k.
+        refusals: number of refusal tokens that the curves add up.
 
     Returns:
         for every depth the number of responses that reach it; mean and quartiles of the refusal
-        token's probability, and the share in which it is above half; the share in which the
-        response's next token is among the top k. In percent.
+        tokens' probability, and the share in which it is above half, or above K / (K + 1) for K
+        tokens, so that a refusal is `certain`; the share in which the response's next token is
+        among the top k. In percent.
     """
     longest = max(len(curve.refusal) for curve in curves) - 1
     depths = [0, *(2**k for k in range(longest.bit_length()))]
     tops = [f"top {k}" for k in top_k]
+    sure = f"above {refusals}/{refusals + 1}" if refusals > 1 else "above half"
     lines = [
-        f"{'depth':>6}{'responses':>11}{'mean':>8}{'quartiles':>16}{'above half':>12}"
+        f"{'depth':>6}{'responses':>11}{'mean':>8}{'quartiles':>16}{sure:>12}"
         + "".join(f"{top:>9}" for top in tops)
     ]
     for depth in depths:
@@ -58,7 +62,8 @@ def format_curve(curves: Sequence[ResponseCurves], top_k: Sequence[int]) -> str:
         within = [f"{100 * (ranks < k).mean():.1f}" if len(ranks) else "–" for k in top_k]
         lines.append(
             f"{depth:>6}{len(read):>11}{100 * read.mean():>8.1f}{quartiles:>16}"
-            f"{100 * (read > CERTAIN).mean():>12.1f}" + "".join(f"{one:>9}" for one in within)
+            f"{100 * (read > certain(refusals)).mean():>12.1f}"
+            + "".join(f"{one:>9}" for one in within)
         )
     return "\n".join(lines)
 
@@ -133,7 +138,8 @@ def _run(config: CurveConfig, *, is_first: bool) -> None:
             write_whole(output / f"{files[plot]}.svg", svg.encode())
     write_whole(output / "curve.json", compact_json(result).encode())
     say(f"probability of {refusal!r} (id {refusal_id}), and next tokens in the top k, in percent")
-    parts = (format_curve(curves, config.top_k), format_table(summary))
+    count = len(checked_ids(refusal_id))
+    parts = (format_curve(curves, config.top_k, count), format_table(summary))
     say("\n\n".join([*filter(None, parts), f"curves: {output / 'curve.json'}"]))
 
 

@@ -33,8 +33,8 @@ from derta.evaluation import (
     summarize,
     write_report,
 )
-from derta.evaluation.attacks import SLOT
-from derta.evaluation.defences import Defence
+from derta.evaluation.attacks import SLOT, thinking_tag
+from derta.evaluation.defences import Defence, defended
 from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
 from derta.evaluation.judges.registry import make_judges, verdicts_file
@@ -44,6 +44,7 @@ from derta.modeling.loading import (
     find_device,
     load_tokenizer,
     load_tuned,
+    tokenizer_of,
     weights_dtype,
 )
 from derta.modeling.shared_work import over_ranks, ranks
@@ -235,10 +236,7 @@ def find_generator(
     if loaded is None:
         server = Server(server_settings(config, name), kept)
         return ServerGenerator(server, chat, max_new_tokens=config.max_new_tokens)
-    folders = [folder]
-    if (folder / "adapter_config.json").is_file():
-        folders.append(Path(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)))
-    model = fingerprint(*folders, dtype=str(dtype))
+    model = fingerprint(*whole_model(folder), dtype=str(dtype))
     return ModelGenerator(
         loaded,
         chat,
@@ -246,6 +244,13 @@ def find_generator(
         batch_size=config.batch_size,
         answers=AnswerFile(kept, chat.tokenizer, model),
     )
+
+
+def whole_model(folder: Path) -> list[Path]:
+    """Return the folders that make a model: its own, and that of the base model of adapters."""
+    if not (folder / "adapter_config.json").is_file():
+        return [folder]
+    return [folder, Path(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path))]
 
 
 def server_settings(config: EvaluateConfig, name: str) -> ServerSettings:
@@ -278,6 +283,26 @@ def read_defences(config: EvaluateConfig) -> dict[str, Defence]:
         except ValueError as error:
             raise ValueError(f"defences.{name}: {error}") from error
     return defences
+
+
+def check_template(config: EvaluateConfig, folder: Path, defences: Sequence[Defence]) -> None:
+    """Check that a model's chat template has what the evaluation needs, before any model answers.
+
+    Raises:
+        ValueError: it lacks a system message, a header or a thinking block; names the folder.
+    """
+    if not defences and not config.prefill_thinking:
+        return
+    tokens = tokenizer_of(folder)
+    tokenizer = load_tokenizer(tokens, config.chat_template, local_files_only=True)
+    try:
+        chat = Chat(tokenizer, config.special_tokens_in_text)
+        if config.prefill_thinking:
+            thinking_tag(chat, config.prefill_thinking)
+        for defence in defences:
+            defended(chat, defence)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def answers_folder(config: EvaluateConfig) -> Path:
@@ -355,6 +380,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     settings = evaluation_settings(config)
     if config.servers:
         refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))
+    for folder in folders.values():
+        check_template(config, folder, list(defences.values()))
     kept = answers_folder(config)
     answered: dict[str, Answered] = {}
     for name, folder in folders.items():

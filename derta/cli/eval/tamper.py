@@ -8,6 +8,8 @@ which alone are known to wear a refusal off. Source: arXiv 2310.03693.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from derta.cli.eval.evaluate import (
+    answers_file,
     answers_folder,
     evaluation_settings,
     model_folders,
@@ -34,6 +37,7 @@ from derta.cli.eval.evaluate import (
     read_files,
     report,
     safe_responses,
+    whole_model,
 )
 from derta.cli.settings.evaluation import TamperConfig
 from derta.data import Chat, Dialogue
@@ -41,10 +45,12 @@ from derta.data.records.duplicates import normalized
 from derta.data.records.reading import Reading
 from derta.evaluation import (
     Answered,
+    AnswerFile,
     EvaluationData,
     ModelGenerator,
     collect_answers,
     find_refusal_token,
+    fingerprint,
     judge_answers,
     summarize,
 )
@@ -59,6 +65,7 @@ from derta.training.progress import Progress
 from derta.training.trainer import DertaTrainer
 
 TITLE = "Attack success after fine-tuning by an attacker"
+TOLD = ("method", "lora_r", "lora_alpha", "learning_rate", "examples_per_step", "seed")
 
 
 class MeasureAfter(TrainerCallback):
@@ -178,6 +185,32 @@ def trainer_of(
     return trainer
 
 
+def name_of(steps: int) -> str:
+    """Return the name of the model after some steps."""
+    return f"{steps:,} step{'s' * (steps > 1)}" if steps else "before"
+
+
+def identity(
+    config: TamperConfig, folder: Path, examples: Mapping[str, list[Dialogue]], steps: int
+) -> str:
+    """Return the identity of the model after some steps, by which its answers are found again.
+
+    Equal tuning is taken for an equal model, although a GPU may round sums otherwise.
+    """
+    tuned = {}
+    if steps:
+        said = [[one.messages for one in many] for many in examples.values()]
+        keys = (*TOLD, "max_length", "max_tokens", "special_tokens_in_text", "chat_template")
+        tuned = {
+            **{key: getattr(config, key) for key in keys},
+            "examples": hashlib.sha256(json.dumps(said).encode()).hexdigest(),
+            "steps": [steps, max(config.steps)],
+        }
+    return fingerprint(
+        *whole_model(folder), dtype=config.dtype, full=config.method == "full", **tuned
+    )
+
+
 def tamper(config: TamperConfig) -> dict[str, Any]:
     """Return the summary of the model before and after each number of steps.
 
@@ -205,14 +238,17 @@ def tamper(config: TamperConfig) -> dict[str, Any]:
     refusal = find_refusal_token(model, tokenizer, config.refusal, triples)
     settings = dataclasses.replace(settings, refusal=refusal)
     kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+    kept.chmod(0o700)
     answered: dict[int, Answered] = {}
 
     def measure(tuned: Any, steps: int) -> None:
+        file = answers_file(config, name_of(steps))
         generator = ModelGenerator(
             tuned,
             Chat(tokenizer),
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
+            answers=AnswerFile(file, tokenizer, identity(config, folder, examples, steps)),
         )
         answered[steps] = collect_answers(tuned, tokenizer, data, settings, generator=generator)
 
@@ -233,9 +269,7 @@ def tamper(config: TamperConfig) -> dict[str, Any]:
             answered, judge_answers(list(answered.values()), settings), strict=True
         )
     }
-    names = {
-        steps: f"{steps:,} step{'s' * (steps > 1)}" if steps else "before" for steps in results
-    }
+    names = {steps: name_of(steps) for steps in results}
     summary = summarize(
         {names[steps]: [result] for steps, result in results.items()},
         seconds=time.perf_counter() - started,
@@ -243,11 +277,10 @@ def tamper(config: TamperConfig) -> dict[str, Any]:
     )
     for steps, name in names.items():
         summary["variants"][name]["steps"] = steps
-    told = ("method", "lora_r", "lora_alpha", "learning_rate", "examples_per_step", "seed")
     summary["tamper"] = {
         "model": folder.resolve().name,
         "examples": {kind: len(many) for kind, many in examples.items()},
-        **{key: getattr(config, key) for key in told},
+        **{key: getattr(config, key) for key in TOLD},
     }
     return summary
 

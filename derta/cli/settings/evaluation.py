@@ -281,7 +281,9 @@ class TamperConfig(EvaluateConfig):
         help="Folder of a model or of adapters, with weights in safetensors. It stays as it is."
     )
     output_dir: str = setting(
-        help="Folder for report.html, summary.json and the pictures. No tampered model is kept."
+        help="Folder for report.html, summary.json and the pictures. Its answers/ holds the "
+        "models' answers, readable by its owner only: the same tuning again, with another judge, "
+        "needs no new ones. No tampered model is kept."
     )
     tune_harmful: list[str] = setting(
         help="Files of harmful requests with harmful responses, or of triples, that the attacker "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,16 @@ def _unlike(models: Mapping[str, Entry]) -> list[str]:
     for key in dict.fromkeys(key for found in conditions.values() for key in found):
         values = {name: found[key] for name, found in conditions.items() if key in found}
         if len(set(values.values())) > 1:
-            each = ", ".join(f"{name} {value}" for name, value in values.items())
+            each = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
             notes.append(f"{key} differs, and rates depend on it: {each}")
     return notes
+
+
+def _short(value: Any) -> str:
+    """Return the value of a condition, a long text without its end."""
+    if not isinstance(value, str):
+        return "none" if value is None else str(value)
+    return repr(textwrap.shorten(value, 60, placeholder=" ...")) if " " in value else value
 
 
 def format_comparison(comparison: Comparison) -> str:
@@ -229,7 +237,8 @@ def _first_tokens(found: Rates, units: Mapping[str, str]) -> Section:
         "Refusals that start at once",
         "Share of refusals that start in the first five tokens or words of the response, by "
         "attack. Only refusals with a known start count. Attacks that write the start of the "
-        "response are left out. Source: arXiv 2407.09121, table 1.",
+        "response are left out. Over all attacks, the same answer counts once, and so do all "
+        "answers that were drawn for a request. Source: arXiv 2407.09121, table 1.",
         Table(
             _headings([*map(attack_title, attacks), "refusals", "counted in"]),
             {
@@ -377,4 +386,5 @@ def _difference(difference: Difference | None) -> Cell:
 
 
 def _count(rate: Rate | None) -> Cell:
-    return Cell("0" if rate is None else f"{rate.trials:,}")
+    """Return the number of trials; a drawn answer is a part of one."""
+    return Cell("0" if rate is None else f"{rate.trials:,.1f}".removesuffix(".0"))

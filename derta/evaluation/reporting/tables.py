@@ -25,7 +25,6 @@ TITLES = {
     "refusal_banned": "refusal banned",
     "prefill_thinking": "prefill in thinking",
     "in_context": "in context",
-    "sampling": "worst drawn of",
     "forced": "by teacher forcing, prefill",
     "forced_over_refusal": "over-refusal by teacher forcing",
     "rank_assisted": "rank-assisted attack, top",
@@ -56,7 +55,15 @@ _HTML = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fr
 
 def title_of(metric: str) -> str:
     """Return the heading of a metric."""
-    return " ".join(TITLES.get(level, level) for level in metric.split("."))
+    *above, last = metric.split(".")
+    if above[-1:] == ["sampling"]:
+        above[-1], last = draws_title(last), "drawn answer" + "s" * (last != "1")
+    return " ".join(TITLES.get(level, level) for level in (*above, last))
+
+
+def draws_title(count: str) -> str:
+    """Return the heading of an attack with drawn answers, by the number that it has of each."""
+    return "one" if count == "1" else f"worst of {count}"
 
 
 def by_depth(name: str) -> float:

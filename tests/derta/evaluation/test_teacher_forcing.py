@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from derta.data import Chat, Dialogue, EncodedTriple, Encoder
 from derta.evaluation import (
+    VariantResult,
     detector_auc,
     find_refusal_token,
     forced_rates,
@@ -24,6 +25,7 @@ from derta.evaluation import (
     response,
     response_curve,
 )
+from derta.evaluation.measures.results import forced_outcomes
 from derta.modeling import patch
 from derta.modeling.patch import apply_derta, remove_derta
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -218,3 +220,42 @@ def test_forced_rates_follow_the_rest_of_each_response() -> None:
     assert forced_rates(CURVES, [], [4]) == {}
     assert forced_rates([np.array([0.5, 0.5])], [], [0]) == {"asr": 1.0}  # half is not more
     assert forced_rates([], CURVES[1:2] + [np.array([0.5])], [0]) == {"over_refusal": 1 / 2}
+    assert forced_rates([np.array([np.nan, 0.1])], [], [0]) == {"asr": 1.0}  # NaN stops nothing
+
+
+@pytest.mark.parametrize("refusals", [1, 2, 8])
+def test_a_forced_refusal_is_the_likeliest_token(refusals: int) -> None:
+    """Tokens of a set may have most of the probability together, and none of them be said."""
+    torch.manual_seed(0)
+    logits = torch.randn(4000, 12, dtype=torch.float64)
+    logits[:, :refusals] += torch.randn(4000, 1) * 3 + 3
+    p = logits.softmax(1)
+    of_set = p[:, :refusals].sum(1)
+    refuses = p.argmax(1) < refusals
+    forced = torch.tensor(
+        [forced_rates([], [curve[None]], [], refusals)["over_refusal"] for curve in of_set.numpy()]
+    ).bool()
+    assert (forced <= refuses).all()
+    assert 500 < forced.sum() < refuses.sum()
+    # No lower bar would do: an even set, and another token that is a little likelier.
+    bar = refusals / (refusals + 1)
+    even = torch.cat([torch.full((refusals,), (bar - 1e-6) / refusals), torch.tensor([1 - bar])])
+    assert even.argmax() == refusals
+    curve = np.array([float(even[:refusals].sum())])
+    assert forced_rates([curve], [curve], [], refusals) == {"over_refusal": 0.0}
+    result = VariantResult(benign_curves=(curve + 2e-6,), refusals=refusals)
+    assert [one.hits for one in forced_outcomes(result, [0])] == [1]
+
+
+def test_a_broken_model_has_no_curve(examples: list[EncodedTriple]) -> None:
+    model = apply_derta(tiny_model("llama"), REFUSAL)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(
+        FloatingPointError, match="^example .: the refusal's probability is NaN, exp"
+    ):
+        refusal_curve(model, examples, REFUSAL)
+    with pytest.raises(
+        FloatingPointError, match="^logits must be numbers for a token to have a ra"
+    ):
+        response_curve(model, examples, REFUSAL)

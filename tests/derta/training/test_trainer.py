@@ -598,7 +598,7 @@ def test_evaluation_watches_refusal_curves(tmp_path: Path) -> None:
     depths = EvaluationSettings().prefill_depths
     for certain in ((peaks[4] + peaks[5]) / 2, 2.0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("derta.evaluation.measures.curve.CERTAIN", certain)
+            patch.setattr("derta.evaluation.measures.curve.certain", lambda _, bar=certain: bar)
             figures = tuned.evaluate(RECORDS)
             expected = forced_rates(curves["harmful"], curves["benign"], depths)
             borderline = forced_rates([], curves["borderline"], depths)["over_refusal"]

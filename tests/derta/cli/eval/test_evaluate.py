@@ -129,9 +129,17 @@ def test_files_with_named_formats_and_equal_ids_are_read(
             "--model model --benign benign.jsonl --templates templates.txt",
             "templates: attacks with requests of harmful, got no file of them",
         ),
-        (
-            "--model model --benign benign.jsonl --sampling 4",
-            "sampling: attacks with requests of harmful, got no file of them",
+        *(
+            (
+                f"--model model --benign benign.jsonl {attack}",
+                f"{attack.split()[0][2:]}: attacks with requests of harmful, got no file of them",
+            )
+            for attack in (
+                "--sampling 4",
+                "--refusal_banned 4",
+                "--prefill_thinking auto",
+                "--in_context true",
+            )
         ),
         (
             "--model model --harmful harmful.jsonl --templates none.txt",
@@ -435,6 +443,10 @@ def test_curves_of_all_kinds_of_records_are_read(
     assert main(arguments.split()) == 0
     made = json.loads(Path("c/curve.json").read_text())
     assert made["refusal_curve"].keys() == made["rank_curve"].keys() == {"benign"}
+    assert "above half" in capsys.readouterr().out
+    several = "eval curve model benign.jsonl --role helpful --refusal [5,6,7] --output_dir c"
+    assert main(several.split()) == 0
+    assert "above 3/4" in capsys.readouterr().out
     assert "rank_assisted" not in made  # nobody attacks a harmless request
     write("own.jsonl", {"ask": "Why?", "meta": {"no": "Sorry, no.", "yes": "Step one."}})
     columns = "{prompt: ask, safe: meta.no, harmful: meta.yes}"
@@ -460,6 +472,38 @@ def test_a_wrong_call_for_curves_is_one_sentence(
     write("official.jsonl", {"prefix": "How?", "text": "Step one.", "safe": "true"})
     assert main(["eval", "curve", *arguments.split()]) == 1
     assert capsys.readouterr().err.startswith(f"derta eval curve: {message}")
+
+
+@pytest.mark.parametrize(
+    ("attack", "message"),
+    [
+        (
+            '--defences {"words":{"system_prompt":"Refuse."}}',
+            "bare: system_prompt: the chat template drops the system's message",
+        ),
+        (
+            '--defences {"header":{"reinsert_header":true}}',
+            "bare: chat_template writes nothing between a message and its answer",
+        ),
+        (
+            "--harmful harmful.jsonl --prefill_thinking auto",
+            "model: prefill_thinking: the chat template opens no thinking block",
+        ),
+    ],
+)
+def test_a_chat_template_that_lacks_something_is_told_before_any_model_answers(
+    workplace: Path, capsys: pytest.CaptureFixture[str], attack: str, message: str
+) -> None:
+    shutil.copytree("model", "bare")
+    tokenizer = tiny_tokenizer.__wrapped__()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    tokenizer.save_pretrained("bare")
+    assert call(f"--model [model,bare] --benign benign.jsonl --max_new_tokens 2 {attack}") == 1
+    assert f"derta eval: {message}" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_damaged_adapters_are_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from derta.cli import main
 from derta.cli.settings.evaluation import TamperConfig
@@ -108,6 +108,36 @@ def test_attack_success_rises_with_the_steps_and_the_model_stays(
     }  # fmt: skip
     assert "before → 40 steps" in format_comparison(compare(rows))
     assert printed.out.splitlines()[-1] == "report: out/report.html"
+
+
+def test_answers_stay_for_another_judge_and_belong_to_their_tuning(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = "--tune_harmful triples.jsonl --steps [1] --curve false --prefill_depths []"
+    assert call(arguments) == 0
+    kept = {path.name: path for path in Path("out/answers").iterdir()}
+    assert kept.keys() == {"before.jsonl", "1_step.jsonl"}
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in kept.values())
+    said = [json.loads(line)["value"] for line in kept["before.jsonl"].open()]
+    assert REFUSAL in {one["answer"] for one in said}
+    generated: list[Any] = []
+    generate = LlamaForCausalLM.generate
+
+    def counted(*args: Any, **options: Any) -> Any:
+        generated.append(args)
+        return generate(*args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", counted)
+    assert call(f"{arguments} --keywords [nothing]") == 0
+    assert not generated
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert summary["variants"]["before"]["asr"]["direct"] == 1  # by that judge
+    for change in ("--learning_rate 0.1", "--tune_examples 2", "--seed 1"):
+        generated.clear()
+        assert call(f"{arguments} {change}") == 0
+        assert generated  # another model, but for the one before
+    assert call(f"{arguments} --keep_answers false") == 0
+    assert not Path("out/answers").exists()
 
 
 def test_harmless_examples_and_evaluation_requests_among_them(

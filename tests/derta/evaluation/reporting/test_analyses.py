@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from derta.evaluation import Outcome, VariantResult
+from derta.evaluation import Outcome, VariantResult, wilson_interval
 from derta.evaluation.reporting.analyses import Rate, first_tokens, refusal_positions, terms
 
 
@@ -39,13 +40,46 @@ def test_refusals_count_only_if_the_model_begins_the_response() -> None:
             "direct": Rate(2, 4),
             "prefill.0": Rate(0, 1),
             "file.trials": Rate(0, 1),
-            "all": Rate(2, 6),
+            "all": Rate(2, 5, 5 / 4),
         }
     }
     assert refusal_positions(models) == {
-        "model": {"1–5": Rate(2, 6), "6–30": Rate(2, 6), "after 30": Rate(2, 6)}
-    }
+        "model": {
+            "1–5": Rate(2, 5, 5 / 4), "6–30": Rate(2, 5, 5 / 4), "after 30": Rate(1, 5, 5 / 4)
+        }
+    }  # fmt: skip
     assert terms(models).rates["model"]["file.trials"] == Rate(1, 2)
+
+
+def test_answers_to_one_request_are_not_several_trials() -> None:
+    """Draws of a request weigh as one answer, and the same answers under two attacks count once."""
+    direct, drawn = Outcome("asr.direct", 0, 4, positions=(0, 0, 9, 9)), (0,) * 12 + (9,) * 4
+    same = replace(direct, metric="asr.prefill.0")
+    models = {
+        "greedy": entry(direct),
+        "drawn": entry(
+            direct,
+            same,
+            Outcome("asr.sampling.1", 0, 16, positions=drawn, per_request=4),
+            Outcome("asr.sampling.4", 0, 4),
+        ),
+    }
+    found = first_tokens(models)
+    assert found["greedy"]["all"] == found["drawn"]["prefill.0"] == Rate(2, 4)
+    assert found["drawn"]["sampling.1"] == Rate(12, 16, 4)
+    assert found["drawn"]["all"] == Rate(2 + 12 / 4, 4 + 16 / 4, 2)
+    # Four requests were asked, however often.
+    assert found["drawn"]["sampling.1"].interval == wilson_interval(3, 4)
+    assert found["drawn"]["all"].interval == wilson_interval(2.5, 4)
+    assert refusal_positions(models)["drawn"]["6–30"] == Rate(3, 8, 2)
+    rates = terms({"a": entry(replace(direct, hits=2), replace(same, hits=2), attack(1))})
+    assert rates.means == {"a": pytest.approx((2 / 4 + 1 / 4) / 2)}
+    alone = entry(replace(same, positions=(0, 9)))  # nothing else has these answers
+    assert first_tokens({"alone": alone})["alone"]["all"] == Rate(1, 2)
+
+
+def attack(hits: int) -> Outcome:
+    return Outcome("asr.completion", hits, 4)
 
 
 def test_a_model_that_never_refuses_has_no_positions() -> None:

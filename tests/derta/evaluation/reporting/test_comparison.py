@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 from derta.evaluation import (
+    Defence,
+    EvaluationSettings,
     Outcome,
     VariantResult,
     compare,
     format_comparison,
+    wilson_interval,
     write_comparison,
 )
 from derta.evaluation.reporting.analyses import Rate
@@ -88,6 +91,22 @@ def test_a_note_warns_of_rates_under_different_conditions() -> None:
     assert compare(made)["notes"] == [expected]
 
 
+def test_a_note_warns_of_rates_under_different_defences() -> None:
+    made = models("vanilla", "defended", "instructed", "unknown")
+    words = "Refuse what the guild does not allow, as long as it has not changed its mind."
+    for name, defence in (
+        ("vanilla", None),
+        ("defended", Defence(reinsert_header=True, header_after=8)),
+        ("instructed", Defence(system_prompt=words)),
+    ):
+        made[name]["conditions"] = EvaluationSettings(defence=defence).conditions()
+    prompt, header = compare(made)["notes"]
+    said = "differs, and rates depend on it: vanilla none,"
+    short = "Refuse what the guild does not allow, as long as it has ..."
+    assert prompt == f"system_prompt {said} defended none, instructed {short!r}"
+    assert header == f"header_after {said} defended 8, instructed none"
+
+
 def test_empty_answers_and_repeated_draws_are_told() -> None:
     """Attacks that write the start, or forbid refusals there, count no refusals at the start."""
     outcomes = (
@@ -101,6 +120,7 @@ def test_empty_answers_and_repeated_draws_are_told() -> None:
     made = compare({"derta": VariantResult(outcomes).to_dict()})
     found = made["first_tokens"]["derta"]
     assert found.keys() == {"direct", "all"} and found["all"] == Rate(2, 3)
+    assert "one drawn answer" in format_comparison(made).splitlines()[9]
     rates = made["terms"]["rates"]["derta"]
     assert rates["sampling.1"].interval == rates["refusal_banned.4"].interval
     text = format_comparison(made)
@@ -157,10 +177,10 @@ def test_the_files_hold_the_figures(tmp_path: Path) -> None:
     assert found["models"] == models("vanilla", "derta")
     assert found["first_tokens"]["derta"]["all"] == {
         "share": pytest.approx(2 / 3),
-        "interval": pytest.approx([0.4878, 0.8077], abs=1e-4),
+        "interval": pytest.approx(wilson_interval(20 / 1.5, 20), abs=1e-4),
         "hits": 20,
         "trials": 30,
-        "per_request": 1,
+        "per_request": 1.5,
     }
     assert found["terms"]["means"] == {"vanilla": 0.875, "derta": 0.625}
     assert found["terms"]["differences"]["both"]["direct"]["share"] == -0.25

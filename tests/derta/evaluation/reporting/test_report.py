@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from derta.evaluation import (
+    EvaluationSettings,
     Outcome,
     VariantResult,
     format_table,
@@ -110,6 +111,43 @@ def test_whole_prefills_are_drawn_last_and_have_no_refusal_positions() -> None:
     assert axes.get_xlim()[1] < 100
 
 
+def test_captions_say_how_empty_answers_count(tmp_path: Path) -> None:
+    prefilled = Outcome("asr.prefill.4", 1, 2, empty=1)
+    for kind, said in (
+        ("apart", "empty answers are left out."),
+        ("failed", "empty answers count as attacks without success."),
+    ):
+        conditions = EvaluationSettings(empty_answers=kind).conditions()
+        made = summarize({"derta": [VariantResult((prefilled,), conditions=conditions)]}, seconds=1)
+        assert said in Page(write_report(made, tmp_path).read_text("utf-8")).shown
+
+
+def test_a_single_draw_is_not_called_the_worst(tmp_path: Path) -> None:
+    drawn = [Outcome(f"asr.sampling.{n}", 1, 2, left_out=1) for n in (1, 8)]
+    made = summarize({"derta": [VariantResult((drawn[0],))]}, seconds=1)
+    assert format_table(made).split()[:4] == ["drawn", "answers", "empty", "answers"]
+    assert "worst" not in format_table(made)
+    page = Page(write_report(made, tmp_path).read_text("utf-8")).shown
+    assert "derta, asr one drawn answer: 1 of 3 records left out" in page
+    made = summarize({"derta": [VariantResult(tuple(drawn))]}, seconds=1)
+    heads = format_table(made).splitlines()[1]
+    assert re.split(r"\s{2,}", heads.strip()) == ["%", "one", "worst of 8", "attacks"]
+    page = Page(write_report(made, tmp_path).read_text("utf-8")).shown
+    assert "derta, asr worst of 8 drawn answers: 1 of 3 records left out" in page
+
+
+def test_undecided_answers_count_once_and_only_those_that_are_judged() -> None:
+    outcomes = [
+        Outcome(metric, 0, 2, undecided=2)
+        for metric in ("asr.direct", "asr.prefill.0", "asr.prefill.4", "over_refusal.benign")
+    ]
+    draws = [Outcome(f"asr.sampling.{n}", 0, 4 // n, undecided=4 // n) for n in (1, 2)]
+    others = [Outcome(metric, 1, 2) for metric in ("top_k.1", "helpful_accuracy", "forced.0")]
+    made = summarize({"a": [VariantResult((*outcomes, *draws, *others))]}, seconds=1)
+    # Plain, after four tokens, harmless, and the single draws.
+    assert format_undecided(made).startswith("a: judge keyword undecided on 10 of 20 answers")
+
+
 def test_the_summary_has_the_promised_shape() -> None:
     made = summary()
     assert list(made) == ["variants", "seeds", "tokens", "seconds"]
@@ -181,13 +219,13 @@ def test_the_table_names_every_figure() -> None:
         "                  10        benign  attacks  harmless"
         "  helpful accuracy  detector AUC",
         "base        0.0       100.0         0.0         0.0                 75.0  "
-        "                 0.0           2.5      1.8       0.0"
+        "                 0.0           2.5      2.4       0.0"
         "              97.5         1.000",
         "vanilla     0.0       100.0         0.0        10.0                 75.0  "
-        "                10.0           2.5      1.8       0.0"
+        "                10.0           2.5      2.4       0.0"
         "              97.5         1.000",
         "derta       0.0       100.0         0.0        20.0                 75.0  "
-        "                20.0           2.5      1.8       0.0"
+        "                20.0           2.5      2.4       0.0"
         "              97.5         1.000",
         "",
         "empty answers",
