@@ -44,7 +44,9 @@ LOST_IN_A_ROW = 20
 OWN_STATUSES = (400, 408, 409, 413, 422)
 # The lowest bias that the interface allows.
 BAN = -100
-TOKEN_IDS = range(2**31)
+# Rows by which a head, padded to a round size, may exceed its tokenizer. They may be said, and have
+# no text. Ids beyond them are another model's, or none.
+PADDING = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,9 +492,9 @@ class ServerGenerator:
         ended = choice.get("finish_reason") != "length"
         if ids is None:
             return {"text": text, "ids": self.chat.text_ids(text), "ended": ended}
-        # Heads are padded to round sizes, and a row of the padding may be said. It has no text.
-        if type(ids) is not list or not all(type(id) is int and id in TOKEN_IDS for id in ids):
-            raise ValueError("token_ids: expected ids of tokens")
+        known = range(len(self.tokenizer) + PADDING)
+        if type(ids) is not list or not all(type(id) is int and id in known for id in ids):
+            raise ValueError("token_ids: expected ids of the tokenizer, or of a head's padding")
         if choice.get("finish_reason") == "stop" and ids and ids[-1] in self._ends:
             ids = ids[:-1]
         return {"text": decode(self.tokenizer, ids), "ids": ids, "ended": ended}
