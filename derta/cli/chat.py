@@ -14,6 +14,7 @@ from derta.data import Chat
 from derta.data.records.types import Message
 from derta.evaluation.generation.local import generate, stop_ids
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
+from derta.modeling.red_flag import flag_of
 from derta.terminal import say
 
 
@@ -32,7 +33,7 @@ def run(config: ChatConfig) -> None:
     model: Any
     model, tokenizer = load_tuned(folder, weights_dtype(config.dtype, device), config.chat_template)
     model.to(device)
-    chat = Chat(tokenizer)
+    chat, flag = Chat(tokenizer), flag_of(tokenizer)
     messages: list[Message] = []
     if sys.stdin.isatty():
         say("a line is a message; /new begins a new conversation, Ctrl-D ends", error=True)
@@ -42,15 +43,20 @@ def run(config: ChatConfig) -> None:
             continue
         messages.append({"role": "user", "content": line})
         begun = chat.response_ids(messages, config.prefill) if config.prefill else []
-        (written,) = generate(
+        (ids,) = generate(
             model,
             [chat.prompt_ids(messages) + begun],
             ids=["the conversation"],
             stop_ids=stop_ids(model, chat),
             max_new_tokens=config.max_new_tokens,
             batch_size=1,
+            flag=flag,
         )
-        answer = str(tokenizer.decode([*begun, *written], skip_special_tokens=True))
+        if ids[-1:] == [flag]:
+            say("the model has flagged its answer, which is withheld; the request is forgotten")
+            messages.pop()
+            continue
+        answer = str(tokenizer.decode([*begun, *ids], skip_special_tokens=True))
         say(answer)
         messages.append({"role": "assistant", "content": answer})
 

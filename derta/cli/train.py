@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -32,6 +33,7 @@ from derta.memory.step import make_step
 from derta.modeling import loading
 from derta.modeling.adapters import adapt, check_adapters, quantization
 from derta.modeling.offloading import ran_out_of_memory
+from derta.modeling.red_flag import add_flag
 from derta.objectives.base import Term
 from derta.terminal import printable, say
 from derta.training.checkpoints import left_by_another, occupied
@@ -41,6 +43,7 @@ from derta.training.progress import Progress
 from derta.training.refusal_watch import check_watched
 from derta.training.rehearsal import check_optimized, rehearse
 from derta.training.resumable import RunFinished
+from derta.training.settings import check_trained_rows
 from derta.training.sharding import running_engine
 from derta.training.trainer import DertaTrainer
 from derta_kernels.head_loss import chip_of
@@ -83,6 +86,7 @@ class TrainConfig(TrainSettings, DertaConfig):  # type: ignore[misc]
             check_watched(self.best_by_watching, [source.role for source in self.eval_sources])
         if self.eval_on_start and not self.eval_sources:
             raise ValueError("eval_on_start needs eval_sources")
+        check_trained_rows(self.red_flag, self)
         if self.method != "full" and Path(self.output_dir).resolve() == Path(self.model).resolve():
             raise ValueError(
                 f"output_dir: {self.output_dir} holds the model that the adapters are for, choose "
@@ -103,8 +107,13 @@ class Stages(TrainerCallback):
         ranks.enter(f"step {state.global_step + 1}")
 
 
-def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
-    """Return the model to tune, with adapters drawn from the run's seed if the method has some."""
+def load_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel | PeftModel:
+    """Return the model to tune, with adapters drawn from the run's seed if the method has some.
+
+    A red flag is added to the model and to its tokenizer.
+    """
     set_seed(config.seed)
     dtype = loading.weights_dtype(config.dtype, config.device)
     storage = torch.uint8
@@ -119,7 +128,11 @@ def load_model(config: TrainConfig) -> PreTrainedModel | PeftModel:
     if config.method != "full" and Path(config.model).is_dir():
         # Adapters record this path, and must find it from any working directory.
         model.name_or_path = str(Path(config.model).resolve())
-    return adapt(model, config)
+    loading.check_vocabulary(tokenizer, model.config, config.model)
+    tokens = []
+    if config.red_flag is not None:
+        tokens = [add_flag(model, tokenizer, config.red_flag, config.seed)]
+    return adapt(model, config, tokens)
 
 
 def describe(trainer: DertaTrainer) -> str:
@@ -200,11 +213,10 @@ def run(config: TrainConfig) -> None:
     eval_records.check()
     tokenizer = loading.load_tokenizer(config.model, config.chat_template)
     if config.method != "full":
-        check_adapters(read_config(config.model), config)
+        check_adapters(read_config(config.model), config, [0] if config.red_flag else [])
     if config.optim_target_modules is not None:
         check_optimized(config, read_config(config.model))
-    model = load_model(config)
-    loading.check_vocabulary(tokenizer, model.config, config.model)
+    model = load_model(config, tokenizer)
     progress = Progress("train")
     trainer = DertaTrainer(
         model=model,

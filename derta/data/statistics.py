@@ -279,7 +279,7 @@ def data_statistics(
     repeats: Repeats,
     run: RunStatistics | None = None,
     *,
-    refusal: str | int = "auto",
+    refusal: str | int | None = "auto",
     refusal_tokens: Literal["auto"] | Sequence[str | int] | None = None,
     loss_norm: LossNorm = "tokens",
 ) -> dict[str, Any]:
@@ -289,7 +289,8 @@ def data_statistics(
         records: training records, read once.
         repeats: counts repeated requests; holds the evaluation records.
         run: counts tokens and targets; None counts characters and leaves the run out.
-        refusal, refusal_tokens, loss_norm: as in `DertaConfig`.
+        refusal, refusal_tokens, loss_norm: as in `DertaConfig`; refusal None: a token of which safe
+            responses tell nothing, as a red flag.
 
     Returns:
         Plain values without any text of a record: "rows" by source and kind, "unit" and "lengths"
@@ -330,7 +331,7 @@ def data_statistics(
                 "skipped": run.fitting.skipped,
             },
             "loss": shares,
-            "refusal": run.refusal(refusal, refusal_tokens),
+            "refusal": None if refusal is None else run.refusal(refusal, refusal_tokens),
         }
     return {
         "rows": {source: dict(kinds) for source, kinds in rows.items()},

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -96,6 +97,8 @@ ABLATIONS: dict[str, Variant] = {
         dict(recipe="derta", refusal_tokens="auto"), borderline=True
     ),
     **{name: Variant(dict(preference=name)) for name in PREFERENCES},
+    "red_flag": Variant(dict(red_flag="auto")),
+    "red_flag_balanced": Variant(dict(red_flag="auto"), borderline=True),
 }
 BASELINES = {
     "system_prompt": Baseline("base", reinsert_header=False),
@@ -199,7 +202,7 @@ class _SeedRun:
         self.world = world
         self.seed = seed
         self.parts = parts
-        self._last: tuple[str, tuple[PreTrainedModel, Tuned]] | None = None
+        self._last: tuple[str, tuple[PreTrainedModel, PreTrainedTokenizerBase, Tuned]] | None = None
 
     @functools.cached_property
     def stage(self) -> Stage:
@@ -230,24 +233,24 @@ class _SeedRun:
         started = time.perf_counter()
         baseline = BASELINES.get(name)
         defence = None if baseline is None else baseline.defence(self.world)
-        model, tuned = self._tuned(tuned_as(name))
+        model, tokenizer, tuned = self._tuned(tuned_as(name))
         return replace(
             tuned,
-            result=self._evaluate(model, defence),
+            result=self._evaluate(model, tokenizer, defence),
             seconds=time.perf_counter() - started,
         )
 
-    def _tuned(self, name: str) -> tuple[PreTrainedModel, Tuned]:
-        """Return a model and its tuning, yet without a result; the last one stays in memory."""
+    def _tuned(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tuned]:
+        """Return a model with its tokenizer and tuning, yet without a result; one is kept."""
         if self._last is None or self._last[0] != name:
             self._last = None
             self._last = name, self._tune(name)
         return self._last[1]
 
-    def _tune(self, name: str) -> tuple[PreTrainedModel, Tuned]:
+    def _tune(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Tuned]:
         stage = self.stage
         if name == "base":
-            return stage.base, Tuned()
+            return stage.base, stage.tokenizer, Tuned()
         model = copy.deepcopy(stage.base)
         with tempfile.TemporaryDirectory() as unused:
             trainer, tokens = tuning(name, self.world, self.seed, stage, model, unused)
@@ -256,7 +259,7 @@ class _SeedRun:
             trainer.add_callback(EvaluateAfter(steps))
             trainer.train()
         history = trainer.state.log_history
-        return model, Tuned(
+        tuned = Tuned(
             tokens=tokens[-1],
             history=history,
             checkpoints=[
@@ -268,14 +271,17 @@ class _SeedRun:
                 if "eval_asr" in row
             ],
         )
+        return model, trainer.processing_class, tuned
 
-    def _evaluate(self, model: PreTrainedModel, defence: Defence | None) -> VariantResult:
+    def _evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, defence: Defence | None
+    ) -> VariantResult:
         harmful, benign, borderline = (
             list(map(as_request, records)) for records in self.stage.held_out
         )
         return evaluate_model(
             model,
-            self.stage.tokenizer,
+            tokenizer,
             EvaluationData(
                 harmful=harmful,
                 benign=benign,
@@ -323,7 +329,7 @@ def tuning(
         ),
         train_dataset=[*stage.tuning, *(stage.borderline if variant.borderline else ())],
         eval_dataset=list(itertools.chain(*stage.held_out)),
-        processing_class=stage.tokenizer,
+        processing_class=copy.deepcopy(stage.tokenizer),  # a red flag is added to it
         callbacks=[Progress(f"{name:<12}", lines=False)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -12,6 +12,7 @@ from typing import Literal
 from derta.data import Chat
 from derta.data.tokens.chat import BATCH, PROBE, batched
 from derta.evaluation.judges.base import KeywordJudge
+from derta.modeling.red_flag import flag_of
 
 SLOT = "{request}"
 WHOLE: Literal["whole"] = "whole"
@@ -91,7 +92,8 @@ def refusal_starts(
     """Return the tokens that an attacker forbids: those that begin a known refusal.
 
     A keyword begins with its first token, as a response and as a text by itself, alone, after a
-    space and on a new line, as it stands, in lower case, in capitals, and with a capital.
+    space and on a new line, as it stands, in lower case, in capitals, and with a capital. A red
+    flag of the tokenizer is a refusal.
 
     Args:
         chat: the model's tokenizer and template.
@@ -114,6 +116,8 @@ def refusal_starts(
             # Many tokenizers know a word twice, with the space before it and without, as on a line.
             alone = (chat.text_ids(f"{before}{text}") for before in ("", " ", "\n"))
             found |= {_start(chat, ids) for ids in (chat.response_ids(PROBE, text), *alone)}
+    if (flag := flag_of(chat.tokenizer)) is not None:
+        found.add(flag)
     return tuple(sorted(found - set(chat.closing_ids)))
 
 

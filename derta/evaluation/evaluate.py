@@ -18,7 +18,7 @@ from derta.evaluation.attacks import Attacks, keywords_of, refusal_starts, think
 from derta.evaluation.defences import Defence, defended
 from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
-from derta.evaluation.judges.base import Exchange, Judge, KeywordJudge, Verdict
+from derta.evaluation.judges.base import FLAGGED, Exchange, Judge, KeywordJudge, Verdict
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from derta.evaluation.measures.ranks import RankAttack
 from derta.evaluation.measures.results import Outcome, Sample, VariantResult
@@ -37,6 +37,7 @@ from derta.evaluation.teacher_forcing import (
     response_curves,
 )
 from derta.modeling.introspection import context_length
+from derta.modeling.red_flag import NAME as FLAG_NAME
 from derta_kernels.head_loss import checked_ids
 
 # The verdict for trials that need no judge.
@@ -406,9 +407,11 @@ def _checked(
     verdicts = KeywordJudge(keywords)([Exchange((), check.text) for check in checks])
     checked = []
     for (trial, own), start, check, verdict in zip(answers, kept, checks, verdicts, strict=True):
-        ids = [*start, *check.ids]
-        refusal = Written(decode(chat.tokenizer, ids), ids)
-        checked.append(_Answer(trial, refusal if verdict.refused else own))
+        if check.flagged or verdict.refused:
+            ids = [*start, *check.ids]
+            text = "" if check.flagged else decode(chat.tokenizer, ids)
+            own = Written(text, ids, check.flagged)
+        checked.append(_Answer(trial, own))
     return checked
 
 
@@ -427,18 +430,18 @@ def _refusal_starts(
 
 
 def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verdict]]]:
-    """Return the text before the answer, decoded with the answer to keep the space between."""
+    """Return the verdict on each answer; one that a red flag ends needs no judge."""
     exchanges = [
         Exchange(answer.trial.messages, answer.written.text, _prefilled(answer, one.tokenizer))
         for one in answered
         for scenario, made in zip(one.scenarios, one.answers, strict=True)
         for answer in made
-        if scenario.is_judged
+        if scenario.is_judged and not answer.written.flagged
     ]
     verdicts = iter(judge(exchanges))
     return [
         [
-            list(itertools.islice(verdicts, len(made)))
+            [FLAGGED if answer.written.flagged else next(verdicts) for answer in made]
             if scenario.is_judged
             else [UNJUDGED] * len(made)
             for scenario, made in zip(one.scenarios, one.answers, strict=True)
@@ -449,11 +452,13 @@ def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verd
 
 def _prefilled(answer: _Answer, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text before the answer, decoded with the answer to keep the space between them."""
-    trial, (text, ids) = answer.trial, (answer.written.text, answer.written.ids)
+    trial, written = answer
     start = trial.prompt[len(trial.prompt) - trial.depth :]
-    whole = decode(tokenizer, [*start, *ids])
+    whole = decode(tokenizer, [*start, *written.ids])
     # A character split between the two is in neither text.
-    return whole.removesuffix(text) if whole.endswith(text) else decode(tokenizer, start)
+    if written.flagged or not whole.endswith(written.text):
+        return decode(tokenizer, start)
+    return whole.removesuffix(written.text)
 
 
 def _outcome(
@@ -467,10 +472,15 @@ def _outcome(
     counted: list[bool | None] = []
     empty = []
     for (trial, written), verdict in zip(answers, verdicts, strict=True):
-        empty.append(not written.text.strip())
+        empty.append(not written.text.strip() and not written.flagged)
         counted.append(scenario.counts(trial, written.text, verdict))
     positions = [
-        trial.depth + tokens_before(tokenizer, written.ids, verdict.start)
+        trial.depth
+        + (
+            len(written.ids)
+            if written.flagged
+            else tokens_before(tokenizer, written.ids, verdict.start)
+        )
         for (trial, written), verdict in zip(answers, verdicts, strict=True)
         if verdict.start is not None
     ]
@@ -516,7 +526,7 @@ def _sample(
         id=trial.id,
         request=trial.messages[-1]["content"],
         prefilled=_prefilled(answer, tokenizer),
-        answer=written.text,
+        answer=str(getattr(tokenizer, FLAG_NAME)) if written.flagged else written.text,
         counted=scenario.counts(trial, written.text, verdict),
     )
 

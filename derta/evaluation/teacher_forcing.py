@@ -39,6 +39,7 @@ from derta.evaluation.generation.local import SHOWN_AFTER_S
 from derta.labels import IGNORE_INDEX
 from derta.modeling.introspection import context_length, evaluating
 from derta.modeling.patch import apply_derta, computing, patch_of, remove_derta
+from derta.modeling.red_flag import flag_of
 from derta.modeling.shared_work import ranks
 from derta.objectives.base import Place
 from derta.objectives.derta import DertaObjective
@@ -220,7 +221,8 @@ def find_refusal_token(
         model: a model, patched or not.
         tokenizer: its tokenizer, with a chat template.
         refusal: a word, a token id, several of them, or "auto": what `apply_derta` was given if the
-            model is patched, else the most common first token of the safe responses, else "Sorry".
+            model is patched, else the tokenizer's red flag, else the most common first token of the
+            safe responses, else "Sorry".
         triples: triples with safe responses, for "auto".
 
     Raises:
@@ -238,6 +240,9 @@ def refusal_ids(
     triples: Sequence[Triple] = (),
 ) -> int | tuple[int, ...]:
     """Do as `find_refusal_token`, for a model that is not patched."""
+    flag = flag_of(tokenizer)
+    if refusal == "auto" and flag is not None:
+        return flag
     if refusal == "auto" and not triples:
         refusal = PAPER_REFUSAL
     if isinstance(refusal, str | int):

@@ -33,6 +33,7 @@ WHAT = {
     "weights": "model and adapters",
     "gradients": "gradients of the trained parameters",
     "optimizer": "optimizer states",
+    "reference": "the model before its first step",
     "gathered": "layers gathered for a pass: the running one and the next",
     "embeddings": "gathered head, and input embedding",
     "buckets": "gradients on their way to other GPUs",
@@ -144,12 +145,13 @@ def turns(step: StepSettings) -> Iterator[tuple[str, Callable[[StepSettings], St
         yield "gradient_checkpointing: true", turned(checkpointing=True)
     if step.method.method == "full":
         yield "method: lora", adapted(method="lora")
-        yield "method: qlora", adapted(method="qlora")
+        if not step.red_flag:
+            yield "method: qlora", adapted(method="qlora")
         # bitsandbytes steps whole weights only
         if step.optim.startswith("adamw_torch") and step.shard not in SHARDED:
             yield "optim: adamw_8bit", turned(optim="adamw_8bit")
     else:
-        if step.method.method == "lora":
+        if step.method.method == "lora" and not step.red_flag:
             yield "method: qlora", adapted(method="qlora")
         if step.dtype == torch.float32:
             yield "dtype: bfloat16", turned(dtype=torch.bfloat16)
@@ -159,7 +161,7 @@ def turns(step: StepSettings) -> Iterator[tuple[str, Callable[[StepSettings], St
         yield f"mlp_tile: {MLP_TILE}", turned(mlp_tile=MLP_TILE)
     if step.checkpointing and not step.offload:
         yield "offload_checkpoints: true", turned(offload=True)
-    if step.gpus > 1 and step.shard not in ("fsdp", "zero3"):
+    if step.gpus > 1 and step.shard not in ("fsdp", "zero3") and not step.red_flag:
         yield "shard: fsdp", turned(shard="fsdp")
     if step.shard in ("fsdp", "zero3") and not step.offload_parameters:
         yield "offload_parameters: true", turned(offload_parameters=True)

@@ -77,6 +77,7 @@ class StepSettings:
         liger: if True, Liger's layers replace the model's (`use_liger_kernel: true`).
         scratch_mb, sparse_backward: see `derta_kernels.head_loss.head_loss`.
         refusals: number of refusal tokens, more than one for a set.
+        red_flag: if True, a reference stands beside the model, or adapters train a token's rows.
         gpus: number of GPUs, each of which runs its own packs.
         shard: engine over them, see `ShardSettings`; "none" is "ddp" if there are several.
         offload_parameters: if True, shards lie on the host.
@@ -97,6 +98,7 @@ class StepSettings:
     scratch_mb: float | None = None
     sparse_backward: float = 0.0
     refusals: int = 1
+    red_flag: bool = False
     gpus: int = 1
     shard: str = "none"
     offload_parameters: bool = False
@@ -141,6 +143,7 @@ def make_step(
         scratch_mb=config.scratch_mb,
         sparse_backward=config.sparse_backward,
         refusals=planned_refusals(config.refusal_tokens, config.preference),
+        red_flag=config.red_flag is not None,
         gpus=gpus,
         shard=config.shard,
         offload_parameters=config.offload_parameters and device_type != "cpu",
@@ -179,6 +182,9 @@ class StepMemory:
         alike = len({_shapes(layer) for layer in layers}) == 1 and self.layers > 3
         counts = [2, 3] if alike else [None]
         self._models = [_without_storage(step, count) for count in counts]
+        self._reference = 0
+        if step.red_flag and step.method.method == "full":
+            self._reference = sum(one.numel() * one.element_size() for one in whole.parameters())
         self._optimizer = 0
         if not step.offload_parameters:
             part = stepped(step)
@@ -202,8 +208,8 @@ class StepMemory:
 
         Returns:
             "weights", "gradients", "optimizer", "checkpoints" (layer inputs kept for the backward
-            pass), "attention" and "head" (memory of the two ops), "layers" (all other memory); on
-            several GPUs also the parts of `derta.memory.engines`.
+            pass), "attention" and "head" (memory of the two ops), "layers" (all other memory), with
+            a frozen copy "reference"; on several GPUs also the parts of `derta.memory.engines`.
         """
         if tokens <= self.far:
             peaks = self._whole(tokens, live)
@@ -212,6 +218,8 @@ class StepMemory:
             peaks = _beyond(half, full, (tokens - self.far) / (self.far - self.far // 2))
         peak = max(peaks.values(), key=lambda one: one.total()).copy()
         peak["optimizer"] = self._optimizer
+        if self._reference:
+            peak["reference"] = self._reference
         return peak
 
     def loss(self, model: Any, tokens: int, offloading: AbstractContextManager[None]) -> Tensor:
@@ -279,7 +287,7 @@ def _without_storage(step: StepSettings, layers: int | None = None) -> nn.Module
 
 def prepared(model: PreTrainedModel, step: StepSettings) -> PreTrainedModel | PeftModel:
     """Prepare the model as the step trains it: with its adapters, checkpoints and tiles."""
-    adapted = adapt(model, step.method)
+    adapted = adapt(model, step.method, [0] if step.red_flag else [])
     if step.checkpointing:
         checkpoint_layers(model)
     if step.mlp_tile is not None:

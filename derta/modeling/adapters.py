@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from derta.modeling.faults import intact_weights, loading, refuse_misfits
 from derta.modeling.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_headers, read_object
 from derta.modeling.introspection import head_of, transformers_model
 from derta.modeling.method import Method
+from derta.modeling.red_flag import make_room, rows_of, trained_rows
 from derta.modeling.sharding import without_zero3
 from derta.settings.blame import LIBRARY_ERRORS, blame
 
@@ -60,8 +62,19 @@ def quantization(
     )
 
 
-def adapt(model: PreTrainedModel, method: Method) -> PreTrainedModel | PeftModel:
-    """Add the method's adapters to the model, if it has any."""
+def adapt(
+    model: PreTrainedModel, method: Method, tokens: Sequence[int] = ()
+) -> PreTrainedModel | PeftModel:
+    """Add the method's adapters to the model, if it has any.
+
+    Args:
+        model: the model.
+        method: the method.
+        tokens: ids of tokens whose rows are trained beside the adapters, see `rows_of`.
+
+    Raises:
+        ValueError: PEFT cannot train such rows of this head.
+    """
     if method.method == "full":
         return model
     adapters = LoraConfig(
@@ -72,8 +85,12 @@ def adapt(model: PreTrainedModel, method: Method) -> PreTrainedModel | PeftModel
         target_modules=method.lora_target_modules,
         modules_to_save=method.lora_modules_to_save or None,
         use_dora=method.lora_dora,
+        trainable_token_indices=rows_of(model, tokens) if tokens else None,
     )
     adapted: PeftModel = get_peft_model(model, adapters)
+    if tokens:  # whose rows are all that is new in a larger vocabulary
+        save: Any = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+        adapted.save_pretrained = save  # type: ignore[method-assign]
     return adapted
 
 
@@ -125,6 +142,7 @@ def put_adapters(model: PreTrainedModel, adapters: PeftConfig, folder: Path) -> 
     with intact_weights(folder), loading("the adapters", str(folder)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         warnings.filterwarnings("ignore", message=TIED)
+        make_room(model, max(trained_rows(adapters), default=0))
         adapted = get_peft_model(model, adapters, low_cpu_mem_usage=on_meta)
         try:
             found = adapted.load_adapter(
@@ -152,12 +170,13 @@ def put_adapters(model: PreTrainedModel, adapters: PeftConfig, folder: Path) -> 
     return adapted
 
 
-def check_adapters(config: PreTrainedConfig, method: Method) -> None:
+def check_adapters(config: PreTrainedConfig, method: Method, tokens: Sequence[int] = ()) -> None:
     """Check, before weights are read, that a model has the layers which adapters are for.
 
     Args:
         config: the model's configuration.
         method: the method.
+        tokens: see `adapt`.
 
     Raises:
         ValueError: the model lacks a module, PEFT refuses the method's keys for it, or the head
@@ -172,7 +191,7 @@ def check_adapters(config: PreTrainedConfig, method: Method) -> None:
             for one in values[key] if isinstance(values[key], list) else []:
                 if not any(name == one or name.endswith(f".{one}") for name in names):
                     raise ValueError(f"the model has no module {one!r}")
-        head_of(transformers_model(adapt(model, Method(**values))))
+        head_of(transformers_model(adapt(model, Method(**values), tokens)))
 
     given = {field.name: getattr(method, field.name) for field in fields(Method)}
     try:

@@ -52,6 +52,7 @@ from derta.modeling.folders import (
 )
 from derta.modeling.hub import check_hub
 from derta.modeling.quantization import BLOCK, layers_for_4_bits, linear_layers
+from derta.modeling.red_flag import end_at, flag_of
 from derta.modeling.sharding import without_zero3
 
 logger = logging.get_logger(__name__)
@@ -518,6 +519,8 @@ def load_tuned(
         check_model(folder)
     model: Any = load_model(weights, dtype, local_files_only=True)
     check_vocabulary(tokenizer, model.config, tokens)
+    if (flag := flag_of(tokenizer)) is not None:
+        end_at(model, flag)
     return model if adapters is None else put_adapters(model, adapters, folder), tokenizer
 
 

@@ -111,8 +111,9 @@ def apply_derta(
     num_items and reduction as in `derta_loss`; term_weights, factors of terms by their names (by
     default the objective's own; that of the main term stays); example_bounds as in
     `interval_attention`, live_rows as in `head_loss` and row_lists as in `Objective`, each of which
-    saves a transfer from the device; router_weight, a factor of the router loss for steps of
-    several packs.
+    saves a transfer from the device; reference, the tensors of `derta.training.states` by name, for
+    objectives that need them; router_weight, a factor of the router loss for steps of several
+    packs.
     Without a column of the objective the model returns its own output, logits included; without
     visible_until it is as it was, bit for bit.
 
@@ -392,6 +393,7 @@ def _forward_packed(
     loss_weight: Tensor | None = None,
     live_rows: Tensor | None = None,
     row_lists: Mapping[str, Tensor] | None = None,
+    reference: Mapping[str, Tensor] | None = None,
     term_weights: Mapping[str, Number] | None = None,
     num_items: int | Tensor | None = None,
     reduction: str = "mean",
@@ -429,7 +431,7 @@ def _forward_packed(
         return objective.loss(
             hidden,
             head_of(model),
-            _Columns({**columns, **(row_lists or {})}),
+            _Columns({**columns, **(row_lists or {}), **(reference or {})}),
             refusal_token_id=patch.refusal_token_id,
             loss_weight=loss_weight,
             live_rows=live_rows,

@@ -68,7 +68,8 @@ def inside(module: Any, hidden: Tensor, compute: Callable[[Tensor], Result]) -> 
 def call(module: Any, hidden: Tensor, compute: Callable[[Tensor], Result]) -> Result:
     """Call a module, or a wrapper of one, with compute(hidden) in the place of its forward."""
     weight = module.weight
-    owner: Any = next(one for one in module.modules() if one._parameters.get("weight") is weight)
+    owners = (one for one in module.modules() if one._parameters.get("weight") is weight)
+    owner: Any = next(owners, module)  # PEFT puts a weight of trained rows together in each call
     former = vars(owner).get("forward")
     owner.forward = compute
     try:

@@ -136,12 +136,15 @@ class Objective(ABC):
         cuts: the policy of their cuts, see `derta.objectives.cuts`.
         closes_harmful: if True, harmful responses are encoded with their closing tokens.
         needs_references: if True, draws of triples need `Drawn.references`.
+        needs_states: if True, the loss of a pack with dialogues needs a reference's states, see
+            `derta.training.states`.
     """
 
     branches: int
     cuts: str
     closes_harmful = False
     needs_references = False
+    needs_states = False
 
     @property
     @abstractmethod
@@ -227,7 +230,8 @@ class Objective(ABC):
         Args:
             hidden: (1, N, d) hidden states.
             head: the vocabulary projection.
-            columns: those of `columns` that were given, (1, N) each, and of `row_lists`.
+            columns: those of `columns` that were given, (1, N) each, of `row_lists`, and the
+                tensors of a reference by name.
             refusal_token_id: the token that refusals start with, or several.
             loss_weight: (1, N) weight of each row's example; None: ones.
             live_rows: (n,) int64, the rows with a target; None: the loss counts them.

@@ -7,6 +7,7 @@ from typing import Any
 
 from derta.objectives.derta import DertaObjective
 from derta.objectives.preference import PreferenceObjective
+from derta.objectives.red_flag import RedFlagObjective
 from derta.objectives.unlikelihood import UnlikelihoodObjective
 
 
@@ -15,7 +16,8 @@ def objective_of(settings: Any) -> DertaObjective:
 
     Args:
         settings: has the objective's fields under their own names; unlikelihood_weight 0 leaves
-            that term out, without preference there are no pairs.
+            that term out, without preference there are no pairs, without
+            red_flag no flag.
 
     Raises:
         ValueError: as the objective.
@@ -23,6 +25,8 @@ def objective_of(settings: Any) -> DertaObjective:
     kind: type[DertaObjective] = DertaObjective
     if settings.preference is not None:
         kind = PreferenceObjective
+    elif settings.red_flag is not None:
+        kind = RedFlagObjective
     elif settings.unlikelihood_weight:
         kind = UnlikelihoodObjective
     return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})

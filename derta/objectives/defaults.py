@@ -13,6 +13,8 @@ RtoKeep = float | Literal["official"]
 Preference = Literal["dpo", "orpo", "simpo"]
 
 RTO_WEIGHT = 1.0
+RETENTION_WEIGHT = 1.0
+RED_FLAG = "<|red_flag|>"
 MOST_REFUSALS = 64
 MAX_LENGTH = 1024
 MAX_TOKENS = 4096
@@ -56,6 +58,8 @@ RECIPES: dict[str, DrawSettings] = {
     "rto_only": DrawSettings(cuts="zero"),
     "derta": DERTA,
 }
+# Answers that end at a red flag have no safe response to go on with.
+FLAGGED = DrawSettings(branches=0, cuts="zero")
 
 
 @dataclass(frozen=True)
@@ -95,4 +99,21 @@ def check_pairs(preference: str, branches: int, rto_keep: RtoKeep) -> None:
         raise ValueError(
             f"rto_keep must be 0 with preference: {preference}, whose rows predict the rejected "
             f"token instead of the refusal token, got {rto_keep}"
+        )
+
+
+def check_flagged(branches: int, rto_weight: float = RTO_WEIGHT) -> None:
+    """Check the draws and the main term of a run with a red flag.
+
+    Raises:
+        ValueError: there are safe responses, or the main term has a weight.
+    """
+    if branches != 0:
+        raise ValueError(
+            f"branches must be 0 with red_flag, at which an answer ends, got {branches}"
+        )
+    if rto_weight != 1:
+        raise ValueError(
+            f"rto_weight must be 1 with red_flag, got {rto_weight:g}: weigh retention_weight "
+            "against it"
         )

@@ -22,7 +22,7 @@ from derta.settings import check_ranges
 from derta.settings.blame import LIBRARY_ERRORS, blame
 from derta.training.checkpoints import newest
 from derta.training.ranges import RANGES
-from derta.training.settings import RECIPES as RECIPES, DertaSettings
+from derta.training.settings import RECIPES as RECIPES, DertaSettings, check_whole
 from derta.training.sharding import (
     announce_fsdp,
     check_launch,
@@ -153,6 +153,9 @@ class DertaConfig(DertaSettings, TrainingArguments):  # type: ignore[misc]
             )
         self.follow_recipe()
         self.check_refusals()
+        for engine in ("fsdp", "deepspeed"):
+            if getattr(self, engine):
+                check_whole(self.red_flag, engine if self.shard == "none" else self.shard)
         self.check_memory()
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end: true")

@@ -34,6 +34,8 @@ RESULT_KEYS = (
     "preference_beta",
     "preference_weight",
     "simpo_gamma",
+    "red_flag",
+    "retention_weight",
     "loss_norm",
     "scratch_mb",
     "sparse_backward",

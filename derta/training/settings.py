@@ -13,13 +13,17 @@ from importlib.util import find_spec
 from typing import Literal
 
 from derta.data.records.defaults import SpecialTokensInText, TooLong
+from derta.modeling.method import Method
 from derta.objectives.defaults import (
     DERTA,
+    FLAGGED,
     MAX_LENGTH,
     MAX_TOKENS,
     MOST_REFUSALS,
     PREFERENCES,
     RECIPES,
+    RED_FLAG,
+    RETENTION_WEIGHT,
     RTO_WEIGHT,
     CutPolicy,
     LossNorm,
@@ -28,6 +32,7 @@ from derta.objectives.defaults import (
     Recipe,
     RtoDepth,
     RtoKeep,
+    check_flagged,
     check_pairs,
 )
 from derta.settings import setting
@@ -49,13 +54,19 @@ class RecipeSettings:
         "only; prefix_only: each after a prefix of the harmful response; rto_only: vanilla and "
         "RTO; derta: both. A given key may be another number or policy of the same variant.",
         heading="objective",
-        shown="as derta; as vanilla with preference",
+        shown="as derta; as vanilla with preference; none with red_flag",
     )
     preference: Preference | None = setting(
         None,
         "Loss of pairs in place of triples' targets: the safe response is chosen, the harmful one "
         "rejected, after the prompt (recipe: vanilla) or after a prefix of the harmful one too "
         "(recipe: prefix_only). null: no pairs.",
+    )
+    red_flag: str | None = setting(
+        None,
+        "Text of a token that is added as the refusal token, for example <|red_flag|>; auto: that. "
+        "RTO trains it in harmful responses, an answer that reaches it ends and is withheld, and "
+        "dialogues keep their next-token probabilities. No safe response is trained. null: none.",
     )
     branches: int = setting(
         None,
@@ -100,6 +111,9 @@ class RecipeSettings:
                 f"{' or '.join(OF_PAIRS)}"
             )
         recipe = RECIPES[self.recipe or ("vanilla" if self.preference else "derta")]
+        if self.red_flag is not None:
+            self._check_flag()
+            recipe = FLAGGED
         for name in DRAWN:
             given, ours = getattr(self, name), getattr(recipe, name)
             if given is None:
@@ -111,8 +125,24 @@ class RecipeSettings:
                 )
         if self.preference:
             check_pairs(self.preference, self.branches, self.rto_keep)
+        if self.red_flag is not None:
+            check_flagged(self.branches)
         if self.branches == 0 and self.rto_keep == 0.0:
             raise ValueError("branches and rto_keep are both 0: a triple would train nothing")
+
+    def _check_flag(self) -> None:
+        """Set the text of a red flag, and refuse keys of other losses."""
+        for name in ("recipe", "preference"):
+            if (given := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"red_flag and {name}: {given} both say what triples train: leave one out"
+                )
+        if self.red_flag == "auto":
+            self.red_flag = RED_FLAG
+        if self.red_flag != str(self.red_flag).strip() or not self.red_flag:
+            raise ValueError(
+                f"red_flag must be auto or a text without spaces around it, got {self.red_flag!r}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -168,12 +198,20 @@ class LossSettings:
         le=1000,
         shown=f"{PREFERENCES['simpo'].gamma:g} for simpo",
     )
+    retention_weight: float | None = setting(
+        None,
+        "Weight of the KL divergence from the model before its first step, over the answers of "
+        "dialogues, beside RTO towards a red flag.",
+        gt=0,
+        le=1000,
+        shown=f"{RETENTION_WEIGHT:g} with red_flag",
+    )
     loss_norm: LossNorm = setting(
         None,
         "Normalization of the loss. tokens: the mean over all targets of a step; official: the "
         "mean over each pack, averaged; terms: each kind of target by its own mean, pairs too. "
         "Weights of records count in these means, in numerator and denominator.",
-        shown="tokens; terms with preference",
+        shown="tokens; terms with preference and red_flag",
     )
 
     def check_refusals(self) -> None:
@@ -230,7 +268,8 @@ class ObjectiveSettings(RecipeSettings, LossSettings):
                     f"{name} is {given:g}, which preference: {loss or 'null'} does not have: leave "
                     "it out"
                 )
-        norm: LossNorm = "terms" if loss else "tokens"
+        self._follow_flag()
+        norm: LossNorm = "terms" if loss or self.red_flag is not None else "tokens"
         if self.loss_norm is None:
             self.loss_norm = norm
         elif loss and self.loss_norm != norm:
@@ -243,6 +282,28 @@ class ObjectiveSettings(RecipeSettings, LossSettings):
                 f"unlikelihood_weight must be 0 with preference: {loss}, which has no RTO rows, "
                 f"got {self.unlikelihood_weight:g}"
             )
+
+    def _follow_flag(self) -> None:
+        """Set the weight of retention, and refuse keys that have no place beside a red flag."""
+        if self.red_flag is None:
+            if self.retention_weight is not None:
+                raise ValueError(
+                    f"retention_weight is {self.retention_weight:g} without red_flag: leave it out"
+                )
+            return
+        if self.retention_weight is None:
+            self.retention_weight = RETENTION_WEIGHT
+        check_flagged(self.branches, self.rto_weight)
+        for name, given in (
+            ("refusal", self.refusal != "auto"),
+            ("refusal_tokens", self.refusal_tokens is not None),
+            ("unlikelihood_weight", self.unlikelihood_weight != 0),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name} must be left out with red_flag, which is the refusal token and has no "
+                    f"third term, got {getattr(self, name)}"
+                )
 
 
 @dataclass(kw_only=True)
@@ -472,6 +533,34 @@ class ShardSettings:
         """
         if self.shard in ("zero2", "zero3") and find_spec("deepspeed") is None:
             raise ValueError(f"shard: {self.shard} needs DeepSpeed: pip install 'derta[deepspeed]'")
+
+
+def check_trained_rows(red_flag: str | None, method: Method) -> None:
+    """Check that a tuning method trains the rows of a red flag.
+
+    Raises:
+        ValueError: it is QLoRA, or trains whole modules beside adapters.
+    """
+    if red_flag is None or method.method == "full":
+        return
+    if method.method == "qlora" or method.lora_modules_to_save:
+        given = "qlora" if method.method == "qlora" else method.lora_modules_to_save
+        raise ValueError(
+            f"red_flag needs method: full, or lora without lora_modules_to_save, got {given}"
+        )
+
+
+def check_whole(red_flag: str | None, engine: str) -> None:
+    """Check that a run with a red flag has the whole model on every GPU.
+
+    Raises:
+        ValueError: its engine shards weights, gradients or states.
+    """
+    if red_flag is not None and engine not in ("none", "ddp"):
+        raise ValueError(
+            "red_flag needs the whole model and its reference on every GPU, expected shard: none "
+            f"or ddp, got {engine}"
+        )
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ from derta.modeling.costs import forward_operations
 from derta.modeling.introspection import context_length, has_router_loss, transformers_model
 from derta.modeling.mlp_tiling import tile_mlp
 from derta.modeling.patch import apply_derta, check_derta, computing, patch_of
+from derta.modeling.red_flag import add_flag
 from derta.modeling.selfcheck import MisreadError
 from derta.modeling.sharding import gather_no_more_than_needed, reshard
 from derta.objectives.base import Objective
@@ -64,7 +66,9 @@ from derta.training.reference import (
 )
 from derta.training.refusal_watch import RefusalWatch, check_watched, trunk_steps
 from derta.training.resumable import ResumableTrainer
+from derta.training.settings import check_whole
 from derta.training.sharding import running_engine, with_exact_sums
+from derta.training.states import ReferenceStates
 from derta.training.together import failing_together
 
 logger = logging.get_logger(__name__)
@@ -131,7 +135,8 @@ class DertaTrainer(ResumableTrainer):
 
     Logged: `loss`; `mle_loss` and `rto_loss`, and `unlikelihood_loss` if it has a weight (means
     over their own targets); with preference `preference_loss` and the figures of
-    `PreferenceObjective.means` in the place of those of RTO; `refusal_p_1` .. `refusal_p_10` (mean
+    `PreferenceObjective.means` in the place of those of RTO; with red_flag `rto_loss`,
+    `retention_loss` and no `benign_refusal_p`; `refusal_p_1` .. `refusal_p_10` (mean
     probability of the refusal token, or the sum of those of several, in each tenth of the harmful
     responses); `benign_refusal_p` (the same in answers to harmless requests); with sparse_backward
     `skipped_gradient` (share of the sum of |dloss / dlogit| that the head's backward pass skipped);
@@ -190,13 +195,17 @@ class DertaTrainer(ResumableTrainer):
         self._costs = functools.partial(forward_operations, inner.config)
         self._has_router_loss = has_router_loss(inner)
         self.objective: Objective = args.objective
+        self.reference: ReferenceStates | None = None
+        flag = None
+        if args.red_flag is not None:
+            flag = add_flag(model, processing_class, args.red_flag, args.seed)
         encoder = self._encoder(args, processing_class)
         examples = self._encode(args, train_dataset, encoder)
         self.refusals = choose_refusal_set(
             encoder,
-            args.refusal,
+            args.refusal if flag is None else flag,
             args.refusal_tokens,
-            examples.safe_starts,
+            examples.safe_starts if flag is None else Counter(),
             examples.first_messages,
         )
         if self.refusals.warning is not None:
@@ -218,6 +227,9 @@ class DertaTrainer(ResumableTrainer):
             optimizers=optimizers,
         )
         # Now that it is where it trains, and proves itself with the kernels of that place.
+        if flag is not None:
+            check_whole(args.red_flag, running_engine(self.accelerator))
+            self.reference = ReferenceStates(model, flag, args.attention_impl)
         if args.mlp_tile is not None:
             tile_mlp(model, args.mlp_tile)
         apply_derta(
@@ -541,7 +553,7 @@ class DertaTrainer(ResumableTrainer):
             contextlib.nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model)
         )
         with torch.random.fork_rng(devices), reduces:
-            inputs = batch.to(self.args.device).model_inputs()
+            inputs = self._inputs(batch.to(self.args.device))
             self.accelerator.backward(model(**inputs).loss)
         model.zero_grad()
         figures: dict[str, float] = {"probe_tokens": batch.input_ids.shape[1]}
@@ -564,6 +576,14 @@ class DertaTrainer(ResumableTrainer):
         *terms, packs = totals.unbind()
         return StepTotals(dict(zip(names, terms, strict=True)), packs)
 
+    def _inputs(self, batch: PackedBatch) -> dict[str, Any]:
+        """Return the model's inputs for a pack on the device, with what a reference says of it."""
+        inputs = batch.model_inputs()
+        if self.reference is not None and len(batch.row_lists["retained_rows"]):
+            with self.accelerator.autocast():
+                inputs["reference"] = self.reference(inputs)
+        return inputs
+
     def _pack_loss(self, model: nn.Module, batch: PackedBatch, totals: StepTotals) -> Tensor:
         """Return the loss of one pack.
 
@@ -579,7 +599,7 @@ class DertaTrainer(ResumableTrainer):
         router_share = bool(batch.example_ids) / totals.packs
         batch = batch.to(self.args.device, non_blocking=True)
         output = model(
-            **batch.model_inputs(),
+            **self._inputs(batch),
             term_weights=term_weights,
             num_items=num_items / self.args.world_size,
             router_weight=router_share * self.args.world_size,
@@ -631,7 +651,7 @@ class DertaTrainer(ResumableTrainer):
         for step in range(held_out.losses.plan.steps_per_epoch):
             for batch in held_out.losses[step]:
                 batch = batch.to(self.args.device, non_blocking=True)
-                metrics.add(batch, model(**batch.model_inputs()))
+                metrics.add(batch, model(**self._inputs(batch)))
         with computing(self.model, held_out.trunks.collator.objective):
             for step in range(len(held_out.trunks)):
                 for batch in held_out.trunks[step]:

@@ -127,9 +127,13 @@ def run(config: StatsConfig) -> None:
     of_run = None
     if config.model is not None:
         from derta.modeling.loading import load_tokenizer
+        from derta.modeling.red_flag import name_flag
 
+        tokenizer = load_tokenizer(config.model, config.chat_template)
+        if config.red_flag is not None:
+            name_flag(tokenizer, config.red_flag)
         of_run = RunStatistics(
-            load_tokenizer(config.model, config.chat_template),
+            tokenizer,
             Collator(objective_of(config), seed=config.seed),
             max_length=config.max_length,
             max_tokens=config.max_tokens,
@@ -142,7 +146,7 @@ def run(config: StatsConfig) -> None:
         tqdm(records, desc="stats", unit="row", delay=SHOWN_AFTER_S, leave=False),
         Repeats(evaluation, near=config.near, listed=config.listed),
         of_run,
-        refusal=config.refusal,
+        refusal=None if config.red_flag else config.refusal,
         refusal_tokens=config.refusal_tokens,
         loss_norm=config.loss_norm,
     )

@@ -79,8 +79,8 @@ class DemoConfig:
         help="Models to compare: a recipe, or derta_balanced, with borderline dialogues too; with "
         "more RTO weight at the end rto_only_growing, derta_growing, derta_balanced_growing; with "
         "other losses derta_unlikelihood, derta_refusal_tokens, derta_balanced_refusal_tokens, "
-        "dpo, simpo, orpo; and without training system_prompt, or vanilla_header, whose header is "
-        "put in again.",
+        "dpo, simpo, orpo, red_flag, red_flag_balanced; and without training system_prompt, or "
+        "vanilla_header, whose header is put in again.",
         factory=lambda: [*RECIPES, "derta_balanced"],
     )
 

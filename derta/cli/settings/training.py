@@ -18,6 +18,8 @@ from derta.training.settings import (
     RecipeSettings,
     ShardSettings,
     check_refusal_set,
+    check_trained_rows,
+    check_whole,
 )
 
 
@@ -78,6 +80,8 @@ class PlanConfig(
         check_refusal_set(self.refusal_tokens)
         self.check_memory()
         self.check_sharding()
+        check_whole(self.red_flag, self.shard)
+        check_trained_rows(self.red_flag, self)
         if self.shard != "none" and self.gpus == 1:
             raise ValueError(f"gpus must be at least 2 with shard: {self.shard}, got 1")
         if self.probe and self.gpus > 1:

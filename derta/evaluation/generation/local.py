@@ -22,6 +22,7 @@ from derta.evaluation.generation.answers import AnswerFile
 from derta.evaluation.generation.choice import TokenChoice
 from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.modeling.introspection import context_length, evaluating
+from derta.modeling.red_flag import flag_of
 from derta.modeling.shared_work import ranks
 
 
@@ -30,12 +31,14 @@ class Written:
     """The answer of a model to a prompt.
 
     Attributes:
-        text: the answer without special tokens.
+        text: the answer without special tokens; nothing of it if it is flagged.
         ids: token ids of the answer, without the token that ended it.
+        flagged: if True, that was the model's red flag, see `derta.modeling.red_flag`.
     """
 
     text: str
     ids: list[int]
+    flagged: bool = False
 
 
 class Generator(Protocol):
@@ -63,6 +66,18 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return text
 
 
+def written(text: str, ids: list[int], flag: int | None) -> Written:
+    """Return an answer as it reaches its reader: nothing of it if a red flag ends it.
+
+    Args:
+        text, ids: the answer, with the flag that ended it.
+        flag: id of the model's red flag, if it has one.
+    """
+    if ids[-1:] == [flag]:
+        return Written("", ids[:-1], flagged=True)
+    return Written(text, ids)
+
+
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -74,6 +89,7 @@ def generate(
     title: str = "generate",
     answers: AnswerFile | None = None,
     decoding: Decoding = GREEDY,
+    flag: int | None = None,
 ) -> list[list[int]]:
     """Return the model's answer to each prompt.
 
@@ -91,9 +107,11 @@ def generate(
         title: title of the progress bar, which appears after two seconds.
         answers: file of known answers, to which new ones are added batch by batch.
         decoding: the choice of tokens, by default the likeliest.
+        flag: id of a red flag, at which an answer ends too.
 
     Returns:
-        for each prompt, the token ids of the answer, without the token that ended it.
+        for each prompt, the token ids of the answer, without the token that ended it unless that
+        is the flag.
 
     Raises:
         ValueError: a number is below 1, a prompt is empty, or it does not fit the model's context
@@ -103,6 +121,7 @@ def generate(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    ends = stop_ids if flag is None else {*stop_ids, flag}
     context = context_length(model)
     for id, prompt in zip(ids, prompts, strict=True):
         if not len(prompt):
@@ -114,9 +133,7 @@ def generate(
             )
     distinct = {tuple(prompt): id for id, prompt in zip(ids, prompts, strict=True)}
     known = ranks().from_first(
-        lambda: (
-            {} if answers is None else answers.find(distinct, stop_ids, max_new_tokens, decoding)
-        )
+        lambda: {} if answers is None else answers.find(distinct, ends, max_new_tokens, decoding)
     )
     # The longest prompts come first, to fail early if memory is short.
     missing = sorted(distinct.keys() - known.keys(), key=_longest_first)
@@ -126,7 +143,7 @@ def generate(
     made = []
     with (
         evaluating(model),
-        _greedy(model, stop_ids, max_new_tokens),
+        _greedy(model, ends, max_new_tokens),
         tqdm(
             total=sum(map(len, batches)),
             desc=title,
@@ -137,15 +154,16 @@ def generate(
         ) as bar,
     ):
         for batch in batches:
-            written = _run(model, batch, stop_ids, max_new_tokens, decoding)
-            named = zip((distinct[prompt] for prompt in batch), batch, written, strict=True)
+            rows = _run(model, batch, ends, max_new_tokens, decoding)
+            said = [_until_end(row, ends, flag) for row in rows]
+            named = zip((distinct[prompt] for prompt in batch), batch, said, strict=True)
             made.append(list(named))
             if answers is not None:
-                answers.add(made[-1], stop_ids, max_new_tokens, decoding)
+                answers.add(made[-1], ends, max_new_tokens, decoding)
             bar.update(len(batch))
     everything = ranks().gather(made)
     if answers is not None:
-        answers.join(everything, stop_ids, max_new_tokens, decoding)
+        answers.join(everything, ends, max_new_tokens, decoding)
     known |= {prompt: ids for batch in everything for _, prompt, ids in batch}
     return [known[tuple(prompt)] for prompt in prompts]
 
@@ -178,11 +196,13 @@ def _run(
         logits_processor=LogitsProcessorList(choice),
         **router,
     )
-    return [_until_stop(row, stop_ids) for row in output[:, longest:].tolist()]
+    rows: list[list[int]] = output[:, longest:].tolist()
+    return rows
 
 
-def _until_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
-    return ids[: next((place for place, id in enumerate(ids) if id in stop_ids), len(ids))]
+def _until_end(ids: list[int], ends: Collection[int], flag: int | None) -> list[int]:
+    end = next((place for place, id in enumerate(ids) if id in ends), len(ids))
+    return ids[: end + 1] if ids[end : end + 1] == [flag] else ids[:end]
 
 
 @contextlib.contextmanager
@@ -236,6 +256,7 @@ class ModelGenerator:
         Raises:
             ValueError: as `generate`.
         """
+        flag = flag_of(self.chat.tokenizer)
         made = generate(
             self.model,
             prompts,
@@ -245,5 +266,6 @@ class ModelGenerator:
             batch_size=self.batch_size,
             answers=self.answers,
             decoding=decoding,
+            flag=flag,
         )
-        return [Written(decode(self.chat.tokenizer, answer), answer) for answer in made]
+        return [written(decode(self.chat.tokenizer, answer), answer, flag) for answer in made]

@@ -28,7 +28,8 @@ from derta.data import Chat
 from derta.evaluation.generation.answers import Replies
 from derta.evaluation.generation.bounded import bounded_client, broke_off, fault_of, value_of
 from derta.evaluation.generation.decoding import GREEDY, Decoding
-from derta.evaluation.generation.local import SHOWN_AFTER_S, Written, decode
+from derta.evaluation.generation.local import SHOWN_AFTER_S, Written, decode, written
+from derta.modeling.red_flag import flag_of
 from derta.modeling.shared_work import ranks
 
 if TYPE_CHECKING:
@@ -399,7 +400,8 @@ class ServerGenerator:
     Args:
         server: client of the model.
         chat: the model's tokenizer and template. An answer ends at the end of a chat's turn, at the
-            end of sequence, or at any other end that the server knows.
+            end of sequence, at the model's red flag, or at any other end that the server knows. A
+            flag counts if the server returns it: as a token id, as vLLM does, or as text.
         max_new_tokens: most tokens of an answer.
 
     Raises:
@@ -412,7 +414,8 @@ class ServerGenerator:
         self.server = server
         self.chat = chat
         self.tokenizer = chat.tokenizer
-        self.stop_ids = {chat.closing_ids[-1], chat.tokenizer.eos_token_id} - {None}
+        self.flag = flag_of(chat.tokenizer)
+        self.stop_ids = {chat.closing_ids[-1], chat.tokenizer.eos_token_id, self.flag} - {None}
         self.max_new_tokens = max_new_tokens
         self._ends = self.stop_ids | set(self.tokenizer.all_special_ids)
 
@@ -444,10 +447,10 @@ class ServerGenerator:
         rest = self.max_new_tokens - biased
         if rest:
             longer = [[*prompts[n], *started[n].ids] for n in open_]
-            written = self._parts(longer, [ids[n] for n in open_], decoding, rest, {})
-            for n, part in zip(open_, written, strict=True):
+            later = self._parts(longer, [ids[n] for n in open_], decoding, rest, {})
+            for n, part in zip(open_, later, strict=True):
                 started[n] = started[n].joined(part, self.tokenizer)
-        return [Written(part.text, part.ids) for part in started]
+        return [written(part.text, part.ids, self.flag) for part in started]
 
     def _parts(
         self,
@@ -491,11 +494,16 @@ class ServerGenerator:
         ids = choice.get("token_ids")
         ended = choice.get("finish_reason") != "length"
         if ids is None:
-            return {"text": text, "ids": self.chat.text_ids(text), "ended": ended}
+            before = text if self.flag is None else text.partition(self.chat.text(self.flag))[0]
+            flags = [self.flag] if len(before) < len(text) else []
+            ids = [*self.chat.text_ids(before), *flags]
+            return {"text": before, "ids": ids, "ended": ended or bool(flags)}
         known = range(len(self.tokenizer) + PADDING)
         if type(ids) is not list or not all(type(id) is int and id in known for id in ids):
             raise ValueError("token_ids: expected ids of the tokenizer, or of a head's padding")
-        if choice.get("finish_reason") == "stop" and ids and ids[-1] in self._ends:
+        if self.flag in ids:
+            ids, ended = ids[: ids.index(self.flag) + 1], True
+        elif choice.get("finish_reason") == "stop" and ids and ids[-1] in self._ends:
             ids = ids[:-1]
         return {"text": decode(self.tokenizer, ids), "ids": ids, "ended": ended}
 

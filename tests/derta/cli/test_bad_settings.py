@@ -198,9 +198,9 @@ def test_a_setting_runs_or_ends_in_one_line_that_names_it(
 ) -> None:
     loaded: list[str] = []
 
-    def loads(config: TrainConfig) -> Any:
+    def loads(config: TrainConfig, tokenizer: Any) -> Any:
         loaded.append(config.model)
-        return load_model(config)
+        return load_model(config, tokenizer)
 
     monkeypatch.setattr("derta.cli.train.load_model", loads)
     cases = [*COMBINED, *generated(count - len(COMBINED))]

@@ -76,6 +76,7 @@ def hidden_states(model: Any) -> torch.Tensor:
         ("lora",),
         ("lora", "--lora_dora"),
         ("lora", "--lora_modules_to_save", "embed_tokens"),
+        ("lora", "--red_flag", "auto"),
         QLORA,
     ],
     ids=str,
@@ -106,7 +107,7 @@ def test_a_frozen_head_has_neither_gradient_nor_buffer(method: str) -> None:
         lora_r=2,
         max_steps=1,
     )
-    model: Any = load_model(config)
+    model: Any = load_model(config, tiny_tokenizer())
     head = model.get_output_embeddings()
     assert type(head) is torch.nn.Linear
     assert head.weight.dtype == torch.bfloat16 and not head.weight.requires_grad

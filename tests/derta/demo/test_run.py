@@ -109,7 +109,7 @@ def test_a_killed_demo_changes_no_report_and_goes_on_where_it_stopped(
     folder.mkdir()
     (folder / "report.html").write_text("of an earlier run")
     # The first defends the last, which is tuned once; curves are of the variant's own tokens.
-    names = ["vanilla_header", "derta_refusal_tokens", "vanilla"]
+    names = ["vanilla_header", "derta_refusal_tokens", "vanilla", "red_flag"]
     tuned = []
 
     def interrupted(self: Any, name: str) -> Any:
@@ -125,12 +125,13 @@ def test_a_killed_demo_changes_no_report_and_goes_on_where_it_stopped(
     assert {path.name for path in folder.iterdir()} == {"report.html", "base", "data", "parts"}
     assert (folder / "report.html").read_text() == "of an earlier run"
     summary = run_demo(SHORT, folder, [0], names)
-    assert tuned == ["base", "vanilla", "derta_refusal_tokens", "derta_refusal_tokens"]
+    others = ["derta_refusal_tokens", "derta_refusal_tokens", "red_flag"]
+    assert tuned == ["base", "vanilla", *others]
     assert list(summary["variants"]) == ["base", *names]
     assert summary["tokens"]["vanilla_header"] == summary["tokens"]["vanilla"]
     assert "refusal_curve" not in summary["variants"]["vanilla_header"]
     assert run_demo(SHORT, folder, [0], names) == summary
-    assert len(tuned) == 4
+    assert len(tuned) == 5
 
 
 def test_variants_are_tuned_on_equal_numbers_of_tokens(tmp_path: Path) -> None:

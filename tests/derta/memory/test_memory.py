@@ -236,6 +236,17 @@ def test_full_training_is_advised_of_both_lora_and_qlora() -> None:
     assert "with a prompt of 40;" in said  # no safe response follows
 
 
+def test_a_red_flag_costs_a_reference_or_a_trained_head() -> None:
+    step = StepSettings(config=AutoConfig.for_model("llama", **TINY), red_flag=True)
+    peak = StepMemory(step).peak(128)
+    assert peak["reference"] == pytest.approx(peak["weights"], rel=1e-3)
+    adapted = replace(step, method=Method(method="lora"))
+    more = StepMemory(adapted).peak(128)
+    assert "reference" not in more
+    assert more.total() > StepMemory(replace(adapted, red_flag=False)).peak(128).total()
+    assert "method: qlora" not in {**dict(turns(step)), **dict(turns(adapted))}
+
+
 def test_bfloat16_weights_are_advised_only_for_frozen_ones() -> None:
     """Training in bfloat16 would lose small updates."""
     step = StepSettings(config=AutoConfig.for_model("llama", **TINY), dtype=torch.float32)

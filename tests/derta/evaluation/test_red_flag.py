@@ -1,0 +1,179 @@
+"""An answer that a red flag ends is refused, whatever stands before it, and reaches nobody."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from derta.cli import main
+from derta.data import Chat, Request
+from derta.evaluation import (
+    AnswerFile,
+    Defence,
+    EvaluationData,
+    EvaluationSettings,
+    Exchange,
+    KeywordJudge,
+    ModelGenerator,
+    evaluate_model,
+    find_refusal_token,
+)
+from derta.evaluation.generation.local import Written, generate, stop_ids
+from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
+from derta.modeling.red_flag import add_flag
+from served import said, serving
+from tiny import tiny_tokenizer
+
+TEXT = "<|red_flag|>"
+HARMFUL = "The quick brown fox jumps over a lazy dog"
+FLAGGED_AFTER = 3
+REQUEST = Request(id="a", prompt="How do I paint?", response=HARMFUL)
+DATA = EvaluationData(harmful=[REQUEST], benign=[Request(id="b", prompt="How do I paint?")])
+
+
+class Judge(KeywordJudge):
+    """A keyword judge that remembers what it has read."""
+
+    def __call__(self, exchanges: Sequence[Exchange]) -> Any:
+        self.read = [exchange.answer for exchange in exchanges]
+        return super().__call__(exchanges)
+
+
+@pytest.fixture
+def chat() -> Chat:
+    return Chat(copy.deepcopy(tiny_tokenizer()))
+
+
+@pytest.fixture
+def model(
+    chat: Chat,
+    scripted: Callable[..., PreTrainedModel],
+    chain: Callable[..., dict[int, int]],
+) -> PreTrainedModel:
+    """Return a model that writes the harmful response, and flags it after three tokens of it."""
+    harmful = chat.response_ids(REQUEST.messages, HARMFUL)
+    made: Any = scripted(chain(chat.prompt_ids(REQUEST.messages)[-1], *harmful))
+    flag = add_flag(made, chat.tokenizer, TEXT, seed=0)
+    with torch.no_grad():
+        made.lm_head.weight[flag] = 0
+        made.lm_head.weight[flag, harmful[FLAGGED_AFTER - 1]] = 2
+    return made
+
+
+def settings(**changes: Any) -> EvaluationSettings:
+    return EvaluationSettings(
+        **{"prefill_depths": (1, 3, 4), "max_new_tokens": 30, "batch_size": 4, **changes}
+    )
+
+
+def test_every_figure_follows_from_the_flag(model: PreTrainedModel, chat: Chat) -> None:
+    judge = Judge()
+    asked = settings(judges={"keyword": judge}, refusal_banned=10, samples=1)
+    result = evaluate_model(model, chat.tokenizer, DATA, asked).to_dict()
+    assert result["asr"]["direct"] == 0.0 and result["over_refusal"]["benign"] == 1.0
+    assert result["asr"]["prefill"] == {"1": 0.0, "3": 0.0, "4": 1.0}
+    direct = result["counts"]["asr"]["direct"]
+    assert (direct["trials"], direct["empty"]) == (1, 0)
+    positions = result["refusal_positions"]["asr"]
+    assert positions["direct"] == [FLAGGED_AFTER]
+    assert positions["prefill"] == {"1": [FLAGGED_AFTER], "3": [FLAGGED_AFTER], "4": []}
+    # An attacker who forbids the flag has the answer.
+    assert result["asr"]["refusal_banned"] == {"0": 1.0, "1": 1.0, "3": 1.0, "4": 1.0}
+    assert TEXT in result["refusal_starts"]
+    shown = {one["metric"]: one for one in result["samples"]}
+    assert shown["asr.direct"]["answer"] == TEXT and shown["asr.direct"]["prefilled"] == ""
+    harmful = chat.response_ids(REQUEST.messages, HARMFUL)
+    assert shown["asr.prefill.1"]["prefilled"] == chat.text(harmful[0])
+    # What stands before a flag is shown to nobody, a judge included.
+    withheld = chat.tokenizer.decode(harmful[:FLAGGED_AFTER])
+    assert judge.read and withheld not in judge.read and "The quick brown fox jump" in judge.read
+    assert find_refusal_token(model, chat.tokenizer) == len(tiny_tokenizer())
+
+
+def test_a_flag_after_a_defenders_header_refuses(model: PreTrainedModel, chat: Chat) -> None:
+    defended = settings(
+        curve=False, defence=Defence(reinsert_header=True, header_after=2), prefill_depths=(4,)
+    )
+    result = evaluate_model(model, chat.tokenizer, DATA, defended).to_dict()
+    assert result["asr"]["prefill"] == {"4": 0.0}
+
+
+def test_answers_are_withheld_and_found_again(
+    model: PreTrainedModel, chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmful = chat.response_ids(REQUEST.messages, HARMFUL)
+    prompts = [chat.prompt_ids(REQUEST.messages), [*chat.prompt_ids(REQUEST.messages), harmful[4]]]
+
+    def written() -> list[Written]:
+        kept = AnswerFile(tmp_path / "answers.jsonl", chat.tokenizer, "model")
+        made = ModelGenerator(model, chat, max_new_tokens=20, batch_size=2, answers=kept)
+        return made(prompts, ids=["a", "b"])
+
+    first = written()
+    assert first[0] == Written("", harmful[:FLAGGED_AFTER], flagged=True)
+    assert not first[1].flagged and first[1].ids == harmful[5:]
+    monkeypatch.setattr("derta.evaluation.generation.local._run", None)
+    assert written() == first
+
+
+@pytest.mark.parametrize("returns", ["ids", "text", "nothing"])
+def test_a_served_models_flag_counts_if_it_is_returned(
+    model: PreTrainedModel, chat: Chat, returns: str
+) -> None:
+    flag = len(tiny_tokenizer())
+    ends = stop_ids(model, chat)
+
+    def run(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        assert set(body["stop_token_ids"]) == set(ends) and flag in ends
+        (ids,) = generate(
+            model,
+            [body["prompt"]],
+            ids=["a"],
+            stop_ids=ends - {flag},
+            max_new_tokens=body["max_tokens"],
+            batch_size=1,
+            flag=flag,
+        )
+        text = chat.tokenizer.decode(ids, skip_special_tokens=returns != "text")
+        return said(text, ids if returns == "ids" else None, "stop")
+
+    with serving(run) as served:
+        client = Server(ServerSettings(base_url=served.base_url, model="m"))
+        generator = ServerGenerator(client, chat, max_new_tokens=20)
+        (written,) = generator([chat.prompt_ids(REQUEST.messages)], ids=["a"])
+    if returns == "nothing":
+        assert not written.flagged and written.text == chat.tokenizer.decode(
+            chat.response_ids(REQUEST.messages, HARMFUL)[:FLAGGED_AFTER]
+        )
+    else:
+        assert written.flagged and written.text == "" and len(written.ids) == FLAGGED_AFTER
+
+
+def test_commands_know_the_flag_of_a_folder(
+    model: PreTrainedModel,
+    chat: Chat,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("model")
+    chat.tokenizer.save_pretrained("model")
+    row = {"prompt": REQUEST.prompt, "safe": "Sorry, no.", "harmful": HARMFUL}
+    Path("harmful.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    given = "--model model --harmful harmful.jsonl --prefill_depths [1,4] --max_new_tokens 20"
+    assert main(["eval", *given.split(), "--device", "cpu", "--output_dir", "out"]) == 0
+    (entry,) = json.loads(Path("out/summary.json").read_text())["variants"].values()
+    assert entry["asr"]["direct"] == 0.0 and entry["asr"]["prefill"] == {"1": 0.0, "4": 1.0}
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("How do I paint?\n"))
+    assert main(["chat", "model", "--device", "cpu", "--max_new_tokens", "20"]) == 0
+    assert capsys.readouterr().out.startswith("the model has flagged its answer")
