@@ -91,12 +91,16 @@ ABLATIONS: dict[str, Variant] = {
     "rto_only_growing": Variant(dict(recipe="rto_only", rto_depth="growing")),
     "derta_growing": Variant(dict(recipe="derta", rto_depth="growing")),
     "derta_balanced_growing": Variant(dict(recipe="derta", rto_depth="growing"), borderline=True),
-    "derta_unlikelihood": Variant(dict(recipe="derta", unlikelihood_weight=0.1)),
+    **{
+        f"derta_unlikelihood_{weight}": Variant(dict(recipe="derta", unlikelihood_weight=weight))
+        for weight in (0.03, 0.1, 0.3, 1.0)
+    },
     "derta_refusal_tokens": Variant(dict(recipe="derta", refusal_tokens="auto")),
     "derta_balanced_refusal_tokens": Variant(
         dict(recipe="derta", refusal_tokens="auto"), borderline=True
     ),
     **{name: Variant(dict(preference=name)) for name in PREFERENCES},
+    "dpo_prefixed": Variant(dict(preference="dpo", recipe="prefix_only")),
     "red_flag": Variant(dict(red_flag="auto")),
     "red_flag_balanced": Variant(dict(red_flag="auto"), borderline=True),
 }

