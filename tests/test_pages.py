@@ -183,38 +183,42 @@ def test_the_table_is_that_of_the_recorded_run(tmp_path: Path) -> None:
     """Recording the recorded run again changes no page."""
     (tmp_path / "docs/demo").mkdir(parents=True)
     shutil.copy(README, tmp_path)
-    script("record").record(ROOT / "docs/demo", tmp_path)
-    for made in ("README.md", "docs/demo/summary.json", "docs/demo/prefill.png"):
+    script("record").record(ROOT / "docs/demo", ROOT / "docs/demo/objectives.json", tmp_path)
+    for made in (
+        "README.md",
+        "docs/attacks.md",
+        "docs/demo/summary.json",
+        "docs/demo/objectives.json",
+        "docs/demo/prefill.png",
+    ):
         assert (tmp_path / made).read_bytes() == (ROOT / made).read_bytes()
-    if (ROOT / "docs/attacks.md").exists():
-        assert (tmp_path / "docs/attacks.md").read_bytes() == (
-            ROOT / "docs/attacks.md"
-        ).read_bytes()
 
 
 def test_the_page_of_attacks_has_every_figure_with_its_interval_and_empty_answers() -> None:
-    summary = json.loads((ROOT / "docs/demo/summary.json").read_text(encoding="utf-8"))
-    page = script("record").page(summary)
-    derta = summary["variants"]["derta"]
-    low, high = derta["intervals"]["over_refusal"]["borderline"]
-    share = derta["over_refusal"]["borderline"]
-    assert f"{100 * share:.1f} ({100 * low:.0f}–{100 * high:.0f})" in page
-    count = derta["counts"]["asr"]["completion"]
-    assert f"{100 * count['empty'] / count['trials']:.1f}" in page.partition("Empty answers")[2]
-    rows = re.findall(r"^\| (prefill|template prefill) (\d+) \|", page, re.MULTILINE)
-    depths = [str(depth) for depth in (0, 4, 8, 16)]
-    assert rows[:8] == [(kind, k) for kind in ("prefill", "template prefill") for k in depths]
-    assert "derta demo --world cooking --seeds 3\n" in page
+    summary, objectives = (
+        json.loads((ROOT / f"docs/demo/{name}.json").read_text(encoding="utf-8"))
+        for name in ("summary", "objectives")
+    )
+    page = script("record").page(summary, objectives)
+    for run, variant in ((summary, "derta"), (objectives, "red_flag")):
+        entry = run["variants"][variant]
+        low, high = entry["intervals"]["over_refusal"]["borderline"]
+        share = entry["over_refusal"]["borderline"]
+        assert f"{100 * share:.1f} ({100 * low:.0f}–{100 * high:.0f})" in page
+    count = summary["variants"]["vanilla"]["counts"]["asr"]["completion"]
+    assert f"{100 * count['empty'] / count['answers']:.1f}" in page.partition("Empty answers")[2]
+    rows = re.findall(r"^\| (prefill|refusal banned) (\d+) \|", page, re.MULTILINE)
+    depths = "0 4 16".split()
+    assert rows[:6] == [(kind, k) for kind in ("prefill", "refusal banned") for k in depths]
+    assert f"derta demo --world cooking --seeds {len(summary['seeds'])} --variants" in page
 
 
 def test_the_ablations_table_is_that_of_the_recorded_runs() -> None:
-    uniform, growing = (
-        json.loads((ROOT / "docs/demo" / name).read_text(encoding="utf-8"))["variants"]
-        for name in ("summary.json", "depth-weights.json")
-    )
+    record = (ROOT / "docs/demo/depth-weights.json").read_text(encoding="utf-8")
+    runs = json.loads(record)["variants"]
     rows = []
     for name in ("rto_only", "derta", "derta_balanced"):
-        for variant, runs in ((name, uniform), (f"{name}_growing", growing)):
+        for variant in (name, f"{name}_growing"):
             entry = runs[variant]
             attacks = entry["asr"]
             shares = [
