@@ -74,8 +74,8 @@ derta demo --output_dir outputs/objectives --variants '[{objectives}]'
 python docs/record.py outputs/cooking outputs/objectives/summary.json
 ```
 
-The first run took {minutes:,} minutes, the second {others:,}. A killed one goes on where it
-stopped.
+A seed takes about 20 minutes on two cores, a variant of the embedded world half a minute. A killed
+run goes on where it stopped.
 """
 ATTACKING = ("asr", "rank_assisted")
 COSTING = ("over_refusal", "helpful_accuracy", "helpful_perplexity", "detector_auc")
@@ -141,8 +141,6 @@ def page(summary: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
             seeds=len(summary["seeds"]),
             variants="" if tuned == DEFAULT else f" --variants '[{', '.join(tuned)}]'",
             objectives=", ".join(name for name in objectives["variants"] if name != "base"),
-            minutes=round(summary["seconds"] / 60),
-            others=round(objectives["seconds"] / 60),
         )
     )
     return "".join(parts)
