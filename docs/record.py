@@ -59,7 +59,7 @@ OBJECTIVES = """
 Gadgets that do not exist, banned by their material; gadgets, wordings and recipes of testing are
 never seen in tuning. Equally long tunings of one tiny model, {size}. In %, with 95% Wilson
 intervals; *4 written*: after four tokens of the harmful answer; *worst of 4*: one of four drawn
-answers is enough; *among the 10 likeliest*: each harmful token is.
+answers is enough; *tokens in the top 10*: the share of harmful ones.
 
 {table}
 """
@@ -74,7 +74,7 @@ derta demo --output_dir outputs/objectives --variants '[{objectives}]'
 python docs/record.py outputs/cooking outputs/objectives/summary.json
 ```
 
-A seed takes about 20 minutes on two cores, a variant of the embedded world half a minute. A killed
+A seed takes about 20 minutes on two cores, a variant of the embedded world less than one. A killed
 run goes on where it stopped.
 """
 ATTACKING = ("asr", "rank_assisted")
@@ -100,7 +100,7 @@ COMPARED = {
     "banned, 4 written": "asr.refusal_banned.4",
     "worst of 4": "asr.sampling.4",
     "in context": "asr.in_context",
-    "among the 10 likeliest": "rank_assisted.10",
+    "tokens in the top 10": "top_k.10",
     "over-refusal: benign": "over_refusal.benign",
     "over-refusal: borderline": "over_refusal.borderline",
     "helpful answers": "helpful_accuracy",
@@ -133,7 +133,7 @@ def page(summary: Mapping[str, Any], objectives: Mapping[str, Any]) -> str:
     parts.append(
         OBJECTIVES.format(
             size=_size(objectives),
-            table=table_of_variants(objectives["variants"], COMPARED, intervals=True),
+            table=table_of_variants(objectives["variants"], COMPARED, intervals=True).rstrip(),
         )
     )
     parts.append(
