@@ -12,9 +12,9 @@ from transformers.utils import logging
 from derta.cli.settings.tools import ChatConfig
 from derta.data import Chat
 from derta.data.records.types import Message
+from derta.data.tokens.red_flag import flag_of
 from derta.evaluation.generation.local import generate, stop_ids
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
-from derta.modeling.red_flag import flag_of
 from derta.terminal import say
 
 

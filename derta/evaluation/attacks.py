@@ -11,8 +11,8 @@ from typing import Literal
 
 from derta.data import Chat
 from derta.data.tokens.chat import BATCH, PROBE, batched
+from derta.data.tokens.red_flag import flag_of
 from derta.evaluation.judges.base import KeywordJudge
-from derta.modeling.red_flag import flag_of
 
 SLOT = "{request}"
 WHOLE: Literal["whole"] = "whole"

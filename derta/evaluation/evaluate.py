@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
 from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
+from derta.data.tokens.red_flag import NAME as FLAG_NAME
 from derta.evaluation.attacks import Attacks, keywords_of, refusal_starts, thinking_tag
 from derta.evaluation.defences import Defence, defended
 from derta.evaluation.generation.decoding import GREEDY, Decoding
@@ -37,7 +38,6 @@ from derta.evaluation.teacher_forcing import (
     response_curves,
 )
 from derta.modeling.introspection import context_length
-from derta.modeling.red_flag import NAME as FLAG_NAME
 from derta_kernels.head_loss import checked_ids
 
 # The verdict for trials that need no judge.

@@ -35,11 +35,11 @@ from derta.data import (
 )
 from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
+from derta.data.tokens.red_flag import flag_of
 from derta.evaluation.generation.local import SHOWN_AFTER_S
 from derta.labels import IGNORE_INDEX
 from derta.modeling.introspection import context_length, evaluating
 from derta.modeling.patch import apply_derta, computing, patch_of, remove_derta
-from derta.modeling.red_flag import flag_of
 from derta.modeling.shared_work import ranks
 from derta.objectives.base import Place
 from derta.objectives.derta import DertaObjective

@@ -33,6 +33,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enable
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from derta.data.tokens.red_flag import flag_of
 from derta.data.tokens.special import is_token
 from derta.data.tokens.templates import CHAT_TEMPLATES, TEMPLATE_TOKENS
 from derta.manifest import check_model
@@ -52,7 +53,7 @@ from derta.modeling.folders import (
 )
 from derta.modeling.hub import check_hub
 from derta.modeling.quantization import BLOCK, layers_for_4_bits, linear_layers
-from derta.modeling.red_flag import end_at, flag_of
+from derta.modeling.red_flag import end_at
 from derta.modeling.sharding import without_zero3
 
 logger = logging.get_logger(__name__)

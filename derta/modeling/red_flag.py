@@ -15,16 +15,11 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from derta.data.tokens.red_flag import NAME, flag_of
 from derta.modeling.sharding import class_name
 
-NAME = "red_flag_token"
 # Noise of a new row, as a share of the root mean square of the others.
 NOISE = 0.1
-
-
-def flag_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of a tokenizer's red flag, None if it has none."""
-    return getattr(tokenizer, f"{NAME}_id", None)
 
 
 def name_flag(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

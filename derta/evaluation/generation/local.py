@@ -18,11 +18,11 @@ from transformers import (
 
 from derta.data import Chat
 from derta.data.records.defaults import SHOWN_AFTER_S as SHOWN_AFTER_S
+from derta.data.tokens.red_flag import flag_of
 from derta.evaluation.generation.answers import AnswerFile
 from derta.evaluation.generation.choice import TokenChoice
 from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.modeling.introspection import context_length, evaluating
-from derta.modeling.red_flag import flag_of
 from derta.modeling.shared_work import ranks
 
 

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from derta.data import Chat
+from derta.data.tokens.red_flag import flag_of
 from derta.evaluation.generation.answers import Replies
 from derta.evaluation.generation.bounded import bounded_client, broke_off, fault_of, value_of
 from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.evaluation.generation.local import SHOWN_AFTER_S, Written, decode, written
-from derta.modeling.red_flag import flag_of
 from derta.modeling.shared_work import ranks
 
 if TYPE_CHECKING:

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from derta import DertaConfig, DertaTrainer
 from derta.cli.merge import MergeConfig, run as merge
 from derta.data import render_pack
+from derta.data.tokens.red_flag import flag_of
 from derta.modeling.adapters import Method, adapt
 from derta.modeling.loading import load_tokenizer, load_tuned
-from derta.modeling.red_flag import add_flag, flag_of, name_flag
+from derta.modeling.red_flag import add_flag, name_flag
 from derta.objectives.red_flag import RedFlagObjective
 from runs import RECORDS, settings
 from tiny import tiny_model, tiny_tokenizer
