@@ -51,6 +51,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Alone:
 def test_ranks_train_to_the_weights_of_one_process(one_process: Alone, cases: str) -> None:
     if cases == "WITH_DEEPSPEED" and find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
+    # Of a pair whose loss is near e^-x, an error of x is one of as large a share of the loss; x is
+    # a difference of sums over two responses, which are a hundred times as large.
+    of_loss = 1e-5 if cases == "OF_PAIRS" else 1e-6
     folder = one_process.folder
     run_ranks(SCRIPT, folder, cases)
     ranks = [torch.load(folder / f"{cases}-{rank}.pt", weights_only=True) for rank in range(2)]
@@ -61,7 +64,7 @@ def test_ranks_train_to_the_weights_of_one_process(one_process: Alone, cases: st
             for step, (ours, theirs) in enumerate(zip(logs, expected, strict=True)):
                 assert ours.keys() == theirs.keys() | {"imbalance"}
                 for name in theirs.keys() & FIGURES:
-                    close = pytest.approx(theirs[name], rel=1e-6 if name == "loss" else 1e-5)
+                    close = pytest.approx(theirs[name], rel=of_loss if name == "loss" else 1e-5)
                     assert ours[name] == close, (case, step, name)
         ours, theirs = engines.weights(folder / "-".join(case)), engines.weights(alone)
         assert ours.keys() == theirs.keys()
