@@ -214,9 +214,14 @@ def derta_loss_with_rows(
             num_items = (target != ignore_index).sum()
             if rto_mask is not None:
                 num_items = num_items + rto_mask.sum()
-        count = torch.as_tensor(num_items)
-        loss = found.loss / count.where(count != 0, 1)
+        loss = mean_over(found.loss, num_items)
     return HeadLoss(loss, *(values.reshape(target.shape) for values in found[1:]))
+
+
+def mean_over(total: Tensor, count: int | Tensor) -> Tensor:
+    """Return a sum divided by the number of items that it is over, the sum if there are none."""
+    count = torch.as_tensor(count)
+    return total / count.where(count != 0, 1)
 
 
 class HeldOptions(TypedDict, total=False):

@@ -12,7 +12,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from torch import Tensor
@@ -128,6 +128,28 @@ class Mean(NamedTuple):
     divisor: Tensor
 
 
+class ObjectiveOptions(TypedDict):
+    """The keywords of `Objective.loss` that tell nothing of single terms.
+
+    Attributes:
+        refusal_token_id: the token that refusals start with, or several.
+        loss_weight: (1, N) weight of each row's example; None: ones.
+        live_rows: (n,) int64, the rows with a target; None: the loss counts them.
+        num_items: the divisor of "mean"; None: the number of targets.
+        reduction: "mean" or "sum".
+        impl, scratch_mb, sparse_backward: see `derta_kernels.head_loss.head_loss`.
+    """
+
+    refusal_token_id: int | Sequence[int]
+    loss_weight: Tensor | None
+    live_rows: Tensor | None
+    num_items: int | Tensor | None
+    reduction: str
+    impl: str
+    scratch_mb: float | None
+    sparse_backward: float
+
+
 class Objective(ABC):
     """The loss that a training run minimises: a weighted sum of terms over targets of packs.
 
@@ -215,15 +237,8 @@ class Objective(ABC):
         head: Head,
         columns: Mapping[str, Tensor],
         *,
-        refusal_token_id: int | Sequence[int],
-        loss_weight: Tensor | None,
-        live_rows: Tensor | None,
         term_weights: Mapping[str, Number],
-        num_items: int | Tensor | None,
-        reduction: str,
-        impl: str,
-        scratch_mb: float | None,
-        sparse_backward: float,
+        **options: Unpack[ObjectiveOptions],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a pack.
 
@@ -232,13 +247,8 @@ class Objective(ABC):
             head: the vocabulary projection.
             columns: those of `columns` that were given, (1, N) each, of `row_lists`, and the
                 tensors of a reference by name.
-            refusal_token_id: the token that refusals start with, or several.
-            loss_weight: (1, N) weight of each row's example; None: ones.
-            live_rows: (n,) int64, the rows with a target; None: the loss counts them.
             term_weights: factor of each term by its name.
-            num_items: the divisor of "mean"; None: the number of targets.
-            reduction: "mean" or "sum".
-            impl, scratch_mb, sparse_backward: see `derta_kernels.head_loss.head_loss`.
+            options: see `ObjectiveOptions`.
 
         Returns:
             The loss (), and by row, (1, N), detached: each term's unweighted losses, nats, and

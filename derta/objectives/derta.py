@@ -8,9 +8,9 @@ kinds of target of one row are read from the same scratch row of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -19,7 +19,16 @@ from torch import Tensor
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
 from derta.labels import IGNORE_INDEX
 from derta.loss import derta_loss_with_rows
-from derta.objectives.base import Drawn, Extent, Mean, Number, Objective, Place, Term
+from derta.objectives.base import (
+    Drawn,
+    Extent,
+    Mean,
+    Number,
+    Objective,
+    ObjectiveOptions,
+    Place,
+    Term,
+)
 from derta.objectives.cuts import (
     cut_probabilities,
     draw_cuts,
@@ -116,15 +125,8 @@ class DertaObjective(DrawSettings, Objective):
         head: Head,
         columns: Mapping[str, Tensor],
         *,
-        refusal_token_id: int | Sequence[int],
-        loss_weight: Tensor | None,
-        live_rows: Tensor | None,
         term_weights: Mapping[str, Number],
-        num_items: int | Tensor | None,
-        reduction: str,
-        impl: str,
-        scratch_mb: float | None,
-        sparse_backward: float,
+        **options: Unpack[ObjectiveOptions],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         labels = columns.get("shift_labels")
         if labels is None:
@@ -134,15 +136,8 @@ class DertaObjective(DrawSettings, Objective):
             head,
             labels,
             columns.get("rto_mask"),
-            refusal_token_id=refusal_token_id,
             rto_weight=columns.get("rto_weight", 1.0) * term_weights["rto"],
-            loss_weight=loss_weight,
-            live_rows=live_rows,
-            num_items=num_items,
-            reduction=reduction,
-            impl=impl,
-            scratch_mb=scratch_mb,
-            sparse_backward=sparse_backward,
+            **options,
             **self._further_targets(columns, term_weights),
         )
         masses = {"gradient_mass": rows.gradient_mass, "skipped_mass": rows.skipped_mass}

@@ -15,9 +15,9 @@ the head loss reads from one scratch row: the next token and, as its second toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from derta.data.tokens.encoding import Encoded, EncodedDialogue, EncodedTriple
 from derta.labels import IGNORE_INDEX
-from derta.objectives.base import Drawn, Extent, Mean, Number, Place, Term
+from derta.loss import mean_over
+from derta.objectives.base import Drawn, Extent, Mean, Number, ObjectiveOptions, Place, Term
 from derta.objectives.defaults import PREFERENCES, CutPolicy, Preference, RtoKeep, check_pairs
 from derta.objectives.derta import DertaObjective
 from derta_kernels.head_loss import Head, HeadLoss, head_loss
@@ -189,31 +190,23 @@ class PreferenceObjective(DertaObjective):
         head: Head,
         columns: Mapping[str, Tensor],
         *,
-        refusal_token_id: int | Sequence[int],
-        loss_weight: Tensor | None,
-        live_rows: Tensor | None,
         term_weights: Mapping[str, Number],
-        num_items: int | Tensor | None,
-        reduction: str,
-        impl: str,
-        scratch_mb: float | None,
-        sparse_backward: float,
+        **options: Unpack[ObjectiveOptions],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        options: dict[str, Any] = {"impl": impl, "scratch_mb": scratch_mb}
         shape, dtype = hidden.shape[:-1], torch.promote_types(hidden.dtype, torch.float32)
-        rows = _Rows(hidden, head, columns, refusal_token_id, options)
+        rows = _Rows(hidden, head, columns, options)
         forms = torch.is_grad_enabled() and any(
             one is not None and one.requires_grad for one in (hidden, head.weight, head.bias)
         )
         weight = torch.ones_like(rows.labels, dtype=dtype)
-        if loss_weight is not None:
-            weight = loss_weight.reshape(-1).to(dtype)
+        if (given := options["loss_weight"]) is not None:
+            weight = given.reshape(-1).to(dtype)
         is_mle = self.targets(columns)["mle"].reshape(-1)
 
         if forms:
             next_nll, rejected_nll = rows.of_pairs(columns.get("pair_rows"))
         else:
-            found = rows.all(live_rows)
+            found = rows.all()
             next_nll, rejected_nll = found.next_nll, found.refusal_nll
         pairs = rows.pairs(next_nll, rejected_nll)
         margin, *slopes = self._compared(pairs)
@@ -224,17 +217,16 @@ class PreferenceObjective(DertaObjective):
             pull = torch.sigmoid(-margin) * factor
             pushes = [(pull * slope)[rows.first].to(dtype) * weight for slope in slopes]
             found = rows.all(
-                live_rows,
                 next_weight=pushes[0].where(rows.is_chosen, 0) + weight.where(is_mle, 0),
                 rto_weight=pushes[1].where(rows.is_rejected, 0),
-                sparse_backward=sparse_backward,
+                sparse_backward=options["sparse_backward"],
             )
         loss = ((found.next_nll * weight).where(is_mle, 0)).sum() + (losses * weight).sum() * factor
         # The difference is 0, with the gradient of the whole, or no number if a row's loss is none.
         loss = loss.to(dtype) + (found.loss - found.loss.detach())
-        if reduction == "mean":
-            count = torch.as_tensor(is_mle.sum() if num_items is None else num_items)
-            loss = loss / count.where(count != 0, 1)
+        if options["reduction"] == "mean":
+            count = options["num_items"]
+            loss = mean_over(loss, is_mle.sum() if count is None else count)
         by_row = {
             "mle": found.next_nll,
             "preference": losses.to(dtype),
@@ -242,7 +234,7 @@ class PreferenceObjective(DertaObjective):
             "skipped_mass": found.skipped_mass,
             **self._figures(pairs),
         }
-        if isinstance(refusal_token_id, int):  # a row has one second token, not a set
+        if isinstance(options["refusal_token_id"], int):  # a row has one second token, not a set
             by_row["rto"] = found.refusal_nll
         return loss, {name: values.reshape(shape) for name, values in by_row.items()}
 
@@ -359,8 +351,7 @@ class _Rows:
         hidden: Tensor,
         head: Head,
         columns: Mapping[str, Tensor],
-        refusal_token_id: int | Sequence[int],
-        options: Mapping[str, Any],
+        options: ObjectiveOptions,
     ) -> None:
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
         self.head = head
@@ -371,17 +362,23 @@ class _Rows:
         self.is_chosen = self.in_pair & (self.labels != IGNORE_INDEX)
         self.is_rejected = rejected != IGNORE_INDEX
         # Rows of dialogues have the refusal token there, for a figure.
-        one = refusal_token_id if isinstance(refusal_token_id, int) else refusal_token_id[0]
+        refusals = options["refusal_token_id"]
+        one = refusals if isinstance(refusals, int) else refusals[0]
         self.tokens = rejected.where(self.is_rejected, one)
         self.first = torch.arange(len(back), device=back.device) - back.clamp(min=0)
         self.references = [
             columns[name].reshape(-1) if name in columns else None for name in REFERENCES
         ]
 
-    def all(self, live_rows: Tensor | None, **weights: Any) -> HeadLoss:
+    def all(self, **weights: Any) -> HeadLoss:
         """Compute the head loss of all rows."""
         return self._head_loss(
-            self.hidden, self.labels, self.is_rejected, self.tokens, live_rows, **weights
+            self.hidden,
+            self.labels,
+            self.is_rejected,
+            self.tokens,
+            self.options["live_rows"],
+            **weights,
         )
 
     def of_pairs(self, rows: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -449,5 +446,6 @@ class _Rows:
             logit_scale=self.head.logit_scale,
             group=self.head.group,
             **weights,
-            **self.options,
+            impl=self.options["impl"],
+            scratch_mb=self.options["scratch_mb"],
         )

@@ -12,15 +12,16 @@ Source: arXiv 2502.16366.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from derta.labels import IGNORE_INDEX
-from derta.objectives.base import Mean, Number, Term
+from derta.loss import mean_over
+from derta.objectives.base import Mean, Number, ObjectiveOptions, Term
 from derta.objectives.defaults import RETENTION_WEIGHT, CutPolicy, check_flagged
 from derta.objectives.derta import DertaObjective
 from derta_kernels.head_loss import Head, kl_loss
@@ -85,16 +86,15 @@ class RedFlagObjective(DertaObjective):
         head: Head,
         columns: Mapping[str, Tensor],
         *,
-        refusal_token_id: int | Sequence[int],
-        loss_weight: Tensor | None,
-        live_rows: Tensor | None,
         term_weights: Mapping[str, Number],
-        num_items: int | Tensor | None,
-        reduction: str,
-        impl: str,
-        scratch_mb: float | None,
-        sparse_backward: float,
+        **options: Unpack[ObjectiveOptions],
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        of_flags: ObjectiveOptions = {
+            **options,
+            "live_rows": columns.get("flagged_rows"),
+            "num_items": None,
+            "reduction": "sum",
+        }
         retained = columns.get("retained_rows")
         if retained is None:
             retained = self.said(columns).reshape(-1).nonzero().squeeze(1)
@@ -102,15 +102,8 @@ class RedFlagObjective(DertaObjective):
             hidden,
             head,
             {name: columns[name] for name in ("rto_mask", "rto_weight") if name in columns},
-            refusal_token_id=refusal_token_id,
-            loss_weight=loss_weight,
-            live_rows=columns.get("flagged_rows"),
             term_weights=term_weights,
-            num_items=None,
-            reduction="sum",
-            impl=impl,
-            scratch_mb=scratch_mb,
-            sparse_backward=sparse_backward,
+            **of_flags,
         )
         loss, kl = flagged, torch.zeros_like(rows["rto"])
         if len(retained):
@@ -119,27 +112,28 @@ class RedFlagObjective(DertaObjective):
                     "reference must have the reference_hidden and reference_weight of a pack with "
                     "dialogues, got none: see derta.training.states"
                 )
+            weight = options["loss_weight"]
             kept = kl_loss(
                 hidden.reshape(-1, hidden.shape[-1]),
                 head.weight,
                 columns["reference_hidden"].to(hidden.dtype).reshape(-1, hidden.shape[-1]),
                 columns["reference_weight"],
-                None if loss_weight is None else loss_weight.reshape(-1),
+                None if weight is None else weight.reshape(-1),
                 rows=retained,
                 bias=head.bias,
                 reference_bias=columns.get("reference_bias"),
                 softcap=head.softcap,
                 logit_scale=head.logit_scale,
-                scratch_mb=scratch_mb,
+                scratch_mb=options["scratch_mb"],
                 group=head.group,
             )
             loss = flagged + kept.loss * term_weights["retention"]
             kl = kept.kl.reshape(kl.shape)
-        if reduction == "mean":
-            if num_items is None:
-                num_items = columns["rto_mask"].sum() + len(retained)
-            count = torch.as_tensor(num_items)
-            loss = loss / count.where(count != 0, 1)
+        if options["reduction"] == "mean":
+            count = options["num_items"]
+            if count is None:
+                count = columns["rto_mask"].sum() + len(retained)
+            loss = mean_over(loss, count)
         return loss, {**rows, "retention": kl}
 
     def _row_losses(self, rows: Any) -> dict[str, Tensor]:

@@ -252,7 +252,8 @@ def test_sums_do_not_depend_on_the_order_of_their_rows() -> None:
         "pair_back": torch.arange(4000)[None],
     }
     head = Head(torch.zeros(2, 1))
-    rows = _Rows(torch.zeros(1, 4000, 1), head, columns, 0, {})
+    options: Any = {"refusal_token_id": 0}
+    rows = _Rows(torch.zeros(1, 4000, 1), head, columns, options)
     nll = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 20
     sums = [rows.pairs(values, nll).chosen[0] for values in (nll, nll.flip(0), nll.sort()[0])]
     assert sums[0] == sums[1] == sums[2]
