@@ -367,17 +367,15 @@ def _answers(generator: Generator, chat: Chat, trials: Sequence[Trial]) -> list[
 
 
 def _write(generator: Generator, trials: Sequence[Trial]) -> list[Written]:
-    """Generate the answers to all trials, one decoding after another, equal trials once."""
-    places: dict[Decoding, dict[tuple[int, ...], list[int]]] = {}
+    """Generate the answers to all trials, one decoding after another."""
+    places: dict[Decoding, list[int]] = {}
     for place, trial in enumerate(trials):
-        places.setdefault(trial.decoding, {}).setdefault(trial.prompt, []).append(place)
+        places.setdefault(trial.decoding, []).append(place)
     written = [Written("", [])] * len(trials)
-    for decoding, by_prompt in places.items():
-        ids = [trials[own[0]].id for own in by_prompt.values()]
-        answers = generator(list(by_prompt), ids=ids, decoding=decoding)
-        for own, answer in zip(by_prompt.values(), answers, strict=True):
-            for place in own:
-                written[place] = answer
+    for decoding, own in places.items():
+        prompts, ids = [trials[n].prompt for n in own], [trials[n].id for n in own]
+        for place, one in zip(own, generator(prompts, ids=ids, decoding=decoding), strict=True):
+            written[place] = one
     return written
 
 
