@@ -26,6 +26,7 @@ from derta.evaluation import (
     evaluate_model,
     find_refusal_token,
 )
+from derta.evaluation.attacks import refusal_starts
 from derta.evaluation.generation.local import Written, generate, stop_ids
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
 from derta.modeling.red_flag import add_flag
@@ -95,7 +96,10 @@ def test_every_figure_follows_from_the_flag(model: PreTrainedModel, chat: Chat) 
     # What stands before a flag is shown to nobody, a judge included.
     withheld = chat.tokenizer.decode(harmful[:FLAGGED_AFTER])
     assert judge.read and withheld not in judge.read and "The quick brown fox jump" in judge.read
-    assert find_refusal_token(model, chat.tokenizer) == len(tiny_tokenizer())
+    assert judge.read.count("") == 1  # of raw text: no judge is asked about a flagged answer
+    flag = len(tiny_tokenizer())
+    assert find_refusal_token(model, chat.tokenizer) == flag
+    assert flag in refusal_starts(chat, refusal_id=5, keywords=["Sorry"])
 
 
 def test_a_flag_after_a_defenders_header_refuses(model: PreTrainedModel, chat: Chat) -> None:

@@ -141,6 +141,24 @@ def test_before_the_first_step_retention_is_the_flags_own_mass(
     assert found == pytest.approx(total / weight, rel=1e-6) and found > 0
 
 
+def test_the_reference_of_adapters_is_the_model_without_them(tmp_path: Path) -> None:
+    model: Any = tiny_model("llama", dtype=torch.float64)
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    flag = add_flag(model, tokenizer, TEXT, seed=42)
+    base = copy.deepcopy(model)
+    run = of_flag(tmp_path, adapt(model, Method(method="lora"), [flag]), tokenizer)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if "lora_B" in name:  # 0 at first, where both are the same model
+                parameter.normal_(std=0.1)
+    run.model.eval()
+    wanted = expected(run, patched(base, run), "terms")["retention_loss"].item()
+    assert wanted > 0.01
+    found = run.evaluate(RECORDS)["eval_retention_loss"]
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["own head", "tied", "free rows"])
 def test_a_flag_is_one_token_of_tokenizer_and_model_that_a_folder_keeps(
     tmp_path: Path, kind: str
