@@ -74,8 +74,9 @@ derta demo --output_dir outputs/objectives --variants '[{objectives}]'
 python docs/record.py outputs/cooking outputs/objectives/summary.json
 ```
 
-A seed takes about 20 minutes on two cores, a variant of the embedded world less than one. A killed
-run goes on where it stopped.
+Recorded in float32 on two cores of a Xeon with AMX. On two idle cores, the sum of its parts
+projects about 20 minutes for five tunings of a seed; a variant of the embedded world took less than
+one. A killed run goes on where it stopped.
 """
 ATTACKING = ("asr", "rank_assisted")
 COSTING = ("over_refusal", "helpful_accuracy", "helpful_perplexity", "detector_auc")
