@@ -44,14 +44,16 @@ from derta.modeling.quantization import layers_for_4_bits, widths
 from derta.modeling.sharding import call, without_zero3
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.attention.launch_configs import parts_bytes
-from derta_kernels.head_loss import Chip, working_bytes
+from derta_kernels.head_loss import Chip, kl_loss, kl_working_bytes, working_bytes
 from derta_kernels.head_loss.custom_op import FORMS
+from derta_kernels.head_loss.kl import FORMS as KL_FORMS
 
 ATTENTION = "derta_without_storage"
 PARTS = {
     "derta::interval_attention": "attention",
     "derta::interval_attention_backward": "attention",
     "derta::head_loss": "head",
+    "derta::kl_loss": "head",
     "derta::scale_gradients": "head",
 }
 Peaks = dict[str, Counter[str]]
@@ -236,7 +238,11 @@ class StepMemory:
 
         def loss_of(hidden: Tensor) -> Tensor:
             rto = torch.ones_like(ids, dtype=torch.bool)
-            return derta_loss(hidden, head.weight, ids, rto, refusal_token_id=0, num_items=1)
+            loss = derta_loss(hidden, head.weight, ids, rto, refusal_token_id=0, num_items=1)
+            if not self.step.red_flag:
+                return loss
+            reference = hidden[0].detach().clone(), head.weight.detach()
+            return loss + kl_loss(hidden[0], head.weight, *reference).loss
 
         return call(head, body.last_hidden_state, loss_of)
 
@@ -321,15 +327,14 @@ def _run(
     model: Any = transformers_model(engine.model)
 
     def working(name: str, *args: Any) -> int:
-        if name == "derta::head_loss":
+        if name in ("derta::head_loss", "derta::kl_loss"):
             hidden, weight = args[:2]
-            form_weight = args[FORMS][1]
             (vocabulary, width), rows = weight.shape, int(len(hidden) * live)
-            dtypes = hidden.dtype, weight.dtype
+            problem = (rows, vocabulary, width, hidden.dtype, weight.dtype, step.chip)
+            if name == "derta::kl_loss":
+                return kl_working_bytes(*problem, args[KL_FORMS][1], step.scratch_mb)
             sparse = step.sparse_backward > 0
-            shape = (rows, vocabulary, width, *dtypes)
-            scratch_mb, refusals = step.scratch_mb, step.refusals
-            return working_bytes(*shape, step.chip, form_weight, scratch_mb, sparse, refusals)
+            return working_bytes(*problem, args[FORMS][1], step.scratch_mb, sparse, step.refusals)
         if name == "derta::interval_attention_backward":
             q, k = args[1:3]
             tokens, heads = q.shape[:2].numel(), q.shape[2]

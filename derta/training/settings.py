@@ -300,10 +300,15 @@ class ObjectiveSettings(RecipeSettings, LossSettings):
             ("unlikelihood_weight", self.unlikelihood_weight != 0),
         ):
             if given:
-                raise ValueError(
-                    f"{name} must be left out with red_flag, which is the refusal token and has no "
-                    f"third term, got {getattr(self, name)}"
-                )
+                raise not_beside_flag(name, getattr(self, name))
+
+
+def not_beside_flag(name: str, given: object) -> ValueError:
+    """Return the error for a key that has no place beside a red flag."""
+    return ValueError(
+        f"{name} must be left out with red_flag, which is the refusal token and has no third term, "
+        f"got {given}"
+    )
 
 
 @dataclass(kw_only=True)

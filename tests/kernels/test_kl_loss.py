@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from allocated import peak_bytes
-from derta_kernels.head_loss import chunked, custom_op, kl, kl_chunked, kl_loss
+from derta_kernels.head_loss import (
+    Chip,
+    chunked,
+    custom_op,
+    kl,
+    kl_chunked,
+    kl_loss,
+    kl_working_bytes,
+)
 from derta_kernels.testing import (
     HostReads,
     HostTransfers,
@@ -425,6 +433,22 @@ def test_memory_is_two_scratches_of_half_the_budget(
     options = dict(softcap=softcap, scratch_mb=4 * 256 * vocabulary / 2**20)
     peak = peak_bytes(lambda: held.append(kl_loss(*arguments, **options)))
     assert formula <= peak <= 1.03 * (formula + row_pass)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_knows_the_memory_of_a_call(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # chunks of their real size
+    count, vocabulary, width = 460, 80_003, 8
+    hidden, reference_hidden = (torch.randn(count, width, dtype=dtype) for _ in range(2))
+    weight, reference_weight = (torch.randn(vocabulary, width, dtype=dtype) for _ in range(2))
+    hidden.requires_grad_()
+    shape = (count, vocabulary, width, dtype, dtype, Chip("cpu"), False)
+    arguments = (hidden, weight, reference_hidden, reference_weight)
+    for scratch_mb in (None, 300.0):
+        peak = peak_bytes(lambda: kl_loss(*arguments, scratch_mb=scratch_mb))  # noqa: B023
+        assert kl_working_bytes(*shape, scratch_mb) == pytest.approx(peak, rel=0.05)
 
 
 def test_the_host_never_waits_for_the_device() -> None:

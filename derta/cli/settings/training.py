@@ -20,6 +20,7 @@ from derta.training.settings import (
     check_refusal_set,
     check_trained_rows,
     check_whole,
+    not_beside_flag,
 )
 
 
@@ -78,6 +79,8 @@ class PlanConfig(
         super().__post_init__()
         self.follow_recipe()
         check_refusal_set(self.refusal_tokens)
+        if self.red_flag is not None and self.refusal_tokens is not None:
+            raise not_beside_flag("refusal_tokens", self.refusal_tokens)
         self.check_memory()
         self.check_sharding()
         check_whole(self.red_flag, self.shard)

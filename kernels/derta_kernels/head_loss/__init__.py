@@ -5,6 +5,7 @@ from derta_kernels.head_loss.chunked import working_bytes
 from derta_kernels.head_loss.chunks import Chip, chip_of
 from derta_kernels.head_loss.head import Head
 from derta_kernels.head_loss.kl import KlLoss, kl_loss
+from derta_kernels.head_loss.kl_chunked import kl_working_bytes
 from derta_kernels.head_loss.op import HeadLoss, head_loss
 from derta_kernels.head_loss.ranks import NO_RANK, token_ranks
 from derta_kernels.head_loss.shards import sent_bytes
@@ -21,6 +22,7 @@ __all__ = [
     "choose",
     "head_loss",
     "kl_loss",
+    "kl_working_bytes",
     "sent_bytes",
     "token_ranks",
     "working_bytes",

@@ -278,6 +278,7 @@ def working_bytes(
     scratch_mb: float | None = None,
     sparse: bool = False,
     refusals: int = 1,
+    scratches: int = 1,
 ) -> int:
     """Estimate the peak bytes for `count` live rows, beyond inputs and results.
 
@@ -289,14 +290,15 @@ def working_bytes(
         scratch_mb: see `head_loss_chunked`.
         sparse: if True, the backward pass is sparse.
         refusals: tokens of the refusal set, 1 if it is no set, see `token_set.with_set`.
+        scratches: buffers of logits, each the product of another weight of the same shape.
     """
     size = product_dtype(dtype, chip.device_type).itemsize
-    most = chunk_rows(count, Problem(vocabulary, width, size, trainable), chip, scratch_mb)
-    rows = longest(split(count, most))
+    problem = Problem(vocabulary, width, size, trainable)
+    rows = longest(split(count, chunk_rows(count, problem, chip, scratch_mb, scratches)))
     # On a CPU no product of narrow matrices has a float32 result.
     slices = chip.device_type == "cpu" and dtype.itemsize < 4
     sliced = 4 * min(SLICE_ELEMENTS, vocabulary * width) if slices else 0
-    cast = vocabulary * width * dtype.itemsize if weight_dtype != dtype else 0
+    cast = scratches * vocabulary * width * dtype.itemsize if weight_dtype != dtype else 0
     blocks = 0
     if sparse:
         blocks = 8 * rows * -(-vocabulary // TILE)
@@ -305,7 +307,8 @@ def working_bytes(
     of_set = 0
     if refusals > 1:
         of_set = SET_NUMBERS * rows * refusals * torch.promote_types(dtype, torch.float32).itemsize
-    return rows * (_padded(vocabulary, size) + 3 * width) * size + sliced + cast + blocks + of_set
+    of_row = size * (scratches * _padded(vocabulary, size) + 3 * width)
+    return rows * of_row + sliced + cast + blocks + of_set
 
 
 def longest(chunks: list[slice]) -> int:

@@ -24,8 +24,9 @@ from derta_kernels.head_loss.chunked import (
     product_dtype,
     put_logits,
     rows_of,
+    working_bytes,
 )
-from derta_kernels.head_loss.chunks import Problem, chip_of, chunk_rows, split
+from derta_kernels.head_loss.chunks import Chip, Problem, chip_of, chunk_rows, split
 from derta_kernels.head_loss.row_pass import SIZES
 from derta_kernels.head_loss.row_pass_torch import WIDE_LOGITS, finish_logits, unfinish_gradient
 
@@ -92,6 +93,24 @@ def kl_loss_chunked(
     return kl, gradients
 
 
+def kl_working_bytes(
+    count: int,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    chip: Chip,
+    trainable: bool,
+    scratch_mb: float | None = None,
+) -> int:
+    """Estimate the peak bytes, see `working_bytes`, with a reference of the model's shape."""
+    shape = (count, vocabulary, width, dtype, weight_dtype, chip, trainable, scratch_mb)
+    slices = min(count * vocabulary, max(vocabulary, _numbers(chip.device_type)))
+    wide = torch.promote_types(dtype, torch.float32)
+    held = 5 if product_dtype(dtype, chip.device_type) == wide else 7
+    return working_bytes(*shape, scratches=SCRATCHES) + held * slices * wide.itemsize
+
+
 def row_pass(
     logits: Tensor,
     reference_logits: Tensor,
@@ -136,9 +155,13 @@ def row_pass(
 def _slices(logits: Tensor) -> Iterator[slice]:
     """Yield the rows to compute at a time."""
     count, vocabulary = logits.shape
-    numbers = SIZES if logits.device.type == "cpu" else WIDE_LOGITS
-    step = max(1, numbers // vocabulary)
+    step = max(1, _numbers(logits.device.type) // vocabulary)
     yield from (slice(start, start + step) for start in range(0, count, step))
+
+
+def _numbers(device_type: str) -> int:
+    """Return the logits of one model that are passed over at a time, unless a row has more."""
+    return SIZES if device_type == "cpu" else WIDE_LOGITS
 
 
 def _put_log_softmax(z: Tensor) -> None:

@@ -363,6 +363,8 @@ def test_a_plan_of_a_training_run_follows_its_recipe() -> None:
     vanilla = build(PlanConfig, {"": {**given, "recipe": "vanilla"}})
     assert (vanilla.branches, vanilla.rto_keep) == (1, 0.0)
     assert build(PlanConfig, {"": {**given, "recipe": "derta", "rto_keep": 0.05}}).rto_keep == 0.05
+    with pytest.raises(ValueError, match="refusal_tokens must be left out with red_flag"):
+        build(PlanConfig, {"": {**given, "red_flag": "auto", "refusal_tokens": "auto"}})
     with pytest.raises(ValueError, match="^rto_keep is 1.0, which contradicts recipe: vanilla"):
         build(PlanConfig, {"": {**given, "recipe": "vanilla", "rto_keep": 1.0}})
 

@@ -240,6 +240,9 @@ def test_a_red_flag_costs_a_reference_or_a_trained_head() -> None:
     step = StepSettings(config=AutoConfig.for_model("llama", **TINY), red_flag=True)
     peak = StepMemory(step).peak(128)
     assert peak["reference"] == pytest.approx(peak["weights"], rel=1e-3)
+    plain = StepMemory(replace(step, red_flag=False)).peak(128)
+    of_head = 4 * TINY["vocab_size"] * TINY["hidden_size"]  # the divergence has its own, in float32
+    assert peak["head"] >= plain["head"] + of_head
     adapted = replace(step, method=Method(method="lora"))
     more = StepMemory(adapted).peak(128)
     assert "reference" not in more
