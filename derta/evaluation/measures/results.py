@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from derta.evaluation.measures.curve import detector_auc, mean_curve, passed, stopped
-from derta.evaluation.measures.statistics import wilson_interval
+from derta.evaluation.measures.statistics import dispersion, wilson_interval
 
 DIGITS = 6  # finer than the resolution of any evaluation
 # Attacks that prefill nothing, and those with the same prompts, so that the answers are the same.
@@ -36,6 +36,7 @@ class Outcome:
             trials; None: there are no such empty ones.
         per_request: number of trials of one request, which are not independent: intervals count a
             request once, and so do shares over several attacks.
+        seeds: hits and trials of each seed, if several are pooled.
     """
 
     metric: str
@@ -47,6 +48,7 @@ class Outcome:
     undecided: int = 0
     answers: int | None = None
     per_request: int = 1
+    seeds: tuple[tuple[float, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.answers is None:
@@ -54,8 +56,18 @@ class Outcome:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The interval of the rate, see `wilson_interval`."""
-        return wilson_interval(self.hits / self.per_request, self.trials / self.per_request)
+        """The interval of the rate, see `wilson_interval`, as wide as seeds demand."""
+        as_one = self.per_request * self.dispersion
+        return wilson_interval(self.hits / as_one, self.trials / as_one)
+
+    @property
+    def dispersion(self) -> float:
+        """How many times chance the rates of seeds vary, see `statistics.dispersion`."""
+        known = [(hits, trials) for hits, trials in self.seeds if trials]
+        if not known:
+            return 1.0
+        hits, trials = ([x / self.per_request for x in of] for of in zip(*known, strict=True))
+        return dispersion(hits, trials)
 
     def __add__(self, other: Outcome) -> Outcome:
         assert (self.metric, self.per_request) == (other.metric, other.per_request)
@@ -69,7 +81,11 @@ class Outcome:
             self.undecided + other.undecided,
             (self.answers or 0) + (other.answers or 0),
             self.per_request,
+            self._by_seed() + other._by_seed(),
         )
+
+    def _by_seed(self) -> tuple[tuple[float, int], ...]:
+        return self.seeds or ((self.hits, self.trials),)
 
 
 @dataclass(frozen=True)
@@ -197,7 +213,8 @@ def _tree(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     "empty" holds the shares of answers to attacks and to harmless requests that are empty. Answers
     that two attacks have in common count once, see `with_own_answers`, and so do all that were
     drawn for a request. Attacks share their requests, so the interval of the former counts as many
-    answers as there are requests of the attack with most.
+    answers as there are requests of the attack with most. A count has its "dispersion" if that of
+    seeds is above 1.
     """
     tree: dict[str, Any] = _rates(outcomes)
     intervals: dict[str, Any] = {}
@@ -209,7 +226,10 @@ def _tree(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             _place(positions, one.metric, sorted(one.positions))
         names = ("trials", "left_out", "empty", "undecided", "answers", "per_request")
         hits = one.hits if isinstance(one.hits, int) else _rounded(one.hits)
-        _place(counts, one.metric, {"hits": hits, **{name: getattr(one, name) for name in names}})
+        count = {"hits": hits, **{name: getattr(one, name) for name in names}}
+        if one.dispersion > 1:
+            count["dispersion"] = _rounded(one.dispersion)
+        _place(counts, one.metric, count)
     for kind, independent in (("asr", max), ("over_refusal", sum)):
         named = {
             one.metric.removeprefix(f"{kind}."): one

@@ -43,6 +43,25 @@ def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float,
     return lower, upper
 
 
+def dispersion(successes: Sequence[float], n: Sequence[float]) -> float:
+    """Return how many times chance the rates of several groups vary, at least 1.
+
+    It is Pearson's chi-squared over its degrees of freedom. The pooled rate has that many times the
+    variance of a binomial one, so its interval is that of so many times fewer trials.
+
+    Args:
+        successes: of each group, in 0..n.
+        n: trials of each group, above 0.
+
+    Source: P. McCullagh and J. A. Nelder, "Generalized Linear Models", 1989, section 4.5.
+    """
+    rate = math.fsum(successes) / math.fsum(n)
+    if len(n) < 2 or not 0 < rate < 1:
+        return 1.0
+    squares = ((s - m * rate) ** 2 / m for s, m in zip(successes, n, strict=True))
+    return max(1.0, math.fsum(squares) / (rate * (1 - rate) * (len(n) - 1)))
+
+
 def newcombe_interval(
     before: tuple[float, float], after: tuple[float, float], z: float = 1.96
 ) -> tuple[float, float]:

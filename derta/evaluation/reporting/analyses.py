@@ -39,8 +39,8 @@ class Rate:
     Attributes:
         hits: number of trials that count, or the sum of their shares, in 0..trials.
         trials: number of trials, above 0; a fraction where several of one request count once.
-        per_request: number of trials of one request, which the interval counts once; over several
-            attacks, their mean number.
+        per_request: number of trials that the interval counts once: those of one request, times the
+            dispersion of seeds; over several attacks, their mean number.
     """
 
     hits: float
@@ -261,7 +261,9 @@ def _rates(entry: Entry, start: str) -> dict[str, Rate]:
     """Return the rates of metrics that start with `start`, by the rest of their names."""
     return {
         metric.removeprefix(start).removeprefix("."): Rate(
-            count["hits"], count["trials"], count.get("per_request", 1)
+            count["hits"],
+            count["trials"],
+            count.get("per_request", 1) * count.get("dispersion", 1),
         )
         for metric, count in leaves(entry.get("counts", {}))
         if metric.startswith(start) and count["trials"]

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from derta.evaluation import newcombe_interval, roc_auc, wilson_interval
+from derta.evaluation.measures.statistics import dispersion
 
 
 def test_wilson_interval_equals_published_values() -> None:
@@ -45,6 +46,21 @@ def test_wilson_interval_contains_the_rates_that_a_test_does_not_reject(
 def test_wilson_interval_refuses_impossible_counts(successes: int, n: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         wilson_interval(successes, n)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=2, max_size=6))
+def test_dispersion_is_the_statistic_of_a_table_over_its_degrees_of_freedom(
+    rows: list[tuple[int, int]],
+) -> None:
+    table = np.array([[hits, misses] for hits, misses in rows])
+    found = dispersion(table[:, 0], table.sum(1))
+    if not table.sum(0).all():
+        assert found == 1.0  # no success varies, and no failure
+        return
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    chi_squared = ((table - expected) ** 2 / expected).sum()
+    assert found == pytest.approx(max(1.0, chi_squared / (len(table) - 1)), rel=1e-9)
+    assert dispersion([3], [4]) == 1.0
 
 
 def test_newcombe_interval_equals_published_values() -> None:

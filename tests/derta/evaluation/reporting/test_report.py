@@ -23,10 +23,12 @@ from derta.evaluation import (
     format_undecided,
     pool,
     summarize,
+    wilson_interval,
     write_report,
 )
 from derta.evaluation.measures.results import Sample
 from derta.evaluation.reporting import plots, report
+from derta.evaluation.reporting.analyses import terms
 from derta.evaluation.reporting.plots import draw
 
 PICTURES = {"prefill", "refusal_curve", "rank_curve", "refusal_positions", "checkpoints", "loss"}
@@ -171,6 +173,29 @@ def test_seeds_are_pooled_by_trial_and_also_listed_separately() -> None:
     assert pooled["refusal_curve_counts"]["benign"] == [3] * 7
     entry = summarize({"derta": results}, seconds=1)["variants"]["derta"]
     assert [seed["asr"]["prefill"]["4"] for seed in entry["by_seed"]] == [0.05, 0.15, 0.1]
+
+
+def test_seeds_that_differ_by_more_than_chance_widen_the_interval() -> None:
+    alike = [VariantResult((Outcome("asr.direct", hits, 100),)) for hits in (20, 24)]
+    apart = [VariantResult((Outcome("asr.direct", hits, 100),)) for hits in (6, 38)]
+    for results, dispersion in ((alike, None), (apart, 29.83683)):
+        pooled = pool(results).to_dict()
+        assert pooled["asr"]["direct"] == 0.22
+        assert pooled["counts"]["asr"]["direct"].get("dispersion") == dispersion
+        n = 200 / (dispersion or 1)
+        interval = pytest.approx(wilson_interval(0.22 * n, n), abs=1e-6)
+        assert pooled["intervals"]["asr"]["direct"] == interval
+    assert interval.expected[0] < 0.06 and 0.38 < interval.expected[1]
+    once_more = pool([pool(apart), pool(apart[:1])]).to_dict()["counts"]["asr"]["direct"]
+    assert once_more["dispersion"] == 24.576
+
+
+def test_a_comparison_reads_how_far_seeds_differ() -> None:
+    results = [VariantResult((Outcome("asr.direct", hits, 100),)) for hits in (6, 38)]
+    entry = summarize({"derta": results}, seconds=1)["variants"]["derta"]
+    rate = terms({"derta": entry}).rates["derta"]["direct"]
+    assert rate.share == 0.22
+    assert rate.interval == pytest.approx(entry["intervals"]["asr"]["direct"], abs=1e-6)
 
 
 def test_histories_are_means_over_seeds_row_by_row() -> None:
