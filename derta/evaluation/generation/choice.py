@@ -31,6 +31,7 @@ class TokenChoice(LogitsProcessor):
         self.decoding = decoding
         self.start = max(map(len, prompts))
         self.banned = torch.tensor(decoding.banned, dtype=torch.long)
+        self.saw_nan = torch.tensor(False)
         self.draws = torch.zeros(len(prompts), 0, dtype=torch.float64)
         if decoding.temperature:
             drawn = [draws(decoding, prompt, max_new_tokens) for prompt in prompts]
@@ -44,22 +45,31 @@ class TokenChoice(LogitsProcessor):
             scores: (B, V) float32 logits.
 
         Raises:
-            FloatingPointError: a logit to draw by is NaN.
+            FloatingPointError: as `check`, where a token is drawn.
         """
+        self.saw_nan = self.saw_nan | scores.amax(1).isnan().any()  # waits for no device
         step = input_ids.shape[1] - self.start
         if step < self.decoding.banned_for:
             scores = scores.index_fill(1, self.banned.to(scores.device), -math.inf)
         if not self.decoding.temperature:
             return scores
+        self.check()
         logits = scores.cpu().double()
-        if logits.isnan().any():
-            raise FloatingPointError(
-                "no token can be drawn: the model's logits are NaN, expected numbers: look at its "
-                "weights, or choose dtype float32"
-            )
         chosen = draw(logits / self.decoding.temperature, self.draws[:, step])
         alone = torch.full_like(scores, -math.inf)
         return alone.scatter_(1, chosen[:, None].to(scores.device), 0.0)
+
+    def check(self) -> None:
+        """Check that every token so far was chosen by numbers.
+
+        Raises:
+            FloatingPointError: a logit was NaN.
+        """
+        if self.saw_nan:
+            raise FloatingPointError(
+                "no token can be chosen: the model's logits are NaN, expected numbers: look at its "
+                "weights, or choose dtype float32"
+            )
 
 
 def draws(decoding: Decoding, prompt: Sequence[int], count: int) -> np.ndarray:

@@ -116,7 +116,7 @@ def generate(
     Raises:
         ValueError: a number is below 1, a prompt is empty, or it does not fit the model's context
             together with its answer; names its id.
-        FloatingPointError: an answer is drawn, and the model's logits are NaN.
+        FloatingPointError: the model's logits are NaN.
     """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -189,13 +189,14 @@ def _run(
     router = (
         {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
     )
-    choice = [] if decoding == GREEDY else [TokenChoice(decoding, batch, max_new_tokens)]
+    choice = TokenChoice(decoding, batch, max_new_tokens)
     output = model.generate(  # type: ignore[operator]
         input_ids=input_ids,
         attention_mask=attention_mask.long(),
-        logits_processor=LogitsProcessorList(choice),
+        logits_processor=LogitsProcessorList([choice]),
         **router,
     )
+    choice.check()
     rows: list[list[int]] = output[:, longest:].tolist()
     return rows
 

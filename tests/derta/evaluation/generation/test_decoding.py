@@ -24,7 +24,7 @@ from derta.evaluation import (
     ServerSettings,
     generate,
 )
-from derta.evaluation.generation.choice import TokenChoice, draw, draws
+from derta.evaluation.generation.choice import draw, draws
 from derta.evaluation.generation.decoding import GREEDY
 from derta.evaluation.generation.local import stop_ids
 from served import Served, said, serving
@@ -91,11 +91,15 @@ def test_samples_depend_on_no_batch_and_no_order_but_on_seed_and_number() -> Non
     assert shorter == [answer[:4] for answer in answers]
 
 
-def test_nothing_is_drawn_from_logits_that_are_no_numbers() -> None:
-    choose = TokenChoice(Decoding(temperature=1.0), [(1, 2)], max_new_tokens=1)
-    scores = torch.tensor([[0.0, torch.nan, 1.0]])
-    with pytest.raises(FloatingPointError, match="^no token can be drawn: the model's logits are"):
-        choose(torch.tensor([[1, 2]]), scores)
+@pytest.mark.parametrize(
+    "decoding", [GREEDY, Decoding(banned=(5,), banned_for=2), Decoding(temperature=1.0)]
+)
+def test_no_token_is_chosen_by_logits_that_are_no_numbers(decoding: Decoding) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[-1, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="^no token can be chosen: the model's logits are"):
+        generate(model, PROMPTS, **SETTINGS, decoding=decoding)
 
 
 def test_draws_have_the_probabilities_of_the_logits() -> None:
