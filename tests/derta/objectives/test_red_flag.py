@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from derta import DertaConfig, DertaTrainer
 from derta.cli.merge import MergeConfig, run as merge
-from derta.data import render_pack
+from derta.data import Triple, render_pack
 from derta.data.tokens.red_flag import flag_of
 from derta.modeling.adapters import Method, adapt
 from derta.modeling.loading import load_tokenizer, load_tuned
@@ -36,12 +36,14 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def of_flag(directory: Path, model: Any, tokenizer: Any = None, **changes: Any) -> DertaTrainer:
+def of_flag(
+    directory: Path, model: Any, tokenizer: Any = None, *, records: Any = None, **changes: Any
+) -> DertaTrainer:
     ours = {"red_flag": "auto", "refusal": "auto", "branches": 0, "retention_weight": WEIGHT}
     return DertaTrainer(
         model=model,
         args=settings(directory, **{**ours, "max_tokens": 260, **changes}),
-        train_dataset=iter(RECORDS),
+        train_dataset=iter(RECORDS if records is None else records),
         eval_dataset=iter(RECORDS),
         processing_class=tokenizer or copy.deepcopy(tiny_tokenizer()),
     )
@@ -282,6 +284,12 @@ def test_only_packs_with_dialogues_run_the_reference(tmp_path: Path) -> None:
     assert len(asked) == sum(with_dialogues)
 
 
+def test_a_flag_that_nothing_holds_back_is_refused(tmp_path: Path) -> None:
+    triples = [record for record in RECORDS if isinstance(record, Triple)]
+    with pytest.raises(ValueError, match="^red_flag needs dialogues among the training records, r"):
+        of_flag(tmp_path, tiny_model("llama"), records=triples)
+
+
 def test_a_dry_run_shows_both_terms(tmp_path: Path) -> None:
     run = of_flag(tmp_path, tiny_model("llama"), max_tokens=4096)
     (pack,) = run.train_dataset[0]
@@ -303,6 +311,7 @@ def test_a_pack_without_its_reference_is_refused(tmp_path: Path) -> None:
     [
         (dict(recipe="derta"), "^red_flag and recipe: derta both say what triples train: leave"),
         (dict(preference="dpo"), "^red_flag and preference: dpo both say what triples train"),
+        (dict(cuts="deep"), "^cuts must be left out with red_flag, as no safe response follows a"),
         (dict(branches=1), "^branches must be 0 with red_flag, at which an answer ends, got 1"),
         (dict(rto_keep=0.0), "^branches and rto_keep are both 0: a triple would train nothing"),
         (dict(rto_weight=2.0), "^rto_weight must be 1 with red_flag, got 2: weigh retention_weig"),
