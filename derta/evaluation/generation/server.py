@@ -45,6 +45,9 @@ LOST_IN_A_ROW = 20
 OWN_STATUSES = (400, 408, 409, 413, 422)
 # The lowest bias that the interface allows.
 BAN = -100
+# vLLM and SGLang take what is missing from the model's generation_config, llama.cpp from its own
+# defaults. All three draw from every token at -1; older vLLM and SGLang refuse 0.
+WHOLE_DISTRIBUTION = {"top_k": -1, "min_p": 0.0}
 # Rows by which a head, padded to a round size, may exceed its tokenizer. They may be said, and have
 # no text. Ids beyond them are another model's, or none.
 PADDING = 1024
@@ -395,7 +398,8 @@ class ServerGenerator:
     sampling settings are overridden. Equal prompts are sent once, the longest first.
 
     Tokens are forbidden by `logit_bias`: the server first writes the tokens to which that applies,
-    and then continues without it. Samples are the server's own draws, each from a seed of its own.
+    and then continues without it. Samples are the server's own draws from the whole distribution,
+    each from a seed of its own.
 
     Args:
         server: client of the model.
@@ -477,17 +481,19 @@ class ServerGenerator:
         return parts
 
     def _fields(self, prompt: Sequence[int], decoding: Decoding, max_tokens: int) -> dict[str, Any]:
-        seed = {"seed": decoding.seed_of(prompt) % 2**31} if decoding.temperature else {}
+        drawn: dict[str, Any] = {}
+        if decoding.temperature:
+            drawn = {"seed": decoding.seed_of(prompt) % 2**31, **WHOLE_DISTRIBUTION}
         return {
             "prompt": list(prompt),
             "max_tokens": max_tokens,
             "temperature": float(decoding.temperature),
             "top_p": 1.0,
-            # These are vLLM's, whose defaults come from the model's generation_config.
+            # vLLM takes what is missing from the model's generation_config.
             "repetition_penalty": 1.0,
             "stop_token_ids": sorted(self.stop_ids),
             "return_token_ids": True,
-            **seed,
+            **drawn,
         }
 
     def _read(self, text: str, choice: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,6 +198,14 @@ def test_samples_of_a_server_have_seeds_and_fixed_fields_are_refused(chat: Chat)
             generator(served)([[1], [2]], ids=["a", "b"], decoding=decoding)
         assert {asked.body["temperature"] for asked in served.asked} == {0.5}
         assert set(Counter(asked.body["seed"] for asked in served.asked).values()) == {1}
+        # Nothing is left to the generation_config of the server's model, unless a server is strict.
+        all_tokens = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+        assert all(all_tokens.items() <= asked.body.items() for asked in served.asked)
+        served.asked.clear()
+        generator(served, top_k=None)([[1]], ids=["a"], decoding=Decoding(temperature=1.0))
+        generator(served)([[1]], ids=["a"])
+        assert ["top_k" in asked.body for asked in served.asked] == [False, False]
+        assert ["min_p" in asked.body for asked in served.asked] == [True, False]
         for body, decoding in (
             ({"logit_bias": None}, Decoding(banned=(5,), banned_for=1)),
             ({"seed": 1}, Decoding(temperature=1.0)),
