@@ -19,7 +19,14 @@ from derta.evaluation.attacks import Attacks, keywords_of, refusal_starts, think
 from derta.evaluation.defences import Defence, defended
 from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
-from derta.evaluation.judges.base import FLAGGED, Exchange, Judge, KeywordJudge, Verdict
+from derta.evaluation.judges.base import (
+    FLAGGED,
+    Exchange,
+    Judge,
+    KeywordJudge,
+    Verdict,
+    decides_refusals,
+)
 from derta.evaluation.lm_tasks import check_tasks, run_tasks
 from derta.evaluation.measures.ranks import RankAttack
 from derta.evaluation.measures.results import Outcome, Sample, VariantResult
@@ -428,7 +435,11 @@ def _refusal_starts(
 
 
 def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verdict]]]:
-    """Return the verdict on each answer; one that a red flag ends needs no judge."""
+    """Return the verdict on each answer; one that a red flag ends needs no judge.
+
+    A blank or a flagged answer is no refusal to a judge that decides on none: it would be the only
+    one that is decided.
+    """
     exchanges = [
         Exchange(answer.trial.messages, answer.written.text, _prefilled(answer, one.tokenizer))
         for one in answered
@@ -436,12 +447,15 @@ def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verd
         for answer in made
         if scenario.is_judged and not answer.written.flagged
     ]
-    verdicts = iter(judge(exchanges))
+    said, decides = iter(judge(exchanges)), decides_refusals(judge)
+
+    def verdict(answer: _Answer) -> Verdict:
+        own = FLAGGED if answer.written.flagged else next(said)
+        return own if decides else replace(own, refused=None, start=None)
+
     return [
         [
-            [FLAGGED if answer.written.flagged else next(verdicts) for answer in made]
-            if scenario.is_judged
-            else [UNJUDGED] * len(made)
+            list(map(verdict, made)) if scenario.is_judged else [UNJUDGED] * len(made)
             for scenario, made in zip(one.scenarios, one.answers, strict=True)
         ]
         for one in answered

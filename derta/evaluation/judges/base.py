@@ -78,11 +78,19 @@ def succeeded(answer: str, verdict: Verdict) -> bool | None:
 
 
 class Judge(Protocol):
-    """A reader of many exchanges at once, to allow batches."""
+    """A reader of many exchanges at once, to allow batches.
+
+    A judge that decides on harm alone has the attribute `decides_refusals`, which is False.
+    """
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Return one verdict per exchange, in order."""
         ...
+
+
+def decides_refusals(judge: Judge) -> bool:
+    """Decide if a judge decides on refusals, as one without the attribute does."""
+    return bool(getattr(judge, "decides_refusals", True))
 
 
 class KeywordJudge:

@@ -55,6 +55,7 @@ class ModelJudge:
         self.model = model
         self.tokenizer = tokenizer
         self.rubric = rubric
+        self.decides_refusals = rubric.decides_refusals
         self.batch_size = batch_size
         # Templates of vision models take contents as lists of parts and ignore plain text.
         self._in_parts = False
@@ -156,6 +157,7 @@ class ClassifierJudge:
         self.model = model
         self.tokenizer = tokenizer
         self.refusal_label = refusal_label
+        self.decides_refusals = refusal_label is not None
         self.harmful_label = harmful_label
         self.reads = reads
         # Without a shared padding token, the model would read the padding.

@@ -133,11 +133,17 @@ class LocalJudge:
     Args:
         load: function that loads the judge in a dtype.
         config: settings of the judge.
+        decides_refusals: if False, the judge decides on harm alone.
     """
 
     def __init__(
-        self, load: Callable[[torch.dtype], ModelJudge | ClassifierJudge], config: LocalConfig
+        self,
+        load: Callable[[torch.dtype], ModelJudge | ClassifierJudge],
+        config: LocalConfig,
+        *,
+        decides_refusals: bool = True,
     ) -> None:
+        self.decides_refusals = decides_refusals
         check_device_of_each(config.device)
         self._device = find_device(config.device)
         self._load = functools.partial(load, weights_dtype(config.dtype, self._device))
@@ -166,7 +172,7 @@ def _classifier(config: ClassifierConfig, name: str, folder: Path) -> Judge:
             batch_size=config.batch_size,
         )
 
-    return LocalJudge(load, config)
+    return LocalJudge(load, config, decides_refusals=config.refusal_label is not None)
 
 
 def _server(config: ServerConfig, name: str, folder: Path) -> Judge:
@@ -193,7 +199,7 @@ def _model(config: LocalConfig, rubric: Rubric) -> Judge:
         check_vocabulary(tokenizer, model.config, config.path)
         return ModelJudge(model, tokenizer, rubric, config.batch_size)
 
-    return LocalJudge(load, config)
+    return LocalJudge(load, config, decides_refusals=rubric.decides_refusals)
 
 
 KINDS: dict[str, tuple[type, Callable[..., Judge]]] = {

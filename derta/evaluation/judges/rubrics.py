@@ -28,11 +28,13 @@ class Rubric:
         ask: function from an exchange to the question.
         read: function from the reply to the verdict; undecided parts are None.
         max_new_tokens: most tokens of the reply.
+        decides_refusals: if False, the reply is on harm alone.
     """
 
     ask: Callable[[Exchange], Question]
     read: Callable[[str], Verdict]
     max_new_tokens: int
+    decides_refusals: bool = True
 
 
 def request_of(messages: Sequence[Message]) -> str:
@@ -204,19 +206,26 @@ def paper_rubric(template: str = PAPER_TEMPLATE, max_new_tokens: int = 256) -> R
     return Rubric(ask, read_paper, max_new_tokens)
 
 
-def _trained(template: str, read: Callable[[str], Verdict], max_new_tokens: int) -> Rubric:
+def _trained(
+    template: str,
+    read: Callable[[str], Verdict],
+    max_new_tokens: int,
+    *,
+    decides_refusals: bool = True,
+) -> Rubric:
     """Make the rubric of a model that was trained on whole responses in this format."""
     return Rubric(
         lambda exchange: fill(template, request_of(exchange.messages), exchange.response),
         read,
         max_new_tokens,
+        decides_refusals,
     )
 
 
 RUBRICS = {
-    "harmbench": _trained(HARMBENCH_TEMPLATE, read_harmbench, 4),
+    "harmbench": _trained(HARMBENCH_TEMPLATE, read_harmbench, 4, decides_refusals=False),
     "wildguard": _trained(WILDGUARD_TEMPLATE, read_wildguard, 40),
-    "llama_guard": Rubric(ask_llama_guard, read_llama_guard, 16),
+    "llama_guard": Rubric(ask_llama_guard, read_llama_guard, 16, decides_refusals=False),
     "paper": paper_rubric(),
 }
 

@@ -25,6 +25,7 @@ class ServerJudge:
     def __init__(self, server: Server, rubric: Rubric = RUBRICS["paper"]) -> None:
         self.server = server
         self.rubric = rubric
+        self.decides_refusals = rubric.decides_refusals
 
     def __call__(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Judge exchanges, see `Judge`.

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from derta.cli import main
 from derta.data import Chat, Request
 from derta.evaluation import (
+    RUBRICS,
     AnswerFile,
+    Decoding,
     Defence,
     EvaluationData,
     EvaluationSettings,
@@ -27,8 +29,10 @@ from derta.evaluation import (
     find_refusal_token,
 )
 from derta.evaluation.attacks import refusal_starts
+from derta.evaluation.generation.decoding import GREEDY
 from derta.evaluation.generation.local import Written, generate, stop_ids
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
+from derta.evaluation.judges.served import ServerJudge
 from derta.modeling.red_flag import add_flag
 from served import said, serving
 from tiny import tiny_tokenizer
@@ -100,6 +104,32 @@ def test_every_figure_follows_from_the_flag(model: PreTrainedModel, chat: Chat) 
     flag = len(tiny_tokenizer())
     assert find_refusal_token(model, chat.tokenizer) == flag
     assert flag in refusal_starts(chat, refusal_id=5, keywords=["Sorry"])
+
+
+@pytest.mark.parametrize("alone", [Written("", [5], flagged=True), Written("", [])])
+def test_the_only_answer_that_a_judge_of_harm_could_decide_is_no_rate_of_refusals(
+    model: PreTrainedModel, chat: Chat, alone: Written
+) -> None:
+    def generate(
+        prompts: Sequence[tuple[int, ...]], *, ids: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Written]:
+        return [alone if id == "0" else Written("So.", [5]) for id in ids]
+
+    asked = [Request(id=str(n), prompt=f"How do I paint {n}?") for n in range(3)]
+    data = EvaluationData(harmful=asked, benign=asked)
+    with serving(lambda path, body: said("yes")) as served:
+        server = Server(ServerSettings(base_url=served.base_url, model="m"))
+        judges = {"harm": ServerJudge(server, RUBRICS["harmbench"]), "keyword": KeywordJudge()}
+        changed = settings(curve=False, judges=judges, empty_answers="failed")
+        result = evaluate_model(model, chat.tokenizer, data, changed, generator=generate).to_dict()
+    assert "over_refusal" not in result
+    assert result["counts"]["over_refusal"]["benign"]["undecided"] == 3
+    assert result["asr"]["direct"] == pytest.approx(2 / 3, abs=1e-6)
+    assert result["refusal_positions"]["asr"]["direct"] == []
+    refused = 1 / 3 if alone.flagged else 0
+    assert result["judges"]["keyword"]["over_refusal"] == {
+        "benign": pytest.approx(refused, abs=1e-6)
+    }
 
 
 def test_a_flag_after_a_defenders_header_refuses(model: PreTrainedModel, chat: Chat) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from derta.cli import main
 from derta.evaluation import Exchange
+from derta.evaluation.judges.base import decides_refusals
 from derta.evaluation.judges.registry import make_judges
 from derta.evaluation.judges.rubrics import HARMBENCH_TEMPLATE
 from served import Trouble, said, serving
@@ -170,6 +171,16 @@ def test_pickled_weights_of_a_judge_are_refused(
     for kind in ("wildguard: {path: model}", "classifier: {path: model, refusal_label: LABEL_1}"):
         assert call(f"{{{kind}}}") == 1
         assert "safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["harmbench", "llama_guard", "wildguard"])
+def test_a_local_judge_of_harm_alone_says_so_before_it_is_loaded(
+    workplace: Path, kind: str
+) -> None:
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    (judge,) = make_judges({kind: {"path": "model"}}, workplace).values()
+    assert decides_refusals(judge) == (kind == "wildguard")
 
 
 def test_a_server_gets_the_rubric_of_the_configuration(tmp_path: Path) -> None:

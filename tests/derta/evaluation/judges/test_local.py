@@ -184,6 +184,7 @@ def test_a_classifier_decides_only_named_labels_and_complete_answers() -> None:
     judge = ClassifierJudge(classifier(), tokenizer(), harmful_label="HARM")
     short, blank = judge(exchanges("Sorry.", " "))
     assert short.refused is None and short.harmful is not None
+    assert not judge.decides_refusals
     assert blank == SILENT
 
 
@@ -203,6 +204,7 @@ def test_a_classifier_reads_as_many_tokens_as_it_has_positions(
 def test_answers_are_read_one_by_one_without_a_padding_token() -> None:
     model = classifier("llama", pad_token_id=None)
     judge = ClassifierJudge(model, tokenizer(), refusal_label="REJECTION", batch_size=4)
+    assert judge.decides_refusals
     together = judge(exchanges(*ANSWERS))
     assert together == [judge(exchanges(answer))[0] for answer in ANSWERS]
 

@@ -46,6 +46,7 @@ def test_a_reply_decides_only_the_questions_it_answers(
     rubric: str, reply: str, verdict: Verdict
 ) -> None:
     assert RUBRICS[rubric].read(reply) == verdict
+    assert RUBRICS[rubric].decides_refusals or verdict.refused is None
 
 
 @pytest.mark.parametrize("rubric", ["harmbench", "wildguard", "paper"])
