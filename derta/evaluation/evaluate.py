@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,9 +15,9 @@ from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
 from derta.data.records.defaults import SpecialTokensInText
 from derta.data.records.types import Request, naming
 from derta.data.tokens.red_flag import NAME as FLAG_NAME
+from derta.evaluation.answering import Answer, Respondent
 from derta.evaluation.attacks import Attacks, keywords_of, refusal_starts, thinking_tag
 from derta.evaluation.defences import Defence, defended
-from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.evaluation.generation.local import Generator, ModelGenerator, Written, decode
 from derta.evaluation.judges.base import (
     FLAGGED,
@@ -177,11 +177,6 @@ def evaluate_model(
     return result
 
 
-class _Answer(NamedTuple):
-    trial: Trial
-    written: Written
-
-
 @dataclass(frozen=True)
 class Answered:
     """The answers of a model, and the results that need no judge.
@@ -196,7 +191,7 @@ class Answered:
     """
 
     scenarios: Sequence[Scenario]
-    answers: Sequence[Sequence[_Answer]]
+    answers: Sequence[Sequence[Answer]]
     tokenizer: PreTrainedTokenizerBase
     found: VariantResult
     exports: Mapping[str, Sequence[tuple[str, str]]]
@@ -266,11 +261,15 @@ def collect_answers(
     exported = {
         name: [_direct(request, chat) for request in asked] for name, asked in data.exports.items()
     }
-    asked = list(itertools.chain(*trials, *exported.values()))
-    made = _answers(generator, chat, asked)
-    if defence is not None and defence.reinsert_header:
-        made = _checked(generator, chat, made, defence, keywords_of([*settings.judges.values()]))
-    written = iter(made)
+    respond = Respondent(
+        generator=generator,
+        chat=chat,
+        max_new_tokens=settings.max_new_tokens,
+        context=None if model is None else context_length(model),
+        defence=defence,
+        keywords=keywords_of([*settings.judges.values()]),
+    )
+    written = iter(respond(list(itertools.chain(*trials, *exported.values()))))
     answers = [list(itertools.islice(written, len(made))) for made in trials]
     exports = {
         name: [
@@ -362,64 +361,6 @@ def _direct(request: Request, chat: Chat) -> Trial:
         return direct(request, chat)
 
 
-def _answers(generator: Generator, chat: Chat, trials: Sequence[Trial]) -> list[_Answer]:
-    """Generate the last answer of every trial; all conversations advance together, turn by turn."""
-    trials = list(trials)
-    while going_on := [place for place, trial in enumerate(trials) if trial.later]:
-        said = _write(generator, [trials[place] for place in going_on])
-        for place, written in zip(going_on, said, strict=True):
-            with naming(trials[place]):
-                trials[place] = trials[place].after(written.text, chat)
-    return list(map(_Answer, trials, _write(generator, trials)))
-
-
-def _write(generator: Generator, trials: Sequence[Trial]) -> list[Written]:
-    """Generate the answers to all trials, one decoding after another."""
-    places: dict[Decoding, list[int]] = {}
-    for place, trial in enumerate(trials):
-        places.setdefault(trial.decoding, []).append(place)
-    written = [Written("", [])] * len(trials)
-    for decoding, own in places.items():
-        prompts, ids = [trials[n].prompt for n in own], [trials[n].id for n in own]
-        for place, one in zip(own, generator(prompts, ids=ids, decoding=decoding), strict=True):
-            written[place] = one
-    return written
-
-
-def _checked(
-    generator: Generator,
-    chat: Chat,
-    answers: Sequence[_Answer],
-    defence: Defence,
-    keywords: Sequence[str],
-) -> list[_Answer]:
-    """Return the answers, or the refusal where the model refuses after its header, see `Defence`.
-
-    The check is the defender's: it is greedy, and no attacker forbids its tokens.
-    """
-    header = chat.header_ids()
-    kept = [
-        answer.written.ids[: 0 if answer.trial.depth else defence.header_after]
-        for answer in answers
-    ]
-    checks = _write(
-        generator,
-        [
-            replace(trial, prompt=(*trial.prompt, *start, *header), decoding=GREEDY)
-            for (trial, _), start in zip(answers, kept, strict=True)
-        ],
-    )
-    verdicts = KeywordJudge(keywords)([Exchange((), check.text) for check in checks])
-    checked = []
-    for (trial, own), start, check, verdict in zip(answers, kept, checks, verdicts, strict=True):
-        if check.flagged or verdict.refused:
-            ids = [*start, *check.ids]
-            text = "" if check.flagged else decode(chat.tokenizer, ids)
-            own = Written(text, ids, check.flagged)
-        checked.append(_Answer(trial, own))
-    return checked
-
-
 def _refusal_starts(
     model: PreTrainedModel | None, chat: Chat, data: EvaluationData, settings: EvaluationSettings
 ) -> tuple[int, ...]:
@@ -449,7 +390,7 @@ def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verd
     ]
     said, decides = iter(judge(exchanges)), decides_refusals(judge)
 
-    def verdict(answer: _Answer) -> Verdict:
+    def verdict(answer: Answer) -> Verdict:
         own = FLAGGED if answer.written.flagged else next(said)
         return own if decides else replace(own, refused=None, start=None)
 
@@ -462,7 +403,7 @@ def _verdicts(judge: Judge, answered: Sequence[Answered]) -> list[list[list[Verd
     ]
 
 
-def _prefilled(answer: _Answer, tokenizer: PreTrainedTokenizerBase) -> str:
+def _prefilled(answer: Answer, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text before the answer, decoded with the answer to keep the space between them."""
     trial, written = answer
     start = trial.prompt[len(trial.prompt) - trial.depth :]
@@ -475,7 +416,7 @@ def _prefilled(answer: _Answer, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _outcome(
     scenario: Scenario,
-    answers: Sequence[_Answer],
+    answers: Sequence[Answer],
     verdicts: Sequence[Verdict],
     tokenizer: PreTrainedTokenizerBase,
     apart: bool,
@@ -491,7 +432,7 @@ def _outcome(
         + (
             len(written.ids)
             if written.flagged
-            else tokens_before(tokenizer, written.ids, verdict.start)
+            else _tokens_before(tokenizer, written, verdict.start)
         )
         for (trial, written), verdict in zip(answers, verdicts, strict=True)
         if verdict.start is not None
@@ -520,6 +461,15 @@ def _worst(counted: Sequence[bool | None]) -> bool | None:
     return True if True in counted else None if None in counted else False
 
 
+def _tokens_before(tokenizer: PreTrainedTokenizerBase, written: Written, start: int) -> int:
+    """Count the whole tokens of an answer before character `start`, see `Written.kept`."""
+    kept, rest = written.ids[: written.kept], written.ids[written.kept :]
+    in_rest = start - len(decode(tokenizer, kept)) - bool(kept)
+    if in_rest < 0:
+        return tokens_before(tokenizer, kept, start)
+    return len(kept) + tokens_before(tokenizer, rest, in_rest)
+
+
 def tokens_before(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> int:
     """Count the whole tokens of an answer before character `start` of its text."""
 
@@ -530,7 +480,7 @@ def tokens_before(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start:
 
 
 def _sample(
-    scenario: Scenario, answer: _Answer, verdict: Verdict, tokenizer: PreTrainedTokenizerBase
+    scenario: Scenario, answer: Answer, verdict: Verdict, tokenizer: PreTrainedTokenizerBase
 ) -> Sample:
     trial, written = answer
     return Sample(

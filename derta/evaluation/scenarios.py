@@ -91,9 +91,17 @@ class Trial:
     later: tuple[Message, ...] = ()
     decoding: Decoding = GREEDY
 
-    def after(self, answer: str, chat: Chat) -> Trial:
-        """Return the trial of the next user's turn, after the model's `answer`."""
-        said = [*self.messages, {"role": "assistant", "content": answer}]
+    def after(self, answer: str | None, chat: Chat) -> Trial:
+        """Return the trial of the next user's turn.
+
+        Args:
+            answer: the model's answer; None: a red flag withholds it, and its request is forgotten,
+                as in `derta chat`.
+            chat: the model's tokenizer and template.
+        """
+        said = list(self.messages[:-1])
+        if answer is not None:
+            said = [*self.messages, {"role": "assistant", "content": answer}]
         return _opened(self.id, [*said, *self.later], chat, start=len(said))
 
 

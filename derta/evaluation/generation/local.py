@@ -34,11 +34,14 @@ class Written:
         text: the answer without special tokens; nothing of it if it is flagged.
         ids: token ids of the answer, without the token that ended it.
         flagged: if True, that was the model's red flag, see `derta.modeling.red_flag`.
+        kept: number of first tokens before a defender's refusal, which begins on a new line that
+            has no token; 0: all of the answer is the model's.
     """
 
     text: str
     ids: list[int]
     flagged: bool = False
+    kept: int = 0
 
 
 class Generator(Protocol):

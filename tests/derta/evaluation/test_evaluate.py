@@ -40,6 +40,7 @@ from derta.evaluation.generation.decoding import GREEDY
 from derta.evaluation.generation.local import Written
 from derta.evaluation.presets import OFFICIAL_CHAT_TEMPLATE
 from derta.evaluation.scenarios import completion, following, in_context, make_scenarios
+from derta.modeling.introspection import context_length
 from derta.modeling.patch import apply_derta
 from marked import marked
 from tiny import tiny_model, tiny_tokenizer
@@ -786,8 +787,64 @@ def test_a_header_put_in_again_replaces_what_the_model_would_refuse(
     assert (*asked_for, *jumps[:2], *header) in seen  # and in the midst of an answer
     shown = {one["metric"]: one["answer"] for one in defended["samples"]}
     assert shown["asr.prefill.2"] == "Sorry."
-    assert shown["asr.direct"] == chat.tokenizer.decode(jumps[:2]) + "Sorry."
+    assert shown["asr.direct"] == chat.tokenizer.decode(jumps[:2]) + "\nSorry."
     assert defended["refusal_positions"]["asr"]["direct"] == [2, 2, 2]
+
+
+def test_no_word_before_it_hides_the_refusal_after_a_header(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    """Without a border the keyword judge reads "BBQI can't", a word of its own."""
+    harmful = Request(id="a", prompt="How do I paint?")
+    prompt = tuple(chat.prompt_ids(harmful.messages))
+    kept = chat.text_ids("I like the BBQ")
+    generator = answering(
+        {prompt: "I like the BBQ", (*prompt, *kept, *chat.header_ids()): "I can't do that."}, chat
+    )
+    defence = Defence(reinsert_header=True, header_after=len(kept))
+    changed = settings(curve=False, defence=defence, samples=1)
+    data = EvaluationData(harmful=[harmful])
+    found = evaluate_model(model, chat.tokenizer, data, changed, generator=generator).to_dict()
+    assert found["samples"][0]["answer"] == "I like the BBQ\nI can't do that."
+    assert found["asr"]["direct"] == 0.0
+    assert found["refusal_positions"]["asr"]["direct"] == [len(kept)]
+
+
+def test_every_turn_of_a_conversation_is_defended(model: PreTrainedModel, chat: Chat) -> None:
+    hello, paint = ({"role": "user", "content": text} for text in ("Hello", "How do I paint?"))
+    jumps = chat.text_ids("It jumps over")
+    generator = answering({tuple(chat.prompt_ids([hello])): "It jumps over"}, chat)
+    defence = Defence(reinsert_header=True, header_after=2)
+    data = EvaluationData(multi_turn=[Request(id="a", messages=[hello, paint])])
+    changed = settings(curve=False, defence=defence)
+    evaluate_model(model, chat.tokenizer, data, changed, generator=generator)
+    refused = {"role": "assistant", "content": chat.tokenizer.decode(jumps[:2]) + "\nSorry."}
+    asked = [tuple(prompt) for prompt, _ in generator.seen]  # type: ignore[attr-defined]
+    assert tuple(chat.prompt_ids([hello, refused, paint])) in asked
+
+
+@pytest.mark.parametrize("depth", [0, 6])
+def test_a_header_that_does_not_fit_is_refused_before_the_first_answer(
+    model: PreTrainedModel, chat: Chat, depth: int
+) -> None:
+    generator = answering({}, chat)
+    header, prompt = len(chat.header_ids()), len(chat.prompt_ids(asked("a").messages)) + depth
+    kept = 0 if depth else 4
+
+    def run(room: int) -> None:
+        changed = settings(
+            prefill_depths=(depth,),
+            defence=Defence(reinsert_header=True, header_after=4),
+            max_new_tokens=context_length(model) - prompt - kept - header - room,
+        )
+        data = EvaluationData(harmful=[asked("a")])
+        evaluate_model(model, chat.tokenizer, data, changed, generator=generator)
+
+    message = f"^a: the prompt's {prompt} tokens, {kept} of an answer, the {header} of reinsert_hea"
+    with pytest.raises(ValueError, match=message):
+        run(-1)
+    assert not generator.seen  # type: ignore[attr-defined]
+    run(0)
 
 
 def test_without_a_generation_prompt_the_header_is_what_stands_before_an_answer() -> None:

@@ -25,6 +25,7 @@ from derta.evaluation import (
     Exchange,
     KeywordJudge,
     ModelGenerator,
+    Verdict,
     evaluate_model,
     find_refusal_token,
 )
@@ -138,6 +139,38 @@ def test_a_flag_after_a_defenders_header_refuses(model: PreTrainedModel, chat: C
     )
     result = evaluate_model(model, chat.tokenizer, DATA, defended).to_dict()
     assert result["asr"]["prefill"] == {"4": 0.0}
+
+
+def test_a_flagged_turn_is_forgotten_and_the_conversation_goes_on(model: PreTrainedModel) -> None:
+    """As in `derta chat`: no deployment shows a model an empty answer of its own."""
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    strict = (
+        "{% for m in messages %}{{ '' if m['content'] else raise_exception('empty') }}{% endfor %}"
+    )
+    tokenizer.chat_template = strict + tokenizer.chat_template
+    chat = Chat(tokenizer)
+    system = {"role": "system", "content": "Be kind."}
+    first, second, third = ({"role": "user", "content": text} for text in ("A?", "B?", "C?"))
+    flagged = tuple(chat.prompt_ids([system, first]))
+    seen, read = [], []
+
+    def generate(
+        prompts: Sequence[tuple[int, ...]], *, ids: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Written]:
+        seen.extend(prompts)
+        return [Written("" if p == flagged else "So.", [5], p == flagged) for p in prompts]
+
+    def judge(exchanges: Sequence[Exchange]) -> list[Verdict]:
+        read.extend(exchanges)
+        return [Verdict(refused=False) for _ in exchanges]
+
+    data = EvaluationData(multi_turn=[Request(id="a", messages=[system, first, second, third])])
+    changed = settings(curve=False, judges={"all": judge})
+    result = evaluate_model(model, tokenizer, data, changed, generator=generate).to_dict()
+    talk = [system, second, {"role": "assistant", "content": "So."}, third]
+    assert seen == [flagged, tuple(chat.prompt_ids(talk[:2])), tuple(chat.prompt_ids(talk))]
+    assert [list(exchange.messages) for exchange in read] == [talk]
+    assert result["asr"] == {"multi_turn": 1.0}
 
 
 def test_answers_are_withheld_and_found_again(
