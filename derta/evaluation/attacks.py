@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,10 +127,10 @@ def _start(chat: Chat, ids: Sequence[int]) -> int:
     return next((id for id in ids if chat.text(id).strip()), ids[0])
 
 
-def keywords_of(judges: Sequence[object]) -> tuple[str, ...]:
-    """Return the keywords of the keyword judges, or of the usual one if there is none."""
-    by_keyword = [judge for judge in judges if isinstance(judge, KeywordJudge)] or [KeywordJudge()]
-    return tuple(dict.fromkeys(word for judge in by_keyword for word in judge.keywords))
+def keywords_of(judges: Iterable[object], others: Sequence[str]) -> tuple[str, ...]:
+    """Return the keywords of the keyword judges, or `others` if there is none."""
+    by_keyword = [judge.keywords for judge in judges if isinstance(judge, KeywordJudge)]
+    return tuple(dict.fromkeys(itertools.chain(*(by_keyword or [others]))))
 
 
 def thinking_tag(chat: Chat, tag: str) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from derta.data import Chat, Dialogue, EncodedDialogue, Encoder
 from derta.data.records.defaults import SpecialTokensInText
+from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
 from derta.data.records.types import Request, naming
 from derta.data.tokens.red_flag import NAME as FLAG_NAME
 from derta.evaluation.answering import Answer, Respondent
@@ -67,6 +68,8 @@ class EvaluationSettings(Attacks):
         helpful: "exact_match" of generated answers, or "perplexity" of the given answers.
         judges: name to judge; all judges read the same answers, and the first one's figures are the
             main ones.
+        keywords: phrases by which attacks and defences recognize a refusal if there is no keyword
+            judge; else its own count.
         lm_eval: tasks of lm-eval, by name or as a YAML file, see `derta.evaluation.lm_tasks`.
         samples: number of answers kept per scenario; 0 by default, to show no text.
         special_tokens_in_text: control tokens in requests, templates and responses: "plain" text;
@@ -80,7 +83,7 @@ class EvaluationSettings(Attacks):
 
     Raises:
         ValueError: a value is out of its range, two prefill depths are the same, a template lacks
-            its slot, there is no judge, or lm-eval is not installed or lacks a task.
+            its slot, there is no judge or no keyword, or lm-eval is not installed or lacks a task.
     """
 
     refusal: str | int | Sequence[str | int] = "auto"
@@ -91,6 +94,7 @@ class EvaluationSettings(Attacks):
     rank_attack: RankAttack = field(default_factory=RankAttack)
     helpful: Literal["exact_match", "perplexity"] = "exact_match"
     judges: Mapping[str, Judge] = field(default_factory=lambda: {"keyword": KeywordJudge()})
+    keywords: Sequence[str] = REFUSAL_KEYWORDS
     lm_eval: Sequence[str] = ()
     samples: int = 0
     special_tokens_in_text: SpecialTokensInText = "plain"
@@ -107,6 +111,7 @@ class EvaluationSettings(Attacks):
             check_tasks(self.lm_eval)
         if not self.judges:
             raise ValueError("judges must name at least one judge, got none")
+        KeywordJudge(self.keywords)
         least = {"max_new_tokens": 1, "batch_size": 1, "max_tokens": 1, "samples": 0}
         for name, limit in least.items():
             if getattr(self, name) < limit:
@@ -267,7 +272,7 @@ def collect_answers(
         max_new_tokens=settings.max_new_tokens,
         context=None if model is None else context_length(model),
         defence=defence,
-        keywords=keywords_of([*settings.judges.values()]),
+        keywords=keywords_of(settings.judges.values(), settings.keywords),
     )
     written = iter(respond(list(itertools.chain(*trials, *exported.values()))))
     answers = [list(itertools.islice(written, len(made))) for made in trials]
@@ -371,7 +376,7 @@ def _refusal_starts(
         refusal = refusal_ids(chat.tokenizer, settings.refusal)
     else:
         refusal = find_refusal_token(model, chat.tokenizer, settings.refusal)
-    keywords = keywords_of([*settings.judges.values()])
+    keywords = keywords_of(settings.judges.values(), settings.keywords)
     return refusal_starts(chat, refusal, keywords, data.refusals)
 
 

@@ -18,6 +18,7 @@ from derta.cli.settings.evaluation import EvaluateConfig
 from derta.data import Chat, Request, Triple, read_requests
 from derta.data.records.formats import Kind
 from derta.data.records.reading import Reading, Wanted, read_placed
+from derta.data.records.refusal_keywords import REFUSAL_KEYWORDS
 from derta.data.records.sources import check_paths
 from derta.evaluation import (
     Answered,
@@ -203,13 +204,23 @@ def read_judges(config: EvaluateConfig) -> dict[str, Any]:
     """Return the judges' settings. A keyword judge without keywords of its own gets `keywords`.
 
     `make_judges` checks names and kinds.
+
+    Raises:
+        ValueError: `keywords` are given, and every keyword judge has its own.
     """
-    judges = {}
+    judges, with_own, are_taken = dict(config.judges), [], False
     for name, settings in config.judges.items():
-        by_keyword = isinstance(settings, Mapping | None) and (
-            (settings or {}).get("kind", name) == "keyword"
+        given = {} if settings is None else settings
+        kind = given.get("kind", name) if isinstance(given, Mapping) else None
+        if kind == "keyword" and "keywords" not in given:
+            judges[name], are_taken = {**given, "keywords": config.keywords}, True
+        elif kind in ("keyword", "official_keywords"):
+            with_own.append(name)
+    if with_own and not are_taken and config.keywords != list(REFUSAL_KEYWORDS):
+        raise ValueError(
+            f"keywords: no judge takes them, as judges.{with_own[0]} has its own: leave them out, "
+            "or add a judge of kind keyword without any"
         )
-        judges[name] = {"keywords": config.keywords, **(settings or {})} if by_keyword else settings
     return judges
 
 
@@ -347,6 +358,7 @@ def evaluation_settings(config: EvaluateConfig) -> EvaluationSettings:
         rank_attack=config.rank_attack,
         helpful=config.helpful_metric,
         judges=make_judges(read_judges(config), answers_folder(config)),
+        keywords=config.keywords,
         lm_eval=config.lm_eval,
         samples=config.samples,
         special_tokens_in_text=config.special_tokens_in_text,

@@ -191,7 +191,8 @@ class EvaluateConfig(LoadingSettings, TextSettings, RankSettings):
         heading="judges",
     )
     keywords: list[str] = setting(
-        help="Phrases by which a keyword judge recognizes a refusal: [sorry, I cannot].",
+        help="Phrases by which a keyword judge recognizes a refusal: [sorry, I cannot]. Without "
+        "such a judge, those of attacks and defences.",
         factory=lambda: list(REFUSAL_KEYWORDS),
         shown=KEYWORDS_SHOWN,
     )

@@ -501,6 +501,7 @@ def test_negative_or_repeated_depths_are_refused(depths: tuple[int, ...]) -> Non
         ({"helpful": "bleu"}, "helpful must be exact_match or perplexity, got 'bleu'"),
         ({"samples": -1}, "samples must be at least 0, got -1"),
         ({"judges": {}}, "judges must name at least one judge, got none"),
+        ({"keywords": ()}, "keywords must name at least one, got none"),
         ({"templates": ["{request}", "Hi"]}, "templates[1] must have the slot {request}, got none"),
     ],
 )

@@ -189,6 +189,16 @@ def test_files_with_named_formats_and_equal_ids_are_read(
             "helpful: perplexity needs a model on this machine, got one behind a server",
         ),
         # Nothing is in `bare` that could be loaded: these are told without trying.
+        *(
+            (
+                f"--model bare --benign benign.jsonl --keywords [no] --judges {judges}",
+                "keywords: no judge takes them, as judges.a has its own: leave them out, or add",
+            )
+            for judges in (
+                '{"a":{"kind":"keyword","keywords":["e"]}}',
+                '{"a":{"kind":"official_keywords"}}',
+            )
+        ),
         (
             "--model bare --benign benign.jsonl --prefill_depths [0,-1]",
             "prefill_depths must be distinct numbers from 0 on or whole, got [0, -1]",
@@ -356,6 +366,36 @@ def test_a_served_model_has_the_refusal_of_the_safe_responses(
         options = "--harmful harmful.jsonl --prefill_depths [] --refusal_banned 2"
         assert call(f"--model model {options} --servers {server.replace(' ', '')}") == 0
     assert any("logit_bias" in asked.body for asked in served.asked)
+
+
+def test_given_keywords_reach_attacks_and_defences_without_a_keyword_judge(
+    workplace: Path,
+) -> None:
+    """The model's answer has no usual keyword, and none begins with its first token."""
+    Path("tokens").mkdir()
+    tiny_tokenizer().save_pretrained("tokens")
+
+    def reply(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        return said("yes" if isinstance(body["prompt"], str) else "Gladly, no.")
+
+    with serving(reply) as served:
+        address = {"base_url": served.base_url, "model": "m"}
+        config = {
+            "model": "tokens",
+            "servers": {"tokens": address},
+            "judges": {"harm": {"kind": "server", "rubric": "harmbench", **address}},
+            "defences": {"header": {"reinsert_header": True, "header_after": 1}},
+            "keywords": ["Gladly"],
+            "refusal_banned": 1,
+            "samples": 1,
+        }
+        Path("own.yaml").write_text(json.dumps(config))
+        assert call("own.yaml --harmful harmful.jsonl --prefill_depths [] --max_new_tokens 4") == 0
+    variants = json.loads(Path("out/summary.json").read_text())["variants"]
+    plain, defended = variants["tokens"], variants["tokens + header"]
+    assert any("G" in start for start in plain["refusal_starts"])
+    assert plain["samples"][0]["answer"] == "Gladly, no."
+    assert defended["samples"][0]["answer"].endswith("\nGladly, no.")
 
 
 def test_a_served_model_is_compared_with_a_local_one(workplace: Path) -> None:
