@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,28 @@ def write_exports(config: EvaluateConfig, name: str, answered: Answered) -> None
 def safe_name(name: str) -> str:
     """Return a model's name as that of a file."""
     return re.sub(r"[^\w.-]", "_", name)
+
+
+def rows_of(name: str, defences: Mapping[str, Defence]) -> dict[str, Defence | None]:
+    """Return the rows of a model by their names: itself, and itself under each defence."""
+    return {name: None, **{f"{name} + {title}": one for title, one in defences.items()}}
+
+
+def check_files(kind: str, names: Iterable[str]) -> None:
+    """Check that every name has a file of its own, see `safe_name`.
+
+    Raises:
+        ValueError: two have the same; names both.
+    """
+    named: dict[str, str] = {}
+    for name in names:
+        file = safe_name(name)
+        if file in named:
+            raise ValueError(
+                f"{kind}: {named[file]!r} and {name!r} would both be {file!r} as a file, expected "
+                "names that differ in more than signs"
+            )
+        named[file] = name
 
 
 def read_templates(path: str | None) -> list[str]:
@@ -376,7 +398,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Return the summary of every model.
 
     Raises:
-        ValueError: a server is for no model, or as the functions above and `collect_answers`.
+        ValueError: a server is for no model, two rows or exports have one name as a file, or as the
+            functions above and `collect_answers`.
     """
     started = time.perf_counter()
     folders = model_folders(config.model)
@@ -386,6 +409,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             raise ValueError(f"servers: {name!r} is none of the models: {', '.join(folders)}")
         server_settings(config, name)
     defences = read_defences(config)
+    check_files("model", (row for name in folders for row in rows_of(name, defences)))
+    check_files("exports", config.exports)
     device = find_device(config.device)
     triples = safe_responses(config)
     data = dataclasses.replace(read_data(config), refusals=[one.safe for one in triples])
@@ -412,8 +437,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept.chmod(0o700)
         generator = find_generator(config, name, folder, model, Chat(tokenizer), dtype)
-        rows = {name: None, **{f"{name} + {title}": one for title, one in defences.items()}}
-        for row, defence in rows.items():
+        for row, defence in rows_of(name, defences).items():
             answered[row] = collect_answers(
                 model,
                 tokenizer,

@@ -191,6 +191,25 @@ def test_files_with_named_formats_and_equal_ids_are_read(
         # Nothing is in `bare` that could be loaded: these are told without trying.
         *(
             (
+                f"--model {models} --benign benign.jsonl {others}",
+                f"{message} as a file, expected names that differ in more than signs",
+            )
+            for models, others, message in (
+                ('{"a(3":"bare","a_3":"bare"}', "", "model: 'a(3' and 'a_3' would both be 'a_3'"),
+                (
+                    '{"a":"bare","a___b":"bare"}',
+                    '--defences {"b":{"reinsert_header":true}}',
+                    "model: 'a + b' and 'a___b' would both be 'a___b'",
+                ),
+                (
+                    "bare",
+                    '--exports {"a!":"benign.jsonl","a?":"benign.jsonl"}',
+                    "exports: 'a!' and 'a?' would both be 'a_'",
+                ),
+            )
+        ),
+        *(
+            (
                 f"--model bare --benign benign.jsonl --keywords [no] --judges {judges}",
                 "keywords: no judge takes them, as judges.a has its own: leave them out, or add",
             )
