@@ -62,7 +62,7 @@ class Outcome:
 
     @property
     def dispersion(self) -> float:
-        """How many times chance the rates of seeds vary, see `statistics.dispersion`."""
+        """The dispersion of the rates of seeds, see `statistics.dispersion`."""
         known = [(hits, trials) for hits, trials in self.seeds if trials]
         if not known:
             return 1.0

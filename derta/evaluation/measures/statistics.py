@@ -44,13 +44,13 @@ def wilson_interval(successes: float, n: float, z: float = 1.96) -> tuple[float,
 
 
 def dispersion(successes: Sequence[float], n: Sequence[float]) -> float:
-    """Return how many times chance the rates of several groups vary, at least 1.
+    """Return the variance of several groups' rates as a multiple of chance, at least 1.
 
     It is Pearson's chi-squared over its degrees of freedom. The pooled rate has that many times the
     variance of a binomial one, so its interval is that of so many times fewer trials.
 
     Args:
-        successes: of each group, in 0..n.
+        successes: successes of each group, in 0..n.
         n: trials of each group, above 0.
 
     Source: P. McCullagh and J. A. Nelder, "Generalized Linear Models", 1989, section 4.5.
