@@ -165,6 +165,13 @@ class Objective(ABC):
     closes_harmful = False
     needs_references = False
 
+    def aimed(self, refusals: Sequence[int]) -> Objective:
+        """Return the objective of a run with these refusal tokens; by default the same.
+
+        A run finds them in its data, once it has its objective.
+        """
+        return self
+
     @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:

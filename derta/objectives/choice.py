@@ -15,9 +15,9 @@ def objective_of(settings: Any) -> DertaObjective:
     """Return the objective that settings describe.
 
     Args:
-        settings: has the objective's fields under their own names; unlikelihood_weight 0 leaves
-            that term out, without preference there are no pairs, without
-            red_flag no flag.
+        settings: has the objective's fields under their own names, but for refusals, which the data
+            may tell; unlikelihood_weight 0 leaves that term out, without preference there are no
+            pairs, without red_flag no flag.
 
     Raises:
         ValueError: as the objective.
@@ -29,4 +29,5 @@ def objective_of(settings: Any) -> DertaObjective:
         kind = RedFlagObjective
     elif settings.unlikelihood_weight:
         kind = UnlikelihoodObjective
-    return kind(**{field.name: getattr(settings, field.name) for field in fields(kind)})
+    names = {field.name for field in fields(kind)} - {"refusals"}
+    return kind(**{name: getattr(settings, name) for name in names})

@@ -2,15 +2,18 @@
 
 RTO raises the refusal token only; an attack that picks other tokens of high rank goes on past it.
 The third term, `unlikelihood`, is -log(1 - p(h_t)) at the row that predicts the harmful response's
-token t, for every t with an RTO target; the row that predicts its end has none. It is read from the
-same scratch row of logits as the other two.
+token t, for every t with an RTO target, unless another target of the row is that token: a refusal
+token that the harmful response contains, or the start of a safe response that leaves it there. The
+row that predicts its end has none either. It is read from the same scratch row of logits as the
+other two.
 
 Source: Welleck et al., Neural text generation with unlikelihood training, arXiv 1908.04319.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +33,22 @@ class UnlikelihoodObjective(DertaObjective):
 
     Args:
         unlikelihood_weight: factor of the term in the loss, above 0.
+        refusals: the refusal tokens of the run, see `aimed`.
 
     Raises:
         ValueError: as `DertaObjective`, or the weight is not above 0.
     """
 
     unlikelihood_weight: float
+    refusals: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.unlikelihood_weight > 0:
             raise ValueError(f"unlikelihood_weight must be above 0, got {self.unlikelihood_weight}")
+
+    def aimed(self, refusals: Sequence[int]) -> UnlikelihoodObjective:
+        return dataclasses.replace(self, refusals=tuple(refusals))
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -54,9 +62,10 @@ class UnlikelihoodObjective(DertaObjective):
     def lay(self, drawn: Drawn, place: Place) -> dict[str, np.ndarray]:
         columns = super().lay(drawn, place)
         if isinstance(drawn.example, EncodedTriple):
-            harmful = drawn.example.harmful
-            depths = np.flatnonzero(drawn.depths[: len(harmful)])
-            columns["unlikely_labels"][place.trunk + depths] = harmful[depths]
+            depths = np.flatnonzero(drawn.depths[: len(drawn.example.harmful)])
+            rows, harmful = place.trunk + depths, drawn.example.harmful[depths]
+            is_raised = np.isin(harmful, self.refusals) | (harmful == columns["shift_labels"][rows])
+            columns["unlikely_labels"][rows] = np.where(is_raised, IGNORE_INDEX, harmful)
         return columns
 
     def targets(self, columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -216,6 +216,7 @@ class DertaTrainer(ResumableTrainer):
         )
         if self.refusals.warning is not None:
             logger.warning(self.refusals.warning)
+        self.objective = self.objective.aimed([token.id for token in self.refusals.tokens])
         held_out = None
         if eval_dataset is not None:
             held_out = self._encode(args, eval_dataset, encoder)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from derta.data import Triple
 from derta.modeling.patch import patch_of
 from derta.objectives.base import Drawn, Extent, Mean, Objective, Place, Term
 from derta.objectives.choice import objective_of
@@ -90,6 +91,32 @@ def test_unlikely_tokens_are_the_harmful_ones_that_follow_rto_rows(tmp_path: Pat
     assert not (unlikely != -100)[~rto].any()
     # At the end of a response there is no harmful token left to make unlikely.
     assert pack.totals["unlikelihood"].targets < pack.totals["rto"].targets
+
+
+@pytest.mark.parametrize(
+    "refusals", [dict(refusal="Sorry"), dict(refusal="auto", refusal_tokens=["Sorry", "How"])]
+)
+def test_no_row_pushes_a_token_down_that_it_pushes_up(
+    tmp_path: Path, refusals: dict[str, Any]
+) -> None:
+    """A harmful response has refusal tokens in it, and the first token of the safe one."""
+    harmful = "Sure.Sorry.How.Sure.Sorry!How, take the ladder."
+    record = Triple(prompt="How do I paint?", harmful=harmful, safe="Sure: no.", id="triple")
+    tuned = trainer(
+        tmp_path, records=[record], unlikelihood_weight=WEIGHT, branches=64, **refusals
+    )
+    (pack,) = tuned.train_dataset[0]
+    ids, labels = pack.input_ids[0], pack.columns["shift_labels"][0]
+    trunk = torch.arange(pack.branch_bounds[0][0][0])  # all depths are drawn, and all cuts
+    rows = trunk[pack.depth[0, trunk] >= 0][:-1]
+    raised = {token.id for token in tuned.refusals.tokens}
+    follows = ids[rows + 1]
+    is_refusal = torch.tensor([one in raised for one in follows.tolist()])
+    is_start = follows == labels[rows]
+    assert is_refusal.sum() == 2 * len(raised) and is_start.sum() == 2
+    expected = follows.masked_fill(is_refusal | is_start, -100)
+    assert torch.equal(pack.columns["unlikely_labels"][0, rows], expected)
+    assert pack.totals["unlikelihood"].targets == (expected != -100).sum()
 
 
 def test_settings_choose_the_objective(tmp_path: Path) -> None:
