@@ -227,7 +227,7 @@ class DertaTrainer(ResumableTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=self._packed_steps(args, examples),
+            train_dataset=self._packed_steps(args, examples, self._epochs(args, examples)),
             eval_dataset=None if held_out is None else self._held_out(args, held_out),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -411,9 +411,14 @@ class DertaTrainer(ResumableTrainer):
             )
         return encoded
 
-    def _packed_steps(self, args: DertaConfig, encoded: EncodedRecords) -> PackedSteps:
-        steps_per_epoch = math.ceil(len(encoded.examples) / args.examples_per_step)
-        epochs = args.max_steps / steps_per_epoch if args.max_steps > 0 else args.num_train_epochs
+    def _epochs(self, args: DertaConfig, encoded: EncodedRecords) -> float:
+        if args.max_steps <= 0:
+            return args.num_train_epochs
+        return args.max_steps / math.ceil(len(encoded.examples) / args.examples_per_step)
+
+    def _packed_steps(
+        self, args: DertaConfig, encoded: EncodedRecords, epochs: float
+    ) -> PackedSteps:
         plan = plan_packs(
             encoded.lengths,
             max_tokens=args.max_tokens,
@@ -430,7 +435,7 @@ class DertaTrainer(ResumableTrainer):
 
     def _held_out(self, args: DertaConfig, encoded: EncodedRecords) -> EvaluationSteps:
         return EvaluationSteps(
-            self._packed_steps(args, encoded),
+            self._packed_steps(args, encoded, epochs=1),
             trunk_steps(
                 encoded,
                 max_tokens=args.max_tokens,

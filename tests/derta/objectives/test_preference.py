@@ -186,9 +186,15 @@ def test_a_resumed_run_is_the_unbroken_one(
     ]
     assert logs[0] == logs[1]
 
+    again["resume_changed"] = True
+    with monkeypatch.context() as patched:  # the two epochs' numbers hold those of one
+        patched.setattr("derta.training.trainer.compute_references", None)
+        of_pairs(folder, "dpo", tiny_model("llama"), **{**again, "max_steps": 3}).train()
+    message = r"reference/train.safetensors does not hold the log probabilities .*: begin the run"
+    with pytest.raises(ValueError, match=message):
+        of_pairs(folder, "dpo", tiny_model("llama"), **{**again, "max_steps": 7}).train()
     shutil.rmtree(folder)
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", folder / "checkpoint-2")
-    message = r"reference/train.safetensors does not hold the log probabilities .*: begin the run"
     with pytest.raises(ValueError, match=message):
         of_pairs(folder, "dpo", tiny_model("llama"), **again).train()
 
@@ -196,9 +202,11 @@ def test_a_resumed_run_is_the_unbroken_one(
 def test_a_file_of_another_run_or_a_damaged_one_is_not_taken(tmp_path: Path) -> None:
     path = reference_file(tmp_path, "train")
     references = References(np.arange(3, dtype=np.uint64), np.ones((3, 2)))
-    write_references(path, references, {"data": "a"})
-    found = read_references(path, {"data": "a"})
-    assert found is not None and (found.values == 1).all()
+    write_references(path, references, {"data": "a", "epochs": 3})
+    for epochs in (2, 3):
+        found = read_references(path, {"data": "a", "epochs": epochs})
+        assert found is not None and (found.values == 1).all()
+    assert read_references(path, {"data": "a", "epochs": 4}) is None
     assert read_references(path, {"data": "b"}) is None
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -213,13 +221,18 @@ def test_a_file_of_another_run_or_a_damaged_one_is_not_taken(tmp_path: Path) -> 
 
 
 def test_held_out_pairs_have_a_reference_of_their_own(tmp_path: Path) -> None:
-    run = of_pairs(tmp_path, "dpo", records=RECORDS[:3], learning_rate=1e-3)
+    """They are those of epoch 0 alone, as `evaluate` draws no other."""
+    changes = dict(cuts="uniform", max_steps=3, learning_rate=1e-3)
+    run = of_pairs(tmp_path, "dpo", records=RECORDS[:3], **changes)
     held_out = run._encode(run.args, iter(RECORDS[1:]), run._encoder(run.args, tiny_tokenizer()))
     run.eval_dataset = run._held_out(run.args, held_out)
     before = run.evaluate()
     assert before["eval_preference_loss"] == pytest.approx(math.log(2))
     assert before["eval_reward_margin"] == 0
     run.train()
+    drawn = [run.eval_dataset.losses.collator.draw(one, 0) for one in held_out.examples]
+    keys = [key for one in drawn for key in pair_keys(one.example.id, one.cuts).tolist()]
+    assert sorted(keys) == sorted(reference_values(run, "eval"))
     figures = run.evaluate()
     assert figures["eval_preference_loss"] < math.log(2) and "eval_asr" in figures
     shares = figures["eval_mle_loss"] + 0.7 * figures["eval_preference_loss"]
