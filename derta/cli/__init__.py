@@ -185,7 +185,9 @@ def _main(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     title = f"derta {command}"
     try:
-        if COMMANDS[command].on_ranks and ranks.several():
+        if not COMMANDS[command].on_ranks:
+            ranks.refuse_several()
+        elif ranks.several():
             ranks.run(
                 title,
                 lambda: _run(command, arguments),

@@ -70,6 +70,26 @@ def several() -> bool:
     return several_processes()
 
 
+def refuse_several() -> None:
+    """Refuse several processes for a command that runs in one.
+
+    Raises:
+        ValueError: this is the first of several.
+        SystemExit: this is another one. It ends in order, or a launcher might stop the first before
+            it has said why.
+    """
+    if several_processes():
+        count, place = os.environ["WORLD_SIZE"], os.environ["RANK"]
+    else:
+        count = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        place = os.environ.get("SLURM_PROCID", "0")
+    if count == "1":
+        return
+    if place != "0":
+        sys.exit(0)
+    raise ValueError(f"it runs in one process, got {count}: start it without torchrun or srun")
+
+
 def enter(stage: str) -> None:
     """Name the part of the run that begins, as "step 3", for errors of collectives."""
     global _stage

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from derta.cli import main
+from derta.launch import RENDEZVOUS
 from ranks import TORCHRUN, environment, launch
 from tiny import tiny_model, tiny_tokenizer
 
@@ -189,6 +190,25 @@ def test_tasks_of_srun_that_would_train_apart_are_refused_once(
     with pytest.raises(SystemExit, match="1"):
         main(["train", "run.yaml"])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("started", [dict.fromkeys(RENDEZVOUS, "0"), {}])
+def test_a_command_of_one_process_refuses_several_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], started: dict[str, str]
+) -> None:
+    count, place = ("WORLD_SIZE", "RANK") if started else ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+    for name, value in (started | {count: "8"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(["eval", "tamper", "run.yaml"]) == 1
+    expected = "derta eval tamper: it runs in one process, got 8: start it without torchrun or srun"
+    assert capsys.readouterr().err == f"{expected}\n"
+    monkeypatch.setenv(place, "7")
+    with pytest.raises(SystemExit, match="0"):
+        main(["eval", "tamper", "run.yaml"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(count, "1")
+    assert main(["eval", "tamper", "run.yaml"]) == 1
+    assert "no such configuration file" in capsys.readouterr().err
 
 
 # Training in which rank 1 fails in its second step.

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -109,6 +110,20 @@ def read_examples(config: TamperConfig) -> dict[str, list[Dialogue]]:
         for kind, requests in (("harmful", harmful), ("harmless", harmless))
         if requests
     }
+
+
+def check_device(config: TamperConfig) -> None:
+    """Refuse several GPUs, of which a trainer would take the first, or all.
+
+    Raises:
+        ValueError: several are visible, or as `find_device`.
+    """
+    count = torch.cuda.device_count()
+    if find_device(config.device).type == "cuda" and count > 1:
+        raise ValueError(
+            f"device: {config.device}: the attacker tunes on one GPU, got {count} visible: set "
+            "CUDA_VISIBLE_DEVICES to one of them, and leave device out"
+        )
 
 
 def seen_requests(data: EvaluationData, examples: Mapping[str, list[Dialogue]]) -> int:
@@ -218,10 +233,12 @@ def tamper(config: TamperConfig) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the model or a file does not exist.
-        ValueError: as `read_examples`, `evaluation_settings`, `collect_answers` and `DertaTrainer`.
+        ValueError: as `check_device`, `read_examples`, `evaluation_settings`, `collect_answers` and
+            `DertaTrainer`.
         FloatingPointError: as `DertaTrainer`.
     """
     started = time.perf_counter()
+    check_device(config)
     (folder,) = model_folders(config.model).values()
     triples = safe_responses(config)
     data = dataclasses.replace(read_data(config), refusals=[one.safe for one in triples])
@@ -237,8 +254,6 @@ def tamper(config: TamperConfig) -> dict[str, Any]:
     model, tokenizer = load_whole(config, folder)
     refusal = find_refusal_token(model, tokenizer, config.refusal, triples)
     settings = dataclasses.replace(settings, refusal=refusal)
-    kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-    kept.chmod(0o700)
     answered: dict[int, Answered] = {}
 
     def measure(tuned: Any, steps: int) -> None:
@@ -252,9 +267,12 @@ def tamper(config: TamperConfig) -> dict[str, Any]:
         )
         answered[steps] = collect_answers(tuned, tokenizer, data, settings, generator=generator)
 
-    measure(model, 0)
     with tempfile.TemporaryDirectory() as unused:
+        # Before the first answer, as it may refuse an example.
         trainer = trainer_of(config, model, tokenizer, examples, refusal, unused)
+        kept.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept.chmod(0o700)
+        measure(trainer.model, 0)
         trainer.add_callback(MeasureAfter(config.steps, measure))
         trainer.train()
         history = trainer.state.log_history

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from derta.cli import main
+from derta.cli.eval import tamper as command
 from derta.cli.settings.evaluation import TamperConfig
 from derta.data import Chat
 from derta.evaluation.reporting.comparison import compare, format_comparison
@@ -180,6 +183,32 @@ def test_a_wrong_call_is_one_sentence(
     assert call(arguments) == 1
     assert capsys.readouterr().err.startswith(f"derta eval tamper: {message}")
     assert not Path("out/summary.json").exists()
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda:1"])
+def test_several_gpus_are_refused_before_a_model_is_read(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    monkeypatch.setattr(command, "find_device", lambda name: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(command, "load_whole", None)
+    assert call(f"--tune_harmful triples.jsonl --device {device}") == 1
+    assert capsys.readouterr().err == (
+        f"derta eval tamper: device: {device}: the attacker tunes on one GPU, got 8 visible: set "
+        "CUDA_VISIBLE_DEVICES to one of them, and leave device out\n"
+    )
+
+
+def test_what_a_trainer_refuses_is_said_before_the_first_answer(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "collect_answers", None)
+    write("long.jsonl", {"prompt": "How do I paint?", "harmful": f"{HARMFUL} " * 99})
+    assert call("--tune_harmful long.jsonl") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    expected = r"derta eval tamper: long.jsonl:1: its \d+ tokens exceed the model's context of 512: "
+    assert re.match(expected, said)
+    assert not Path("out").exists()
 
 
 def test_the_example_is_valid() -> None:
