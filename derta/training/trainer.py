@@ -135,10 +135,11 @@ class DertaTrainer(ResumableTrainer):
 
     Logged: `loss`; `mle_loss` and `rto_loss`, and `unlikelihood_loss` if it has a weight (means
     over their own targets); with preference `preference_loss` and the figures of
-    `PreferenceObjective.means` in the place of those of RTO; with red_flag `rto_loss`,
-    `retention_loss` and no `benign_refusal_p`; `refusal_p_1` .. `refusal_p_10` (mean
-    probability of the refusal token, or the sum of those of several, in each tenth of the harmful
-    responses); `benign_refusal_p` (the same in answers to harmless requests); with sparse_backward
+    `PreferenceObjective.means` in the place of those of RTO; with red_flag `retention_loss` and
+    `retention_targets` in the place of `mle_loss` and `rto_targets`, `skipped_gradient` of its RTO
+    alone and no `benign_refusal_p`; `refusal_p_1` .. `refusal_p_10` (mean probability of the
+    refusal token, or the sum of those of several, in each tenth of the harmful responses);
+    `benign_refusal_p` (the same in answers to harmless requests); with sparse_backward
     `skipped_gradient` (share of the sum of |dloss / dlogit| that the head's backward pass skipped);
     `live_rows` (share of rows with a target); `rto_targets` (share of RTO in the weight of all
     targets); `tokens_per_s` (packed tokens over all ranks). On several ranks also `imbalance`: how

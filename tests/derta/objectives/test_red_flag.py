@@ -117,7 +117,8 @@ def test_a_step_trains_what_its_equation_says(tmp_path: Path, architecture: str,
     log = next(row for row in run.state.log_history if "loss" in row)
     for name, value in wanted.items():
         assert log[name] == pytest.approx(value.item(), rel=1e-6), name
-    assert 0 < log["refusal_p_1"] < 1 and "benign_refusal_p" not in log
+    assert 0 < log["refusal_p_1"] < 1 and 0 < log["retention_targets"] < 1
+    assert not log.keys() & {"mle_loss", "rto_targets", "benign_refusal_p"}
     for parameter, was, gradient in zip(model.parameters(), old, gradients, strict=True):
         assert (was - parameter.detach() - gradient).norm() <= 1e-6 * gradient.norm()
 
