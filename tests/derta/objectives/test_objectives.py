@@ -102,9 +102,7 @@ def test_no_row_pushes_a_token_down_that_it_pushes_up(
     """A harmful response has refusal tokens in it, and the first token of the safe one."""
     harmful = "Sure.Sorry.How.Sure.Sorry!How, take the ladder."
     record = Triple(prompt="How do I paint?", harmful=harmful, safe="Sure: no.", id="triple")
-    tuned = trainer(
-        tmp_path, records=[record], unlikelihood_weight=WEIGHT, branches=64, **refusals
-    )
+    tuned = trainer(tmp_path, records=[record], unlikelihood_weight=WEIGHT, branches=64, **refusals)
     (pack,) = tuned.train_dataset[0]
     ids, labels = pack.input_ids[0], pack.columns["shift_labels"][0]
     trunk = torch.arange(pack.branch_bounds[0][0][0])  # all depths are drawn, and all cuts

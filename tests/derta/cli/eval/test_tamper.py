@@ -187,7 +187,10 @@ def test_a_wrong_call_is_one_sentence(
 
 @pytest.mark.parametrize("device", ["auto", "cuda:1"])
 def test_several_gpus_are_refused_before_a_model_is_read(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    device: str,
 ) -> None:
     monkeypatch.setattr(command, "find_device", lambda name: torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -206,7 +209,9 @@ def test_what_a_trainer_refuses_is_said_before_the_first_answer(
     write("long.jsonl", {"prompt": "How do I paint?", "harmful": f"{HARMFUL} " * 99})
     assert call("--tune_harmful long.jsonl") == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    expected = r"derta eval tamper: long.jsonl:1: its \d+ tokens exceed the model's context of 512: "
+    expected = (
+        r"derta eval tamper: long.jsonl:1: its \d+ tokens exceed the model's context of 512: "
+    )
     assert re.match(expected, said)
     assert not Path("out").exists()
 
