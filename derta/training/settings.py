@@ -282,15 +282,15 @@ class ObjectiveSettings(RecipeSettings, LossSettings):
                 f"loss_norm must be terms with preference: {loss}, as a pair is no token, got "
                 f"{self.loss_norm}"
             )
-        for name, default in (
+        for name, unset in (
             ("unlikelihood_weight", 0.0),
             ("rto_weight", RTO_WEIGHT),
             ("rto_depth", DERTA.rto_depth),
         ):
             given = getattr(self, name)
-            if loss and given != default:
+            if loss and given != unset:
                 raise ValueError(
-                    f"{name} must be {default} with preference: {loss}, which has no RTO rows, got "
+                    f"{name} must be {unset} with preference: {loss}, which has no RTO rows, got "
                     f"{given}"
                 )
 
