@@ -130,7 +130,7 @@ def _start(chat: Chat, ids: Sequence[int]) -> int:
 def keywords_of(judges: Iterable[object], others: Sequence[str]) -> tuple[str, ...]:
     """Return the keywords of the keyword judges, or `others` if there is none."""
     by_keyword = [judge.keywords for judge in judges if isinstance(judge, KeywordJudge)]
-    return tuple(dict.fromkeys(itertools.chain(*(by_keyword or [others]))))
+    return tuple(dict.fromkeys(itertools.chain(*by_keyword) if by_keyword else others))
 
 
 def thinking_tag(chat: Chat, tag: str) -> str:
