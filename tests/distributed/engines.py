@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PrinterCallback
 from derta import DertaTrainer
 from derta.modeling.adapters import Method, adapt, quantization
 from derta.modeling.loading import load_model
+from derta.modeling.red_flag import add_flag
 from runs import RECORDS, settings
 from tiny import tiny_model, tiny_tokenizer
 
@@ -29,7 +31,8 @@ RUN = dict(
     adam_epsilon=1e-2,
     max_grad_norm=1.0,
 )
-# Engine, method, model and preference loss; the model `tied` has its head in the embedding.
+# Engine, method, model, and preference loss or red flag; the model `tied` has its head in the
+# embedding.
 SHARDED = [
     ("ddp", "full", "llama"),
     ("fsdp", "full", "llama"),
@@ -48,6 +51,11 @@ OF_PAIRS = [
     ("fsdp", "lora", "llama", "dpo"),
     ("fsdp", "full", "llama", "orpo"),
 ]
+# In most steps, one rank of two has all dialogues, and with them the only pass of the reference.
+OF_FLAGS = [
+    ("ddp", "full", "tied", "red_flag"),
+    ("ddp", "lora", "llama", "red_flag"),
+]
 Case = tuple[str, ...]
 
 
@@ -63,12 +71,15 @@ def write_models(folder: Path) -> None:
 
 def make(folder: Path, case: Case, output: Path, **changes: Any) -> DertaTrainer:
     """Return the trainer of a case."""
-    shard, tuned, name, *preference = case
+    shard, tuned, name, *further = case
     # DeepSpeed takes no probe, which must leave no mark on the others.
     probe = dict(probe=shard in ("ddp", "fsdp"))
-    # At a lower rate pairs do not converge: their loss would be all rounding.
-    pairs = dict(preference=preference[0], branches=1, learning_rate=1e-3) if preference else {}
-    args = settings(output, shard=shard, **{**RUN, **probe, **pairs, **changes})
+    objective: dict[str, Any] = {}
+    if further == ["red_flag"]:
+        objective = dict(red_flag="auto", refusal="auto", branches=0)
+    elif further:  # at a lower rate pairs do not converge: their loss would be all rounding
+        objective = dict(preference=further[0], branches=1, learning_rate=1e-3)
+    args = settings(output, shard=shard, **{**RUN, **probe, **objective, **changes})
     method = Method(method=tuned, lora_dropout=0.0)
     storage = torch.uint8 if shard == "none" else torch.float32
     model = load_model(
@@ -80,12 +91,14 @@ def make(folder: Path, case: Case, output: Path, **changes: Any) -> DertaTrainer
     if shard == "fsdp" and tuned != "qlora":  # one rank of a machine reads the weights
         read = torch.equal(model.model.norm.weight, weights(folder / name)["model.norm.weight"])
         assert read == (args.process_index == 0)
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    flags = [add_flag(model, tokenizer, args.red_flag, args.seed)] if args.red_flag else []
     torch.manual_seed(0)
     trainer = DertaTrainer(
-        model=adapt(model, method),
+        model=adapt(model, method, flags),
         args=args,
         train_dataset=iter(RECORDS),
-        processing_class=tiny_tokenizer(),
+        processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
