@@ -123,6 +123,20 @@ def test_a_step_trains_what_its_equation_says(tmp_path: Path, architecture: str,
         assert (was - parameter.detach() - gradient).norm() <= 1e-6 * gradient.norm()
 
 
+def test_autocast_trains_to_the_same_figures(tmp_path: Path) -> None:
+    """The reference computes in bfloat16 as the model does: at first they differ by the flag."""
+    figures = ("loss", "rto_loss", "retention_loss", "grad_norm")
+    logs = []
+    for bf16 in (False, True):
+        changes = dict(bf16=bf16, optim="adamw_torch", learning_rate=5e-3, max_steps=3)
+        run = of_flag(tmp_path / str(bf16), tiny_model("llama"), **changes)
+        run.train()
+        rows = [row for row in run.state.log_history if "loss" in row]
+        logs.append([[row[name] for name in figures] for row in rows])
+    for ours, theirs, close in zip(*logs, (2e-3, 2e-2, 2e-2), strict=True):
+        assert ours == pytest.approx(theirs, rel=close)
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_before_the_first_step_retention_is_the_flags_own_mass(
     tmp_path: Path, adapted: bool
