@@ -54,6 +54,8 @@ SMALL_TILES |= {capability: (64, 32, 4, 3) for capability in (90, 100)}
 WIDE_TILES = {capability: (32, 32, 4, 2) for capability in (80, 86, 120)}
 WIDE_TILES |= {capability: (64, 64, 4, 2) for capability in (90, 100)}
 APART_TILES = {capability: (32, 32, 4, 1, True) for capability in (80, 86, 90, 100, 120)}
+# A program of `backward_keys` walks several query heads, one after the other.
+ALL_HEADS: dict[str, Any] = dict(heads=4, multiprocessors=1)
 KERNELS = ("forward", "backward_queries", "backward_keys", "row_pass", "tile_product", "native")
 TESTS = [
     f"tests/kernels/test_{name}.py"
@@ -120,6 +122,7 @@ def execute(kernel: str, capability: int, dtype: str, special: bool) -> list[Exe
         variant = f"{dtype}, window and soft cap" if special else dtype
         packs = [cases.LONG, cases.SEVERAL, *map(cases.drawn, range(3))]
         runs = list(cases.attention(capability, DTYPES[dtype], packs, **options))
+        runs += cases.attention(capability, DTYPES[dtype], [cases.LONG], **ALL_HEADS, **options)
         list(cases.attention(capability, DTYPES[dtype], [cases.LONG], **changed, **options))
     else:
         options = cases.SOFTCAP if special else cases.NO_SOFTCAP

@@ -82,15 +82,23 @@ def attention(
     packs: Sequence[Packed],
     width: int = 64,
     tiles: tuple[Any, ...] | None = None,
+    heads: int = 2,
+    multiprocessors: int = launch_configs.MULTIPROCESSORS,
     changed: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[Run]:
-    """Run forward and backward on packs; `tiles` None: those of the launch table."""
+    """Run forward and backward on packs, query heads that share a key head.
+
+    Args:
+        tiles: None: those of the launch table.
+        multiprocessors: of a GPU. With one, a program of `backward_keys` walks all query heads,
+            where with many each has a program of its own.
+    """
     table = launch_configs.LAUNCH_CONFIGS
     if tiles is not None:
         table = dict.fromkeys(table, launch_configs.AttentionLaunch(*tiles))
     for pack in packs:
-        given = tensors(pack, heads=2, kv_heads=1, width=width, value_width=width, dtype=dtype)
+        given = tensors(pack, heads=heads, kv_heads=1, width=width, value_width=width, dtype=dtype)
         for name in "qkv":
             given[name] = _apart(given[name])
         # Scores of neighbouring rows are about 64 and -64: another row's maximum would not do.
@@ -100,6 +108,7 @@ def attention(
         wanted, own = oracle(given, **options), results(given, impl="reference", **options)
         with (
             mock.patch.object(launch_configs, "LAUNCH_CONFIGS", table),
+            mock.patch.object(launch_configs, "MULTIPROCESSORS", multiprocessors),
             compiled.kernels(capability, **changed or {}) as runs,
         ):
             found = results(given, impl="triton", **options)
@@ -110,6 +119,8 @@ def attention(
             budget = 2 * (distance(theirs.double(), right) + torch.finfo(dtype).eps)
             error = distance(actual.double(), right)
             assert error <= budget, f"{name} is off by {error:.2g}, over {budget:.2g}"
+        parts = {run.settings["PARTS"] for run in runs if "PARTS" in run.settings}
+        assert parts == {1 if multiprocessors == 1 else heads}, f"{parts} parts of {heads} heads"
         yield from _without_faults(runs)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -51,6 +51,7 @@ class Run:
         unwritten: elements of outputs, in units of two bytes, that nobody wrote, by argument.
         traffic: bytes, sectors, wavefronts, tensor-core operations.
         shared_bytes: of a CTA.
+        settings: of a Triton kernel, its constants, warps and stages.
     """
 
     kernel: Kernel
@@ -61,6 +62,7 @@ class Run:
     unwritten: dict[str, int]
     traffic: Counter[str]
     shared_bytes: int
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
@@ -188,17 +190,17 @@ class Compiled:
                 for name, kind in signature.items()
                 if kind != "constexpr"
             }
-            self.runs.append(
-                execute(
-                    ptx,
-                    self.capability,
-                    programs,
-                    shared,
-                    arguments,
-                    self.outputs(bound),
-                    self.options,
-                )
+            run = execute(
+                ptx,
+                self.capability,
+                programs,
+                shared,
+                arguments,
+                self.outputs(bound),
+                self.options,
             )
+            run.settings = constants | dict(num_warps=num_warps, num_stages=num_stages)
+            self.runs.append(run)
 
         return launch
 
