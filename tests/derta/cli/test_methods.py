@@ -36,9 +36,12 @@ QLORA = pytest.param(
 )
 
 
+BOTH = "[{path: rows.jsonl, role: safety}, {path: chats.jsonl, role: helpful}]"
+
+
 @pytest.fixture(autouse=True)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a folder with a model wide enough for 4-bit blocks, and a file of triples."""
+    """Make a folder with a model wide enough for 4-bit blocks, triples and a dialogue."""
     monkeypatch.chdir(tmp_path)
     tiny_model("llama", hidden_size=64, intermediate_size=128).save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
@@ -47,6 +50,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for words in (2, 6, 4)
     ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    chat = {"messages": [{"role": r, "content": "Hello."} for r in ("user", "assistant")]}
+    Path("chats.jsonl").write_text(json.dumps(chat) + "\n", encoding="utf-8")
     return tmp_path
 
 
@@ -76,7 +81,7 @@ def hidden_states(model: Any) -> torch.Tensor:
         ("lora",),
         ("lora", "--lora_dora"),
         ("lora", "--lora_modules_to_save", "embed_tokens"),
-        ("lora", "--red_flag", "auto"),
+        ("lora", "--red_flag", "auto", "--sources", BOTH),
         QLORA,
     ],
     ids=str,
