@@ -179,28 +179,35 @@ def script(name: str) -> ModuleType:
     return module
 
 
-def test_the_table_is_that_of_the_recorded_run(tmp_path: Path) -> None:
+def test_tables_are_those_of_the_recorded_runs(tmp_path: Path) -> None:
     """Recording the recorded run again changes no page."""
-    (tmp_path / "docs/demo").mkdir(parents=True)
-    shutil.copy(README, tmp_path)
-    script("record").record(ROOT / "docs/demo", ROOT / "docs/demo/objectives.json", tmp_path)
+    for renewed in ("README.md", "docs/guides/depth-weights.md"):
+        (tmp_path / renewed).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / renewed, tmp_path / renewed)
+    recorded = ROOT / "docs/demo"
+    (tmp_path / "docs/demo").mkdir()
+    script("record").record(
+        recorded, recorded / "objectives.json", recorded / "tamper.json", tmp_path
+    )
     for made in (
         "README.md",
         "docs/attacks.md",
+        "docs/guides/depth-weights.md",
         "docs/demo/summary.json",
         "docs/demo/objectives.json",
+        "docs/demo/tamper.json",
         "docs/demo/prefill.png",
     ):
         assert (tmp_path / made).read_bytes() == (ROOT / made).read_bytes()
 
 
 def test_the_page_of_attacks_has_every_figure_with_its_interval_and_empty_answers() -> None:
-    summary, objectives = (
+    summary, objectives, tampered = (
         json.loads((ROOT / f"docs/demo/{name}.json").read_text(encoding="utf-8"))
-        for name in ("summary", "objectives")
+        for name in ("summary", "objectives", "tamper")
     )
-    page = script("record").page(summary, objectives)
-    for run, variant in ((summary, "derta"), (objectives, "red_flag")):
+    page = script("record").page(summary, objectives, tampered)
+    for run, variant in ((summary, "derta"), (objectives, "red_flag"), (tampered, "before")):
         entry = run["variants"][variant]
         low, high = entry["intervals"]["over_refusal"]["borderline"]
         share = entry["over_refusal"]["borderline"]
@@ -211,28 +218,6 @@ def test_the_page_of_attacks_has_every_figure_with_its_interval_and_empty_answer
     depths = "0 4 16".split()
     assert rows[:6] == [(kind, k) for kind in ("prefill", "refusal banned") for k in depths]
     assert f"derta demo --world cooking --seeds {len(summary['seeds'])} --variants" in page
-
-
-def test_the_ablations_table_is_that_of_the_recorded_runs() -> None:
-    record = (ROOT / "docs/demo/depth-weights.json").read_text(encoding="utf-8")
-    runs = json.loads(record)["variants"]
-    rows = []
-    for name in ("rto_only", "derta", "derta_balanced"):
-        for variant in (name, f"{name}_growing"):
-            entry = runs[variant]
-            attacks = entry["asr"]
-            shares = [
-                attacks["direct"],
-                attacks["prefill"]["4"],
-                attacks["completion"],
-                attacks["template"],
-                entry["checkpoints"][1]["asr"],
-                entry["over_refusal"]["borderline"],
-            ]
-            cells = " | ".join(f"{100 * share:.1f}" for share in shares)
-            rows.append(f"| {variant} | {cells} |")
-    page = (ROOT / "docs/guides/depth-weights.md").read_text(encoding="utf-8")
-    assert rows == re.findall(r"^\| \w+ \| [\d.| ]+\|$", page, re.MULTILINE)
 
 
 def test_the_picture_of_a_pack_is_that_of_a_real_one(tmp_path: Path) -> None:
