@@ -59,9 +59,9 @@ def several() -> bool:
         ValueError: SLURM has started several tasks that do not know of one another.
         SystemExit: the same, in all tasks but the first.
     """
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    tasks, place = _slurm_task()
     if tasks != "1" and "RANK" not in os.environ:
-        if os.environ.get("SLURM_PROCID", "0") != "0":
+        if place != "0":
             sys.exit(1)
         raise ValueError(
             f"srun has started {tasks} tasks without RANK: start torchrun in one task of each "
@@ -78,16 +78,19 @@ def refuse_several() -> None:
         SystemExit: this is another one. It ends in order, or a launcher might stop the first before
             it has said why.
     """
+    count, place = _slurm_task()
     if several_processes():
         count, place = os.environ["WORLD_SIZE"], os.environ["RANK"]
-    else:
-        count = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-        place = os.environ.get("SLURM_PROCID", "0")
     if count == "1":
         return
     if place != "0":
         sys.exit(0)
     raise ValueError(f"it runs in one process, got {count}: start it without torchrun or srun")
+
+
+def _slurm_task() -> tuple[str, str]:
+    """Return the number of tasks that srun started, and this one's place among them."""
+    return os.environ.get("SLURM_STEP_NUM_TASKS", "1"), os.environ.get("SLURM_PROCID", "0")
 
 
 def enter(stage: str) -> None:

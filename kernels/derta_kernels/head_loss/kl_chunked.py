@@ -107,7 +107,7 @@ def kl_working_bytes(
     shape = (count, vocabulary, width, dtype, weight_dtype, chip, trainable, scratch_mb)
     slices = min(count * vocabulary, max(vocabulary, _numbers(chip.device_type)))
     wide = torch.promote_types(dtype, torch.float32)
-    held = 5 if product_dtype(dtype, chip.device_type) == wide else 7
+    held = 5 if product_dtype(dtype, chip.device_type) == wide else 7  # see `row_pass`
     return working_bytes(*shape, scratches=SCRATCHES) + held * slices * wide.itemsize
 
 
