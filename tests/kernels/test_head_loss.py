@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -925,6 +926,45 @@ def test_known_live_rows_give_the_same_bits_without_a_host_transfer(impl: str) -
     all_rows = results(everyone, impl)
     given = head_loss(**everyone.arguments(), live_rows=torch.arange(60), impl=impl)
     assert torch.equal(given.loss, all_rows["loss"])
+
+
+class NoKernel:
+    """A Triton kernel whose launches do nothing, as the interpreter's own read tensors."""
+
+    launches = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *_: Any, **__: Any) -> None:
+        self.launches += 1
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3])
+@pytest.mark.parametrize("refusals", [1, 5])
+def test_triton_needs_no_host_transfer_with_known_live_rows(
+    monkeypatch: pytest.MonkeyPatch, refusals: int, tolerance: float
+) -> None:
+    pytest.importorskip("triton")
+    from derta_kernels.head_loss import row_pass_triton, tile_product_triton
+
+    kernels = {row_pass_triton: "row_pass", tile_product_triton: "tile_product"}
+    for module, name in kernels.items():
+        monkeypatch.setattr(module, name, NoKernel())
+    case = head_case(bias=True, softcap=50.0, dtype=torch.float32, refusals=refusals).on(DEVICE)
+    rows, case = live(case), case.requiring_gradients()
+    within = {
+        torch.ops.derta.head_loss.default: custom_op.loss_and_gradients,
+        torch.ops.derta.head_loss_of_rows.default: custom_op.loss_and_gradients_of_rows,
+        torch.ops.derta.scale_gradients.default: custom_op.scale_gradients,
+    }
+    options = dict(live_rows=rows, impl="triton", sparse_backward=tolerance)
+    with HostReads(within) as reads, HostTransfers() as transfers:
+        head_loss(**case.arguments(), **options).loss.backward()
+    assert transfers.count == 0 and reads.found == []
+    assert case.weight.grad is not None
+    launched = [getattr(module, name).launches > 0 for module, name in kernels.items()]
+    assert launched == [True, tolerance > 0]
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
