@@ -34,7 +34,7 @@ from derta.evaluation import (
     wilson_interval,
     write_report,
 )
-from derta.evaluation.attacks import WHOLE, refusal_starts, thinking_tag
+from derta.evaluation.attacks import WHOLE, keywords_of, refusal_starts, thinking_tag
 from derta.evaluation.evaluate import tokens_before
 from derta.evaluation.generation.decoding import GREEDY
 from derta.evaluation.generation.local import Written
@@ -544,6 +544,12 @@ def three() -> list[Request]:
     ]
 
 
+def test_keyword_judges_tell_attacks_and_defences_the_keywords() -> None:
+    judges = [KeywordJudge(["gladly", "no"]), print, KeywordJudge(["no", "never"])]
+    assert keywords_of(judges, ["sorry"]) == ("gladly", "no", "never")
+    assert keywords_of([print], ["sorry"]) == ("sorry",)
+
+
 def test_starts_of_refusals_are_forbidden_and_reported(
     model: PreTrainedModel, chat: Chat, tmp_path: Path
 ) -> None:
@@ -824,6 +830,27 @@ def test_every_turn_of_a_conversation_is_defended(model: PreTrainedModel, chat: 
     assert tuple(chat.prompt_ids([hello, refused, paint])) in asked
 
 
+def test_no_attacker_chooses_the_tokens_of_a_header_s_check(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    generator = answering({}, chat)
+    data = EvaluationData(harmful=[asked("a")])
+    changed = settings(
+        curve=False,
+        prefill_depths=(2,),
+        refusal_banned=3,
+        sampling=2,
+        defence=Defence(reinsert_header=True, header_after=1),
+    )
+    evaluate_model(model, chat.tokenizer, data, changed, generator=generator)
+    plain, header = tuple(chat.prompt_ids(asked("a").messages)), tuple(chat.header_ids())
+    chosen: dict[bool, set[Decoding]] = {True: set(), False: set()}
+    for prompt, decoding in generator.seen:  # type: ignore[attr-defined]
+        is_check = prompt[-len(header) :] == header and prompt != plain
+        chosen[is_check].add(decoding)
+    assert chosen[True] == {GREEDY} and len(chosen[False]) == 4  # greedy, two draws, and a ban
+
+
 @pytest.mark.parametrize("depth", [0, 6])
 def test_a_header_that_does_not_fit_is_refused_before_the_first_answer(
     model: PreTrainedModel, chat: Chat, depth: int
@@ -846,6 +873,44 @@ def test_a_header_that_does_not_fit_is_refused_before_the_first_answer(
         run(-1)
     assert not generator.seen  # type: ignore[attr-defined]
     run(0)
+
+
+def test_the_room_of_a_header_is_that_of_the_longest_answer(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    header, prompt = len(chat.header_ids()), len(chat.prompt_ids(asked("a").messages))
+    longest = (context_length(model) - prompt - header) // 2  # all of an answer, and a check's
+
+    def run(max_new_tokens: int) -> None:
+        defence = Defence(reinsert_header=True, header_after=context_length(model))
+        changed = settings(prefill_depths=(), defence=defence, max_new_tokens=max_new_tokens)
+        data = EvaluationData(harmful=[asked("a")])
+        evaluate_model(model, chat.tokenizer, data, changed, generator=answering({}, chat))
+
+    with pytest.raises(ValueError, match=rf"^a: the prompt's {prompt} tokens, {longest + 1} of an"):
+        run(longest + 1)
+    run(longest)
+
+
+def test_a_later_turn_that_leaves_a_header_no_room_is_refused_before_it_is_asked(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    hello, paint = ({"role": "user", "content": text} for text in ("Hello", "How do I paint?"))
+    said = {"role": "assistant", "content": "It jumps. " * 20}
+    first, second = (tuple(chat.prompt_ids(turns)) for turns in ([hello], [hello, said, paint]))
+    generator = answering(
+        {first: said["content"], (*first, *chat.header_ids()): "It jumps over"}, chat
+    )
+    room = context_length(model) - len(second) - len(chat.header_ids())
+    changed = settings(
+        curve=False,
+        defence=Defence(reinsert_header=True, header_after=0),
+        max_new_tokens=room + 1,
+    )
+    data = EvaluationData(multi_turn=[Request(id="a", messages=[hello, paint])])
+    with pytest.raises(ValueError, match=f"^a: the prompt's {len(second)} tokens, 0 of an answer"):
+        evaluate_model(model, chat.tokenizer, data, changed, generator=generator)
+    assert second not in [prompt for prompt, _ in generator.seen]  # type: ignore[attr-defined]
 
 
 def test_without_a_generation_prompt_the_header_is_what_stands_before_an_answer() -> None:

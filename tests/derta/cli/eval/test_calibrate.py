@@ -61,9 +61,7 @@ def test_judges_are_compared_and_a_rerun_asks_a_server_nothing(
     assert "brush" not in out
 
 
-def test_models_in_folders_judge(workplace: Path) -> None:
-    tiny_model("llama", max_position_embeddings=1024).save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
+def save_classifier(folder: str) -> None:
     config = AutoConfig.for_model(
         "bert",
         vocab_size=400,
@@ -73,8 +71,14 @@ def test_models_in_folders_judge(workplace: Path) -> None:
         num_attention_heads=4,
         id2label={0: "NORMAL", 1: "REJECTION"},
     )
-    AutoModelForSequenceClassification.from_config(config).save_pretrained("classifier")
-    tiny_tokenizer().save_pretrained("classifier")
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def test_models_in_folders_judge(workplace: Path) -> None:
+    tiny_model("llama", max_position_embeddings=1024).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    save_classifier("classifier")
     Path("rubric.txt").write_text("Is {answer} good for {request}?")
     judges = """{
         guard: {kind: wildguard, path: model, device: cpu},
@@ -181,6 +185,14 @@ def test_a_local_judge_of_harm_alone_says_so_before_it_is_loaded(
     tiny_tokenizer().save_pretrained("model")
     (judge,) = make_judges({kind: {"path": "model"}}, workplace).values()
     assert decides_refusals(judge) == (kind == "wildguard")
+
+
+def test_a_local_classifier_decides_what_it_has_labels_for(workplace: Path) -> None:
+    save_classifier("model")
+    for asked in ("refusal_label", "harmful_label"):
+        settings = {"kind": "classifier", "path": "model", asked: "REJECTION"}
+        (judge,) = make_judges({"a": settings}, workplace).values()
+        assert decides_refusals(judge) == (asked == "refusal_label")
 
 
 def test_a_server_gets_the_rubric_of_the_configuration(tmp_path: Path) -> None:

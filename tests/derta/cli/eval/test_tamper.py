@@ -202,6 +202,13 @@ def test_several_gpus_are_refused_before_a_model_is_read(
     )
 
 
+def test_a_run_on_the_cpu_may_see_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    files = {"harmful": ["held-out.jsonl"], "tune_harmful": ["triples.jsonl"]}
+    config = TamperConfig(model="model", output_dir="out", device="cpu", **files)
+    command.check_device(config)
+
+
 def test_what_a_trainer_refuses_is_said_before_the_first_answer(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from derta.evaluation import (
     ServerSettings,
     generate,
 )
-from derta.evaluation.generation.choice import draw, draws
+from derta.evaluation.generation.choice import TokenChoice, draw, draws
 from derta.evaluation.generation.decoding import GREEDY
 from derta.evaluation.generation.local import stop_ids
 from served import Served, said, serving
@@ -100,6 +100,16 @@ def test_no_token_is_chosen_by_logits_that_are_no_numbers(decoding: Decoding) ->
         model.lm_head.weight[-1, 0] = torch.nan
     with pytest.raises(FloatingPointError, match="^no token can be chosen: the model's logits are"):
         generate(model, PROMPTS, **SETTINGS, decoding=decoding)
+
+
+def test_one_logit_that_is_no_number_is_remembered_to_the_end() -> None:
+    """It may be of one answer of a batch, and of one step."""
+    choose = TokenChoice(GREEDY, [(1, 2), (3, 4)], max_new_tokens=3)
+    numbers = torch.zeros(2, 5)
+    for scores in (numbers, torch.tensor([[0.0] * 5, [0.0, 1, torch.nan, 0, 0]]), numbers):
+        choose(torch.ones(2, 2, dtype=torch.long), scores)
+    with pytest.raises(FloatingPointError, match="^no token can be chosen: the model's logits are"):
+        choose.check()
 
 
 def test_draws_have_the_probabilities_of_the_logits() -> None:

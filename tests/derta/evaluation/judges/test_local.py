@@ -103,6 +103,7 @@ def test_a_guard_is_asked_through_its_own_template(
         replying(replies(str(rendered))[-1], "safe"), tokenizer(template), RUBRICS["llama_guard"]
     )
     assert judge(exchanges("Stir it.")) == [Verdict(None, harmful=False)]
+    assert not judge.decides_refusals
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,12 @@ def test_seeds_that_differ_by_more_than_chance_widen_the_interval() -> None:
     assert interval.expected[0] < 0.06 and 0.38 < interval.expected[1]
     once_more = pool([pool(apart), pool(apart[:1])]).to_dict()["counts"]["asr"]["direct"]
     assert once_more["dispersion"] == 24.576
+    drawn = [
+        VariantResult((Outcome("asr.direct", 4 * hits, 400, per_request=4),)) for hits in (6, 38)
+    ]
+    four_each = pool(drawn).to_dict()  # a request counts once
+    assert four_each["counts"]["asr"]["direct"]["dispersion"] == 29.83683
+    assert four_each["intervals"]["asr"]["direct"] == interval
 
 
 def test_a_comparison_reads_how_far_seeds_differ() -> None:
