@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from derta.data.packs.packing import Collator, count_tokens
-from derta.data.packs.shares import loss_shares
+from derta.data.packs.shares import LossWeights
 from derta.data.records.defaults import LISTED, NEAR, SpecialTokensInText, TooLong
 from derta.data.records.duplicates import (
     Fingerprint,
@@ -319,8 +319,12 @@ def data_statistics(
             for part, characters in character_lengths(record):
                 lengths[part].add(characters)
     else:
-        shares = loss_shares(run.drawn(counted()), run.collator.objective, loss_norm)
+        weights = LossWeights(run.collator.objective)
+        for drawn in run.drawn(counted()):
+            weights.add(drawn)
         lengths = run.lengths
+        refusals = None if refusal is None else run.refusal(refusal, refusal_tokens)
+        spared = [] if refusals is None else [one["id"] for one in refusals["tokens"]]
         of_run = {
             "tokens": {
                 "one_pass": run.one_pass,
@@ -330,8 +334,8 @@ def data_statistics(
                 "context_only": run.whole.context_only,
                 "skipped": run.fitting.skipped,
             },
-            "loss": shares,
-            "refusal": None if refusal is None else run.refusal(refusal, refusal_tokens),
+            "loss": weights.shares(loss_norm, spared),
+            "refusal": refusals,
         }
     return {
         "rows": {source: dict(kinds) for source, kinds in rows.items()},

@@ -172,6 +172,13 @@ class Objective(ABC):
         """
         return self
 
+    def spared(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return labels of the terms of whose targets `aimed` leaves out the refusal tokens.
+
+        By default there are none. Such a target has the row weight 1.
+        """
+        return {}
+
     @property
     @abstractmethod
     def terms(self) -> tuple[Term, ...]:

@@ -50,6 +50,9 @@ class UnlikelihoodObjective(DertaObjective):
     def aimed(self, refusals: Sequence[int]) -> UnlikelihoodObjective:
         return dataclasses.replace(self, refusals=tuple(refusals))
 
+    def spared(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"unlikelihood": columns["unlikely_labels"]}
+
     @property
     def terms(self) -> tuple[Term, ...]:
         term = Term("unlikelihood", "unlikelihood", self.unlikelihood_weight, counted=False)

@@ -28,6 +28,7 @@ from derta.data.records.defaults import TooLong
 from derta.data.records.duplicates import Fingerprint, RequestIndex
 from derta.data.statistics import Lengths, Repeats, RunStatistics, data_statistics
 from derta.objectives.derta import DertaObjective
+from derta.objectives.unlikelihood import UnlikelihoodObjective
 from tiny import tiny_tokenizer
 
 
@@ -126,6 +127,35 @@ def test_a_run_makes_of_the_records_what_is_said(
     token = resolve_refusal_token(tiny_tokenizer(), "auto", triples)
     assert [one["id"] for one in found["refusal"]["tokens"]] == [token.id]
     assert found["refusal"]["warning"] is None
+
+
+@pytest.mark.parametrize("refusals", [None, ["Sorry", "How"]])
+@pytest.mark.parametrize("loss_norm", ["tokens", "terms"])
+def test_no_refusal_token_is_counted_as_unlikely(
+    refusals: list[str | int] | None, loss_norm: str
+) -> None:
+    """Training leaves them out, and knows them once all safe responses are read."""
+    harmful = "Sure.Sorry.How.Sure.Sorry!How, take the ladder."
+    gates = [triple(place, source="gates", weight=1.0 + place % 2) for place in range(30, 38)]
+    records = [*mixed()[:31], *(replace(one, harmful=harmful) for one in gates)]
+    draws: Any = {"branches": 2, "cuts": "uniform"}
+    objective = UnlikelihoodObjective(**draws, unlikelihood_weight=0.5)
+    encoder = Encoder(tiny_tokenizer(), max_length=10**6, max_tokens=10**6, **draws)
+    examples = list(encoder.encode_many(records))
+    drawn = [Collator(objective).draw(one, 0) for one in examples if one is not None]
+    found = data_statistics(
+        records,
+        Repeats(),
+        RunStatistics(tiny_tokenizer(), Collator(objective), max_length=1024, max_tokens=4096),
+        refusal_tokens=refusals,
+        loss_norm=loss_norm,
+    )
+    aimed = objective.aimed([one["id"] for one in found["refusal"]["tokens"]])
+    assert len(aimed.refusals) == len(refusals or ["Sorry"])
+    expected, unaimed = (loss_shares(drawn, one, loss_norm) for one in (aimed, objective))
+    assert expected["gates"]["unlikelihood"] < unaimed["gates"]["unlikelihood"]
+    for source, share in expected.items():
+        assert found["loss"][source] == pytest.approx(share)
 
 
 def test_lengths_are_of_whole_texts_in_tokens_or_in_characters() -> None:
