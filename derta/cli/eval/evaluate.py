@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from derta.cli.settings.evaluation import EvaluateConfig
@@ -40,8 +39,10 @@ from derta.evaluation.evaluate import refuse_what_takes_a_model
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
 from derta.evaluation.judges.registry import make_judges, verdicts_file
 from derta.evaluation.teacher_forcing import refusal_ids
-from derta.modeling.folders import read_object
+from derta.modeling.adapters import read_adapters
+from derta.modeling.folders import ADAPTER_CONFIG, read_object
 from derta.modeling.loading import (
+    base_of,
     find_device,
     load_tokenizer,
     load_tuned,
@@ -281,9 +282,9 @@ def find_generator(
 
 def whole_model(folder: Path) -> list[Path]:
     """Return the folders that make a model: its own, and that of the base model of adapters."""
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return [folder]
-    return [folder, Path(str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path))]
+    return [folder, Path(base_of(folder, read_adapters(folder)))]
 
 
 def server_settings(config: EvaluateConfig, name: str) -> ServerSettings:
