@@ -44,7 +44,7 @@ from derta.modeling.quantization import layers_for_4_bits, widths
 from derta.modeling.sharding import call, without_zero3
 from derta_kernels.attention.custom_op import attention_op
 from derta_kernels.attention.launch_configs import parts_bytes
-from derta_kernels.head_loss import Chip, kl_loss, kl_working_bytes, working_bytes
+from derta_kernels.head_loss import Chip, HeadCall, kl_loss, kl_working_bytes, working_bytes
 from derta_kernels.head_loss.custom_op import FORMS
 from derta_kernels.head_loss.kl import FORMS as KL_FORMS
 
@@ -329,12 +329,21 @@ def _run(
     def working(name: str, *args: Any) -> int:
         if name in ("derta::head_loss", "derta::kl_loss"):
             hidden, weight = args[:2]
-            (vocabulary, width), rows = weight.shape, int(len(hidden) * live)
-            problem = (rows, vocabulary, width, hidden.dtype, weight.dtype, step.chip)
+            vocabulary, width = weight.shape
+            _, trainable, _ = args[KL_FORMS if name == "derta::kl_loss" else FORMS]
+            problem = HeadCall(
+                rows=int(len(hidden) * live),
+                vocabulary=vocabulary,
+                width=width,
+                dtype=hidden.dtype,
+                weight_dtype=weight.dtype,
+                chip=step.chip,
+                trainable=trainable,
+                scratch_mb=step.scratch_mb,
+            )
             if name == "derta::kl_loss":
-                return kl_working_bytes(*problem, args[KL_FORMS][1], step.scratch_mb)
-            sparse = step.sparse_backward > 0
-            return working_bytes(*problem, args[FORMS][1], step.scratch_mb, sparse, step.refusals)
+                return kl_working_bytes(problem)
+            return working_bytes(problem, step.sparse_backward > 0, step.refusals)
         if name == "derta::interval_attention_backward":
             q, k = args[1:3]
             tokens, heads = q.shape[:2].numel(), q.shape[2]

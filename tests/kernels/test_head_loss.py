@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from allocated import peak_bytes
 from derta_kernels.head_loss import (
     Chip,
+    HeadCall,
     HeadLoss,
     choose,
     chunked,
@@ -823,9 +824,9 @@ def test_the_plan_knows_the_memory_of_a_call(
     monkeypatch.undo()  # chunks of their real size: 256 rows and 204, or of 128 at most
     hidden, weight = torch.randn(460, 8, requires_grad=True), torch.randn(80_003, 8)
     target = torch.randint(len(weight), (460,))
-    shape = (460, *weight.shape, torch.float32, torch.float32)
-    options = dict(scratch_mb=scratch_mb, sparse=sparse)
-    planned = working_bytes(*shape, Chip("cpu"), trainable=False, **options)
+    float32 = torch.float32
+    call = HeadCall(460, *weight.shape, float32, float32, Chip("cpu"), False, scratch_mb)
+    planned = working_bytes(call, sparse=sparse)
     rows = 256 if scratch_mb is None else 128
     blocks = 8 * rows * 626 + 4 * 2**18 if sparse else 0
     assert planned == pytest.approx(4 * rows * 80_003 + blocks, rel=0.01)
@@ -839,7 +840,7 @@ def test_the_plan_knows_the_memory_of_a_set(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()  # chunks of their real size
     hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(3001, 8)
     target, rto_mask = torch.randint(len(weight), (256,)), torch.ones(256, dtype=torch.bool)
-    shape = (256, *weight.shape, torch.float32, torch.float32, Chip("cpu"), False)
+    call = HeadCall(256, *weight.shape, torch.float32, torch.float32, Chip("cpu"), False)
     peaks = {
         refusals: peak_bytes(
             functools.partial(
@@ -849,7 +850,7 @@ def test_the_plan_knows_the_memory_of_a_set(monkeypatch: pytest.MonkeyPatch) -> 
         )
         for refusals in (1, 512)
     }  # fmt: skip
-    planned = {refusals: working_bytes(*shape, refusals=refusals) for refusals in peaks}
+    planned = {refusals: working_bytes(call, refusals=refusals) for refusals in peaks}
     # That of 256 rows, a set of 512 tokens, and 8 numbers of float32 for each.
     assert planned[512] - planned[1] == 8 * 256 * 512 * 4
     assert peaks[512] - peaks[1] == pytest.approx(planned[512] - planned[1], rel=0.25)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from allocated import peak_bytes
 from derta_kernels.head_loss import (
     Chip,
+    HeadCall,
     chunked,
     custom_op,
     kl,
@@ -444,11 +445,13 @@ def test_the_plan_knows_the_memory_of_a_call(
     hidden, reference_hidden = (torch.randn(count, width, dtype=dtype) for _ in range(2))
     weight, reference_weight = (torch.randn(vocabulary, width, dtype=dtype) for _ in range(2))
     hidden.requires_grad_()
-    shape = (count, vocabulary, width, dtype, dtype, Chip("cpu"), False)
+    call = HeadCall(count, vocabulary, width, dtype, dtype, Chip("cpu"), False)
     arguments = (hidden, weight, reference_hidden, reference_weight)
     for scratch_mb in (None, 300.0):
         peak = peak_bytes(lambda: kl_loss(*arguments, scratch_mb=scratch_mb))  # noqa: B023
-        assert kl_working_bytes(*shape, scratch_mb) == pytest.approx(peak, rel=0.05)
+        assert kl_working_bytes(call._replace(scratch_mb=scratch_mb)) == pytest.approx(
+            peak, rel=0.05
+        )
 
 
 def test_the_host_never_waits_for_the_device() -> None:

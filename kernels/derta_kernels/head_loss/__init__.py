@@ -1,7 +1,7 @@
 """Losses of a vocabulary projection without its logits, and ranks of tokens; see `head_loss`."""
 
 from derta_kernels.head_loss.choice import choose
-from derta_kernels.head_loss.chunked import working_bytes
+from derta_kernels.head_loss.chunked import HeadCall, working_bytes
 from derta_kernels.head_loss.chunks import Chip, chip_of
 from derta_kernels.head_loss.head import Head
 from derta_kernels.head_loss.kl import KlLoss, kl_loss
@@ -15,6 +15,7 @@ __all__ = [
     "NO_RANK",
     "Chip",
     "Head",
+    "HeadCall",
     "HeadLoss",
     "KlLoss",
     "checked_ids",

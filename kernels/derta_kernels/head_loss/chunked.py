@@ -267,31 +267,40 @@ def _store(into: Tensor, chunk: slice, rows: Tensor | None, values: Tensor) -> N
         into.index_copy_(0, rows[chunk], values.to(into.dtype))
 
 
-def working_bytes(
-    count: int,
-    vocabulary: int,
-    width: int,
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    chip: Chip,
-    trainable: bool,
-    scratch_mb: float | None = None,
-    sparse: bool = False,
-    refusals: int = 1,
-    scratches: int = 1,
-) -> int:
-    """Estimate the peak bytes for `count` live rows, beyond inputs and results.
+class HeadCall(NamedTuple):
+    """The sizes and settings that decide the memory of a call.
 
-    Args:
+    Attributes:
+        rows: number of live rows.
+        vocabulary, width: V and d.
         dtype: dtype of hidden.
         weight_dtype: dtype of weight, which is cast to hidden's under autocast.
         chip: the device, see `chunks.chip_of`.
         trainable: if True, the gradient of weight is formed.
         scratch_mb: see `head_loss_chunked`.
+    """
+
+    rows: int
+    vocabulary: int
+    width: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    chip: Chip
+    trainable: bool
+    scratch_mb: float | None = None
+
+
+def working_bytes(
+    call: HeadCall, sparse: bool = False, refusals: int = 1, scratches: int = 1
+) -> int:
+    """Estimate the peak bytes of a call, beyond inputs and results.
+
+    Args:
         sparse: if True, the backward pass is sparse.
         refusals: tokens of the refusal set, 1 if it is no set, see `token_set.with_set`.
         scratches: buffers of logits, each the product of another weight of the same shape.
     """
+    count, vocabulary, width, dtype, weight_dtype, chip, trainable, scratch_mb = call
     size = product_dtype(dtype, chip.device_type).itemsize
     problem = Problem(vocabulary, width, size, trainable)
     rows = longest(split(count, chunk_rows(count, problem, chip, scratch_mb, scratches)))

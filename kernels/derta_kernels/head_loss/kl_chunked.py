@@ -19,6 +19,7 @@ from torch import Tensor
 
 from derta_kernels.head_loss.chunked import (
     Gradients,
+    HeadCall,
     longest,
     new_scratch,
     product_dtype,
@@ -26,7 +27,7 @@ from derta_kernels.head_loss.chunked import (
     rows_of,
     working_bytes,
 )
-from derta_kernels.head_loss.chunks import Chip, Problem, chip_of, chunk_rows, split
+from derta_kernels.head_loss.chunks import Problem, chip_of, chunk_rows, split
 from derta_kernels.head_loss.row_pass import SIZES
 from derta_kernels.head_loss.row_pass_torch import WIDE_LOGITS, finish_logits, unfinish_gradient
 
@@ -93,22 +94,13 @@ def kl_loss_chunked(
     return kl, gradients
 
 
-def kl_working_bytes(
-    count: int,
-    vocabulary: int,
-    width: int,
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    chip: Chip,
-    trainable: bool,
-    scratch_mb: float | None = None,
-) -> int:
+def kl_working_bytes(call: HeadCall) -> int:
     """Estimate the peak bytes, see `working_bytes`, with a reference of the model's shape."""
-    shape = (count, vocabulary, width, dtype, weight_dtype, chip, trainable, scratch_mb)
-    slices = min(count * vocabulary, max(vocabulary, _numbers(chip.device_type)))
-    wide = torch.promote_types(dtype, torch.float32)
-    held = 5 if product_dtype(dtype, chip.device_type) == wide else 7  # see `row_pass`
-    return working_bytes(*shape, scratches=SCRATCHES) + held * slices * wide.itemsize
+    device_type = call.chip.device_type
+    slices = min(call.rows * call.vocabulary, max(call.vocabulary, _numbers(device_type)))
+    wide = torch.promote_types(call.dtype, torch.float32)
+    held = 5 if product_dtype(call.dtype, device_type) == wide else 7  # see `row_pass`
+    return working_bytes(call, scratches=SCRATCHES) + held * slices * wide.itemsize
 
 
 def row_pass(
