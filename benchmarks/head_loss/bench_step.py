@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.head_loss.cases import Answer, Case, make_inputs, right_answer
-from benchmarks.head_loss.peers import EAGER, IMPLEMENTATIONS
-from benchmarks.head_loss.question import QUESTION
+from benchmarks.head_loss.peers import EAGER
+from benchmarks.head_loss.question import ALL, QUESTION
 
 pytest.importorskip("pytest_benchmark")
 
@@ -37,7 +37,7 @@ def eager_errors(case: Case) -> dict[str, float]:
     return QUESTION.setup(case, EAGER, DEVICE).errors(answer(case))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_step(benchmark: Any, case: Case, implementation: str) -> None:
     try:

@@ -20,15 +20,20 @@ from benchmarks.head_loss.cases import IGNORED, Case
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 EAGER = "full float32"
 PRODUCTS = "products alone"
+SKIPPING = "derta sparse"
 
 
-def derta(impl: str, case: Case, device: torch.device) -> LossFunction:
-    """Set up ours."""
+def derta(
+    impl: str, case: Case, device: torch.device, sparse_backward: float = 0.0
+) -> LossFunction:
+    """Set up ours, which leaves out tiles of small gradients with `sparse_backward`."""
     from derta.loss import derta_loss
     from derta_kernels.head_loss import choose
 
     choose(impl, device, case.torch_dtype)
-    return partial(derta_loss, softcap=case.shape.softcap, impl=impl)
+    return partial(
+        derta_loss, softcap=case.shape.softcap, impl=impl, sparse_backward=sparse_backward
+    )
 
 
 def full_float32(case: Case, device: torch.device) -> LossFunction:
@@ -191,6 +196,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Case, torch.device], LossFunction]] = {
     "derta native": partial(derta, "native"),
     "derta triton": partial(derta, "triton"),
     "derta torch": partial(derta, "torch"),
+    SKIPPING: partial(derta, "auto", sparse_backward=0.001),
     EAGER: full_float32,
     "full": full,
     "full compiled": full_compiled,

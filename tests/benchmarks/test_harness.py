@@ -28,8 +28,16 @@ from benchmarks.harness.measuring import (
 )
 from benchmarks.harness.question import NAMES, Question, question_named
 from benchmarks.harness.records import figures, load_groups, records_of, verdicts
-from benchmarks.head_loss.cases import PROBABILITIES, Case, errors, make_inputs, right_answer
-from benchmarks.head_loss.peers import EAGER
+from benchmarks.head_loss.cases import (
+    HEADS,
+    PROBABILITIES,
+    Case,
+    Head,
+    errors,
+    make_inputs,
+    right_answer,
+)
+from benchmarks.head_loss.peers import EAGER, SKIPPING
 from benchmarks.head_loss.question import OURS, QUESTION as HEAD_LOSS, TORCH_CHUNKED, Setup
 
 CPU = torch.device("cpu")
@@ -132,6 +140,29 @@ def test_every_requirement_is_on_a_case_that_runs(question: Question) -> None:
         if requirement.against is not None:
             against = requirement.case_against or requirement.case
             assert (against.name, requirement.against) in run_cases
+
+
+def test_a_sparse_backward_pass_is_asked_of_gpus_alone_and_is_not_taken_for_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = {
+        device: {
+            group
+            for group, pairs in HEAD_LOSS.groups(device).items()
+            if SKIPPING in (name for _, name in pairs)
+        }
+        for device in ("cpu", "cuda")
+    }
+    assert asked == {"cpu": set(), "cuda": {"frozen head", "trainable head"}}
+    monkeypatch.setitem(HEADS, "long", Head(8, 100_000))  # so that tiles without a target are dead
+    case = Case("long", 128, "float32", inputs="random")
+    answer = HEAD_LOSS.answer(case, CPU)
+    exact, ours, skipping = (
+        HEAD_LOSS.setup(case, name, CPU).errors(answer) for name in (EAGER, OURS, SKIPPING)
+    )
+    assert skipping["loss_error"] == ours["loss_error"]
+    assert HEAD_LOSS.is_right(case, ours, exact)
+    assert not HEAD_LOSS.is_right(case, skipping, exact)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
