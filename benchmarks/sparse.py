@@ -10,6 +10,7 @@ forward and backward, in turns: a dense step, then a sparse one.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness.measuring import describe_machine
+from benchmarks.harness.measuring import describe_machine, watch_other_processes
+from benchmarks.harness.question import number
 from benchmarks.harness.results import results_folder, results_parser, write_results
 from derta.data import Collator, Encoder, Triple, read_records, resolve_refusal_token
 from derta.data.tokens.chat import batched
@@ -57,6 +59,7 @@ class Record:
             hidden and, if it is trainable, of weight.
         dense_ms: median time of the dense steps.
         ratios: time of each sparse step over that of the dense one before it, ascending.
+        others_share: share of all cores that other processes took meanwhile.
     """
 
     trainable: bool
@@ -71,6 +74,7 @@ class Record:
     errors: Mapping[str, float]
     dense_ms: float
     ratios: Sequence[float]
+    others_share: float
 
 
 class HiddenStates(DertaObjective):
@@ -187,7 +191,9 @@ def compare(rows: Rows, tolerance: float, turns: int) -> Record:
         name: ((found - exact[name]).norm() / exact[name].norm()).item()
         for name, found in rows.gradients().items()
     }
+    others, begin = watch_other_processes(), time.perf_counter()
     times = [[rows.step_ms(one) for one in (0.0, tolerance)] for _ in range(turns)]
+    others_share = others() / ((time.perf_counter() - begin) * (os.cpu_count() or 1))
     return Record(
         trainable=rows.head.weight.requires_grad,
         dtype=str(rows.hidden.dtype).removeprefix("torch."),
@@ -201,6 +207,7 @@ def compare(rows: Rows, tolerance: float, turns: int) -> Record:
         errors=errors,
         dense_ms=statistics.median(of_dense for of_dense, _ in times),
         ratios=sorted(of_sparse / of_dense for of_dense, of_sparse in times),
+        others_share=others_share,
     )
 
 
@@ -215,8 +222,8 @@ def table(machine: dict[str, Any], records: Sequence[Record]) -> str:
         f"{machine.get('gpu') or machine['processor']}, {machine['threads']} threads, torch "
         f"{machine['versions']['torch']}.\n",
         "| head, dtype | mean p | live tiles | skipped | error of d_hidden | of d_weight "
-        "| dense ms | sparse / dense (lowest, highest) |",
-        "| --- |" + " ---: |" * 7,
+        "| dense ms | sparse / dense (lowest, highest) | machine |",
+        "| --- |" + " ---: |" * 8,
     ]
     for r in records:
         shares = (r.live_share, r.skipped_share, r.errors["d_hidden"], r.errors.get("d_weight"))
@@ -224,8 +231,9 @@ def table(machine: dict[str, Any], records: Sequence[Record]) -> str:
             f"{'trainable' if r.trainable else 'frozen'}, {r.dtype}",
             f"{r.refusal_p:.3f}",
             *("-" if share is None else f"{share:.2%}" for share in shares),
-            f"{r.dense_ms:.3g}",
+            number(r.dense_ms),
             f"{statistics.median(r.ratios):.2f} ({r.ratios[0]:.2f}, {r.ratios[-1]:.2f})",
+            f"{r.others_share:.0%} taken",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
