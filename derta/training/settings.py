@@ -282,16 +282,23 @@ class ObjectiveSettings(RecipeSettings, LossSettings):
                 f"loss_norm must be terms with preference: {loss}, as a pair is no token, got "
                 f"{self.loss_norm}"
             )
+        self._check_rto_keys()
+
+    def _check_rto_keys(self) -> None:
+        """Refuse keys of RTO rows where triples have none."""
+        if self.rto_keep != 0:
+            return
+        without = "rto_keep: 0" if self.recipe is None else f"recipe: {self.recipe}"
+        if self.preference:
+            without = f"preference: {self.preference}"
         for name, unset in (
             ("unlikelihood_weight", 0.0),
             ("rto_weight", RTO_WEIGHT),
             ("rto_depth", DERTA.rto_depth),
         ):
-            given = getattr(self, name)
-            if loss and given != unset:
+            if (given := getattr(self, name)) != unset:
                 raise ValueError(
-                    f"{name} must be {unset} with preference: {loss}, which has no RTO rows, got "
-                    f"{given}"
+                    f"{name} must be {unset} with {without}, which has no RTO rows, got {given}"
                 )
 
     def _follow_flag(self) -> None:

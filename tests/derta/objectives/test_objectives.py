@@ -145,6 +145,24 @@ def test_keys_that_name_no_set_are_refused(
         DertaConfig(output_dir=str(tmp_path), use_cpu=True, **keys)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            dict(recipe="vanilla", unlikelihood_weight=0.1),
+            "^unlikelihood_weight must be 0.0 with recipe: vanilla, which has no RTO rows, got 0.1",
+        ),
+        (dict(recipe="prefix_only", rto_weight=5.0), "^rto_weight must be 1.0 with recipe: prefix"),
+        (dict(rto_keep=0, rto_depth="growing"), "^rto_depth must be uniform with rto_keep: 0, wh"),
+    ],
+)
+def test_keys_of_rto_rows_are_refused_where_there_are_none(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        DertaConfig(output_dir=str(tmp_path), use_cpu=True, **keys)
+
+
 class SmallStates(Objective):
     """The squared norm of the hidden state of each example's last row: no head, no targets' ids."""
 
