@@ -85,7 +85,8 @@ class Respondent:
     ) -> list[Written]:
         """Return the answers, or the refusal where the model refuses after its header.
 
-        The check is the defender's, see `Defence`: greedy, and no attacker forbids its tokens.
+        The check is the defender's, see `Defence`: greedy, and no attacker forbids its tokens. What
+        a red flag withholds needs none, and a refusal would show the start of it.
         """
         header = self.chat.header_ids()
         kept = [
@@ -100,7 +101,9 @@ class Respondent:
         )
         verdicts = KeywordJudge(self.keywords)([Exchange((), check.text) for check in checks])
         return [
-            self._refusal(start, check) if check.flagged or verdict.refused else own
+            own
+            if own.flagged or not (check.flagged or verdict.refused)
+            else self._refusal(start, check)
             for own, start, check, verdict in zip(written, kept, checks, verdicts, strict=True)
         ]
 

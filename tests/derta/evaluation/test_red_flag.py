@@ -141,6 +141,26 @@ def test_a_flag_after_a_defenders_header_refuses(model: PreTrainedModel, chat: C
     assert result["asr"]["prefill"] == {"4": 0.0}
 
 
+def test_no_refusal_after_a_header_shows_what_a_flag_withholds(
+    model: PreTrainedModel, chat: Chat
+) -> None:
+    prompt = tuple(chat.prompt_ids(REQUEST.messages))
+    harmful = chat.response_ids(REQUEST.messages, HARMFUL)
+
+    def generate(
+        prompts: Sequence[tuple[int, ...]], *, ids: Sequence[str], decoding: Decoding = GREEDY
+    ) -> list[Written]:
+        withheld, refusal = Written("", harmful, flagged=True), Written("Sorry.", [5])
+        return [withheld if asked == prompt else refusal for asked in prompts]
+
+    defence = Defence(reinsert_header=True, header_after=2)
+    changed = settings(curve=False, prefill_depths=(), defence=defence, samples=1)
+    data = EvaluationData(benign=[REQUEST])
+    result = evaluate_model(model, chat.tokenizer, data, changed, generator=generate).to_dict()
+    (shown,) = result["samples"]
+    assert shown["answer"] == TEXT and result["over_refusal"] == {"benign": 1.0}
+
+
 def test_a_flagged_turn_is_forgotten_and_the_conversation_goes_on(model: PreTrainedModel) -> None:
     """As in `derta chat`: no deployment shows a model an empty answer of its own."""
     tokenizer = copy.deepcopy(tiny_tokenizer())
