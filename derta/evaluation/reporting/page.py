@@ -70,7 +70,8 @@ mark { background: var(--line); color: inherit; }
 {{ table }}
 {% for line in undecided %}<p>{{ line }}.</p>
 {% endfor %}{% if table %}<p><small>Small figures: 95% Wilson intervals over all trials.
-{% if seeds > 1 %}Rates are pooled over {{ seeds }} seeds.{% endif %}</small></p>
+{% if seeds > 1 %}Rates are pooled over {{ seeds }} seeds, and intervals are widened where these
+differ by more than chance.{% endif %}</small></p>
 {% endif %}
 
 {% if by_judge %}<h2>Judges side by side</h2>

@@ -375,7 +375,9 @@ def test_every_picture_is_written_and_not_empty(tmp_path: Path, seeds: int) -> N
             assert image.width > 600 and image.height > 300
             drawn = [color for _, color in colors if max(color) - min(color) > 60]
             assert drawn, f"{name} has only greys"
-    assert page.read_text("utf-8").count("<svg") == len(PICTURES)
+    text = page.read_text("utf-8")
+    assert text.count("<svg") == len(PICTURES)
+    assert ("seeds, and intervals are widened where these" in text) == (seeds > 1)
     assert json.loads((page.parent / "summary.json").read_text()) == summary(seeds)
 
 
