@@ -10,6 +10,7 @@ from typing import Any
 
 from derta.cli.settings.evaluation import CompareConfig, ResultFiles
 from derta.evaluation import KeywordJudge
+from derta.evaluation.measures.results import leaves
 from derta.evaluation.reporting.comparison import (
     ANALYSES,
     compare,
@@ -81,12 +82,21 @@ def read_variants(path: Path) -> dict[str, dict[str, Any]] | None:
     if not isinstance(summary, dict) or "variants" not in summary:
         return None
     variants = summary["variants"]
-    if not isinstance(variants, dict) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("counts"), dict)
-        for entry in variants.values()
-    ):
+    if not isinstance(variants, dict) or not all(map(_is_counted, variants.values())):
         raise ValueError(f"{path}: variants: expected those of derta eval, each with its counts")
     return variants
+
+
+def _is_counted(entry: Any) -> bool:
+    """Decide if an entry of a summary has the counts that figures are made of."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("counts"), dict)
+        and all(
+            isinstance(count, dict) and {"hits", "trials", "empty"} <= count.keys()
+            for _, count in leaves(entry["counts"])
+        )
+    )
 
 
 def read_results(config: CompareConfig) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -128,7 +128,10 @@ def test_models_are_matched_to_recipes() -> None:
             "--results {a:{rhyme:results/rhyme/*}}",
             "results: rhyme: expected one file, got results/rhyme/*",
         ),
-        ("bad", "bad/summary.json: variants: expected those of derta eval, each with its counts"),
+        *(
+            (name, f"{name}/summary.json: variants: expected those of derta eval, each with its co")
+            for name in ("bad", "worse")
+        ),
         ("one --recipes {derta:other}", "recipes: derta must be one of ['derta'], got 'other'"),
         ("one --keywords []", "keywords must name at least one"),
         ("one --output_dir prompts.json", "output_dir: prompts.json: prompts.json is a file"),
@@ -138,6 +141,7 @@ def test_a_wrong_call_is_one_sentence_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
     write("bad/summary.json", {"variants": {"a": {"asr": {}}}})
+    write("worse/summary.json", {"variants": {"a": {"counts": {"asr": {"direct": 3}}}}})
     spaced = [re.sub(r":(?=\S)", ": ", part) for part in arguments.split()]
     if "--output_dir" not in spaced:
         spaced += ["--output_dir", "out"]
