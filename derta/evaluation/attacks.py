@@ -48,8 +48,8 @@ class Attacks:
         in_context: if True, each request follows another one and its harmful response.
 
     Raises:
-        ValueError: a value is out of its range, two depths are the same, or a template lacks its
-            slot.
+        ValueError: a value is out of its range, two depths are the same, a template lacks its slot,
+            or prefill_thinking has no depth.
     """
 
     prefill_depths: Sequence[Depth] = PREFILL_DEPTHS
@@ -76,8 +76,14 @@ class Attacks:
                 raise ValueError(f"{name} must be an integer from 0 on, got {getattr(self, name)}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if self.prefill_thinking is not None and not self.prefill_thinking.strip():
+        if self.prefill_thinking is None:
+            return
+        if not self.prefill_thinking.strip():
             raise ValueError("prefill_thinking must be auto or a text, got a blank one")
+        if not depths:
+            raise ValueError(
+                "prefill_thinking needs prefill_depths, the tokens in the thinking block, got none"
+            )
 
 
 def _is_count(value: object) -> bool:

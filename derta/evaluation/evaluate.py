@@ -158,6 +158,19 @@ def refuse_what_takes_a_model(data: EvaluationData, settings: EvaluationSettings
             raise ValueError(f"{key} needs a model on this machine, got one behind a server")
 
 
+def refuse_what_takes_responses(data: EvaluationData, settings: EvaluationSettings) -> None:
+    """Check that there are harmful responses for the attacks that write them.
+
+    Raises:
+        ValueError: there are harmful requests, none has a response, and an attack needs one.
+    """
+    if not data.harmful or any(request.response for request in data.harmful):
+        return
+    for name in ("prefill_thinking", "in_context"):
+        if getattr(settings, name):
+            raise ValueError(f"{name} needs harmful responses, got requests without any")
+
+
 def evaluate_model(
     model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -235,10 +248,7 @@ def collect_answers(
     chat = defended(Chat(tokenizer, settings.special_tokens_in_text), defence)
     for place, template in enumerate(settings.templates):
         chat.check_text(f"templates[{place}]", template)
-    if data.harmful and not any(request.response for request in data.harmful):
-        for name in ("prefill_thinking", "in_context"):
-            if getattr(settings, name):
-                raise ValueError(f"{name} needs harmful responses, got requests without any")
+    refuse_what_takes_responses(data, settings)
     starts = _refusal_starts(model, chat, data, settings)
     chosen = make_scenarios(
         data,

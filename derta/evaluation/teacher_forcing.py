@@ -240,6 +240,8 @@ def refusal_ids(
     triples: Sequence[Triple] = (),
 ) -> int | tuple[int, ...]:
     """Do as `find_refusal_token`, for a model that is not patched."""
+    if not isinstance(refusal, str | int) and not refusal:
+        raise ValueError("refusal must name at least one token, got none")
     flag = flag_of(tokenizer)
     if refusal == "auto" and flag is not None:
         return flag

@@ -35,7 +35,7 @@ from derta.evaluation import (
 )
 from derta.evaluation.attacks import SLOT, thinking_tag
 from derta.evaluation.defences import Defence, defended
-from derta.evaluation.evaluate import refuse_what_takes_a_model
+from derta.evaluation.evaluate import refuse_what_takes_a_model, refuse_what_takes_responses
 from derta.evaluation.generation.server import Server, ServerGenerator, ServerSettings
 from derta.evaluation.judges.registry import make_judges, verdicts_file
 from derta.evaluation.teacher_forcing import refusal_ids
@@ -205,12 +205,16 @@ def read_templates(path: str | None) -> list[str]:
         raise FileNotFoundError(f"{path}: no such file of templates")
     try:
         text = Path(path).read_text(encoding="utf-8")
-        is_list = text.lstrip().startswith("[")
-        listed = json.loads(text) if is_list else text.splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is not UTF-8, expected templates, one a line") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: is no JSON list of templates") from None
+    listed, is_list = text.splitlines(), text.lstrip().startswith("[")
+    if is_list:
+        try:
+            listed = json.loads(text)
+        except json.JSONDecodeError as error:
+            if text.lstrip()[1:].lstrip().startswith('"'):
+                raise ValueError(f"{path}:{error.lineno}: is no JSON list of templates") from None
+            is_list = False  # a template begins with a bracket, as in [INST]
     if not all(isinstance(template, str) for template in listed):
         raise ValueError(f"{path}: holds something else than texts, expected a list of templates")
     templates = {place: template for place, template in enumerate(listed) if template.strip()}
@@ -229,7 +233,8 @@ def read_judges(config: EvaluateConfig) -> dict[str, Any]:
     `make_judges` checks names and kinds.
 
     Raises:
-        ValueError: `keywords` are given, and every keyword judge has its own.
+        ValueError: `keywords` are given, and every keyword judge has its own, or there is none, nor
+            an attack or a defence that takes them.
     """
     judges, with_own, are_taken = dict(config.judges), [], False
     for name, settings in config.judges.items():
@@ -239,10 +244,19 @@ def read_judges(config: EvaluateConfig) -> dict[str, Any]:
             judges[name], are_taken = {**given, "keywords": config.keywords}, True
         elif kind in ("keyword", "official_keywords"):
             with_own.append(name)
-    if with_own and not are_taken and config.keywords != list(REFUSAL_KEYWORDS):
+    if are_taken or config.keywords == list(REFUSAL_KEYWORDS):
+        return judges
+    if with_own:
         raise ValueError(
             f"keywords: no judge takes them, as judges.{with_own[0]} has its own: leave them out, "
             "or add a judge of kind keyword without any"
+        )
+    if not config.refusal_banned and not any(
+        isinstance(one, Mapping) and one.get("reinsert_header") for one in config.defences.values()
+    ):
+        raise ValueError(
+            "keywords: there is no keyword judge, and neither refusal_banned nor a defence with "
+            "reinsert_header to take them: leave them out"
         )
     return judges
 
@@ -416,6 +430,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     triples = safe_responses(config)
     data = dataclasses.replace(read_data(config), refusals=[one.safe for one in triples])
     settings = evaluation_settings(config)
+    refuse_what_takes_responses(data, settings)
     if config.servers:
         refuse_what_takes_a_model(data, dataclasses.replace(settings, curve=False))
     for folder in folders.values():

@@ -55,7 +55,7 @@ from derta.evaluation import (
     judge_answers,
     summarize,
 )
-from derta.evaluation.evaluate import answered_dialogue
+from derta.evaluation.evaluate import answered_dialogue, refuse_what_takes_responses
 from derta.evaluation.measures.results import forced_outcomes
 from derta.modeling.adapters import adapt, merge
 from derta.modeling.loading import find_device, load_tuned, weights_dtype
@@ -245,6 +245,7 @@ def tamper(config: TamperConfig) -> dict[str, Any]:
     examples = read_examples(config)
     kept = answers_folder(config)
     settings = evaluation_settings(config)
+    refuse_what_takes_responses(data, settings)
     if seen := seen_requests(data, examples):
         say(
             f"note: the attacker tunes on {seen} of the {len(data.harmful)} harmful requests, so "

@@ -24,6 +24,16 @@ KEYWORDS_SHOWN = f"{len(REFUSAL_KEYWORDS)} phrases, from {REFUSAL_KEYWORDS[0]!r}
 ResultFiles = str | list[str] | dict[str, str]
 
 
+def check_refusal(refusal: str | int | list[str | int]) -> None:
+    """Check that a refusal token is named.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    if refusal == []:
+        raise ValueError("refusal must name at least one token, got []")
+
+
 @dataclass(kw_only=True)
 class RankSettings:
     """An attacker who takes a harmful response's tokens from a model's likeliest ones."""
@@ -223,6 +233,7 @@ class EvaluateConfig(LoadingSettings, TextSettings, RankSettings):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_refusal(self.refusal)
         _ = self.rank_attack
         if not self.lm_eval and not any(getattr(self, key) for key in FILES):
             raise ValueError(f"name at least one file of requests: {', '.join(FILES)}; or lm_eval")
@@ -459,5 +470,6 @@ class CurveConfig(LoadingSettings, PackSettings, RankSettings):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        check_refusal(self.refusal)
         _ = self.rank_attack
         check_folder("output_dir", self.output_dir)

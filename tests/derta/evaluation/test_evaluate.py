@@ -995,6 +995,10 @@ def test_a_system_prompt_stands_before_every_conversation(
             "prefill_thinking must be auto or a text, got a blank one",
         ),
         (
+            lambda: Attacks(prefill_thinking="<think>", prefill_depths=()),
+            "prefill_thinking needs prefill_depths, the tokens in the thinking block, got none",
+        ),
+        (
             lambda: settings(empty_answers="never"),
             "empty_answers must be apart or failed, got 'never'",
         ),

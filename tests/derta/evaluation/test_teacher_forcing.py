@@ -115,6 +115,8 @@ def test_a_curve_of_several_tokens_is_the_sum_of_theirs(examples: list[EncodedTr
         9,
         find_refusal_token(model, tokenizer, "Sorry"),
     )
+    with pytest.raises(ValueError, match="^refusal must name at least one token, got none"):
+        find_refusal_token(model, tokenizer, [])
     apply_derta(model, several)
     assert find_refusal_token(model, tokenizer) == tuple(sorted(several))
     together = refusal_curve(model, examples, several)

@@ -208,6 +208,20 @@ def test_files_with_named_formats_and_equal_ids_are_read(
                 ),
             )
         ),
+        (
+            "--model bare --harmful harmful.jsonl --refusal []",
+            "refusal must name at least one token, got []",
+        ),
+        (
+            "--model bare --harmful asked.jsonl --in_context true",
+            "in_context needs harmful responses, got requests without any",
+        ),
+        (
+            "--model bare --benign benign.jsonl --keywords [no] "
+            '--defences {"b":{"system_prompt":"Refuse."}} '
+            '--judges {"a":{"kind":"server","base_url":"http://localhost/v1","model":"m"}}',
+            "keywords: there is no keyword judge, and neither refusal_banned nor a defence with re",
+        ),
         *(
             (
                 f"--model bare --benign benign.jsonl --keywords [no] --judges {judges}",
@@ -243,6 +257,7 @@ def test_files_with_named_formats_and_equal_ids_are_read(
 def test_a_wrong_call_is_one_sentence_and_leaves_nothing(
     workplace: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
+    write("asked.jsonl", {"prompt": "How?"})
     Path("bare").mkdir()
     Path("bare/adapter_config.json").write_text(Path("adapters/adapter_config.json").read_text())
     shutil.copytree("adapters", "moved")
@@ -460,6 +475,8 @@ def test_templates_are_lines_or_a_list(tmp_path: Path) -> None:
     path = tmp_path / "templates"
     path.write_text("One {request}\n\nTwo {request}\n")
     assert read_templates(str(path)) == ["One {request}", "Two {request}"]
+    path.write_text("[INST] {request} [/INST]\n")
+    assert read_templates(str(path)) == ["[INST] {request} [/INST]"]
     path.write_text(json.dumps(["One\n{request}"]))
     assert read_templates(str(path)) == ["One\n{request}"]
     assert read_templates(None) == []
@@ -521,6 +538,7 @@ def test_curves_of_all_kinds_of_records_are_read(
         ("model", "missing data"),
         ("model none.jsonl", "none.jsonl: no such record file"),
         ("model harmful.jsonl --max_tokens 0", "max_tokens must be at least 1, got 0"),
+        ("none harmful.jsonl --refusal []", "refusal must name at least one token, got []"),
         ("model harmful.jsonl --top_k [5,5]", "top_k must be distinct and at least 1, got [5, 5]"),
         ("model official.jsonl", "official.jsonl:1: is a rendered row, expected a triple or a dia"),
     ],
