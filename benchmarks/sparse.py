@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=11 * TILE, help="the most RTO rows")
     parser.add_argument("--tolerance", type=float, default=0.001, help="sparse_backward")
     parser.add_argument(
-        "--turns", type=int, default=7, help="turns of a dense step and a sparse one"
+        "--turns", type=int, default=15, help="turns of a dense step and a sparse one"
     )
     options = parser.parse_args()
     folder, device = results_folder(options), torch.device(options.device)
