@@ -105,11 +105,22 @@ class ServerConfig(ServerSettings):
         template: template of the paper's rubric, see `paper_rubric`; text, or the file that holds
             it.
         max_new_tokens: most tokens of the reply to the paper's rubric.
+
+    Raises:
+        ValueError: as `ServerSettings`, or template or max_new_tokens are given for another rubric.
     """
 
     rubric: RubricName = "paper"
     template: str = PAPER_TEMPLATE
     max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("template", "max_new_tokens"):
+            if self.rubric != "paper" and getattr(self, name) != getattr(ServerConfig, name):
+                raise ValueError(
+                    f"{name} is for rubric: paper, and {self.rubric} has its own: leave it out"
+                )
 
 
 def _keyword(config: KeywordConfig, name: str, folder: Path) -> Judge:

@@ -128,6 +128,14 @@ def test_models_in_folders_judge(workplace: Path) -> None:
             "{gpt: {kind: server, base_url: 'http://a', model: m, template: '{answer}?'}}",
             "judges.gpt: template: has no {request}, expected {request} and {answer}",
         ),
+        *(
+            (
+                "{gpt: {kind: server, base_url: 'http://a', model: m, rubric: harmbench, "
+                f"{name}: {value}}}}}",
+                f"judges.gpt: {name} is for rubric: paper, and harmbench has its own: leave it out",
+            )
+            for name, value in (("template", "'{request} {answer}'"), ("max_new_tokens", 3))
+        ),
     ],
 )
 def test_a_wrong_judge_is_one_sentence_and_leaves_nothing(
