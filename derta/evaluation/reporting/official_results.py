@@ -111,15 +111,23 @@ def official_entry(
         its figures leave out.
 
     Raises:
-        ValueError, OSError: see `read_answers`.
+        ValueError: as `read_answers`, or two attacks have one name in figures.
+        OSError: see `read_answers`.
     """
     outcomes, notes = [], []
+    named: dict[str, str] = {}
     for attack, path in files.items():
         rows = read_answers(path, prompts)
         name = attack.removeprefix(HARMLESS).replace(".", "_")  # dots separate a metric's levels
         is_harmless = attack.startswith(HARMLESS) or rows[0].is_harmless
+        metric = f"{HARMLESS if is_harmless else 'asr.file.'}{name}"
+        if (other := named.setdefault(metric, attack)) != attack:
+            raise ValueError(
+                f"results: {other!r} and {attack!r} would both be {name!r} in figures, expected "
+                "names that differ in more than dots"
+            )
         outcome, unplaced = judge_answers(
-            f"{HARMLESS if is_harmless else 'asr.file.'}{name}",
+            metric,
             rows,
             judge,
             tokenizer,

@@ -206,6 +206,15 @@ def test_bad_rows_are_refused_with_their_place(
         read_answers(path)
 
 
+def test_attacks_with_one_name_in_figures_are_refused(write: Write) -> None:
+    path = write({"question": "How?", "response": "Sorry."})
+    message = "^results: 'v1.2' and 'v1_2' would both be 'v1_2' in figures, expected names that d"
+    with pytest.raises(ValueError, match=message):
+        official_entry({"v1.2": path, "v1_2": path}, KeywordJudge())
+    entry, _ = official_entry({"v1.2": path, "over_refusal.v1_2": path}, KeywordJudge())
+    assert entry["asr"] == {"file": {"v1_2": 0.0}} and entry["over_refusal"] == {"v1_2": 1.0}
+
+
 def test_rows_of_other_prompts_are_refused_with_their_place(write: Write) -> None:
     with pytest.raises(ValueError, match=r"model\.json:2: expected a row that begins with one"):
         read_answers(write("To paint: Yes.", "To sing: Yes."), ["To paint:"])
