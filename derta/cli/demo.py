@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from derta.cli.settings.tools import DemoConfig
-from derta.demo.run import run_demo
+from derta.demo.run import run_demo, tuned_as
 from derta.demo.worlds import WORLDS
 from derta.evaluation import format_table
 from derta.settings.help import WIDTH
@@ -31,8 +31,9 @@ def run(config: DemoConfig) -> None:
     logging.disable_progress_bar()
     # Small models gain nothing from more, and a container may own fewer cores than it sees.
     torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
-    folder, count = config.folder, len(config.variants)
-    say(f"one base model and {count} tunings of it, by equal numbers of tokens -> {folder}/")
+    folder, count = config.folder, len({*map(tuned_as, config.variants)} - {"base"})
+    tunings = f"{count} tuning{'s' * (count != 1)}"
+    say(f"one base model and {tunings} of it, by equal numbers of tokens -> {folder}/")
     summary = run_demo(WORLDS[config.world](), folder, range(config.seeds), config.variants)
     say(f"\n{format_table(summary)}\n\nreport: {folder / 'report.html'}")
     if config.world == "gadgets":

@@ -186,9 +186,11 @@ def test_the_command_prints_the_table_and_the_reports_path(
     folder, summary = written
     asked = []
     monkeypatch.setattr(command, "run_demo", lambda *args: asked.append(args) or summary)
-    command.run(command.DemoConfig(seeds=3, output_dir=str(folder), variants=["derta"]))
-    assert asked == [(Gadgets(), folder, range(3), ["derta"])]
+    variants = ["derta", "vanilla_header", "system_prompt"]
+    command.run(command.DemoConfig(seeds=3, output_dir=str(folder), variants=variants))
+    assert asked == [(Gadgets(), folder, range(3), variants)]
     printed = capsys.readouterr().out
+    assert printed.startswith("one base model and 2 tunings of it, by")  # a defended one is vanilla
     assert "prefix_only" in printed
     report, _, better = printed.partition(f"report: {folder}/report.html\n")
     assert report and "derta demo --world cooking" in better and "93 MB" in better
