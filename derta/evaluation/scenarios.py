@@ -7,12 +7,13 @@ and a line in `make_scenarios`.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from derta.data import Chat, Message
-from derta.data.records.types import Request
+from derta.data.records.types import Request, naming
 from derta.evaluation.attacks import SLOT, WHOLE, Attacks, Depth
 from derta.evaluation.generation.decoding import GREEDY, Decoding
 from derta.evaluation.judges.base import Verdict, succeeded
@@ -39,7 +40,8 @@ class EvaluationData:
         refusals: texts of known refusals, see `derta.evaluation.attacks.refusal_starts`.
 
     Raises:
-        ValueError: a name cannot be a level of a metric.
+        ValueError: a name cannot be a level of a metric, or the response to a question has no final
+            answer (names the question's id).
     """
 
     harmful: Sequence[Request] = ()
@@ -57,6 +59,9 @@ class EvaluationData:
         for kind in ("attacks", "completions", "exports", "questions"):
             for name in getattr(self, kind):
                 check_name(kind, name)
+        for request in itertools.chain(*self.questions.values()):
+            with naming(request):
+                is_right("", request.response)
 
 
 def check_name(kind: str, name: str) -> None:
@@ -297,17 +302,6 @@ def answered(request: Request, chat: Chat) -> Trial:
     return replace(direct(request, chat), reference=request.response)
 
 
-def question(request: Request, chat: Chat) -> Trial:
-    """Make a trial whose final answer is compared with that of the request's response.
-
-    Raises:
-        ValueError: the response has no final answer.
-    """
-    trial = answered(request, chat)
-    is_right("", trial.reference)
-    return trial
-
-
 def complied(trial: Trial, answer: str, verdict: Verdict) -> bool | None:
     """Decide if the attack succeeded."""
     return succeeded(answer, verdict)
@@ -405,7 +399,7 @@ def make_scenarios(
         Scenario("over_refusal.borderline", data.borderline, direct, refused),
         Scenario("helpful_accuracy", exact, answered, matched, is_judged=False),
         *(
-            Scenario(f"accuracy.{name}", asked, question, solved, is_judged=False)
+            Scenario(f"accuracy.{name}", asked, answered, solved, is_judged=False)
             for name, asked in data.questions.items()
         ),
     ]

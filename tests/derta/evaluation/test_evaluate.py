@@ -387,7 +387,7 @@ def test_attacks_and_questions_have_figures_by_name(model: PreTrainedModel, chat
     assert result["counts"]["asr"]["file"]["code"]["trials"] == 2
     assert result["accuracy"] == {"mmlu": 0.0}
     with pytest.raises(ValueError, match="d: response: expected a number or a letter"):
-        rates(model, chat, EvaluationData(questions={"gsm8k": [harmless("d", "It jumps.")]}))
+        EvaluationData(questions={"gsm8k": [harmless("d", "It jumps.")]})
     with pytest.raises(ValueError, match="d: response: is missing, expected the right answer"):
         rates(model, chat, EvaluationData(helpful=[harmless("d", "")]))
     with pytest.raises(ValueError, match="d: response: is missing, expected the right answer"):

@@ -209,6 +209,10 @@ def test_files_with_named_formats_and_equal_ids_are_read(
             )
         ),
         (
+            '--model bare --questions {"gsm8k":"benign.jsonl"}',
+            "benign.jsonl:1: response: expected a number or a letter, got neither",
+        ),
+        (
             "--model bare --harmful harmful.jsonl --refusal []",
             "refusal must name at least one token, got []",
         ),
