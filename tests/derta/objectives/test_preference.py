@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from derta import DertaConfig, DertaTrainer
-from derta.data import EncodedTriple, draw_cuts, example_rng, render_pack
+from derta.data import (
+    Collator,
+    EncodedTriple,
+    Encoder,
+    draw_cuts,
+    example_rng,
+    pack,
+    packed_length,
+    render_pack,
+)
 from derta.data.packs.references import References, pair_keys
 from derta.objectives.preference import PreferenceObjective, _Rows
 from derta.training.reference import FOLDER, read_references, reference_file, write_references
@@ -228,7 +237,7 @@ def test_held_out_pairs_have_a_reference_of_their_own(tmp_path: Path) -> None:
     run.eval_dataset = run._held_out(run.args, held_out)
     before = run.evaluate()
     assert before["eval_preference_loss"] == pytest.approx(math.log(2))
-    assert before["eval_reward_margin"] == 0
+    assert before["eval_reward_margin"] == before["eval_reward_accuracy"] == 0
     run.train()
     drawn = [run.eval_dataset.losses.collator.draw(one, 0) for one in held_out.examples]
     keys = [key for one in drawn for key in pair_keys(one.example.id, one.cuts).tolist()]
@@ -256,6 +265,19 @@ def test_a_row_that_is_no_number_makes_the_loss_none(tmp_path: Path) -> None:
     poison(run.model, 0, loss=True)
     with pytest.raises(FloatingPointError, match="^the loss is not finite at step 1"):
         run.train()
+
+
+@pytest.mark.parametrize("cuts", ["zero", "uniform"])
+def test_a_pair_takes_the_tokens_that_are_planned(cuts: str) -> None:
+    objective = PreferenceObjective(
+        preference="dpo", preference_beta=0.1, preference_weight=1.0, cuts=cuts
+    )
+    limits: Any = {"max_length": 512, "max_tokens": 512, "branches": 1, "cuts": cuts}
+    encoder = Encoder(tiny_tokenizer(), **limits, closes_harmful=True)
+    for example in map(encoder.encode, RECORDS[:4]):
+        drawn = [Collator(objective).draw(example, epoch) for epoch in range(20)]
+        taken = [pack([one], objective).input_ids.shape[1] for one in drawn]
+        assert max(taken) == packed_length(example, objective)
 
 
 def test_sums_do_not_depend_on_the_order_of_their_rows() -> None:

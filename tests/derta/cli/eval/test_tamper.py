@@ -117,7 +117,10 @@ def test_answers_stay_for_another_judge_and_belong_to_their_tuning(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = "--tune_harmful triples.jsonl --steps [1] --curve false --prefill_depths []"
+    Path("out/answers").mkdir(parents=True)
+    Path("out/answers").chmod(0o755)
     assert call(arguments) == 0
+    assert Path("out/answers").stat().st_mode & 0o777 == 0o700
     kept = {path.name: path for path in Path("out/answers").iterdir()}
     assert kept.keys() == {"before.jsonl", "1_step.jsonl"}
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in kept.values())
