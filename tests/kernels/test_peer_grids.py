@@ -214,9 +214,14 @@ KINDS: list[tuple[int, dict[str, Any]]] = [(6, {}), (2, {"window": 37}), (1, {"s
     [
         *(("sdpa", SHORT, width, *kind) for width in HEAD_DIMS for kind in KINDS),
         *(
-            pytest.param(impl, row, width, *kind, marks=pytest.mark.slow)
-            for impl, row in [("sdpa", LONG), ("triton", SHORT)]
+            pytest.param("sdpa", LONG, width, *kind, marks=pytest.mark.slow)
             for width, kind in zip(HEAD_DIMS, itertools.cycle(KINDS), strict=False)
+        ),
+        *slow_in_the_interpreter(
+            [
+                pytest.param("triton", SHORT, width, *kind)
+                for width, kind in zip(HEAD_DIMS, itertools.cycle(KINDS), strict=False)
+            ]
         ),
     ],
 )

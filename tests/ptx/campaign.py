@@ -2,9 +2,10 @@
 
     python -m ptx.campaign [--every N] [--seed S ...] [--full] [--processes N] [--out FOLDER]
 
-Kernels run at their real tile sizes, and again as ptxas and the hardware may change them: products
-fused into sums, approximations off by two units, copies that land early. 97% of each kernel's
-instructions must be executed. The kernels' own tests run, one case of each on every architecture.
+Kernels run at their real tile sizes, attention in every launch of its table for two-byte elements.
+They run again as ptxas and the hardware may change them: products fused into sums, approximations
+off by two units, copies that land early. 97% of each kernel's instructions must be executed. The
+kernels' own tests run, some cases of each on every architecture.
 Then one in N of the executed barriers, waits, guards, comparisons, bounds, swizzles and shuffles is
 spoilt, in small tiles; `mutation` says how, and each seed which. A mutation that nobody notices and
 that no input can tell from the kernel, by `equivalence` or by survivors.toml, is an equivalent. Of
@@ -34,6 +35,9 @@ from typing import Any
 import torch
 
 from derta.terminal import say
+from derta_kernels.attention import launch_configs
+from derta_kernels.attention.launch_configs import LAUNCH_CONFIGS, AttentionLaunch, Target
+from derta_kernels.launch import SHARED_KIB
 from packs import Packed
 from ptx import cases, native
 from ptx.launches import Run
@@ -57,12 +61,15 @@ APART_TILES = {capability: (32, 32, 4, 1, True) for capability in (80, 86, 90, 1
 # A program of `backward_keys` walks several query heads, one after the other.
 ALL_HEADS: dict[str, Any] = dict(heads=4, multiprocessors=1)
 KERNELS = ("forward", "backward_queries", "backward_keys", "row_pass", "tile_product", "native")
+# Head dimensions of attention's launches.
+WIDTHS = sorted({target.block_d for target in LAUNCH_CONFIGS if target.itemsize == 2})
 TESTS = [
     f"tests/kernels/test_{name}.py"
     for name in (
         "triton_attention",
         "head_loss",
         "sparse_backward",
+        "token_set",
         "vocabulary_shards",
         "peer_grids",
     )
@@ -72,7 +79,12 @@ EXPLAINED = tomllib.loads((HERE / "survivors.toml").read_text(encoding="utf-8"))
 
 @dataclass
 class Executed:
-    """A kernel, and how many of the instructions that can be reached were executed."""
+    """A kernel, and how many of the instructions that can be reached were executed.
+
+    Attributes:
+        never: the instructions that were not.
+        launch: of attention, its row of the launch table.
+    """
 
     kernel: str
     capability: int
@@ -80,6 +92,7 @@ class Executed:
     instructions: int
     executed: int
     never: list[str] = field(default_factory=list)
+    launch: tuple[Target, AttentionLaunch] | None = None
 
 
 @dataclass
@@ -108,55 +121,100 @@ class Spoilt:
     equivalents: list[str] = field(default_factory=list)
 
 
-def execute(kernel: str, capability: int, dtype: str, special: bool) -> list[Executed]:
-    """Run a kernel's cases, its options, and say what was executed."""
-    changed = dict(changed=cases.CHANGED)
-    if kernel == "sparse":
-        variant = dtype
-        runs = list(cases.rows_with_blocks(capability, DTYPES[dtype]))
-        list(cases.rows_with_blocks(capability, DTYPES[dtype], (3001,), **changed))
-        runs += cases.tiles(capability, DTYPES[dtype])
-        list(cases.tiles(capability, DTYPES[dtype], cases.TILED[:1], **changed))
-    elif kernel == "attention":
-        options = cases.WINDOW if special else {}
-        variant = f"{dtype}, window and soft cap" if special else dtype
-        packs = [cases.LONG, cases.SEVERAL, *map(cases.drawn, range(3))]
-        runs = list(cases.attention(capability, DTYPES[dtype], packs, **options))
-        runs += cases.attention(capability, DTYPES[dtype], [cases.LONG], **ALL_HEADS, **options)
-        list(cases.attention(capability, DTYPES[dtype], [cases.LONG], **changed, **options))
-    else:
-        options = cases.SOFTCAP if special else cases.NO_SOFTCAP
-        variant = f"{dtype}, soft cap" if special else dtype
-        impl = "native" if kernel == "native" else "triton"
-        runs = list(cases.rows(impl, capability, DTYPES[dtype], **options))
-        if impl == "triton":  # its launches of 16 and 32 warps, with long tails
-            long = dict(vocabularies=(56953,)) | options
-            runs += cases.rows(impl, capability, DTYPES[dtype], **long)
-        short = dict(vocabularies=(3001,))
-        list(cases.rows(impl, capability, DTYPES[dtype], **short, **changed, **options))
-    return _executed(runs, kernel, capability, variant)
+def execute_attention(capability: int, dtype: str, special: bool, width: int) -> list[Executed]:
+    """Run attention in a head dimension's launches, and say what was executed.
+
+    That of 64 runs more packs, walks several query heads in a program, and takes the options.
+    """
+    given = (capability, DTYPES[dtype])
+    options: dict[str, Any] = dict(width=width) | (cases.WINDOW if special else {})
+    runs = list(cases.attention(*given, [cases.LONG, cases.SEVERAL], **options))
+    if width == 64:
+        runs += cases.attention(*given, map(cases.drawn, range(3)), **options)
+        runs += cases.attention(*given, [cases.LONG], **ALL_HEADS, **options)
+        list(cases.attention(*given, [cases.LONG], changed=cases.CHANGED, **options))
+    variant = f"D {width}, {dtype}" + ", window and soft cap" * special
+    return _executed(runs, capability, variant)
 
 
-def _executed(runs: Sequence[Run], kernel: str, capability: int, variant: str) -> list[Executed]:
+def execute_sparse(capability: int, dtype: str) -> list[Executed]:
+    """Run the sparse backward pass, its options, and say what was executed."""
+    given, changed = (capability, DTYPES[dtype]), dict(changed=cases.CHANGED)
+    runs = list(cases.rows_with_blocks(*given))
+    runs += cases.tiles(*given)
+    list(cases.rows_with_blocks(*given, (3001,), **changed))
+    list(cases.tiles(*given, cases.TILED[:1], **changed))
+    return _executed(runs, capability, dtype)
+
+
+def execute_rows(impl: str, capability: int, dtype: str, special: bool) -> list[Executed]:
+    """Run a row pass, its options, and say what was executed."""
+    given = (impl, capability, DTYPES[dtype])
+    options: dict[str, Any] = cases.SOFTCAP if special else cases.NO_SOFTCAP
+    runs = list(cases.rows(*given, **options))
+    if impl == "triton":  # its launches of 16 and 32 warps, with long tails
+        runs += cases.rows(*given, vocabularies=(56953,), **options)
+    list(cases.rows(*given, vocabularies=(3001,), changed=cases.CHANGED, **options))
+    return _executed(runs, capability, dtype + ", soft cap" * special, impl)
+
+
+def _executed(
+    runs: Sequence[Run], capability: int, variant: str, impl: str = "triton"
+) -> list[Executed]:
     by_kernel: dict[int, list[Run]] = {}
     for run in runs:
         by_kernel.setdefault(id(run.kernel), []).append(run)
     found = []
     for same in by_kernel.values():
         times = sum(run.executed for run in same)
-        name = kernel if kernel == "native" else same[0].kernel.name
+        name = "native" if impl == "native" else same[0].kernel.name
         never = [
             str(one)
             for one in same[0].kernel.instructions
             if times[one.index] == 0 and not is_unreachable(name, one.text, line_of(one))
         ]
         executed = int((times > 0).sum())
-        found.append(Executed(name, capability, variant, executed + len(never), executed, never))
+        found.append(
+            Executed(
+                name,
+                capability,
+                variant,
+                executed + len(never),
+                executed,
+                never,
+                _launch(name, capability, same[0].settings),
+            )
+        )
     return found
 
 
+def _launch(
+    kernel: str, capability: int, settings: dict[str, Any]
+) -> tuple[Target, AttentionLaunch] | None:
+    """Return the row of attention's launch table that two-byte elements took."""
+    if "BLOCK_Q" not in settings:
+        return None
+    chip = launch_configs.chip(capability, SHARED_KIB[capability] * 1024)
+    target = Target(kernel, 2, settings["BLOCK_D"], chip, settings["HAS_SOFTCAP"])
+    if target not in LAUNCH_CONFIGS:
+        target = target._replace(has_softcap=False)
+    sizes = (settings[name] for name in ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages"))
+    forms_both = settings.get("FORM_D_K", True) and settings.get("FORM_D_V", True)
+    return target, AttentionLaunch(*sizes, apart=not forms_both)
+
+
+def unlaunched(executed: Sequence[Executed]) -> list[str]:
+    """Return the rows of attention's launch table, of two-byte elements, that nothing took."""
+    made = {one.launch for one in executed}
+    return [
+        f"{target}, {config}: no case launches it"
+        for target, config in LAUNCH_CONFIGS.items()
+        if target.itemsize == 2 and (target, launch_configs.fenced(config, target.chip)) not in made
+    ]
+
+
 def existing(capability: int) -> list[Tested]:
-    """Run the kernels' own tests on compiled code: one case of each, see `plugin`.
+    """Run the kernels' own tests on compiled code: some cases of each, see `plugin`.
 
     Raises:
         RuntimeError: a test fails, or has a hazard.
@@ -211,10 +269,12 @@ def _windows(capability: int) -> None:
 
 FEW = [*cases.EDGES, cases.SEVERAL]
 MANY = [*cases.ENDS, *FEW, cases.FAR_APART, cases.TWO_RUNS]
+LOOPED = [*FEW, cases.TWO_RUNS, cases.HELD]
 # What is launched to be spoilt, given a compute capability.
 SUBJECTS: dict[str, Callable[[int], object]] = {
     "D 32": lambda c: _attend(c, SMALL_TILES, MANY, width=32),
     "D 32, window and soft cap": _windows,
+    "D 32, all heads": lambda c: _attend(c, SMALL_TILES, LOOPED, width=32, **ALL_HEADS),
     "D 120": lambda c: _attend(c, WIDE_TILES, FEW, width=120),
     "D 248": lambda c: _attend(c, APART_TILES, FEW, width=248),
     "soft cap": lambda c: _rows("triton", c, torch.float32),
@@ -225,12 +285,16 @@ SUBJECTS: dict[str, Callable[[int], object]] = {
 
 
 ONLY_IN_FULL = ("D 248", "CUDA")
+# The kernels that a case spoils, where the others are those of another case.
+SPOILT_ALONE = {"D 32, all heads": ("backward_keys",)}
 
 
 def spoil(case: str, capability: int, every: int, seed: int, part: int, parts: int) -> list[Spoilt]:
     """Spoil one in `every` instructions of the kernels of a case: one of `parts` parts of them."""
     with recorded() as found:
         SUBJECTS[case](capability)
+    if case in SPOILT_ALONE:
+        found = [one for one in found if one.run.kernel.name in SPOILT_ALONE[case]]
     by_kind: dict[tuple[str, str], Spoilt] = {}
     for subject in subjects(found):
         wanted = list(subject.mutations())
@@ -287,13 +351,15 @@ def jobs(every: int, seeds: Sequence[int], full: bool) -> Iterable[tuple[Any, ..
                 yield (spoil, case, drawn[turn], every, seed, part, parts)
     variants = [*product(DTYPES, (False, True))] if full else VARIANTS
     for capability, (dtype, special) in product(CAPABILITIES, variants):
-        yield (execute, "row_pass", capability, dtype, special)
         if dtype in NARROW:
-            yield (execute, "attention", capability, dtype, special)
-        if special or full:
-            yield (execute, "sparse", capability, dtype, True)
+            yield from (
+                (execute_attention, capability, dtype, special, width) for width in WIDTHS[::-1]
+            )
+        yield (execute_rows, "triton", capability, dtype, special)
         if capability in NATIVE_CAPABILITIES and has_native:
-            yield (execute, "native", capability, dtype, special)
+            yield (execute_rows, "native", capability, dtype, special)
+    for capability, dtype in product(CAPABILITIES, DTYPES if full else NARROW):
+        yield (execute_sparse, capability, dtype)
 
 
 def main() -> int:
@@ -327,10 +393,9 @@ def main() -> int:
             say(f"{time.perf_counter() - start:5.0f} s  {name}")
             text = written(found, arguments.every, arguments.seed, arguments.out)
     say(text)
-    failed += complaints(
-        [one for one in found if isinstance(one, Executed)],
-        [one for one in found if isinstance(one, Spoilt)],
-    )
+    executed = [one for one in found if isinstance(one, Executed)]
+    failed += complaints(executed, [one for one in found if isinstance(one, Spoilt)])
+    failed += unlaunched(executed)
     for one in failed:
         say(f"FAILED {one}")
     return 1 if failed else 0
@@ -390,7 +455,8 @@ def tables(
     capabilities = sorted({one.capability for one in executed})
     lines = [
         "Instructions executed of those of each kernel that can be reached, the least of its",
-        "variants: data types, window, soft cap, an unlikely token, blocks, shards.",
+        "variants: dtypes, window, soft cap, an unlikely token, blocks, shards; of attention, the",
+        f"launches of head dimensions {', '.join(map(str, WIDTHS))}.",
         "",
         "| kernel | " + " | ".join(f"sm_{one}" for one in capabilities) + " |",
         "|---|" + "---:|" * len(capabilities),
@@ -414,16 +480,17 @@ def tables(
         "",
         f"{which}, spoilt: noticed of spoilt, without the equivalents.",
         "",
-        "| kernel | " + " | ".join(KINDS) + " | together |",
-        "|---|" + "---:|" * (len(KINDS) + 1),
+        "| kernel | on | " + " | ".join(KINDS) + " | together |",
+        "|---|---|" + "---:|" * (len(KINDS) + 1),
     ]
     named = {(one.kernel, one.case): f"{one.kernel}, {one.case}" for one in spoilt}
     for kernel, case in sorted(named, key=lambda one: (KERNELS.index(one[0]), one[1])):
         some = [x for x in spoilt if (x.kernel, x.case) == (kernel, case)]
-        lines.append(f"| {named[kernel, case]} | " + _noticed(some) + " |")
-    lines.append("| all | " + _noticed(spoilt) + " |")
+        on = ", ".join(f"sm_{x}" for x in sorted({x.capability for x in some}))
+        lines.append(f"| {named[kernel, case]} | {on} | " + _noticed(some) + " |")
+    lines.append("| all | | " + _noticed(spoilt) + " |")
     scored = [one for one in spoilt if one.kind in SCORED]
-    lines.append("| of the limit's kinds | " + _noticed(scored) + " |")
+    lines.append("| of the limit's kinds | | " + _noticed(scored) + " |")
     for title, reasons in (
         (
             "equivalents",

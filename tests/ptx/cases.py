@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -79,7 +79,7 @@ def drawn(seed: int) -> Packed:
 def attention(
     capability: int,
     dtype: torch.dtype,
-    packs: Sequence[Packed],
+    packs: Iterable[Packed],
     width: int = 64,
     tiles: tuple[Any, ...] | None = None,
     heads: int = 2,

@@ -1,8 +1,9 @@
 """A pytest plugin: kernels run as compiled for DERTA_PTX, and a test with a hazard fails.
 
 DERTA_PTX is a compute capability (90 for 9.0), DERTA_PTX_OPTIONS a list of `processor.Options`,
-such as `contract=True,approx_ulp=2`. With DERTA_PTX_SAMPLE, a number, only tests of the
-Triton kernels run, and one case of each: in bfloat16 or float16, whose turn is it for that number.
+such as `contract=True,approx_ulp=2`. With DERTA_PTX_SAMPLE, a number that draws, only tests of the
+Triton kernels run: of each that is not slow one case in bfloat16 and one in float16, or one where
+the dtype is not the case's. They fail if no kernel is launched.
 """
 
 from __future__ import annotations
@@ -27,41 +28,39 @@ _held = ExitStack()
 runs = _held.enter_context(compiled.kernels(int(os.environ["DERTA_PTX"]), **_options))
 
 
-NARROW = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, None)  # None: the case says nothing of it
 TOO_LONG = "scan"  # a fixture: a scan of compiled tiles takes a row of 4,400 tokens
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Draw the sample that DERTA_PTX_SAMPLE asks for."""
-    if (turn := os.environ.get("DERTA_PTX_SAMPLE")) is None:
+    if (sample := os.environ.get("DERTA_PTX_SAMPLE")) is None:
         return
-    cases: dict[str, list[pytest.Item]] = {}
+    cases: dict[tuple[str, object], list[pytest.Item]] = {}
     for item in items:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         fixtures = getattr(item, "fixturenames", ())
-        of_kernels = given.get("impl") == "triton" or "head_dim" in given
-        of_kernels |= "small_tiles" in fixtures and TOO_LONG not in fixtures
-        of_kernels |= "multiprocessors" in given  # with tiles of its own
-        if of_kernels and given.get("dtype") != torch.float32:
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    kept = set()
-    for test, found in cases.items():
-        draw = random.Random(f"{test} {int(turn) // 2}")
-        wanted = NARROW[(int(turn) + draw.randrange(2)) % 2]
-        fitting = [one for one in found if _dtype(one) == wanted] or found
-        kept.add(draw.choice(fitting))
+        of_kernels = given.get("impl") == "triton"
+        if "impl" not in given:
+            of_kernels = "head_dim" in given or "multiprocessors" in given
+            of_kernels |= "small_tiles" in fixtures and TOO_LONG not in fixtures
+        dtype = given.get("dtype")
+        if of_kernels and dtype in DTYPES and not item.get_closest_marker("slow"):
+            cases.setdefault((item.nodeid.partition("[")[0], dtype), []).append(item)
+    kept = {
+        random.Random(f"{test} {dtype} {sample}").choice(found)
+        for (test, dtype), found in cases.items()
+    }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
 
-def _dtype(item: pytest.Item) -> object:
-    return item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
-
-
 @pytest.fixture(autouse=True)
 def no_hazards() -> Iterator[None]:
-    """Fail a test whose launches are not what a GPU computes alike in every run."""
+    """Fail a test whose launches are not what a GPU computes alike in every run, or has none."""
     runs.clear()
     yield
+    if "DERTA_PTX_SAMPLE" in os.environ and not runs:
+        pytest.fail("no kernel was launched")
     if found := [fault for run in runs for fault in run.faults()]:
         pytest.fail("\n".join(found[:5]))

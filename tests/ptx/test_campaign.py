@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from derta_kernels.attention import launch_configs
 from ptx import campaign, cases, launches, native, snippets
 from ptx.campaign import Executed, Spoilt, Tested, complaints, tables
 from ptx.mutation import recorded, subjects
@@ -96,6 +97,20 @@ def test_low_coverage_a_low_score_and_unexplained_survivors_are_complaints() -> 
     assert "| row_pass, soft cap | " in text
     assert text.count("4 of 5 (80%)") == 3  # of the kernel, of all, and of the kinds with a limit
     assert f"| 2 | barrier | {NEEDLESS} |" in text
+
+
+def test_every_launch_of_attention_is_asked_for() -> None:
+    rows = {
+        target: launch_configs.fenced(config, target.chip)
+        for target, config in launch_configs.LAUNCH_CONFIGS.items()
+        if target.itemsize == 2
+    }
+    launched = [Executed("", 0, "", 1, 1, launch=row) for row in rows.items()]
+    assert campaign.unlaunched(launched) == []
+    (target, config), *others = rows.items()
+    other_warps = Executed("", 0, "", 1, 1, launch=(target, config._replace(num_warps=1)))
+    (missing,) = campaign.unlaunched([other_warps, *launched[1:]])
+    assert missing == f"{target}, {config}: no case launches it"
 
 
 @pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
