@@ -49,7 +49,7 @@ class Blackwell(Hopper):
         "mbarrier": {
             r"init\.shared::cta\.b64": "ai",
             r"inval\.shared::cta\.b64": "a",
-            r"try_wait\.parity\.shared::cta\.b64": "dav",
+            r"try_wait\.parity\.shared(::cta)?\.b64": "dav",
         },
         "tcgen05": {
             r"alloc\.cta_group::1\.sync\.aligned\.shared::cta\.b32": "ai",
@@ -59,7 +59,8 @@ class Blackwell(Hopper):
             r"st\.sync\.aligned\.32x32b\.x\d+\.b32": "aV",
             r"st\.sync\.aligned\.16x32bx2\.x\d+\.b32": "aiV",
             r"wait::(ld|st)\.sync\.aligned": "",
-            r"commit\.cta_group::1\.mbarrier::arrive::one\.shared::cluster\.b64": "a",
+            # Triton 3.6 names no state space, and gives the address in shared memory all the same.
+            r"commit\.cta_group::1\.mbarrier::arrive::one(\.shared::cluster)?\.b64": "a",
             r"mma\.cta_group::1\.kind::f16": "aMvvp",
         },
     }

@@ -27,10 +27,11 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -46,6 +47,7 @@ from ptx.mutation import KINDS, line_of, recorded, subjects
 HERE = Path(__file__).parent
 CAPABILITIES = (80, 86, 90, 100, 120)
 NATIVE_CAPABILITIES = (80, 90)
+UNFENCED = (90, 100)  # where Triton below 3.7.1 leaves copies unfenced
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {**NARROW, "fp32": torch.float32}
 VARIANTS = [("bf16", False), ("fp16", True), ("fp32", False)]
@@ -135,6 +137,14 @@ def execute_attention(capability: int, dtype: str, special: bool, width: int) ->
         list(cases.attention(*given, [cases.LONG], changed=cases.CHANGED, **options))
     variant = f"D {width}, {dtype}" + ", window and soft cap" * special
     return _executed(runs, capability, variant)
+
+
+def execute_without_copies(capability: int, width: int) -> list[Executed]:
+    """Run attention as it is launched under a Triton that leaves copies unfenced."""
+    with mock.patch.object(launch_configs, "omits_fence", lambda chip: True):
+        found = execute_attention(capability, "bf16", False, width)
+    assert all(one.launch and one.launch[1].num_stages == 1 for one in found)
+    return [replace(one, variant=f"{one.variant}, no copies") for one in found]
 
 
 def execute_sparse(capability: int, dtype: str) -> list[Executed]:
@@ -358,6 +368,8 @@ def jobs(every: int, seeds: Sequence[int], full: bool) -> Iterable[tuple[Any, ..
         yield (execute_rows, "triton", capability, dtype, special)
         if capability in NATIVE_CAPABILITIES and has_native:
             yield (execute_rows, "native", capability, dtype, special)
+    for capability, width in product(UNFENCED, WIDTHS):
+        yield (execute_without_copies, capability, width)
     for capability, dtype in product(CAPABILITIES, DTYPES if full else NARROW):
         yield (execute_sparse, capability, dtype)
 

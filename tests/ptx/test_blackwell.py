@@ -36,6 +36,10 @@ FREE = """bar.sync 0;
 # The address of a warp's own 32 rows, in the high half.
 OWN = "shr.u32 %r8, %r0, 5;\nshl.b32 %r8, %r8, 21;\nadd.s32 %r8, %r8, %r7;\n"
 COMMIT = "@%p6 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r6];\n"
+# As Triton 3.6 spells it.
+UNSPACED_COMMIT = """cvt.u64.u32 %rd30, %r6;
+@%p6 tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64 [%rd30];
+"""
 
 
 def wait(parity: int) -> str:
@@ -101,7 +105,8 @@ def test_both_matrices_in_shared_memory(m: int, kind: str, n: int, width: int, f
         code += shared_descriptor(f"%rd{20 + i}", place, along, across, width)
         place += 2 * images[-1].numel()
     code += PROXY + multiplied("%rd20", word(kind, m, n, flips), "0") + COMMIT + wait(0)
-    code += multiplied("%rd20", word(kind, m, n, flips), "-1") + COMMIT + wait(1)
+    code += multiplied("%rd20", word(kind, m, n, flips), "-1") + UNSPACED_COMMIT
+    code += wait(1).replace("shared::cta", "shared")
     code += LOAD.format(n=n, into=registers(100, n)) + stored("%rd2", 100, n) + FREE
     out = zeros(THREADS, n)
     made = run(code, capability=100, threads=THREADS, shared=place, a=images[0], b=images[1],
