@@ -36,7 +36,8 @@ ROW_ALIGNMENT_BYTES = 128
 WIDE_PRODUCTS_SINCE = (8, 0)
 # The longest vector that a kernel loads: libraries ask for dimensions that are multiples of it.
 VECTOR_BYTES = 16
-SLICE_ELEMENTS = 2**21
+# Of weight and its gradient, worked on at a time on a CPU: few enough for its caches.
+SLICE_ELEMENTS = 2**20
 
 
 class Gradients(NamedTuple):
