@@ -10,9 +10,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import instruction_sets
 from derta.cli import module_of
@@ -221,3 +223,19 @@ def test_versions_agree() -> None:
 
     assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_pinned_versions_run_on_every_python_that_the_project_runs_on() -> None:
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        name, equal, version = line.partition("==")
+        if not equal:
+            continue
+        try:
+            found = metadata(name)
+        except PackageNotFoundError:  # of other machines
+            continue
+        if found["Version"].partition("+")[0] != version:  # not installed by `make setup`
+            continue
+        allowed = SpecifierSet(found["Requires-Python"] or "")
+        refused = [python for python in ("3.11.0", "3.12.0", "3.13.0") if python not in allowed]
+        assert not refused, f"{line} needs {allowed}: no Python {refused[0]}"
