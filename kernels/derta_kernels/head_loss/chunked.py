@@ -131,7 +131,7 @@ def head_loss_chunked(
     Memory, in bytes, with b = bytes of hidden's dtype, p = bytes of `product_dtype`,
     C = `chunk_rows` and w = 4, or 8 for float64:
         C V p          scratch, rows padded to 128 bytes, and the memory of the row pass
-        2^21 w         a slice of weight, if it is widened, or of its gradient, if the product
+        2^20 w         a slice of weight, if it is widened, or of its gradient, if the product
                        is narrower than the sum
         N d b          gradient of hidden, if required, and 3 C d p more
         w V (d + 1)    gradients of weight and bias, each only if required

@@ -58,7 +58,7 @@ def kl_loss(
     Memory, in bytes, with b = bytes of hidden's dtype, p = bytes of `product_dtype`, w = 4, or 8
         for float64, and C = `chunk_rows` for two scratches, about half of a head loss's:
             C (V + V0) p   scratch, rows padded to 128 bytes, and the memory of `row_pass`
-            2^21 w         as in `head_loss_chunked`
+            2^20 w         as in `head_loss_chunked`
             N d b          gradient of hidden, if required, and C (2 d + d0) p more
             w V (d + 1)    gradients of weight and bias, each only if required
         Under autocast also the cast weights.

@@ -56,7 +56,7 @@ def token_ranks(
         ranks = (z > own).sum(1).where(target != ignore_index, -1)
 
     Memory: C V p bytes of scratch, with p = bytes of `product_dtype` and C = `chunk_rows`, and
-        2^21 numbers of float32 beside it on a CPU. Under autocast also the cast weight.
+        2^20 numbers of float32 beside it on a CPU. Under autocast also the cast weight.
     Numerics: exact for the logits as `head_loss` rounds them, to hidden's dtype, before scale and
         cap; deterministic. No gradient reaches an input.
     Synchronisation: on CUDA two transfers to the host, of the live count and the targets' range,
