@@ -4,8 +4,8 @@
 
 How many tiles are live depends on how sure a model is, so no invented rows will do. MODEL is a
 folder that `derta eval` reads, and DATA a file of triples that `derta train` reads. The model reads
-their harmful responses once. What is timed is the loss of the hidden states at their RTO rows,
-forward and backward, in turns: a dense step, then a sparse one.
+their harmful responses once. The loss of the hidden states at their RTO rows is timed, forward and
+backward, in turns: a dense step, then a sparse one.
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ class Rows(NamedTuple):
         return {name: leaf.grad.float() for name, leaf in leaves.items() if leaf.grad is not None}
 
 
-def rto_rows(
-    folder: Path, data: Path, device: torch.device, refusal: str = "auto", most: int = sys.maxsize
-) -> Rows:
+def rto_rows(folder: Path, data: Path, device: torch.device, refusal: str, most: int) -> Rows:
     """Let a model read the harmful responses of triples; return its RTO rows in the file's order.
 
     Args:
@@ -219,7 +217,7 @@ def table(machine: dict[str, Any], records: Sequence[Record]) -> str:
         f"{first.rows:,} RTO rows, V = {first.vocabulary:,}, d = {first.width:,}, tolerance "
         f"{first.tolerance:g}; [sparse.py](../../sparse.py) says what the columns are.\n",
         f"{machine['date']}, commit {machine['commit']}, "
-        f"{machine.get('gpu') or machine['processor']}, {machine['threads']} threads, torch "
+        f"{machine.get('gpu') or machine['processor']}, threads {machine['threads']}, torch "
         f"{machine['versions']['torch']}.\n",
         "| head, dtype | mean p | live tiles | skipped | error of d_hidden | of d_weight "
         "| dense ms | sparse / dense (lowest, highest) | machine |",

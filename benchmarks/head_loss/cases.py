@@ -27,7 +27,7 @@ HEADS = {
     "small": Head(256, 16000),
     "512x32000": Head(512, 32000),
     "1024x64000": Head(1024, 64000),
-    # Narrow heads, whose gradients fill the chip with few tiles.
+    # Narrow heads: hidden's gradient has few tiles for the multiprocessors of a GPU.
     "qwen2.5-0.5b": Head(896, 151936),
     "llama-3.2-1b": Head(2048, 128256),
     "llama-3-8b": Head(4096, 128256),

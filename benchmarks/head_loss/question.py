@@ -30,8 +30,8 @@ from benchmarks.head_loss.peers import EAGER, IMPLEMENTATIONS, PRODUCTS, SKIPPIN
 OURS = "derta auto"
 TORCH_CHUNKED = "torch chunked, auto"
 LOSS_BAND = 1e-4
-EVERY = tuple(IMPLEMENTATIONS)
-ALL = tuple(name for name in EVERY if name != SKIPPING)
+ALL_AND_SKIPPING = tuple(IMPLEMENTATIONS)
+ALL = tuple(name for name in ALL_AND_SKIPPING if name != SKIPPING)
 MOST = (OURS, "derta torch", EAGER, "full compiled", "torch chunked, 2048 rows", "trl", PRODUCTS)
 FEW = (OURS, EAGER, TORCH_CHUNKED, PRODUCTS)
 SHORT = (OURS, "derta torch", EAGER, TORCH_CHUNKED, "trl", PRODUCTS)
@@ -55,8 +55,8 @@ def groups_for(device: str) -> dict[str, list[tuple[Case, str]]]:
     frozen = replace(case, trainable=False)
     odd = "llama-3-8b + 1 token"
     return {
-        "frozen head": _each(frozen, EVERY),
-        "trainable head": _each(case, EVERY),
+        "frozen head": _each(frozen, ALL_AND_SKIPPING),
+        "trainable head": _each(case, ALL_AND_SKIPPING),
         "frozen head, 128257": _each(replace(frozen, head=odd), ALL) + _each(frozen, FEW),
         "trainable head, 128257": _each(replace(case, head=odd), ALL) + _each(case, FEW),
         "5% live": _sparse(case),
