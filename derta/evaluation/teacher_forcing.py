@@ -226,7 +226,8 @@ def find_refusal_token(
         triples: triples with safe responses, for "auto".
 
     Raises:
-        TypeError, ValueError: as `derta.resolve_refusal_token`.
+        TypeError: as `derta.resolve_refusal_token`.
+        ValueError: likewise, or no token is named.
     """
     patch = patch_of(model)
     if refusal == "auto" and patch is not None:

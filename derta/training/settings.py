@@ -255,7 +255,7 @@ class ObjectiveSettings(RecipeSettings, LossSettings):
 
         Raises:
             ValueError: as `RecipeSettings.follow_recipe`, or a given key is of another preference
-                loss.
+                loss, or of RTO rows where triples have none.
         """
         super().follow_recipe()
         loss = self.preference

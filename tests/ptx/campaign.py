@@ -201,7 +201,7 @@ def _executed(
 def _launch(
     kernel: str, capability: int, settings: dict[str, Any]
 ) -> tuple[Target, AttentionLaunch] | None:
-    """Return the row of attention's launch table that two-byte elements took."""
+    """Return the row of attention's launch table that two-byte elements took; None: it has none."""
     if "BLOCK_Q" not in settings:
         return None
     chip = launch_configs.chip(capability, SHARED_KIB[capability] * 1024)

@@ -2,8 +2,8 @@
 
 DERTA_PTX is a compute capability (90 for 9.0), DERTA_PTX_OPTIONS a list of `processor.Options`,
 such as `contract=True,approx_ulp=2`. With DERTA_PTX_SAMPLE, a number that draws, only tests of the
-Triton kernels run: of each that is not slow one case in bfloat16 and one in float16, or one where
-the dtype is not the case's. They fail if no kernel is launched.
+Triton kernels run: of each that is not slow one case in bfloat16 and one in float16, or one case if
+its cases have no dtype. They fail if no kernel is launched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _held = ExitStack()
 runs = _held.enter_context(compiled.kernels(int(os.environ["DERTA_PTX"]), **_options))
 
 
-DTYPES = (torch.bfloat16, torch.float16, None)  # None: the case says nothing of it
+DTYPES = (torch.bfloat16, torch.float16, None)  # None: cases have no dtype
 TOO_LONG = "scan"  # a fixture: a scan of compiled tiles takes a row of 4,400 tokens
 
 

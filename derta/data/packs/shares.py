@@ -54,8 +54,7 @@ class LossWeights:
             refusals: the refusal tokens, unless the objective was `aimed` at them.
 
         Returns:
-            Shares in [0, 1] by term for each source, the largest source first; all of them sum to
-            1.
+            Shares in [0, 1] by term for each source, the largest source first; their sum is 1.
         """
         totals = self._totals.copy()
         weights = {source: of_source.copy() for source, of_source in self._weights.items()}
