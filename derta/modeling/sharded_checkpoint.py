@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,17 @@ KNOWN = {
 
 class _Description(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # of an Enum, in Python 3.11's first releases
+            return _member
         if name not in KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
+
+
+def _member(of: Any, name: str) -> Enum:
+    if not (isinstance(of, type) and issubclass(of, Enum)):
+        raise pickle.UnpicklingError(f"it names {name} of what is no enumeration")
+    return of[name]
 
 
 class _Reader(dcp.FileSystemReader):

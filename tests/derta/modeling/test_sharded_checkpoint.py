@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from enum import Enum
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from derta.modeling.folders import SHARDS
 from derta.modeling.sharded_checkpoint import DESCRIPTION, sharded_weights
 from tiny import tiny_model
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> nn.Module:
+@pytest.fixture(params=[False, True], ids=["", "members by getattr"])
+def model(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> nn.Module:
+    if request.param:  # as Python 3.11.2 pickles members of an Enum
+
+        def by_name(member: Enum, protocol: int) -> object:
+            return getattr, (type(member), member.name)
+
+        monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
     made = tiny_model("llama", dtype=torch.bfloat16)
     with warnings.catch_warnings(action="ignore"):
         dcp.save({"model": made.state_dict()}, checkpoint_id=tmp_path / SHARDS, no_dist=True)
@@ -37,12 +47,18 @@ class Intruder:
         return Path.touch, (Path("ran"),)
 
 
+class Attribute:
+    def __reduce__(self) -> object:
+        return getattr, (Path, "touch")
+
+
 def test_a_foreign_description_is_refused_and_runs_nothing(
     tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / SHARDS / DESCRIPTION
-    for content in (pickle.dumps(Intruder()), pickle.dumps([1]), b"", path.read_bytes()[:-20]):
+    foreign = map(pickle.dumps, (Intruder(), Attribute(), [1]))
+    for content in (*foreign, b"", path.read_bytes()[:-20]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is not the description of a checkpoint"):
             sharded_weights(tmp_path, model)
