@@ -35,9 +35,9 @@ WINDOW = dict(window=290, softcap=2.0)
 CHANGED: dict[str, Any] = dict(contract=True, approx_ulp=2, late_copies=False)
 
 # A last tile of every size: odd ends for CUDA's tiles of 4 and 8, and for each of Triton's strides,
-# and all but one of its columns. Rounds of 2048: one, and in the last ones several, in shards too,
-# which have a maximum to begin with. Longer rows of float32 would take another launch.
-TAILS = (*(2145 + 257 * i for i in range(8)), 4095, 8192)
+# and all but one of its columns. Rounds of 2048: one, and in the last ones several; the shards of
+# 8003 have two and one, and tails. Longer rows of float32 would take another launch.
+TAILS = (*(2145 + 257 * i for i in range(8)), 4095, 8003, 8192)
 # Rows, vocabulary and width of sparse products, and if all tiles of the last rows are dead. Tiles
 # have ragged ends, copies take 16 bytes.
 TILED = ((129, 523, 144, True), (190, 257, 128, False))
@@ -57,6 +57,7 @@ EDGES = [
 FAR_APART = packed([(20, [(16, 12), (18, 32), (9, 64), (20, 128), (5, 256), (20, 40)])])
 # The last queries see two runs of whole tiles: one of the trunk, and those of their own branch.
 TWO_RUNS = packed([(64, [(64, 64), (32, 128)])])
+TWO_WIDE_RUNS = packed([(128, [(128, 128), (64, 256)])])  # in tiles of 64
 # A run of tiles that a window cuts, whose third has the last query; and, within a window of
 # 258, four whole tiles of 64 queries and the last one.
 CUT, HELD = packed([(129, [])]), packed([(257, [])])
@@ -150,7 +151,7 @@ def rows(
             exact = eager(logits, tokens, weight, *head, torch.float64)
             own = eager(logits, tokens, weight, *head, torch.float32)
             with place(capability, **changed or {}) as runs:
-                cut = vocabulary // 2
+                cut = 2 * vocabulary // 3
                 shards = [logits[:, :cut].clone(), logits[:, cut:].clone()]
                 places = [
                     tokens.where(tokens < cut, -1),

@@ -67,14 +67,23 @@ class Proofs:
             return "chooses others of the threads that write the same to the same place"
         return ""
 
+    def unmodelled(self, kind: str, spoilt: Instruction) -> str:
+        """Return what nothing here would show of a mutation; empty: nothing of that is known."""
+        if kind == "barrier" and spoilt.is_barrier and self.is_needless(spoilt, elsewhere=False):
+            return "orders tensor memory or an mbarrier alone, whose races are not modelled"
+        if kind == "wait" and spoilt.op in ELSEWHERE:
+            return "waits for tcgen05, which is done here when it is issued"
+        return ""
+
     # Barriers
 
-    def is_needless(self, barrier: Instruction) -> bool:
-        """Tell if all accesses are in order without a barrier of all threads."""
+    def is_needless(self, barrier: Instruction, elsewhere: bool = True) -> bool:
+        """Tell if all accesses, or all but those of `ELSEWHERE`, are in order without a barrier."""
         (start,) = (i for i, block in enumerate(self.kernel.blocks) if barrier in block[:1])
-        before = list(self._accesses(self._until_barrier(self._predecessors[start], True)))
-        after = list(self._accesses(self._until_barrier([start], False)))
-        return not any(_conflict(x, y) for x in before for y in after)
+        before = self._until_barrier(self._predecessors[start], True)
+        after = self._until_barrier([start], False)
+        later = list(self._accesses(after, elsewhere))
+        return not any(_conflict(x, y) for x in self._accesses(before, elsewhere) for y in later)
 
     @cached_property
     def _successors(self) -> list[list[int]]:
@@ -118,12 +127,13 @@ class Proofs:
                 ]
         return seen
 
-    def _accesses(self, blocks: Iterable[int]) -> Iterator[Access]:
+    def _accesses(self, blocks: Iterable[int], elsewhere: bool) -> Iterator[Access]:
         """Yield what the instructions of some blocks touch, or may have under way until then."""
         for one in (one for i in blocks for one in self.kernel.blocks[i]):
             words = {one.op, *one.modifiers}
             if one.op in ELSEWHERE:
-                yield None, True
+                if elsewhere:
+                    yield None, True
             elif words & {"wait_group", "wait_all"}:
                 yield self._under_way[one.op]
             elif words & {"ld", "st", "cp", "ldmatrix", "stmatrix", "mma_async"}:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from derta_kernels.attention import launch_configs
 from ptx import campaign, cases, launches, native, snippets
-from ptx.campaign import Executed, Spoilt, Tested, complaints, tables
+from ptx.campaign import Executed, Spoilt, Survivor, Tested, complaints, tables
 from ptx.mutation import recorded, subjects
 
 # Two warps hand each other a number through swizzled shared memory; 60 of 64 threads store the sum
@@ -79,12 +81,14 @@ def test_low_coverage_a_low_score_and_unexplained_survivors_are_complaints() -> 
     assert complaints([low], []) == [
         "forward, sm_90, bf16: 96 of 100 instructions are executed, under 97%"
     ]
-    survivor = ("bar.sync 0", "a line that no kernel has")
+    survivor = Survivor("bar.sync 0", "a line that no kernel has")
     bad = Spoilt("row_pass", "soft cap", 90, "wait", 5, [survivor])
     assert complaints([], [bad]) == [
         "1 of 5 mutations survive, over 10%",
         "row_pass, sm_90: no reason for a survivor, wait: bar.sync 0 (a line that no kernel has)",
     ]
+    proved = replace(bad, spoilt=20, survivors=[survivor._replace(why="it is proved")])
+    assert complaints([], [proved]) == []
     equivalents = Spoilt("row_pass", "soft cap", 90, "barrier", 0, [], [NEEDLESS, NEEDLESS])
     assert complaints([], [equivalents]) == []
     no_run = ("forward", "mov.b32 \t%r1, 0f00000000", "b_product = tl.dot(b_q, b_k)")
