@@ -138,9 +138,14 @@ def rows(
     softcap: float | None,
     logit_scale: float,
     vocabularies: tuple[int, ...] = (3001, 5003),
+    first_shard: float = 0.5,
     changed: dict[str, Any] | None = None,
 ) -> Iterator[Run]:
-    """Run the row pass over whole rows and over shards, with and without an unlikely token."""
+    """Run the row pass over whole rows and over shards, with and without an unlikely token.
+
+    Args:
+        first_shard: the first of two shards' part of the vocabulary.
+    """
     walks = row_pass(impl)
     place = {"triton": compiled.kernels, "native": native.row_pass}[impl]
     head = (softcap, logit_scale)
@@ -151,7 +156,7 @@ def rows(
             exact = eager(logits, tokens, weight, *head, torch.float64)
             own = eager(logits, tokens, weight, *head, torch.float32)
             with place(capability, **changed or {}) as runs:
-                cut = 2 * vocabulary // 3
+                cut = int(first_shard * vocabulary)
                 shards = [logits[:, :cut].clone(), logits[:, cut:].clone()]
                 places = [
                     tokens.where(tokens < cut, -1),
