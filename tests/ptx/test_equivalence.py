@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ptx import launches, snippets
 from ptx.equivalence import Proofs
 from ptx.mutation import recorded, subjects
+from ptx.parse import Instruction
 from ptx.test_hopper import BARRIER, COMMIT, ORDER, PRODUCT, PROXY, READ, START, WAIT
 
 STORE = "shl.b32 %r2, %r0, 2;\nadd.s32 %r3, %r1, %r2;\nst.shared.b32 [%r3], %r0;\n"
@@ -28,14 +29,22 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def proofs(body: str, kind: str, capability: int = 80, threads: int = 64, **x: Tensor) -> list[str]:
+def proofs(
+    body: str,
+    kind: str,
+    capability: int = 80,
+    threads: int = 64,
+    proof: Callable[[Proofs, str, Instruction], str] = Proofs.of,
+    **x: Tensor,
+) -> list[str]:
     """Return what is proved of the mutations of a kind, in their order."""
     with recorded() as found:
         snippets.run(body, capability=capability, threads=threads, shared=2048, **x)
     (subject,) = subjects(found)
-    assert isinstance(subject.proofs, Proofs)
     return [
-        subject.proofs.of(one.kind, one.spoilt) for one in subject.mutations() if one.kind == kind
+        proof(subject.proofs, one.kind, one.spoilt)
+        for one in subject.mutations()
+        if one.kind == kind
     ]
 
 
@@ -62,6 +71,17 @@ def test_a_fence_is_needless_if_the_sums_are_untouched_since_another() -> None:
     for between, is_needless in (("", True), (READ, False)):
         found = proofs(body + between + ORDER + done, "barrier", 90, 128, x=x)
         assert [bool(one) for one in found[-2:]] == [False, is_needless]
+
+
+def test_a_barrier_that_orders_an_mbarrier_alone_is_told_from_one_that_orders_memory() -> None:
+    make = "setp.eq.s32 %p6, %r0, 0;\nadd.s32 %r8, %r1, 1024;\n"
+    make += "@%p6 mbarrier.init.shared::cta.b64 [%r8], 1;\n"
+    end = "@%p6 mbarrier.inval.shared::cta.b64 [%r8];\n"
+    for before, after, is_alone in (("", "", True), (STORE, LOAD, False)):
+        body = PLACE + before + make + BARRIER + end + after
+        assert proofs(body, "barrier", 100, x=torch.zeros(64)) == [""]
+        (why,) = proofs(body, "barrier", 100, proof=Proofs.unmodelled, x=torch.zeros(64))
+        assert bool(why) == is_alone
 
 
 def test_a_guard_that_chooses_one_of_the_threads_with_the_same_value_changes_nothing() -> None:
