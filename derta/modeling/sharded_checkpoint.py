@@ -42,6 +42,8 @@ KNOWN = {
 
 class _Description(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib._local":  # where Python 3.13 has the classes of pathlib
+            module = "pathlib"
         if (module, name) == ("builtins", "getattr"):  # of an Enum, in Python 3.11's first releases
             return _member
         if name not in KNOWN.get(module, ()):

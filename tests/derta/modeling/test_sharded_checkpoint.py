@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
 import pickle
+import sys
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -18,18 +20,22 @@ from derta.modeling.sharded_checkpoint import DESCRIPTION, sharded_weights
 from tiny import tiny_model
 
 
-@pytest.fixture(params=[False, True], ids=["", "members by getattr"])
+def by_getattr(member: Enum, protocol: int) -> object:
+    return getattr, (type(member), member.name)
+
+
+@pytest.fixture(params=["", "3.11.2", "3.13"])
 def model(
     tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> nn.Module:
-    if request.param:  # as Python 3.11.2 pickles members of an Enum
-
-        def by_name(member: Enum, protocol: int) -> object:
-            return getattr, (type(member), member.name)
-
-        monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    """Save a model in shards, described as that release of Python pickles."""
     made = tiny_model("llama", dtype=torch.bfloat16)
-    with warnings.catch_warnings(action="ignore"):
+    with monkeypatch.context() as patch, warnings.catch_warnings(action="ignore"):
+        if request.param == "3.11.2":
+            patch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_getattr)
+        elif request.param == "3.13":
+            patch.setitem(sys.modules, "pathlib._local", pathlib)
+            patch.setattr(type(tmp_path), "__module__", "pathlib._local")
         dcp.save({"model": made.state_dict()}, checkpoint_id=tmp_path / SHARDS, no_dist=True)
     return made
 
@@ -47,9 +53,8 @@ class Intruder:
         return Path.touch, (Path("ran"),)
 
 
-class Attribute:
-    def __reduce__(self) -> object:
-        return getattr, (Path, "touch")
+# Path.touch(Path("ran")), with the function as an attribute.
+BY_ATTRIBUTE = b"cbuiltins\ngetattr\n(cpathlib\nPath\nVtouch\ntR(cpathlib\nPath\n(Vran\ntRtR."
 
 
 def test_a_foreign_description_is_refused_and_runs_nothing(
@@ -57,11 +62,14 @@ def test_a_foreign_description_is_refused_and_runs_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / SHARDS / DESCRIPTION
-    foreign = map(pickle.dumps, (Intruder(), Attribute(), [1]))
+    foreign = (pickle.dumps(Intruder()), pickle.dumps([1]))
     for content in (*foreign, b"", path.read_bytes()[:-20]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is not the description of a checkpoint"):
             sharded_weights(tmp_path, model)
+    path.write_bytes(BY_ATTRIBUTE)
+    with pytest.raises(ValueError, match="it names touch of what is no enumeration"):
+        sharded_weights(tmp_path, model)
     assert not Path("ran").exists()
 
 
