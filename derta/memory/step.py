@@ -331,7 +331,7 @@ def _run(
             hidden, weight = args[:2]
             vocabulary, width = weight.shape
             _, trainable, _ = args[KL_FORMS if name == "derta::kl_loss" else FORMS]
-            problem = HeadCall(
+            head_call = HeadCall(
                 rows=int(len(hidden) * live),
                 vocabulary=vocabulary,
                 width=width,
@@ -342,8 +342,8 @@ def _run(
                 scratch_mb=step.scratch_mb,
             )
             if name == "derta::kl_loss":
-                return kl_working_bytes(problem)
-            return working_bytes(problem, step.sparse_backward > 0, step.refusals)
+                return kl_working_bytes(head_call)
+            return working_bytes(head_call, step.sparse_backward > 0, step.refusals)
         if name == "derta::interval_attention_backward":
             q, k = args[1:3]
             tokens, heads = q.shape[:2].numel(), q.shape[2]
